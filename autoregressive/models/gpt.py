@@ -1,0 +1,321 @@
+"""Class-conditional GPT over code grids: raster codes in, logits or raster codes out.
+
+- LLaMA-style blocks: RMSNorm, 2-D rotary positions, SwiGLU, optional grouped-query attention
+- class embedding with a null class for guidance; n-1 learnable special tokens (paper, section 3.3)
+- parameter names and shapes of the released PAR checkpoints, and of LlamaGen's c2i models at n = 1
+- train or decode is decided by an argument, the KV cache; the ordering lives in region_order.py
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import nn
+
+from autoregressive.models.region_order import RegionOrder
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Architecture and regularisation of one model; travels inside our checkpoints as a dict."""
+
+    n_layer: int = 12
+    dim: int = 768
+    n_head: int = 12
+    n_kv_head: int | None = None  # None: as many as n_head
+    multiple_of: int = 256  # the SwiGLU width is 8/3 dim rounded up to this
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    vocab_size: int = 16384
+    num_classes: int = 1000
+    grid_height: int = 24
+    grid_width: int = 24
+    ar_token_num: int = 4  # n, tokens predicted at once; n - 1 special tokens
+    class_dropout_prob: float = 0.1
+    token_dropout_p: float = 0.1
+    attn_dropout_p: float = 0.1
+    resid_dropout_p: float = 0.1
+    ffn_dropout_p: float = 0.1
+    drop_path_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.dim % self.n_head or self.dim // self.n_head % 4:
+            raise ValueError(f"width {self.dim} / {self.n_head} heads is no multiple of 4, as 2-D rotary needs")
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"{self.n_head} heads cannot share {self.kv_heads} key-value heads equally")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.dim // self.n_head
+
+    @property
+    def ffn_dim(self) -> int:
+        """Hidden width of the SwiGLU: 2/3 of 4 dim, rounded up to ``multiple_of``."""
+        return -(-int(2 * 4 * self.dim / 3) // self.multiple_of) * self.multiple_of
+
+
+# Parameters at vocabulary 16384, 1000 classes, n = 4 (T and S: vocabulary 256, 10 classes); FID is the paper's
+# table 1, ImageNet 256x256 with guidance. PAR-3B-16x: 2.88.
+GPT_models: dict[str, dict[str, int]] = {
+    #                layers          width         heads             params    published FID, 4x
+    "GPT-T":    dict(n_layer=6,  dim=128,  n_head=4),   #   1.6M
+    "GPT-S":    dict(n_layer=6,  dim=288,  n_head=6),   #   6.1M
+    "GPT-B":    dict(n_layer=12, dim=768,  n_head=12),  #   111M
+    "GPT-L":    dict(n_layer=24, dim=1024, n_head=16),  #   343M   3.76
+    "GPT-XL":   dict(n_layer=36, dim=1280, n_head=20),  #   775M   2.61
+    "GPT-XXL":  dict(n_layer=48, dim=1536, n_head=24),  #   1.4B   2.35
+    "GPT-XXXL": dict(n_layer=48, dim=2560, n_head=40),  #   3.9B
+    "GPT-1B":   dict(n_layer=22, dim=2048, n_head=32),  #   1.2B
+    "GPT-3B":   dict(n_layer=24, dim=3200, n_head=32),  #   3.1B   2.29
+    "GPT-7B":   dict(n_layer=32, dim=4096, n_head=32),  #   6.6B
+}  # fmt: skip
+
+
+class LabelEmbedder(nn.Module):
+    """Class ids -> embeddings; the row after the last class is the null class of guidance."""
+
+    def __init__(self, num_classes: int, dim: int, dropout_prob: float):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+        self.num_classes = num_classes
+        self.dropout_prob = dropout_prob
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        """(B,) int64 in [0, num_classes] -> (B, D); in training a label becomes null with ``dropout_prob``."""
+        if self.training and self.dropout_prob > 0:
+            drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob  # (B,)
+            labels = torch.where(drop, self.num_classes, labels)  # (B,)
+        return self.embedding_table(labels)  # (B, D)
+
+
+class SpecialTokens(nn.Module):
+    """The n-1 learnable tokens that start parallel prediction (paper, section 3.3)."""
+
+    def __init__(self, count: int, dim: int):
+        super().__init__()
+        self.special_embeddings = nn.Embedding(count, dim)
+
+
+def rotary_table(positions: torch.Tensor, head_dim: int, base: float) -> torch.Tensor:
+    """cos and sin of each slot's 2-D rotary angles, (T, head_dim/2, 2) float32.
+
+    The first half of the pairs turns with the row, the second with the column, by angle
+    position * base^(-4 i / head_dim). Slots without a position (class and special tokens) get all zeros, cos
+    included: this zeroes their queries and keys, it is not the identity. Released weights were trained so.
+    """
+    half = head_dim // 2
+    frequencies = 1.0 / base ** (torch.arange(0, half, 2).float() / half)  # (hd/4,)
+    angles = positions.clamp(min=0)[:, :, None] * frequencies  # (T, 2, hd/4)
+    angles = angles.flatten(1)  # (T, hd/2)
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1)  # (T, hd/2, 2)
+    return table * (positions[:, :1, None] >= 0)  # (T, hd/2, 2)
+
+
+def apply_rotary(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
+    """Turn adjacent pairs of x (B, T, H, hd) by freqs_cis (T, hd/2, 2), in float32 at least."""
+    pairs = x.to(torch.promote_types(x.dtype, freqs_cis.dtype)).unflatten(-1, (-1, 2))  # (B, T, H, hd/2, 2)
+    cos, sin = freqs_cis[:, None, :, 0], freqs_cis[:, None, :, 1]  # (T, 1, hd/2)
+    a, b = pairs.unbind(-1)  # (B, T, H, hd/2)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)  # (B, T, H, hd)
+
+
+class KVCache:
+    """Keys and values of every layer for ``batch`` rows and all slots, allocated once and filled in place."""
+
+    def __init__(self, config: GPTConfig, batch: int, slots: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layer, 2, batch, config.kv_heads, slots, config.head_dim)
+        self.store = torch.zeros(shape, device=device, dtype=dtype)  # (L, 2, B, Hkv, T, hd)
+
+    def first_rows(self, batch: int) -> KVCache:
+        """A cache of the first ``batch`` rows that shares this one's memory."""
+        view = copy.copy(self)
+        view.store = self.store[:, :, :batch]  # (L, 2, batch, Hkv, T, hd)
+        return view
+
+    def update(self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write k, v (B, Hkv, t, hd) at slots from ``start``; return views of everything filled so far."""
+        stop = start + k.shape[2]
+        keys, values = self.store[layer]  # (B, Hkv, T, hd) each
+        keys[:, :, start:stop] = k  # (B, Hkv, t, hd)
+        values[:, :, start:stop] = v  # (B, Hkv, t, hd)
+        return keys[:, :, :stop], values[:, :, :stop]  # (B, Hkv, stop, hd)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer, self.n_head, self.kv_heads = layer, config.n_head, config.kv_heads
+        self.head_dim, self.dropout_p = config.head_dim, config.attn_dropout_p
+        self.wqkv = nn.Linear(config.dim, (config.n_head + 2 * config.kv_heads) * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.resid_dropout = nn.Dropout(config.resid_dropout_p)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        freqs_cis: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: KVCache | None,
+        start: int,
+    ) -> torch.Tensor:
+        qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 Hkv, hd)
+        q, k, v = qkv.split([self.n_head, self.kv_heads, self.kv_heads], dim=2)  # (B, T, H or Hkv, hd)
+        q, k = apply_rotary(q, freqs_cis), apply_rotary(k, freqs_cis)  # (B, T, H or Hkv, hd)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or Hkv, T, hd)
+        if cache is not None:
+            k, v = cache.update(self.layer, start, k, v)  # (B, Hkv, start + T, hd)
+        y = F.scaled_dot_product_attention(  # (B, H, T, hd)
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            enable_gqa=self.kv_heads != self.n_head,
+        )
+        return self.resid_dropout(self.wo(y.transpose(1, 2).flatten(2)))  # (B, T, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.ffn_dropout = nn.Dropout(config.ffn_dropout_p)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))  # (B, T, D)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward, each with stochastic depth."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        # the rate grows linearly with depth, from 0 at the first block
+        self.drop_path = DropPath(config.drop_path_rate * layer / max(config.n_layer - 1, 1))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        freqs_cis: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: KVCache | None,
+        start: int,
+    ) -> torch.Tensor:
+        x = x + self.drop_path(self.attention(self.attention_norm(x), freqs_cis, mask, cache, start))  # (B, T, D)
+        return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))  # (B, T, D)
+
+
+class GPT(nn.Module):
+    """The model. ``forward`` scores whole code grids, ``decode_step`` one step of generation."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.order = RegionOrder.build((config.grid_height, config.grid_width), config.ar_token_num)
+        self.cls_embedding = LabelEmbedder(config.num_classes, config.dim, config.class_dropout_prob)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        if self.order.n > 1:
+            self.spe_tok_embeddings = SpecialTokens(self.order.n - 1, config.dim)
+        self.tok_dropout = nn.Dropout(config.token_dropout_p)
+        self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        # built on the CPU also where parameters are on the meta device, so that they are never lost
+        with torch.device("cpu"):
+            freqs_cis = rotary_table(self.order.slot_positions, config.head_dim, config.rope_base)
+            self.register_buffer("freqs_cis", freqs_cis, persistent=False)
+            self.register_buffer("mask", self.order.mask(), persistent=False)
+            self.register_buffer("permutation", self.order.permutation, persistent=False)
+            self.register_buffer("inverse", self.order.inverse, persistent=False)
+
+    def init_weights(self) -> None:
+        """Initialise for training.
+
+        ==================  =================
+        embeddings, linear  normal, std 0.02
+        output              0
+        norms               1
+        ==================  =================
+        """
+        for name, parameter in self.named_parameters():
+            if name == "output.weight":
+                nn.init.zeros_(parameter)
+            elif "norm" in name:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+    def cast_weights(self, dtype: torch.dtype) -> GPT:
+        """Parameters to ``dtype`` for inference; the rotary table stays float32."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return self
+
+    def forward(self, codes: torch.Tensor, cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Teacher-forced logits and mean cross-entropy, in ``train()`` and ``eval()`` alike.
+
+        codes: (B, T) int64 raster codes in [0, vocab_size); cond: (B,) int64 class ids, num_classes for null.
+        Returns logits (B, T, vocab_size) in region order (``order.permutation``), and the scalar float32 loss.
+        """
+        targets = codes[:, self.permutation]  # (B, T)
+        x = self.embed_slots(targets, cond, 0, self.order.num_tokens)  # (B, T, D)
+        logits = self.output(self.trunk(x, 0, self.mask))  # (B, T, V)
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def decode_step(
+        self, tokens: torch.Tensor, cond: torch.Tensor, start: int, stop: int, cache: KVCache
+    ) -> torch.Tensor:
+        """Logits (B, stop - start, V) of slots [start, stop), one entry of ``order.schedule``.
+
+        tokens: (B, T) region-ordered codes, read only where already decoded; cond: (B,). Steps must come in the
+        schedule's order with one ``cache``. Every cached key is visible, so there is no mask.
+        """
+        x = self.embed_slots(tokens, cond, start, stop)  # (B, t, D)
+        return self.output(self.trunk(x, start, cache=cache))  # (B, t, V)
+
+    def embed_slots(self, tokens: torch.Tensor, cond: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Input embeddings (B, stop - start, D) of slots [start, stop): class, t1..tn, special tokens, the rest.
+
+        tokens: (B, T) in region order; cond: (B,).
+        """
+        n, pieces = self.order.n, []
+        if start == 0:
+            pieces.append(self.cls_embedding(cond)[:, None])  # (B, 1, D)
+        if start <= n and stop > 1:
+            pieces.append(self.tok_embeddings(tokens[:, max(start, 1) - 1 : min(stop, n + 1) - 1]))  # (B, <=n, D)
+        if n > 1 and start <= n and stop > n + 1:
+            special = self.spe_tok_embeddings.special_embeddings.weight  # (n-1, D)
+            pieces.append(special.expand(len(tokens), -1, -1))  # (B, n-1, D)
+        if stop > 2 * n:
+            pieces.append(self.tok_embeddings(tokens[:, max(start, 2 * n) - n : stop - n]))  # (B, ..., D)
+        return torch.cat(pieces, dim=1)  # (B, stop - start, D)
+
+    def trunk(
+        self, x: torch.Tensor, start: int, mask: torch.Tensor | None = None, cache: KVCache | None = None
+    ) -> torch.Tensor:
+        """Blocks and final norm over slots [start, start + t): (B, t, D) -> (B, t, D)."""
+        freqs_cis = self.freqs_cis[start : start + x.shape[1]]  # (t, hd/2, 2)
+        x = self.tok_dropout(x)  # (B, t, D)
+        for layer in self.layers:
+            x = layer(x, freqs_cis, mask, cache, start)  # (B, t, D)
+        return self.norm(x)  # (B, t, D)

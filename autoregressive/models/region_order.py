@@ -1,0 +1,133 @@
+"""The region order: which tokens are predicted together, and what each of them may see.
+
+A grid of h x w codes is cut into rh x rw equal regions, n = rh * rw (paper, section 3.2). Tokens at the same
+place of every region are far apart, hence weakly dependent, and are predicted in one step. The first token of
+every region sets the global structure and is predicted alone.
+
+The model is fed T = h * w slots; slot s predicts token s of the region order:
+
+    slot     0        1 .. n      n+1 .. 2n-1       2n .. T-1
+    holds    class    t1 .. tn    n-1 special       token s - n (all groups but the last)
+    step     0        1 .. n      n                 n + s // n - 1
+
+and slot q attends to slot k  <=>  step[q] >= step[k]. This is the only file that knows any of this.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+def split_regions(grid: tuple[int, int], n: int) -> tuple[int, int]:
+    """Region counts (rh, rw), rh * rw = n, that divide ``grid`` into regions as nearly square as possible.
+
+    Of two equally square cuts the one with more columns of regions is taken. Raises ``ValueError`` with the n
+    that would fit. A region must hold at least two tokens, since its first one is not predicted in parallel.
+    """
+
+    def cuts(m: int) -> list[tuple[int, int]]:
+        pairs = [(rh, m // rh) for rh in range(1, m + 1) if m % rh == 0]
+        return [(rh, rw) for rh, rw in pairs if grid[0] % rh == 0 and grid[1] % rw == 0]
+
+    tokens = grid[0] * grid[1]
+    if n < 1 or 2 * n > tokens or not cuts(n):
+        fitting = [m for m in range(1, tokens // 2 + 1) if cuts(m)]
+        raise ValueError(
+            f"--ar-token-num {n} does not cut a {grid[0]}x{grid[1]} grid into equal regions; "
+            f"these do: {', '.join(map(str, fitting))}"
+        )
+    return min(cuts(n), key=lambda r: abs(math.log((grid[0] / r[0]) / (grid[1] / r[1]))))
+
+
+@dataclass(frozen=True)
+class RegionOrder:
+    """Ordering of a ``grid`` (h, w) cut into ``regions`` (rh, rw); equal arguments give equal orders.
+
+    All tensors are int64 on the CPU, computed once.
+    """
+
+    grid: tuple[int, int]
+    regions: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        split_regions(self.grid, self.n)
+        if self.grid[0] % self.regions[0] or self.grid[1] % self.regions[1]:
+            raise ValueError(f"{self.regions} regions do not divide a {self.grid} grid")
+
+    @classmethod
+    def build(cls, grid: int | tuple[int, int], n: int) -> RegionOrder:
+        """Order for a square (int) or h x w grid in which ``n`` tokens are predicted at once."""
+        grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
+        return cls(grid, split_regions(grid, n))
+
+    @property
+    def n(self) -> int:
+        """Tokens predicted at once."""
+        return self.regions[0] * self.regions[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """T = h * w."""
+        return self.grid[0] * self.grid[1]
+
+    @cached_property
+    def permutation(self) -> torch.Tensor:
+        """(T,) raster index of each token of the region order: ``region = raster[:, permutation]``.
+
+        Place in the region is the outer index (raster within the region), region the inner one (raster over
+        regions); paper, section 3.2 and figure 4.
+        """
+        (h, w), (rh, rw) = self.grid, self.regions
+        raster = torch.arange(h * w).view(rh, h // rh, rw, w // rw)  # (rh, h/rh, rw, w/rw)
+        return raster.permute(1, 3, 0, 2).reshape(-1)  # (T,)
+
+    @cached_property
+    def inverse(self) -> torch.Tensor:
+        """(T,) place of each raster token in the region order: ``raster = region[:, inverse]``."""
+        return self.permutation.argsort()
+
+    @cached_property
+    def steps(self) -> torch.Tensor:
+        """(T,) step of each slot."""
+        n, slot = self.n, torch.arange(self.num_tokens)
+        return torch.where(slot <= n, slot, n + slot // n - 1)
+
+    @cached_property
+    def slot_positions(self) -> torch.Tensor:
+        """(T, 2) row and column of the token that each slot holds; (-1, -1) for the class and special slots."""
+        n = self.n
+        raster = self.permutation
+        row_column = torch.stack([raster // self.grid[1], raster % self.grid[1]], dim=-1)  # (T, 2)
+        none = torch.full((n, 2), -1)
+        return torch.cat([none[:1], row_column[:n], none[1:], row_column[n:-n]])  # (T, 2)
+
+    @cached_property
+    def schedule(self) -> tuple[tuple[int, int], ...]:
+        """Slots [start, stop) of each forward call of decoding: n single slots, then T/n - 1 groups of n."""
+        n = self.n
+        singles = [(s, s + 1) for s in range(n)]
+        return (*singles, *((s, s + n) for s in range(n, self.num_tokens, n)))
+
+    def attends(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """The attention rule for slot indices: step[q] >= step[k] (paper, section 3.3); broadcasts, bool."""
+        return self.steps[query] >= self.steps[key]
+
+    def mask(self) -> torch.Tensor:
+        """(T, T) bool, True where a query slot (row) sees a key slot (column)."""
+        slots = torch.arange(self.num_tokens)
+        return self.attends(slots[:, None], slots[None, :])
+
+
+def resolve_parallelism(ar_token_num: int, spe_token_num: int | None) -> int:
+    """n from the published option pair; special tokens are n - 1, and anything else is a ``ValueError``."""
+    if spe_token_num is not None and spe_token_num != ar_token_num - 1:
+        raise ValueError(
+            f"--spe-token-num {spe_token_num} contradicts --ar-token-num {ar_token_num}: "
+            f"predicting n tokens at once takes n-1 special tokens, so either --spe-token-num {ar_token_num - 1} "
+            f"or --ar-token-num {spe_token_num + 1}"
+        )
+    return ar_token_num

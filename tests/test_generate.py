@@ -1,0 +1,145 @@
+"""Decoding: golden tokens, cached = teacher-forced, sampling filters, randomness per image."""
+
+import numpy as np
+import pytest
+import torch
+
+from autoregressive.models.generate import SamplingOptions, filter_logits, generate, image_randomness, sample
+from autoregressive.models.gpt import GPT
+from tests.conftest import fill_from_names
+from tests.test_gpt import random_codes, small_config, tiny_gpt
+
+GREEDY = dict(temperature=0.0)
+
+
+@pytest.mark.parametrize("n", [4, 9, 16])
+@pytest.mark.parametrize("scale", [1.0, 1.75])
+def test_greedy_tokens_are_golden(golden, n, scale):
+    file = golden(f"gpt_tiny_n{n}.npz")
+    model = tiny_gpt(file)
+    cond = torch.from_numpy(file["cond"][:-1])
+    uniforms = torch.zeros(len(cond), model.order.num_tokens)
+    codes = generate(model, cond, uniforms, SamplingOptions(cfg_scale=scale, **GREEDY))
+    assert np.array_equal(codes.numpy(), file[f"greedy_raster_cfg{scale}"])
+    assert np.array_equal(codes[:, model.order.permutation].numpy(), file[f"greedy_region_cfg{scale}"])
+
+
+def greedy_without_cache(model: GPT, cond: torch.Tensor, scale: float) -> torch.Tensor:
+    """Slow version: a whole teacher-forced pass per step, argmax, guidance by its formula."""
+    codes = torch.zeros(len(cond), model.order.num_tokens, dtype=torch.long)
+    null = torch.full_like(cond, model.config.num_classes)
+    for start, stop in model.order.schedule:
+        conditional, unconditional = model(codes, cond)[0], model(codes, null)[0]
+        logits = unconditional + scale * (conditional - unconditional)
+        codes[:, model.order.permutation[start:stop]] = logits[:, start:stop].argmax(-1)
+    return codes
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("n_kv_head", [None, 2])
+def test_cached_decoding_is_teacher_forced_argmax(n, scale, n_kv_head):
+    model = fill_from_names(GPT(small_config(ar_token_num=n, n_kv_head=n_kv_head))).double().eval()
+    cond = torch.tensor([0, 2, 1])
+    with torch.no_grad():
+        expected = greedy_without_cache(model, cond, scale)
+    codes = generate(model, cond, torch.zeros(3, 16), SamplingOptions(cfg_scale=scale, **GREEDY))
+    assert torch.equal(codes, expected)
+
+
+def test_training_after_generating():
+    """The published model kept a flag and a cache from the last call; ours has no state to keep."""
+    model = fill_from_names(GPT(small_config())).eval()
+    codes, cond = random_codes(model.config)
+    before = model(codes, cond)[1]
+    generate(model, cond, torch.rand(2, 16), SamplingOptions(cfg_scale=1.5))
+    assert torch.equal(model(codes, cond)[1], before)
+    model.train()(codes, cond)[1].backward()
+
+
+@pytest.mark.parametrize("k, p", [(5, 1.0), (0, 0.8), (20, 0.7), (0, 0.05)])
+def test_filters_are_golden(golden, k, p):
+    file = golden("sampling.npz")
+    probabilities = filter_logits(torch.from_numpy(file["logits"]), k, p).softmax(-1)
+    torch.testing.assert_close(probabilities, torch.from_numpy(file[f"probs_k{k}_p{p}"]), atol=1e-6, rtol=0)
+
+
+def test_filters_that_keep_everything():
+    logits = torch.randn(3, 7)
+    assert torch.equal(filter_logits(logits, 0, 1.0), logits)
+    assert torch.equal(filter_logits(logits, 7, 1.0), logits)
+    assert torch.equal(filter_logits(logits, 100, 1.0), logits)
+
+
+def test_inverse_cdf_against_closed_form():
+    """Probabilities 0, .5, 0, .25, .25, 0: u in [0, .5) is token 1, [.5, .75) is 3, [.75, 1) is 4."""
+    logits = torch.tensor([0, 0.5, 0, 0.25, 0.25, 0]).log()
+    u = torch.tensor([0.0, 0.25, 0.4999, 0.5, 0.7499, 0.75, 0.9999999])
+    drawn = sample(logits.expand(1, len(u), -1), u[None], SamplingOptions())
+    assert drawn.tolist() == [[1, 1, 1, 3, 3, 4, 4]]
+
+
+def test_sampled_frequencies_follow_the_softmax():
+    logits = torch.randn(1, 1, 50, generator=torch.Generator().manual_seed(1)) * 2
+    u = (torch.arange(20000) + 0.5) / 20000
+    drawn = sample(logits.expand(1, 20000, -1), u[None], SamplingOptions(temperature=0.7))
+    frequencies = drawn.flatten().bincount(minlength=50) / 20000
+    torch.testing.assert_close(frequencies, (logits / 0.7).softmax(-1).flatten(), atol=1.1e-4, rtol=0)
+
+
+def test_top_k_1_is_greedy_for_any_u():
+    logits = torch.randn(2, 5, 31)
+    drawn = sample(logits, torch.rand(2, 5), SamplingOptions(top_k=1))
+    assert torch.equal(drawn, logits.argmax(-1))
+
+
+def test_guidance_interval_counts_decoded_tokens_once():
+    """With interval 5 and n = 4, steps that begin at 0, 1, 2, 3 and 4 are guided, those at 8 and 12 are not."""
+    model = fill_from_names(GPT(small_config())).double().eval()
+    cond, uniforms = torch.tensor([0, 1]), torch.rand(2, 16)
+    plain = SamplingOptions(cfg_scale=3.0, cfg_interval=5)
+    guided = generate(model, cond, uniforms, SamplingOptions(cfg_scale=3.0))[:, model.order.permutation]
+    until = generate(model, cond, uniforms, plain)[:, model.order.permutation]
+    assert torch.equal(until[:, :8], guided[:, :8])
+    with torch.no_grad():
+        logits = model(until[:, model.order.inverse], cond)[0]
+    assert torch.equal(until[:, 8:], sample(logits[:, 8:], uniforms[:, 8:], SamplingOptions()))
+
+
+def test_randomness_is_a_function_of_seed_and_index():
+    labels, uniforms = image_randomness(0, range(4, 12), 1000, 576)
+    again_labels, again_uniforms = image_randomness(0, range(6, 8), 1000, 576)
+    assert np.array_equal(labels[2:4], again_labels)
+    assert np.array_equal(uniforms[2:4], again_uniforms)
+    other_labels, other_uniforms = image_randomness(1, range(4, 12), 1000, 576)
+    assert not np.array_equal(labels, other_labels)
+    assert not np.array_equal(uniforms, other_uniforms)
+    assert uniforms.min() >= 0 and uniforms.max() < 1
+    assert abs(uniforms.mean() - 0.5) < 0.02
+
+
+def generate_in_batches(model: GPT, batch: int, count: int = 24) -> torch.Tensor:
+    codes = []
+    for first in range(0, count, batch):
+        labels, uniforms = image_randomness(3, range(first, min(first + batch, count)), 3, 64)
+        options = SamplingOptions(cfg_scale=1.5, top_p=0.95)
+        codes.append(generate(model, torch.from_numpy(labels), torch.from_numpy(uniforms), options))
+    return torch.cat(codes)
+
+
+def test_batch_size_changes_nothing_but_rounding():
+    model = fill_from_names(GPT(small_config(grid_height=8, grid_width=8, vocab_size=301, dim=64))).eval()
+    in_float32 = [generate_in_batches(model, b) for b in (1, 3, 8)]
+    for codes in in_float32[1:]:
+        assert (codes == in_float32[0]).float().mean() >= 0.999
+    in_float64 = [generate_in_batches(model.double(), b) for b in (1, 3, 8)]
+    assert torch.equal(in_float64[0], in_float64[1])
+    assert torch.equal(in_float64[0], in_float64[2])
+
+
+@pytest.mark.parametrize(
+    "option, value", [("cfg_scale", 0.5), ("cfg_interval", -2), ("temperature", -1), ("top_k", -1), ("top_p", 0)]
+)
+def test_impossible_options_are_named(option, value):
+    with pytest.raises(ValueError, match="--" + option.replace("_", "-")):
+        SamplingOptions(**{option: value})

@@ -1,0 +1,155 @@
+"""GPT: golden logits, released names and shapes, dropout and modes."""
+
+import json
+
+import pytest
+import torch
+
+from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from tests.conftest import fill_from_names
+
+
+def tiny_gpt(file, **changes) -> GPT:
+    config = GPTConfig(
+        n_layer=int(file["n_layer"]),
+        dim=int(file["dim"]),
+        n_head=int(file["n_head"]),
+        vocab_size=int(file["vocab"]),
+        num_classes=int(file["classes"]),
+        grid_height=int(file["grid"]),
+        grid_width=int(file["grid"]),
+        ar_token_num=int(file["n"]),
+        **changes,
+    )
+    return fill_from_names(GPT(config)).eval()
+
+
+@pytest.mark.parametrize("n", [1, 4, 9, 16])
+def test_logits_and_loss_are_golden(golden, n):
+    file = golden(f"gpt_tiny_n{n}.npz")
+    model = tiny_gpt(file)
+    with torch.no_grad():
+        logits, loss = model(torch.from_numpy(file["raster_tokens"]).long(), torch.from_numpy(file["cond"]))
+    torch.testing.assert_close(logits, torch.from_numpy(file["train_logits"]), atol=1e-4, rtol=0)
+    assert abs(loss.item() - float(file["train_loss"])) < 1e-4
+
+
+def released_names(config: GPTConfig) -> dict[str, list[int]]:
+    with torch.device("meta"):
+        return {k: list(v.shape) for k, v in GPT(config).state_dict().items()}
+
+
+@pytest.mark.parametrize("size", [s for s in GPT_models if s not in ("GPT-T", "GPT-S")])
+@pytest.mark.parametrize("n", [4, 16])
+def test_every_released_size_has_its_names_and_shapes(golden, size, n):
+    expected = json.loads(golden("state_dict_manifest.json"))[f"{size}/n{n}"]
+    names = released_names(GPTConfig(**GPT_models[size], ar_token_num=n))
+    shapes = expected["shapes"]
+    for layer in range(1, expected["layers"]):
+        shapes |= {k.replace("layers.0.", f"layers.{layer}."): v for k, v in shapes.items() if "layers.0." in k}
+    assert names == shapes
+    assert sum(torch.Size(s).numel() for s in names.values()) == expected["parameters"]
+
+
+def test_n1_has_no_special_tokens():
+    """LlamaGen's c2i checkpoints, n = 1, have no such parameter and must load strictly."""
+    assert not any("spe_tok" in k for k in released_names(GPTConfig(**GPT_models["GPT-B"], ar_token_num=1)))
+
+
+def test_small_sizes_are_small():
+    def parameters(size):
+        config = GPTConfig(**GPT_models[size], vocab_size=256, num_classes=10, grid_height=8, grid_width=8)
+        return sum(torch.Size(s).numel() for s in released_names(config).values())
+
+    assert parameters("GPT-T") < 2e6
+    assert 5.5e6 < parameters("GPT-S") < 6.5e6
+
+
+def small_config(**changes) -> GPTConfig:
+    base = dict(n_layer=2, dim=32, n_head=4, vocab_size=19, num_classes=3, grid_height=4, grid_width=4)
+    return GPTConfig(**base | changes)
+
+
+def random_codes(config: GPTConfig, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = torch.randint(config.vocab_size, (batch, config.grid_height * config.grid_width))
+    return codes, torch.randint(config.num_classes, (batch,))
+
+
+@pytest.mark.parametrize("n_kv_head", [None, 2, 1])
+def test_no_logit_depends_on_a_later_token(n_kv_head):
+    """Changing token s of the region order may change logits of later steps only (also with grouped heads)."""
+    model = fill_from_names(GPT(small_config(n_kv_head=n_kv_head))).eval()
+    order = model.order
+    codes, cond = random_codes(model.config)
+    with torch.no_grad():
+        before, _ = model(codes, cond)
+        for s in range(order.num_tokens):
+            changed = codes.clone()
+            changed[:, order.permutation[s]] = (codes[:, order.permutation[s]] + 1) % model.config.vocab_size
+            differs = (model(changed, cond)[0] != before).any(-1).any(0)
+            later = order.steps > order.steps[s]
+            assert not differs[~later].any(), s
+
+
+def test_grouped_heads_equal_repeated_heads():
+    """Grouped-query attention is attention whose key-value heads repeat, group by group."""
+    grouped = fill_from_names(GPT(small_config(n_kv_head=2))).eval()
+    full = fill_from_names(GPT(small_config())).eval()
+    state = grouped.state_dict()
+    for name in [k for k in state if k.endswith("wqkv.weight")]:
+        q, k, v = state[name].split([32, 16, 16])
+        k, v = (x.view(2, 8, 32).repeat_interleave(2, dim=0).flatten(0, 1) for x in (k, v))
+        state[name] = torch.cat([q, k, v])
+    full.load_state_dict(state)
+    codes, cond = random_codes(full.config)
+    torch.testing.assert_close(grouped(codes, cond)[0], full(codes, cond)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_special_slots_have_zero_rotary_rows():
+    """Released weights were trained with queries and keys of class and special slots zeroed."""
+    model = GPT(small_config())
+    without_position = model.order.slot_positions[:, 0] < 0
+    assert without_position.sum() == 4
+    assert not model.freqs_cis[without_position].any()
+    assert model.freqs_cis[~without_position].any(-1).all()
+
+
+def test_every_dropout_is_off_in_eval_and_on_in_train():
+    codes, cond = random_codes(small_config())
+    names = ("class_dropout_prob", "token_dropout_p", "attn_dropout_p", "resid_dropout_p", "ffn_dropout_p")
+    off = dict.fromkeys(names, 0.0)
+    for name in (*names, "drop_path_rate"):
+        model = fill_from_names(GPT(small_config(**off | {name: 0.5})))
+        reference, _ = fill_from_names(GPT(small_config(**off)))(codes, cond)
+        torch.manual_seed(0)
+        assert not torch.equal(model.train()(codes, cond)[0], reference), name
+        torch.testing.assert_close(model.eval()(codes, cond)[0], reference)
+
+
+def test_class_dropout_replaces_by_the_null_class():
+    embedder = fill_from_names(GPT(small_config(class_dropout_prob=1.0))).cls_embedding.train()
+    assert torch.equal(embedder(torch.tensor([0, 2])), embedder.embedding_table.weight[[3, 3]])
+
+
+def test_untrained_loss_is_uniform_and_gradients_reach_every_parameter():
+    """The output layer starts at zero, so the first loss is log(vocabulary)."""
+    model = GPT(small_config())
+    model.init_weights()
+    codes, cond = random_codes(model.config)
+    assert model(codes, cond)[1].item() == pytest.approx(torch.tensor(19.0).log().item(), abs=1e-6)
+    torch.nn.init.normal_(model.output.weight)
+    model(codes, cond)[1].backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_cast_weights_keeps_the_rotary_table():
+    model = GPT(small_config()).cast_weights(torch.bfloat16)
+    assert model.output.weight.dtype == torch.bfloat16
+    assert model.freqs_cis.dtype == torch.float32
+
+
+def test_impossible_heads_are_named():
+    with pytest.raises(ValueError, match="multiple of 4"):
+        small_config(dim=36, n_head=6)
+    with pytest.raises(ValueError, match="4 heads cannot share 3"):
+        small_config(n_kv_head=3)

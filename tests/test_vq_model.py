@@ -1,0 +1,104 @@
+"""Tokenizer: golden codes and reconstructions, released names, search, losses, straight-through gradient."""
+
+import json
+
+import pytest
+import torch
+
+from tests.conftest import fill_from_names
+from tokenizer.vq_model import USAGE_WINDOW, VQ_models, VQConfig, VQModel
+
+
+def tiny_config(**changes) -> VQConfig:
+    base = dict(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=32, codebook_size=11, codebook_embed_dim=4)
+    return VQConfig(**base | changes)
+
+
+@pytest.mark.parametrize("size", ["VQ-16", "VQ-8"])
+def test_codes_and_reconstruction_are_golden(golden, size):
+    file = golden(size.lower().replace("-", "") + ".npz")
+    model = fill_from_names(VQModel(VQConfig(**VQ_models[size]))).eval()
+    image, codes = torch.from_numpy(file["image"]), torch.from_numpy(file["codes"]).long()
+    with torch.no_grad():
+        assert torch.equal(model.encode(image), codes)
+        reconstruction, _, forward_codes = model(image)
+        torch.testing.assert_close(
+            model.quantized(codes), torch.from_numpy(file["latent_quantized"]), atol=1e-6, rtol=0
+        )
+        expected = torch.from_numpy(file["reconstruction"])
+        torch.testing.assert_close(model.decode_code(codes), expected, atol=1e-4, rtol=0)
+    assert torch.equal(forward_codes, codes)
+    torch.testing.assert_close(reconstruction, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", ["VQ-16", "VQ-8"])
+def test_released_names_and_shapes(golden, size):
+    with torch.device("meta"):
+        state = VQModel(VQConfig(**VQ_models[size])).state_dict()
+    manifest = json.loads(golden("state_dict_manifest.json"))[size]
+    assert {k: list(v.shape) for k, v in state.items()} == manifest
+
+
+def test_small_tokenizer_is_small():
+    """32x32 images become 8x8 grids with about a million parameters."""
+    config = VQConfig(**VQ_models["VQ-4"])
+    model = VQModel(config)
+    assert config.downsample == 4
+    assert 0.7e6 < sum(p.numel() for p in model.parameters()) < 1.5e6
+    assert model.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_search_is_the_nearest_entry(l2_norm):
+    """Against explicit distances in float64, also when the rows do not divide into chunks."""
+    quantizer = fill_from_names(VQModel(tiny_config(codebook_l2_norm=l2_norm))).quantize.double()
+    z = torch.randn(103, 4, dtype=torch.float64)
+    rows, entries = z, quantizer.embedding.weight
+    if l2_norm:
+        rows, entries = rows / rows.norm(dim=1, keepdim=True), entries / entries.norm(dim=1, keepdim=True)
+    distances = (rows[:, None] - entries[None]).square().sum(-1)
+    assert torch.equal(quantizer.search(z, chunk=10), distances.argmin(1))
+
+
+def test_straight_through_gradient_and_losses():
+    """The reconstruction's gradient passes the quantizer unchanged; the losses pull entries and latents together."""
+    quantizer = fill_from_names(VQModel(tiny_config(codebook_l2_norm=False))).quantize
+    z = torch.randn(2, 4, 3, 3, requires_grad=True)
+    quantized, losses, codes = quantizer(z)
+    upstream = torch.randn_like(quantized)
+    (gradient,) = torch.autograd.grad(quantized, z, upstream, retain_graph=True)
+    assert torch.equal(gradient, upstream)
+
+    entries = quantizer.embedding.weight[codes].permute(0, 3, 1, 2)
+    gap = (z - entries).detach()
+    assert losses.codebook.item() == pytest.approx(gap.square().mean().item(), rel=1e-6)
+    assert losses.commitment.item() == pytest.approx(0.25 * gap.square().mean().item(), rel=1e-6)
+    (to_latent,) = torch.autograd.grad(losses.commitment, z, retain_graph=True)
+    torch.testing.assert_close(to_latent, 0.25 * 2 * gap / gap.numel())
+    (to_entries,) = torch.autograd.grad(losses.codebook, quantizer.embedding.weight)
+    slow = torch.zeros_like(to_entries)
+    for code, pull in zip(codes.flatten(), gap.permute(0, 2, 3, 1).reshape(-1, 4), strict=True):
+        slow[code] -= 2 * pull / gap.numel()
+    torch.testing.assert_close(to_entries, slow)
+
+
+def test_entropy_loss_closed_forms():
+    """All latents on one entry: sure (0) and unused codebook (0). Spread over V entries: -log V."""
+    config = tiny_config(codebook_size=4, entropy_loss_ratio=0.5)
+    quantizer = VQModel(config).quantize
+    quantizer.embedding.weight.data = torch.eye(4)
+    one = torch.eye(4)[:1].expand(8, 4)
+    assert quantizer.entropy_loss(one).item() == pytest.approx(0.0, abs=1e-4)
+    assert quantizer.entropy_loss(torch.eye(4)).item() == pytest.approx(-0.5 * torch.tensor(4.0).log(), abs=1e-4)
+
+
+def test_usage_is_a_window_of_the_latest_codes():
+    model = VQModel(tiny_config(codebook_size=10)).train()
+    model.quantize.record_usage(torch.arange(10).repeat(USAGE_WINDOW // 5))
+    assert model.quantize.usage() == 1.0
+    model.quantize.record_usage(torch.full((USAGE_WINDOW - 3,), 7))
+    assert model.quantize.codebook_used[:3].tolist() == [7, 8, 9]
+    assert model.quantize.usage() == pytest.approx(0.3)
+    before = model.quantize.codebook_used.clone()
+    model.eval()(torch.zeros(1, 3, 8, 8))
+    assert torch.equal(model.quantize.codebook_used, before)

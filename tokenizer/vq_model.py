@@ -1,0 +1,329 @@
+"""VQ tokenizer: images <-> grids of codes.
+
+- convolutional encoder and decoder of VQGAN (Esser et al. 2021), attention at the lowest resolution
+- vector quantizer with a low-dimensional, l2-normalised codebook (ViT-VQGAN, Yu et al. 2022; LlamaGen)
+- parameter names and shapes of the released ``vq_ds16_c2i.pt``
+
+Images are float (B, 3, H, W) in [-1, 1]; codes are int64 (B, H/f, W/f), f = ``config.downsample``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+USAGE_WINDOW = 65536  # codes over which codebook usage is counted; the size is part of released checkpoints
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """Architecture and losses of one tokenizer; travels inside our checkpoints as a dict."""
+
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 256
+    codebook_size: int = 16384
+    codebook_embed_dim: int = 8
+    codebook_l2_norm: bool = True
+    commit_loss_beta: float = 0.25
+    entropy_loss_ratio: float = 0.0
+    dropout_p: float = 0.0
+
+    @property
+    def downsample(self) -> int:
+        """Image pixels per code, along each side."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+VQ_models: dict[str, dict] = {
+    #             base width    width per level            blocks            latent            codebook
+    "VQ-16": dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, z_channels=256, codebook_size=16384),  # 72M
+    "VQ-8":  dict(ch=128, ch_mult=(1, 2, 2, 4),    num_res_blocks=2, z_channels=256, codebook_size=16384),  # 70M
+    "VQ-4":  dict(ch=32,  ch_mult=(1, 2, 2),       num_res_blocks=1, z_channels=64,  codebook_size=256),    # 1M
+}  # fmt: skip
+
+
+def nonlinearity(x: torch.Tensor) -> torch.Tensor:
+    """Swish."""
+    return F.silu(x)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups, eps 1e-6, as in VQGAN."""
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(norm(conv(norm(x)))), with a 1x1 shortcut where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout_p: float):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout_p)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(nonlinearity(self.norm1(x)))  # (B, C', H, W)
+        h = self.conv2(self.dropout(nonlinearity(self.norm2(h))))  # (B, C', H, W)
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h  # (B, C', H, W)
+
+
+class AttnBlock(nn.Module):
+    """x + single-head self-attention over all H*W places."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)  # (B, C, H, W)
+        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (B, 1, HW, C)
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, C)
+        return x + self.proj_out(h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))  # (B, C, H, W)
+
+
+class Downsample(nn.Module):
+    """Halve H and W by a strided convolution, padded at the right and bottom only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2)
+
+
+class Upsample(nn.Module):
+    """Double H and W by nearest neighbour and a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, attention after each where asked, then a change of resolution."""
+
+    def __init__(self, widths: list[int], attention: bool, resample: type[nn.Module] | None, dropout_p: float):
+        super().__init__()
+        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        self.res = nn.ModuleList(ResnetBlock(a, b, dropout_p) for a, b in pairs)
+        self.attn = nn.ModuleList(AttnBlock(b) for _, b in pairs if attention)
+        if resample is not None:
+            self.add_module(resample.__name__.lower(), resample(widths[-1]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i, block in enumerate(self.res):
+            x = block(x)  # (B, C, H, W)
+            if len(self.attn):
+                x = self.attn[i](x)  # (B, C, H, W)
+        for name in ("downsample", "upsample"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)  # (B, C, H', W')
+        return x
+
+
+def mid_blocks(channels: int, dropout_p: float) -> nn.ModuleList:
+    """The three blocks at the lowest resolution."""
+    first, last = (ResnetBlock(channels, channels, dropout_p) for _ in range(2))
+    return nn.ModuleList([first, AttnBlock(channels), last])
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, z_channels, H/f, W/f)."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
+        self.conv_blocks = nn.ModuleList()
+        before = config.ch
+        for i, width in enumerate(widths):
+            lowest = i == len(widths) - 1
+            resample = None if lowest else Downsample
+            self.conv_blocks.append(
+                Level([before] + [width] * config.num_res_blocks, lowest, resample, config.dropout_p)
+            )
+            before = width
+        self.mid = mid_blocks(before, config.dropout_p)
+        self.norm_out = group_norm(before)
+        self.conv_out = nn.Conv2d(before, config.z_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv_in(x)  # (B, C, H, W)
+        for block in (*self.conv_blocks, *self.mid):
+            h = block(h)  # (B, C', H', W')
+        return self.conv_out(nonlinearity(self.norm_out(h)))  # (B, Z, H/f, W/f)
+
+
+class Decoder(nn.Module):
+    """(B, z_channels, h, w) -> (B, 3, h*f, w*f)."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        widths = [config.ch * m for m in reversed(config.ch_mult)]
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.mid = mid_blocks(widths[0], config.dropout_p)
+        self.conv_blocks = nn.ModuleList()
+        before = widths[0]
+        for i, width in enumerate(widths):
+            resample = None if i == len(widths) - 1 else Upsample
+            self.conv_blocks.append(
+                Level([before] + [width] * (config.num_res_blocks + 1), i == 0, resample, config.dropout_p)
+            )
+            before = width
+        self.norm_out = group_norm(before)
+        self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
+
+    @property
+    def last_layer(self) -> torch.Tensor:
+        """Weight of the last layer, where adaptive GAN weights compare gradients."""
+        return self.conv_out.weight
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        h = self.conv_in(z)  # (B, C, h, w)
+        for block in (*self.mid, *self.conv_blocks):
+            h = block(h)  # (B, C', h', w')
+        return self.conv_out(nonlinearity(self.norm_out(h)))  # (B, 3, h*f, w*f)
+
+
+class QuantizerLoss(NamedTuple):
+    """Scalars of one batch; their sum is the quantizer's loss."""
+
+    codebook: torch.Tensor
+    commitment: torch.Tensor
+    entropy: torch.Tensor
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest codebook entry of each latent, with a straight-through gradient (van den Oord et al. 2017)."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.codebook_size, config.codebook_embed_dim)
+        # the latest codes of training, oldest first; float32 and this size in released checkpoints
+        self.register_buffer("codebook_used", torch.zeros(USAGE_WINDOW))
+
+    def codebook(self) -> torch.Tensor:
+        """(V, C) entries, unit length when ``codebook_l2_norm``."""
+        return self._normalize(self.embedding.weight)  # (V, C)
+
+    def _normalize(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(x, dim=-1) if self.config.codebook_l2_norm else x
+
+    def search(self, z: torch.Tensor, chunk: int = 4096) -> torch.Tensor:
+        """Nearest entry of each row: argmin |z - e|^2 = argmax z.e - |e|^2 / 2; (N, C) -> (N,) int64.
+
+        ``chunk`` rows at a time, so that at most chunk x V similarities exist at once. With unit entries |e| is
+        the same for all and drops out.
+        """
+        codebook = self.codebook()  # (V, C)
+        z = self._normalize(z)  # (N, C)
+        bias = None if self.config.codebook_l2_norm else -0.5 * codebook.square().sum(-1)  # (V,)
+        return torch.cat([F.linear(rows, codebook, bias).argmax(-1) for rows in z.split(chunk)])  # (N,)
+
+    def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, QuantizerLoss, torch.Tensor]:
+        """Quantize (B, C, h, w): quantized (B, C, h, w) with z's gradient, losses, codes (B, h, w) int64."""
+        z = self._normalize(z.permute(0, 2, 3, 1).float())  # (B, h, w, C)
+        with torch.no_grad():
+            codes = self.search(z.flatten(0, 2)).view(z.shape[:-1])  # (B, h, w)
+        quantized = F.embedding(codes, self.codebook())  # (B, h, w, C)
+        losses = QuantizerLoss(
+            codebook=F.mse_loss(quantized, z.detach()),
+            commitment=self.config.commit_loss_beta * F.mse_loss(z, quantized.detach()),
+            entropy=self.entropy_loss(z) if self.config.entropy_loss_ratio else z.new_zeros(()),
+        )
+        if self.training:
+            self.record_usage(codes)
+        quantized = z + (quantized - z).detach()  # (B, h, w, C)
+        return quantized.permute(0, 3, 1, 2), losses, codes
+
+    def entropy_loss(self, z: torch.Tensor, temperature: float = 0.01) -> torch.Tensor:
+        """ratio * (mean entropy per latent - entropy of the mean assignment); small when each latent is sure and
+        all entries are used (MaskGIT's tokenizer, Chang et al. 2022). Affinity is -|z - e|^2."""
+        codebook, z = self.codebook(), z.flatten(0, -2)  # (V, C), (N, C)
+        log_p = (-torch.cdist(z, codebook).square() / temperature).log_softmax(-1)  # (N, V)
+        p = log_p.exp()  # (N, V)
+        mean_p = p.mean(0)  # (V,)
+        per_latent = -(p * log_p).sum(-1).mean()
+        return self.config.entropy_loss_ratio * (per_latent + (mean_p * (mean_p + 1e-5).log()).sum())
+
+    @torch.no_grad()
+    def record_usage(self, codes: torch.Tensor) -> None:
+        """Shift the newest codes into the usage window."""
+        codes = codes.flatten()[-USAGE_WINDOW:].to(self.codebook_used.dtype)  # (N,)
+        self.codebook_used.copy_(torch.cat([self.codebook_used, codes])[-USAGE_WINDOW:])
+
+    def usage(self) -> float:
+        """Fraction of the codebook that occurs in the window of the latest training codes."""
+        return self.codebook_used.unique().numel() / self.config.codebook_size
+
+
+class VQModel(nn.Module):
+    """The tokenizer: ``encode`` to codes, ``decode_code`` back to images."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = VectorQuantizer(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, 1)
+
+    def init_weights(self) -> None:
+        """Initialise for training: convolutions keep torch's default.
+
+        ========  =======================================================
+        codebook  uniform in +-1/V, rows of unit length when l2-normalised
+        ========  =======================================================
+        """
+        bound = 1.0 / self.config.codebook_size
+        nn.init.uniform_(self.quantize.embedding.weight, -bound, bound)
+        if self.config.codebook_l2_norm:
+            with torch.no_grad():
+                self.quantize.embedding.weight.copy_(self.quantize.codebook())
+
+    def latent(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, C, H/f, W/f), before quantization."""
+        return self.quant_conv(self.encoder(images))  # (B, C, h, w)
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> codes (B, H/f, W/f) int64. H and W must be multiples of f."""
+        z = self.latent(images).permute(0, 2, 3, 1).float()  # (B, h, w, C)
+        return self.quantize.search(z.flatten(0, 2)).view(z.shape[:-1])  # (B, h, w)
+
+    def decode(self, quantized: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) -> images (B, 3, h*f, w*f), about [-1, 1]."""
+        return self.decoder(self.post_quant_conv(quantized))  # (B, 3, H, W)
+
+    def quantized(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codebook entries of codes (B, h, w): (B, C, h, w)."""
+        return F.embedding(codes, self.quantize.codebook()).permute(0, 3, 1, 2)  # (B, C, h, w)
+
+    def decode_code(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (B, h, w) int64 -> images (B, 3, h*f, w*f), about [-1, 1]."""
+        return self.decode(self.quantized(codes))  # (B, 3, H, W)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, QuantizerLoss, torch.Tensor]:
+        """Reconstruction (B, 3, H, W), quantizer losses, codes (B, h, w)."""
+        quantized, losses, codes = self.quantize(self.latent(images))  # (B, C, h, w), -, (B, h, w)
+        return self.decode(quantized), losses, codes

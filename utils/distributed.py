@@ -1,0 +1,68 @@
+"""One process or many, CUDA, CPU or MPS: what a script needs to know of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers: ``rank`` of ``size``, computing on ``device``."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that prints and writes shared files."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Average of ``x`` over the ranks (a new tensor)."""
+        x = x.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(x)
+            x /= self.size
+        return x
+
+
+def init_distributed() -> World:
+    """Join the job that torchrun's environment describes, or be the only process without it.
+
+    nccl on CUDA, gloo elsewhere; each local rank takes its own GPU.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"nproc_per_node asks for at least {local_rank + 1} GPUs, {torch.cuda.device_count()} are visible"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    elif torch.backends.mps.is_available() and size == 1:
+        device = torch.device("mps")
+    else:
+        device = torch.device("cpu")
+    if size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(rank, size, device)
+
+
+AUTOCAST_DTYPE = {"none": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast context for ``precision`` in none | bf16 | fp16 (none: float32, autocast off)."""
+    dtype = AUTOCAST_DTYPE[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

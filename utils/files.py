@@ -1,0 +1,64 @@
+"""Files that appear whole or not at all, and hashes of files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a path beside ``path`` to write to; on success fsync it and rename it to ``path``.
+
+    If the block raises (disk full, Ctrl-C), the half-written file is removed and whatever stood under
+    ``path`` before is untouched. A process killed in between leaves only a ``*.tmp-<pid>`` file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in 1 MiB blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def require_file(path: str | Path | None, option: str, hint: str = "") -> Path:
+    """Return ``path`` if it is a readable file; else a ``ValueError`` that names the option."""
+    hint = f" ({hint})" if hint else ""
+    if path is None:
+        raise ValueError(f"{option} is required{hint}")
+    if not Path(path).is_file():
+        what = "is a folder, not a file" if Path(path).is_dir() else "does not exist"
+        raise ValueError(f"{option}: {path} {what}{hint}")
+    return Path(path)
+
+
+def require_folder(path: str | Path, option: str, hint: str = "") -> Path:
+    """Return ``path`` if it is a folder; else a ``ValueError`` that names the option."""
+    if not Path(path).is_dir():
+        what = "is a file, not a folder" if Path(path).exists() else "does not exist"
+        raise ValueError(f"{option}: {path} {what}{f' ({hint})' if hint else ''}")
+    return Path(path)

@@ -1,0 +1,40 @@
+"""Tensors to pixels, and picture grids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from utils.files import atomic_path
+
+
+def to_uint8(images: torch.Tensor, size: int | None = None) -> torch.Tensor:
+    """[-1, 1] float (B, 3, H, W) -> uint8 (B, size, size, 3), rounded as the released sampler does.
+
+    Bicubic resize without antialiasing when ``size`` differs from H x W, then
+    trunc(clamp(127.5 x + 128, 0, 255)).
+    """
+    if size is not None and tuple(images.shape[-2:]) != (size, size):
+        images = F.interpolate(images, size=(size, size), mode="bicubic")  # (B, 3, S, S)
+    return (127.5 * images + 128.0).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)  # (B, S, S, 3)
+
+
+def save_png(path: str | Path, pixels: np.ndarray) -> None:
+    """Write uint8 (H, W, 3) as PNG, atomically."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")
+
+
+def image_grid(pixels: np.ndarray, columns: int, padding: int = 2) -> np.ndarray:
+    """uint8 (N, H, W, 3) -> one picture, ``columns`` images a row, white gaps of ``padding`` pixels."""
+    n, h, w, c = pixels.shape
+    rows = -(-n // columns)
+    canvas = np.full((rows * (h + padding) + padding, columns * (w + padding) + padding, c), 255, np.uint8)
+    for i, image in enumerate(pixels):
+        top, left = padding + i // columns * (h + padding), padding + i % columns * (w + padding)
+        canvas[top : top + h, left : left + w] = image
+    return canvas

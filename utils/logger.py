@@ -1,0 +1,52 @@
+"""Log lines to screen and file, progress with rate and time to finish; rank 0 only."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from utils.distributed import World
+
+
+def create_logger(world: World, folder: str | Path | None = None) -> logging.Logger:
+    """A logger that writes to the screen and to ``folder/log.txt`` on rank 0 and nowhere on other ranks."""
+    logger = logging.getLogger("par")
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO if world.is_main else logging.CRITICAL)
+    handlers: list[logging.Handler] = [_TqdmHandler()] if world.is_main else [logging.NullHandler()]
+    if world.is_main and folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(Path(folder) / "log.txt"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    return logger
+
+
+class _TqdmHandler(logging.Handler):
+    """Print above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def progress(
+    world: World, description: str, total: int, initial: int = 0, unit: str = "it", items: Iterable | None = None
+) -> tqdm:
+    """A tqdm bar (rate and time to finish included) on rank 0, a silent one elsewhere."""
+    return tqdm(
+        items,
+        desc=description,
+        total=total,
+        initial=initial,
+        unit=f" {unit}",
+        disable=not world.is_main,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,
+    )

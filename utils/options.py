@@ -1,0 +1,103 @@
+"""Command lines: one parser style, user's mistakes as one line, resolved options beside every output."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from utils.files import write_json
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keep the layout of description and example; append each default that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, False) or "%(default)" in (action.help or ""):
+            return action.help or ""
+        return super()._get_help_string(action)
+
+
+def make_parser(description: str, example: str) -> argparse.ArgumentParser:
+    """A parser that shows defaults and an example, and takes no abbreviations."""
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call ``main``; a user's mistake (``ValueError``, ``OSError``) ends in one line and exit status 2.
+
+    Under torchrun every rank sees the same mistake, and rank 0 says it. ``PAR_DEBUG=1`` keeps the traceback.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("PAR_DEBUG"):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def positive_int(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
+    return value
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number in [0, 1]."""
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def add_retired(parser: argparse.ArgumentParser, options: dict[str, tuple[bool, str]]) -> None:
+    """Accept options of the published scripts that need no effect any more.
+
+    ``options`` maps an option to (takes a value, what took its place); using one prints that once.
+    """
+    group = parser.add_argument_group("accepted for published command lines, without effect")
+    for option, (takes_value, replacement) in options.items():
+        group.add_argument(option, nargs=1 if takes_value else 0, action=_Retired, help=replacement)
+
+
+class _Retired(argparse.Action):
+    def __init__(self, option_strings, dest, nargs, help):  # noqa: A002 - argparse's name
+        super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=nargs, help=help, default=argparse.SUPPRESS)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"note: {option_string} has no effect any more: {self.help}", file=sys.stderr)
+
+
+def write_options(path: str | Path, args: argparse.Namespace, **facts: object) -> None:
+    """Write the resolved options, what made them, and ``facts`` as JSON."""
+    environment = {
+        "command": " ".join(sys.argv),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    write_json(path, {"options": vars(args), **facts, "environment": environment})
