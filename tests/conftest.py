@@ -53,7 +53,9 @@ def fill_from_names(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def run_command(*command: object, nproc: int = 1, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+def run_command(
+    *command: object, nproc: int = 1, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess:
     """Run a command line from the repository's root as a user would, on the CPU with ``nproc`` processes."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
     env |= {"PYTHON": sys.executable, "nproc_per_node": str(nproc), "CUDA_VISIBLE_DEVICES": "", **environment}

@@ -138,7 +138,8 @@ def test_batch_size_changes_nothing_but_rounding():
 
 
 @pytest.mark.parametrize(
-    "option, value", [("cfg_scale", 0.5), ("cfg_interval", -2), ("temperature", -1), ("top_k", -1), ("top_p", 0)]
+    "option, value",
+    [("cfg_scale", 0.5), ("cfg_interval", -2), ("temperature", -1), ("top_k", -1), ("top_p", 0)],
 )
 def test_impossible_options_are_named(option, value):
     with pytest.raises(ValueError, match="--" + option.replace("_", "-")):

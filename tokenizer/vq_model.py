@@ -9,12 +9,15 @@ Images are float (B, 3, H, W) in [-1, 1]; codes are int64 (B, H/f, W/f), f = ``c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from utils.checkpoint import find_state_dict, load_checkpoint, load_strictly, resolve
 
 USAGE_WINDOW = 65536  # codes over which codebook usage is counted; the size is part of released checkpoints
 
@@ -301,6 +304,10 @@ class VQModel(nn.Module):
             with torch.no_grad():
                 self.quantize.embedding.weight.copy_(self.quantize.codebook())
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The state dict without the usage window, which codes and images do not depend on."""
+        return {k: v for k, v in self.state_dict().items() if k != "quantize.codebook_used"}
+
     def latent(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, C, H/f, W/f), before quantization."""
         return self.quant_conv(self.encoder(images))  # (B, C, h, w)
@@ -327,3 +334,35 @@ class VQModel(nn.Module):
         """Reconstruction (B, 3, H, W), quantizer losses, codes (B, h, w)."""
         quantized, losses, codes = self.quantize(self.latent(images))  # (B, C, h, w), -, (B, h, w)
         return self.decode(quantized), losses, codes
+
+
+def make_vq_config(vq_model: str, **written: object) -> VQConfig:
+    """Config of a size of the table; fields that are not None override it."""
+    return VQConfig(**VQ_models[vq_model] | {k: v for k, v in written.items() if v is not None})
+
+
+def load_vq(path: str | Path | None, vq_model: str | None, **written: object) -> tuple[VQModel, str]:
+    """Tokenizer of a checkpoint, in ``eval()`` mode on the CPU, and the name of its size.
+
+    Our own checkpoints carry their config; for released ones it is that of ``vq_model`` (default VQ-16) with the
+    fields ``written`` (None: not written by the user). Raises ``ValueError`` where the two contradict, or where
+    names or shapes do not fit.
+    """
+    checkpoint = load_checkpoint(path, "--vq-ckpt")
+    own = checkpoint.get("config")
+    if own is not None:
+        known = {f.name for f in fields(VQConfig)}
+        if not isinstance(own, dict) or set(own) != known:
+            raise ValueError(f"--vq-ckpt: {path} holds no tokenizer: its config is of another model")
+        config = VQConfig(**own | {"ch_mult": tuple(own["ch_mult"])})
+        name = resolve("--vq-model", vq_model, checkpoint["vq_model"], f"--vq-ckpt {path}")
+        for field, value in written.items():
+            resolve(f"--{field.replace('_', '-')}", value, getattr(config, field), f"--vq-ckpt {path}")
+    else:
+        name = vq_model or "VQ-16"
+        config = make_vq_config(name, **written)
+    with torch.device("meta"):
+        model = VQModel(config)
+    state = find_state_dict(checkpoint, ("ema", "model", "state_dict"), path)
+    load_strictly(model, state, path, f"the tokenizer {name}")
+    return model.eval().requires_grad_(False), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import pickle
 import re
 import shutil
@@ -50,7 +51,10 @@ def find_state_dict(checkpoint: dict[str, Any], keys: Sequence[str], path: str |
 
 
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], path: str | Path, what: str) -> None:
-    """Load ``state`` into ``module``; names and shapes must all fit, else a ``ValueError`` says which do not."""
+    """Load ``state`` into ``module``; names and shapes must all fit, else a ``ValueError`` says which do not.
+
+    Tensors are taken over, not copied, so a module on the meta device may be loaded.
+    """
     own = module.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
@@ -66,7 +70,24 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], path: str |
         )
     if problems:
         raise ValueError(f"{path} does not fit {what}: parameters " + ", ".join(problems))
-    module.load_state_dict(state)
+    module.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, assign=True)
+
+
+def state_sha256(state: dict[str, torch.Tensor]) -> str:
+    """Hex SHA-256 over names, shapes and bytes of tensors: tells weights apart however their file was written."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def resolve(option: str, written: Any, fixed: Any, source: str) -> Any:
+    """The value that ``source`` fixes; a different one that the user wrote is a ``ValueError``."""
+    if written is not None and written != fixed:
+        raise ValueError(f"{option} {written} contradicts {source}, which says {fixed}; leave the option out")
+    return fixed
 
 
 def save_checkpoint(checkpoint: dict[str, Any], *paths: str | Path) -> None:

@@ -37,7 +37,12 @@ class _TqdmHandler(logging.Handler):
 
 
 def progress(
-    world: World, description: str, total: int, initial: int = 0, unit: str = "it", items: Iterable | None = None
+    world: World,
+    description: str,
+    total: int,
+    initial: int = 0,
+    unit: str = "it",
+    items: Iterable | None = None,
 ) -> tqdm:
     """A tqdm bar (rate and time to finish included) on rank 0, a silent one elsewhere."""
     return tqdm(

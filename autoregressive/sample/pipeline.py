@@ -1,0 +1,129 @@
+"""What both samplers share: their model and sampling options, and checkpoints -> a ready pair of models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from dataclasses import asdict, dataclass
+
+import torch
+
+from autoregressive.models.generate import SamplingOptions
+from autoregressive.models.gpt import GPT, GPT_models, load_gpt
+from autoregressive.models.region_order import resolve_parallelism
+from tokenizer.vq_model import VQ_models, VQModel, load_vq
+from utils.checkpoint import state_sha256
+from utils.distributed import AUTOCAST_DTYPE
+from utils.files import require_file, sha256_file
+from utils.options import positive_int
+
+
+def add_model_options(parser: ArgumentParser) -> None:
+    """Options that say which models, under the published names. All but the two files may be left out."""
+    group = parser.add_argument_group("models (what a checkpoint itself says need not be written)")
+    group.add_argument("--gpt-ckpt", help="GPT checkpoint, released or ours")
+    group.add_argument("--vq-ckpt", help="tokenizer checkpoint, released or ours")
+    group.add_argument("--gpt-model", choices=list(GPT_models), help="size (default: the checkpoint's)")
+    group.add_argument("--gpt-type", choices=["c2i"], default="c2i", help="class-conditional")
+    group.add_argument("--from-fsdp", action="store_true", help="--gpt-ckpt must be a bare state dict")
+    group.add_argument("--ar-token-num", type=positive_int, help="tokens predicted at once, n (default: checkpoint's)")
+    group.add_argument("--spe-token-num", type=int, help="special tokens; n - 1, and nothing else")
+    group.add_argument("--num-classes", type=positive_int, help="classes (default: the checkpoint's)")
+    group.add_argument("--image-size", type=positive_int, help="generated pixels (default: the checkpoint's, else 384)")
+    group.add_argument("--downsample-size", type=positive_int, help="pixels per code (default: the tokenizer's)")
+    group.add_argument("--vq-model", choices=list(VQ_models), help="size (default: the checkpoint's, else VQ-16)")
+    group.add_argument("--codebook-size", type=positive_int, help="entries (default: the checkpoint's, else 16384)")
+    group.add_argument("--codebook-embed-dim", type=positive_int, help="entry width (default: the checkpoint's or 8)")
+
+
+def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int) -> None:
+    """Options that say how to draw tokens and compute them."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--cfg-scale", type=float, default=cfg_scale, help="classifier-free guidance; 1 is none")
+    group.add_argument(
+        "--cfg-interval", type=int, default=-1, help="guide while at most this many tokens are decoded; -1: always"
+    )
+    group.add_argument("--temperature", type=float, default=1.0, help="of the softmax; 0 is greedy")
+    group.add_argument("--top-k", type=int, default=top_k, help="draw from the k likeliest tokens; 0 is all")
+    group.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this total")
+    group.add_argument("--precision", choices=["none", "fp16", "bf16"], default="bf16", help="of the GPT's weights")
+    group.add_argument(
+        "--compile",
+        action=BooleanOptionalAction,
+        default=True,
+        help="torch.compile the GPT (never used on the CPU)",
+    )
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A GPT and the tokenizer of its codes, on one device, in ``eval()`` mode."""
+
+    gpt: GPT
+    vq: VQModel
+    gpt_name: str
+    vq_name: str
+    image_size: int
+    options: SamplingOptions
+    device: torch.device
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Raster codes (B, T) -> images (B, 3, H, W), about [-1, 1], float32."""
+        with torch.inference_mode():
+            return self.vq.decode_code(codes.view(-1, *self.gpt.order.grid))  # (B, 3, H, W)
+
+    def fingerprint(self, args: Namespace) -> str:
+        """Short hash of everything that the bytes of the samples depend on."""
+        names = (
+            "precision",
+            "image_size_eval",
+            "per_proc_batch_size",
+            "num_fid_samples",
+            "global_seed",
+            "cfg_interval",
+        )
+        files = [sha256_file(args.gpt_ckpt), sha256_file(args.vq_ckpt)]
+        text = json.dumps([files, [getattr(args, n) for n in names], asdict(self.options)])
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def facts(self) -> dict[str, object]:
+        """What the checkpoints said, for the record beside the samples."""
+        return {"gpt_config": asdict(self.gpt.config), "vq_config": asdict(self.vq.config)}
+
+
+def load_pipeline(args: Namespace, device: torch.device) -> Pipeline:
+    """Load both checkpoints and check that they and the options fit each other; ``ValueError`` where not."""
+    options = SamplingOptions(args.cfg_scale, args.cfg_interval, args.temperature, args.top_k, args.top_p)
+    hint = "see pretrained_models/README.md for the released files"
+    require_file(args.gpt_ckpt, "--gpt-ckpt", hint)
+    require_file(args.vq_ckpt, "--vq-ckpt", hint)
+    n = args.ar_token_num
+    if n is None and args.spe_token_num is not None:
+        n = args.spe_token_num + 1
+    if n is not None:
+        n = resolve_parallelism(n, args.spe_token_num)
+    vq, vq_name = load_vq(
+        args.vq_ckpt, args.vq_model, codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim
+    )
+    downsample = vq.config.downsample
+    if args.downsample_size not in (None, downsample):
+        raise ValueError(f"--downsample-size {args.downsample_size}: {vq_name} has {downsample}")
+    if args.image_size is not None and args.image_size % downsample:
+        raise ValueError(f"--image-size {args.image_size} is no multiple of {vq_name}'s downsampling, {downsample}")
+    grid = None if args.image_size is None else (args.image_size // downsample,) * 2
+    gpt, gpt_name, checkpoint = load_gpt(
+        args.gpt_ckpt, grid, args.gpt_model, n, args.num_classes, vq.config.codebook_size, bare=args.from_fsdp
+    )
+    trained_on = checkpoint.get("tokenizer_sha256")
+    if trained_on is not None and trained_on != state_sha256(vq.weights()):
+        raise ValueError(
+            f"--vq-ckpt {args.vq_ckpt} is not the tokenizer whose codes --gpt-ckpt {args.gpt_ckpt} learned"
+        )
+    dtype = AUTOCAST_DTYPE[args.precision]
+    gpt = gpt.to(device) if dtype is None else gpt.cast_weights(dtype).to(device)
+    if args.compile and device.type == "cuda":
+        gpt.trunk = torch.compile(gpt.trunk, dynamic=True)
+    image_size = gpt.order.grid[0] * downsample
+    vq = vq.to(device, memory_format=torch.channels_last)
+    return Pipeline(gpt, vq, gpt_name, vq_name, image_size, options, device)

@@ -1,0 +1,183 @@
+"""The ``.npz`` files that the evaluator reads: images as a stream, statistics and labels whole, nothing unpickled."""
+
+from __future__ import annotations
+
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from evaluations.c2i.metrics import Statistics
+from utils.files import require_file
+
+IMAGES, LABELS = "arr_0", "labels"
+HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+@dataclass(frozen=True)
+class ImageArchive:
+    """What an ``.npz`` holds: images ``arr_0`` (N, H, W, 3), read batch by batch, statistics, labels (N,).
+
+    ``shape`` is that of the images, None if there are none; ``pool`` and ``spatial`` are the stored statistics
+    (``mu``, ``sigma`` and ``mu_s``, ``sigma_s``), None if there are none.
+    """
+
+    path: Path
+    shape: tuple[int, int, int, int] | None
+    pool: Statistics | None
+    spatial: Statistics | None
+    labels: np.ndarray | None
+
+    @property
+    def count(self) -> int:
+        """Number of images; 0 if the file holds statistics alone."""
+        return self.shape[0] if self.shape else 0
+
+    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        """The images in file order: (B, H, W, 3) uint8, or float32 for a file of floats, values 0-255.
+
+        Holds one batch at a time. Raises ``ValueError`` for a damaged file and for floats outside 0-255.
+        """
+        with _readable(self.path), zipfile.ZipFile(self.path) as archive:
+            member = _open_member(archive, IMAGES, self.path)
+            whole = member.read(member.shape) if member.fortran_order else None
+            peak = 255.0 if member.dtype == np.uint8 else 0.0
+            for start in range(0, self.count, batch_size):
+                size = min(batch_size, self.count - start)
+                batch = member.read((size, *member.shape[1:])) if whole is None else whole[start : start + size]
+                if member.dtype != np.uint8:
+                    batch = batch.astype(np.float32)
+                    peak = max(peak, _highest_pixel(batch, self.path))
+                yield torch.from_numpy(np.ascontiguousarray(batch))
+        if peak <= 1:
+            raise ValueError(f"{self.path}: arr_0 has no value above {peak:g}, expected values in 0..255")
+
+
+def open_archive(path: str | Path, name: str) -> ImageArchive:
+    """Look into an ``.npz`` without reading its images; ``name`` is what messages call it.
+
+    Raises one-line ``ValueError`` for a file that is no whole ``.npz``, holds neither images nor statistics, or
+    holds them with another dtype or shape, Python objects or too few bytes.
+    """
+    path = require_file(path, name)
+    with _readable(path), zipfile.ZipFile(path) as archive:
+        found = [entry.removesuffix(".npy") for entry in archive.namelist()]
+        shape = _image_shape(_open_member(archive, IMAGES, path), path) if IMAGES in found else None
+        pool = _read_statistics(archive, "mu", "sigma", found, path)
+        spatial = _read_statistics(archive, "mu_s", "sigma_s", found, path)
+        labels = _read_labels(archive, shape, found, path)
+    if shape is None and pool is None:
+        keys = ", ".join(found) or "nothing"
+        raise ValueError(f"{name}: {path} holds neither images (arr_0) nor statistics (mu and sigma); found {keys}")
+    return ImageArchive(path, shape, pool, spatial, labels)
+
+
+@dataclass
+class _Member:
+    """One array of an archive, its header read, its values still to come."""
+
+    stream: BinaryIO
+    name: str
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+
+    def read(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The next values as an array of ``shape``."""
+        data = bytearray(self.stream.read(math.prod(shape) * self.dtype.itemsize))
+        values = np.frombuffer(data, self.dtype)
+        if values.size != math.prod(shape):
+            raise EOFError(f"{self.name} ends too early")
+        return values.reshape(shape, order="F" if self.fortran_order else "C")
+
+
+def _open_member(archive: zipfile.ZipFile, name: str, path: Path) -> _Member:
+    """Read the header of an array, and hold it against the number of bytes that are there."""
+    info = archive.getinfo(f"{name}.npy")
+    stream = archive.open(info)
+    try:
+        version = np.lib.format.read_magic(stream)
+        shape, fortran_order, dtype = HEADER_READERS[version](stream)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: {name} is no readable array: {str(error).splitlines()[0]}") from error
+    if dtype.hasobject:
+        raise ValueError(f"{path}: {name} holds Python objects, which are never loaded; expected numbers")
+    expected, present = math.prod(shape) * dtype.itemsize, info.file_size - stream.tell()
+    if expected != present:
+        raise ValueError(f"{path}: {name} should have {expected} bytes of values and has {present}: damaged file")
+    return _Member(stream, name, shape, fortran_order, dtype)
+
+
+def _image_shape(member: _Member, path: Path) -> tuple[int, int, int, int]:
+    shape, dtype = member.shape, member.dtype
+    if len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        raise ValueError(f"{path}: {member.name} has the shape {shape}, expected images (N, H, W, 3)")
+    if dtype != np.uint8 and dtype.kind != "f":
+        raise ValueError(f"{path}: {member.name} is {dtype}, expected uint8 (or floats) with values 0-255")
+    return shape
+
+
+def _read_statistics(
+    archive: zipfile.ZipFile, mu_name: str, sigma_name: str, found: list[str], path: Path
+) -> Statistics | None:
+    present = [name for name in (mu_name, sigma_name) if name in found]
+    if not present:
+        return None
+    if len(present) == 1:
+        raise ValueError(f"{path} holds {present[0]} without its partner; expected {mu_name} and {sigma_name}")
+    mu, sigma = (_read_whole(archive, name, path) for name in present)
+    if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or mu.ndim != 1 or sigma.shape != mu.shape * 2:
+        raise ValueError(
+            f"{path}: {mu_name} is {mu.dtype} {mu.shape} and {sigma_name} {sigma.dtype} {sigma.shape}, "
+            "expected floats (D,) and (D, D)"
+        )
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"{path}: {mu_name} or {sigma_name} holds values that are not finite")
+    return Statistics(mu, sigma)
+
+
+def _read_labels(
+    archive: zipfile.ZipFile, shape: tuple[int, ...] | None, found: list[str], path: Path
+) -> np.ndarray | None:
+    if LABELS not in found or shape is None:
+        return None
+    labels = _read_whole(archive, LABELS, path)
+    if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
+        raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}, expected {shape[0]} integers")
+    return labels
+
+
+def _read_whole(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
+    member = _open_member(archive, name, path)
+    return member.read(member.shape)
+
+
+def _highest_pixel(batch: np.ndarray, path: Path) -> float:
+    low, high = float(batch.min()), float(batch.max())
+    if not (low >= 0 and high <= 255):
+        raise ValueError(f"{path}: arr_0 has values in {low:g}..{high:g}, expected 0..255")
+    return high
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what ``zipfile`` raises for damaged, encrypted or foreign files into one ``ValueError``."""
+    try:
+        yield
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        struct.error,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
+        raise ValueError(f"{path} is no whole .npz file: {error}") from error

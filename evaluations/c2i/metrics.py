@@ -1,0 +1,223 @@
+"""FID, sFID, Inception Score, Precision and Recall: features -> statistics -> number.
+
+Pure functions without files, networks or options. They follow the TensorFlow evaluator of ADM (Dhariwal & Nichol
+2021, arXiv 2105.05233), which the field's published ImageNet figures come from, down to the dtype of each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.special import rel_entr
+
+# Nearest-neighbour distances are decided upon in blocks of this many rows and columns: the overflow of one
+# distance sends its whole block to float32, so this number is part of the metric.
+DISTANCE_BLOCK = 10_000
+# Rows of a block that are worked on at once; bounds the memory, changes nothing.
+DISTANCE_ROWS = 1_000
+
+
+class Statistics(NamedTuple):
+    """Mean (D,) and covariance (D, D) of one set of features."""
+
+    mu: np.ndarray
+    sigma: np.ndarray
+
+
+class PrecisionRecall(NamedTuple):
+    """Two fractions in [0, 1], and how many of the distance blocks were worked out in float32."""
+
+    precision: float
+    recall: float
+    float32_blocks: int
+    blocks: int
+
+
+def mean_and_covariance(features: np.ndarray) -> Statistics:
+    """mu = 1/N sum x,  Sigma = 1/(N-1) sum (x - mu)(x - mu)^T.
+
+    ``features`` (N, D) float32, N >= 2, all finite. Returns float32 ``mu`` (D,) and float64 ``sigma`` (D, D): the
+    mean is taken in the dtype of the features, the covariance in float64. Raises ``ValueError`` for other input.
+    """
+    _require_features(features, "features", least=2)
+    return Statistics(features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False)))
+
+
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+    """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))  (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
+
+    With S1 = A A^T and S2 = B B^T the last trace is the sum of the singular values of A^T B: symmetric in its
+    arguments and exact for covariances without full rank, where a matrix square root of S1 S2 is not.
+    Means (D,), covariances (D, D), any float dtype. Raises ``ValueError`` when the sizes differ.
+    """
+    size = np.size(mu1)
+    if not (np.shape(mu1) == np.shape(mu2) == (size,) and np.shape(sigma1) == np.shape(sigma2) == (size, size)):
+        shapes = ", ".join(str(np.shape(x)) for x in (mu1, sigma1, mu2, sigma2))
+        raise ValueError(f"statistics of different sizes cannot be compared: mu, sigma, mu, sigma are {shapes}")
+    difference = np.subtract(mu1, mu2).astype(np.float64)
+    cross = np.linalg.svd(_factor(sigma1).T @ _factor(sigma2), compute_uv=False).sum()
+    return float(difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+
+
+def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
+    """Mean over the splits of exp(E_x KL(p(y|x) || p(y)))  (Salimans et al. 2016, arXiv 1606.03498, section 4).
+
+    ``probabilities`` (N, classes), rows that sum to 1, in file order; the splits are runs of ``split_size`` rows and
+    a short last one counts as much as any other. Raises ``ValueError`` for other input.
+    """
+    _require_features(probabilities, "probabilities", least=1)
+    scores = []
+    for start in range(0, len(probabilities), split_size):
+        part = probabilities[start : start + split_size].astype(np.float64)
+        scores.append(np.exp(rel_entr(part, part.mean(axis=0)).sum(axis=1).mean()))
+    return float(np.mean(scores))
+
+
+def class_accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Fraction of images whose likeliest class is their label.
+
+    ``probabilities`` (N, classes), ``labels`` (N,) integers in [0, classes). Raises ``ValueError`` for other input.
+    """
+    _require_features(probabilities, "probabilities", least=1)
+    require_labels(labels, *probabilities.shape)
+    return float((probabilities.argmax(axis=1) == labels).mean())
+
+
+def require_labels(labels: np.ndarray, count: int, classes: int) -> None:
+    """Raise ``ValueError`` unless ``labels`` are ``count`` integers in [0, ``classes``)."""
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels are {labels.dtype} {labels.shape}, expected {count} integers, one per image")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"labels lie in {labels.min()}..{labels.max()}, the network knows 0..{classes - 1}")
+
+
+def precision_recall(
+    reference: np.ndarray,
+    samples: np.ndarray,
+    k: int = 3,
+    exact: bool = False,
+    device: torch.device | str = "cpu",
+) -> PrecisionRecall:
+    """precision = |{s: |s - r|^2 <= radius(r) for some r}| / |S|, recall the same with the sets exchanged.
+
+    radius(r) is the squared distance from r to its k-th nearest neighbour in its own set (Kynkaanniemi et al.
+    2019, arXiv 1904.06991, eq. 1-2). ``reference`` (N, D) and ``samples`` (M, D) float32, N and M > k. Distances
+    are float16 as in the TensorFlow evaluator, a block with an overflow float32; ``exact`` makes all of them float32.
+    Holds at most one block of 10,000 x 10,000 at a time. Raises ``ValueError`` for sets that are too small.
+    """
+    _require_features(reference, "reference features", least=k + 1)
+    _require_features(samples, "sample features", least=k + 1)
+    ref = torch.as_tensor(reference, dtype=torch.float32, device=device)  # (N, D)
+    fake = torch.as_tensor(samples, dtype=torch.float32, device=device)  # (M, D)
+    tally = _Tally()
+    ref_radii = neighbour_radii(ref, k, exact, tally)  # (N,)
+    fake_radii = neighbour_radii(fake, k, exact, tally)  # (M,)
+    ref_found = torch.zeros(len(ref), dtype=torch.bool, device=device)
+    fake_found = torch.zeros(len(fake), dtype=torch.bool, device=device)
+    for rows, columns, distance in distance_slabs(ref, fake, exact, tally):  # (n, m)
+        ref_found[rows] |= (distance <= fake_radii[columns]).any(dim=1)
+        fake_found[columns] |= (distance <= ref_radii[rows, None]).any(dim=0)
+    precision, recall = fake_found.double().mean().item(), ref_found.double().mean().item()
+    return PrecisionRecall(precision, recall, tally.float32_blocks, tally.blocks)
+
+
+class _Tally:
+    """How many distance blocks there were, and how many of them in float32."""
+
+    def __init__(self) -> None:
+        self.blocks = 0
+        self.float32_blocks = 0
+
+
+def neighbour_radii(features: torch.Tensor, k: int, exact: bool, tally: _Tally | None = None) -> torch.Tensor:
+    """Squared distance from each row of ``features`` (N, D) to its k-th nearest other row: (N,) float32.
+
+    A row counts as its own nearest neighbour, so it is the (k + 1)-th smallest distance of the row.
+    """
+    nearest = torch.full((len(features), k + 1), torch.inf, device=features.device)
+    for rows, _, distance in distance_slabs(features, features, exact, tally):
+        smallest = distance.topk(min(k + 1, distance.shape[1]), dim=1, largest=False).values
+        nearest[rows] = torch.cat([nearest[rows], smallest], dim=1).topk(k + 1, dim=1, largest=False).values
+    return nearest.amax(dim=1)
+
+
+def distance_slabs(
+    u: torch.Tensor, v: torch.Tensor, exact: bool, tally: _Tally | None = None
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """|u_i - v_j|^2 for all rows of ``u`` (N, D) and ``v`` (M, D), in pieces: (rows, columns, float32 (n, m)).
+
+    Each block is float16 if all of it stays finite so, else (or if ``exact``) float32.
+    """
+    tally = tally or _Tally()
+    for rows in _slices(0, len(u), DISTANCE_BLOCK):
+        for columns in _slices(0, len(v), DISTANCE_BLOCK):
+            half = None if exact else _half_block(u[rows], v[columns])
+            tally.blocks += 1
+            tally.float32_blocks += half is None
+            for slab in _slices(rows.start, rows.stop, DISTANCE_ROWS):
+                if half is None:
+                    distance = _distances(u[slab], v[columns])
+                else:
+                    distance = half[slab.start - rows.start : slab.stop - rows.start].float()
+                yield slab, columns, distance
+
+
+def _half_block(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
+    """Distances as float16 (n, m), or None when one of them is not finite."""
+    u, v = u.half(), v.half()
+    norm_u, norm_v = _half_squared_norms(u), _half_squared_norms(v)
+    block = torch.empty(len(u), len(v), dtype=torch.float16, device=u.device)
+    v = v.float().T  # (D, m)
+    for rows in _slices(0, len(u), DISTANCE_ROWS):
+        product = (u[rows].float() @ v).half()  # summed in float32, as a float16 product is, and rounded
+        block[rows] = ((norm_u[rows, None] - 2 * product) + norm_v).clamp_(min=0)
+        if not block[rows].isfinite().all():
+            return None
+    return block
+
+
+def _distances(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """max(|u|^2 - 2 u.v + |v|^2, 0) in float32: (n, m)."""
+    norm_u, norm_v = u.square().sum(dim=1), v.square().sum(dim=1)
+    return ((norm_u[:, None] - 2 * (u @ v.T)) + norm_v).clamp_(min=0)
+
+
+def _half_squared_norms(x: torch.Tensor) -> torch.Tensor:
+    """|x|^2 of float16 rows (N, D) as float16 (N,), rounded after each addition in TensorFlow's order on a CPU.
+
+    Rows of more than 1600 values are halved; what is left is summed in 32 interleaved running sums, these are
+    added as four groups of 8, and the 8 sums at the end are added in float32.
+    """
+    width = x.shape[1]
+    if width > 1600:
+        middle = -(-width // 16) * 8
+        return _half_squared_norms(x[:, :middle]) + _half_squared_norms(x[:, middle:])
+    squares = torch.nn.functional.pad(x * x, (0, -width % 32)).view(len(x), -1, 4, 8)  # (N, D/32, 4, 8)
+    sums = torch.zeros_like(squares[:, 0])  # (N, 4, 8)
+    for square in squares.unbind(dim=1):
+        sums = sums + square
+    lanes = ((sums[:, 0] + sums[:, 1]) + sums[:, 2]) + sums[:, 3]  # (N, 8)
+    return lanes.float().sum(dim=1).half()
+
+
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    """[start, stop) in consecutive slices of at most ``size``."""
+    for begin in range(start, stop, size):
+        yield slice(begin, min(begin + size, stop))
+
+
+def _factor(sigma: np.ndarray) -> np.ndarray:
+    """A (D, rank) with A A^T = sigma; eigenvalues within rounding of zero are left out."""
+    values, vectors = np.linalg.eigh(np.asarray(sigma, np.float64))
+    kept = values > values.max() * len(values) * np.finfo(np.float64).eps
+    return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def _require_features(x: np.ndarray, what: str, least: int) -> None:
+    if x.ndim != 2 or len(x) < least:
+        raise ValueError(f"{what} have the shape {tuple(x.shape)}, expected at least {least} rows")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{what} hold values that are not finite")

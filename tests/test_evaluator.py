@@ -1,0 +1,282 @@
+"""The evaluator's command line: the published lines and figures, and mistakes as one line before any work."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from evaluations.c2i import evaluator
+from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier, save_classifier
+from evaluations.c2i.image_archive import open_archive
+from evaluations.c2i.metrics import mean_and_covariance
+from tests.conftest import run_command
+from tests.test_inception import recipe_state
+
+FIVE = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
+
+
+def numbers(text: str) -> dict[str, float]:
+    """``title: value`` lines as a dict."""
+    return {k: float(v) for k, v in re.findall(r"^([A-Za-z ]+): ([-+.\de]+)$", text, re.MULTILINE)}
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """A folder with ref.npz and sam.npz (8 x 8 images with labels) and a classifier for them."""
+    generator = np.random.default_rng(0)
+    for name, count in (("ref", 30), ("sam", 25)):
+        images = generator.integers(0, 256, (count, 8, 8, 3), np.uint8)
+        np.savez(tmp_path / f"{name}.npz", arr_0=images, labels=np.arange(count) % 3)
+    torch.manual_seed(0)
+    save_classifier(tmp_path / "net.pt", SmallClassifier(ClassifierConfig(8, 3)), ["a", "b", "c"])
+    return tmp_path
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys):
+    """``evaluate(folder, *options)`` on ref.npz and sam.npz with the classifier, in this process."""
+
+    def call(folder, *options, ref="ref.npz", sam="sam.npz", network=("--feature-network", "net.pt")):
+        monkeypatch.chdir(folder)
+        words = [ref, sam, *network, "--device", "cpu", *map(str, options)]
+        monkeypatch.setattr(sys, "argv", ["evaluator.py", *words])
+        evaluator.main()
+        return capsys.readouterr()
+
+    return call
+
+
+# the published evaluator
+
+
+def test_end_to_end_is_the_published_evaluator(golden, tmp_path):
+    z = golden("evaluator_end_to_end_tf.npz")
+    np.savez(tmp_path / "g_ref.npz", arr_0=z["ref_images"])
+    np.savez(tmp_path / "g_sam.npz", arr_0=z["sample_images"])
+    torch.save(recipe_state(), tmp_path / "recipe.pth")
+    script = "evaluations/c2i/evaluator.py"
+    files = (tmp_path / "g_ref.npz", tmp_path / "g_sam.npz")
+    weights = ("--inception-weights", tmp_path / "recipe.pth", "--allow-unknown-weights")
+    done = run_command(sys.executable, script, *files, *weights)
+
+    expected = numbers(str(z["txt"]))
+    written = (tmp_path / "g_sam.txt").read_text()
+    found = numbers(written)
+    assert list(found) == list(expected) == FIVE
+    assert found == {k: found[k] for k in numbers(done.stdout)}
+    assert (found["Precision"], found["Recall"]) == (expected["Precision"], expected["Recall"])
+    for name in FIVE[:3]:
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
+
+    lines = iter(done.stdout.splitlines())
+    for line in str(z["stdout"]).splitlines()[1:]:  # the first warms up TensorFlow
+        title = line.split(":")[0].replace("g_sam", str(tmp_path / "g_sam"))
+        assert any(found_line.startswith(title) for found_line in lines), line
+    assert "float16" in done.stdout
+    assert "warning: 40 sample images" in done.stderr
+
+
+def test_without_weights_nothing_starts(sets, evaluate, monkeypatch, capsys):
+    monkeypatch.setattr(evaluator, "PRETRAINED_MODELS", sets / "pretrained_models")
+    with pytest.raises(ValueError, match="no Inception weights: expected pt_inception") as error:
+        evaluate(sets, network=())
+    assert "\n" not in str(error.value)
+    assert "activations" not in capsys.readouterr().out
+    assert not (sets / "sam.txt").exists()
+
+
+# numbers and files
+
+
+def test_reports_to_screen_text_and_json(sets, evaluate):
+    out = evaluate(sets, "--output", "out/figures.json").out
+    text = (sets / "sam.txt").read_text()
+    assert list(numbers(text)) == ["Inception Score", "FID", "Precision", "Recall", "Class accuracy"]  # no sFID
+    assert text in out
+    written = json.loads((sets / "out" / "figures.json").read_text())
+    assert written["metrics"]["fid"] == numbers(text)["FID"]
+    assert (written["reference_images"], written["sample_images"]) == (30, 25)
+    assert written["distances"] == "float16, as in the TensorFlow evaluator"
+    assert len(written["network"]["sha256"]) == 64
+
+
+def test_a_set_against_itself_is_perfect(sets, evaluate):
+    evaluate(sets, ref="sam.npz")
+    found = numbers((sets / "sam.txt").read_text())
+    assert found["FID"] == pytest.approx(0, abs=1e-9)
+    assert (found["Precision"], found["Recall"]) == (1, 1)
+
+
+def test_exact_distances_are_said(sets, evaluate):
+    assert "distances: float16" in evaluate(sets).out
+    assert "distances: float32 (--exact-distances)" in evaluate(sets, "--exact-distances").out
+
+
+@pytest.mark.parametrize("change", ["batch size", "float64", "compressed", "Fortran order"])
+def test_how_images_are_stored_and_read_changes_nothing(sets, evaluate, change):
+    evaluate(sets)
+    before = numbers((sets / "sam.txt").read_text())
+    images, labels = (np.load(sets / "sam.npz")[k] for k in ("arr_0", "labels"))
+    if change == "float64":
+        images = images.astype(np.float64)
+    if change == "Fortran order":
+        images = np.asfortranarray(images)
+    save = np.savez_compressed if change == "compressed" else np.savez
+    save(sets / "sam.npz", arr_0=images, labels=labels)
+    evaluate(sets, *(["--batch-size", 7] if change == "batch size" else []))
+    assert numbers((sets / "sam.txt").read_text()) == pytest.approx(before, rel=1e-5)
+
+
+def test_images_are_read_one_batch_at_a_time(sets, monkeypatch):
+    sizes = []
+    read = zipfile.ZipExtFile.read
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda f, n=-1: sizes.append(n) or read(f, n))
+    batches = list(open_archive(sets / "ref.npz", "REF").batches(4))
+    assert [len(b) for b in batches] == [4] * 7 + [2]
+    assert torch.equal(torch.cat(batches), torch.from_numpy(np.load(sets / "ref.npz")["arr_0"]))
+    assert max(sizes) <= 4 * 8 * 8 * 3 + 200 or max(sizes) <= 1024
+
+
+# stored statistics
+
+
+def stored(seed: int, width: int = 64) -> dict[str, np.ndarray]:
+    features = np.random.default_rng(seed).standard_normal((200, width)).astype(np.float32)
+    return dict(zip(("mu", "sigma"), mean_and_covariance(features), strict=True))
+
+
+def test_statistics_alone_give_fid_and_sfid_without_a_network(sets, evaluate):
+    spatial = {f"{k}_s": v for k, v in stored(3, 20).items()}
+    np.savez(sets / "ref.npz", **stored(1, 30), **spatial)
+    np.savez(sets / "sam.npz", **stored(2, 30), **spatial)
+    err = evaluate(sets, network=()).err
+    found = numbers((sets / "sam.txt").read_text())
+    assert list(found) == ["FID", "sFID"]
+    assert found["FID"] > 0.1
+    assert found["sFID"] == pytest.approx(0, abs=1e-9)
+    assert "sam.npz holds statistics alone" in err
+
+
+def test_reference_statistics_are_used_instead_of_its_images(sets, evaluate):
+    statistics = stored(1)
+    np.savez(sets / "stats.npz", **statistics)
+    np.savez(sets / "both.npz", arr_0=np.load(sets / "ref.npz")["arr_0"], **statistics)
+    evaluate(sets)
+    computed = numbers((sets / "sam.txt").read_text())
+    err = evaluate(sets, ref="stats.npz").err
+    alone = numbers((sets / "sam.txt").read_text())
+    assert "stats.npz holds statistics alone: no Precision" in err
+    assert list(alone) == ["Inception Score", "FID", "Class accuracy"]
+    evaluate(sets, ref="both.npz")
+    both = numbers((sets / "sam.txt").read_text())
+    assert both == {**computed, "FID": alone["FID"]}
+    assert both["FID"] != pytest.approx(computed["FID"], rel=0.01)
+
+
+def test_sample_statistics_are_used_instead_of_its_images(sets, evaluate):
+    np.savez(sets / "sam.npz", arr_0=np.load(sets / "sam.npz")["arr_0"], **stored(1))
+    np.savez(sets / "same.npz", **stored(1))
+    evaluate(sets, ref="same.npz")
+    assert numbers((sets / "sam.txt").read_text())["FID"] == pytest.approx(0, abs=1e-9)
+
+
+def test_statistics_of_another_network_are_refused(sets, evaluate):
+    np.savez(sets / "ref.npz", **stored(1, width=50))
+    with pytest.raises(ValueError, match="do not belong together: pool features of 50 and 64"):
+        evaluate(sets)
+
+
+# mistakes
+
+
+IMAGES = np.full((5, 8, 8, 3), 9, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"images": IMAGES}, "holds neither images .*found images"),
+        ({"arr_0": IMAGES.astype(object)}, "Python objects"),
+        ({"arr_0": IMAGES.astype(np.int64)}, "arr_0 is int64, expected uint8"),
+        ({"arr_0": IMAGES[..., :1]}, r"shape \(5, 8, 8, 1\), expected images"),
+        ({"arr_0": IMAGES[:0]}, r"shape \(0, 8, 8, 3\)"),
+        ({"arr_0": IMAGES[:3]}, "holds 3 images, at least 4"),
+        ({"arr_0": IMAGES - 20.0}, r"values in -11..-11, expected 0..255"),
+        ({"arr_0": IMAGES / 255.0}, "no value above .*expected values in 0..255"),
+        ({"arr_0": IMAGES * np.nan}, "values in nan"),
+        ({"arr_0": IMAGES[:, :4, :4]}, "trained on 8x8x3 images, these are 4x4x3"),
+        ({"arr_0": IMAGES, "labels": np.zeros(4, int)}, "labels are .*expected 5 integers"),
+        ({"arr_0": IMAGES, "labels": np.full(5, 3)}, "labels lie in 3..3, the network knows 0..2"),
+        ({"mu": np.zeros(3)}, "mu without its partner"),
+        ({"mu": np.zeros(3), "sigma": np.eye(2)}, "expected floats"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3) * np.inf}, "not finite"),
+    ],
+)
+def test_unusable_arrays_are_one_line(sets, evaluate, content, message):
+    np.savez(sets / "sam.npz", **content)
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate(sets)
+    assert "\n" not in str(error.value)
+    assert not (sets / "sam.txt").exists()
+
+
+def truncate(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flip_a_pixel(data: bytes) -> bytes:
+    return data[:1000] + bytes([data[1000] ^ 1]) + data[1001:]
+
+
+def shorten_the_header(data: bytes) -> bytes:
+    return data.replace(b"'shape': (25, 8, 8, 3)", b"'shape': (24, 8, 8, 3)")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda _: b"no zip at all", "is no whole .npz file"),
+        (truncate, "is no whole .npz file"),
+        (flip_a_pixel, "is no whole .npz file: Bad CRC"),
+        (shorten_the_header, "should have 4608 bytes of values and has 4800"),
+    ],
+)
+def test_damaged_files_are_one_line(sets, evaluate, damage, message):
+    path = sets / "sam.npz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate(sets)
+    assert "\n" not in str(error.value)
+    assert not (sets / "sam.txt").exists()
+
+
+def test_a_pickle_inside_an_archive_is_never_run(sets, evaluate):
+    with zipfile.ZipFile(sets / "sam.npz", "w") as archive:
+        archive.writestr("arr_0.npy", b"cos\nsystem\n(S'touch ran'\ntR.")
+    with pytest.raises(ValueError, match="arr_0 is no readable array"):
+        evaluate(sets)
+    assert not (sets / "ran").exists()
+
+
+def test_a_name_without_npz_is_refused(sets, evaluate):
+    """The published evaluator writes its text over such a file."""
+    (sets / "sam.npz").rename(sets / "samples")
+    before = (sets / "samples").read_bytes()
+    with pytest.raises(ValueError, match="does not end in .npz"):
+        evaluate(sets, sam="samples")
+    assert (sets / "samples").read_bytes() == before
+
+
+def test_unusable_device_and_files_are_named(sets, evaluate):
+    with pytest.raises(ValueError, match="--device: nonsense cannot be used"):
+        evaluate(sets, "--device", "nonsense")
+    with pytest.raises(ValueError, match="REF: nowhere.npz does not exist"):
+        evaluate(sets, ref="nowhere.npz")
+    with pytest.raises(ValueError, match="--feature-network: none.pt does not exist"):
+        evaluate(sets, network=("--feature-network", "none.pt"))

@@ -1,0 +1,119 @@
+"""The 2015 Inception against TensorFlow's outputs, from weights that anyone can make again."""
+
+from __future__ import annotations
+
+import zlib
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from evaluations.c2i import inception
+
+
+@cache
+def recipe_constants(use_gamma: bool) -> dict[str, np.ndarray]:
+    """The constants of the golden file's recipe; without ``use_gamma`` batch norms do not scale (case B)."""
+    shapes = {k: tuple(v.shape) for k, v in inception.Inception2015().state_dict().items()}
+    constants = {}
+
+    def random(name: str) -> np.random.RandomState:
+        return np.random.RandomState(zlib.crc32(name.encode()))
+
+    for module, scope in inception.TENSORFLOW_SCOPES.items():
+        out, fan, height, width = shapes[f"{module}.conv.weight"]
+        name = f"{scope}/conv2d_params"
+        std = np.sqrt(2 / (height * width * fan))
+        constants[name] = random(name).standard_normal((height, width, fan, out)) * std
+        for constant in ("beta", "moving_mean"):
+            name = f"{scope}/batchnorm/{constant}"
+            constants[name] = random(name).standard_normal(out) * 0.1
+        name = f"{scope}/batchnorm/moving_variance"
+        constants[name] = 0.5 + random(name).random_sample(out)
+        name = f"{scope}/batchnorm/gamma"
+        constants[name] = 0.8 + 0.4 * random(name).random_sample(out) if use_gamma else np.ones(out)
+    constants["softmax/weights"] = random("softmax/weights").standard_normal((2048, 1008)) * 0.05
+    constants["softmax/biases"] = random("softmax/biases").standard_normal(1008) * 0.5
+    return {k: v.astype(np.float32) for k, v in constants.items()}
+
+
+def recipe_state(use_gamma: bool = True) -> dict[str, torch.Tensor]:
+    """The recipe's weights under our names."""
+    return inception.state_from_tensorflow(recipe_constants(use_gamma))
+
+
+def assert_close(found: torch.Tensor, expected: np.ndarray, relative: float) -> None:
+    """Equal to ``relative`` of the largest expected value."""
+    assert found.shape == expected.shape
+    assert found.dtype == torch.float32
+    assert np.abs(found.numpy() - expected).max() <= relative * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("size", ["1x1", "8x8", "32x32", "64x64", "200x333", "256x256", "299x299", "512x512"])
+def test_resize_is_bit_for_bit_that_of_tf1(golden, size):
+    z = golden("evaluator_resize_tf1.npz")
+    out = inception.resize_tf1(torch.from_numpy(z[f"in_{size}"]), 299).numpy()
+    assert np.array_equal(out[:, ::5, ::5], z[f"out5_{size}"])
+    assert np.array_equal(np.stack([out[:, -1], out[:, :, -1]]), z[f"lastrowcol_{size}"])
+    np.testing.assert_allclose(out.sum(axis=(1, 2), dtype=np.float64), z[f"sum64_{size}"], rtol=1e-14)
+
+
+def test_resize_takes_floats_as_they_are():
+    images = torch.rand(1, 7, 9, 3) * 255
+    assert torch.equal(inception.resize_tf1(images, 7)[:, :, 0], images[:, :, 0])
+
+
+@pytest.mark.parametrize("case", ["A", "B"])
+def test_features_are_those_of_tensorflow(golden, case):
+    z = golden("evaluator_inception_random_tf.npz")
+    network = inception.build_inception(recipe_state(use_gamma=case == "A"), "recipe")
+    for name in ("im64", "im256", "im512"):
+        with torch.inference_mode():
+            pool, spatial, probabilities = network(torch.from_numpy(z[name]))
+        assert_close(pool, z[f"{case}_{name}_pool"], 1e-5)
+        assert_close(spatial, z[f"{case}_{name}_spatial"], 2e-5)
+        if f"{case}_{name}_softmax" in z:
+            np.testing.assert_allclose(probabilities.numpy(), z[f"{case}_{name}_softmax"], rtol=1e-4)
+
+
+def test_every_convolution_of_the_graph_has_its_own_scope():
+    modules = {k.removesuffix(".conv.weight") for k in inception.Inception2015().state_dict() if ".conv." in k}
+    assert modules == set(inception.TENSORFLOW_SCOPES)
+    assert len(set(inception.TENSORFLOW_SCOPES.values())) == len(modules) == 94
+
+
+def test_a_weights_file_in_the_old_format_without_counters_loads(tmp_path):
+    """The published file is of 2019: torch's format before zip, batch norms without num_batches_tracked."""
+    state = recipe_state()
+    assert not any(k.endswith("num_batches_tracked") for k in state)
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    network = inception.load_inception(tmp_path / "old.pth")
+    assert torch.equal(network.fc.weight, state["fc.weight"])
+
+
+def test_a_file_of_another_network_is_refused(tmp_path):
+    torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="does not fit the Inception network of 2015"):
+        inception.load_inception(tmp_path / "other.pth")
+
+
+def test_missing_weights_are_described(tmp_path):
+    published = inception.PUBLISHED_WEIGHTS[0]
+    with pytest.raises(ValueError, match="no Inception weights") as missing:
+        inception.find_weights(None, tmp_path, allow_unknown=False)
+    with pytest.raises(ValueError, match="does not exist") as elsewhere:
+        inception.find_weights(tmp_path / "x.pth", tmp_path, allow_unknown=True)
+    for message in (str(missing.value), str(elsewhere.value)):
+        assert "\n" not in message
+        for part in (published.name, "95,628,359", published.sha256, "pytorch-fid", str(tmp_path)):
+            assert part in message
+
+
+def test_weights_of_unknown_hash_are_refused_unless_allowed(tmp_path):
+    unknown = tmp_path / inception.PUBLISHED_WEIGHTS[0].name
+    unknown.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="not a published file.*--allow-unknown-weights"):
+        inception.find_weights(None, tmp_path, allow_unknown=False)
+    assert inception.find_weights(None, tmp_path, allow_unknown=True) == unknown
+    assert inception.find_weights(unknown, tmp_path / "elsewhere", allow_unknown=True) == unknown

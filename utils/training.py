@@ -1,0 +1,120 @@
+"""What the training loops share: seeds, optimizer, EMA, gradient clipping, where runs and checkpoints stand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from utils.files import require_folder
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch for one training step, so that a resumed run draws what the uninterrupted one draws."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def make_adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """Fused AdamW; weight decay on matrices and convolutions, none on norms and biases."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+class Ema:
+    """Exponential moving average of a module's parameters: average += (1 - decay) (parameter - average)."""
+
+    def __init__(self, module: nn.Module, decay: float = 0.9999):
+        self.decay = decay
+        self.average = {k: p.detach().clone() for k, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move towards the module's parameters."""
+        torch._foreach_lerp_(list(self.average.values()), list(module.parameters()), 1.0 - self.decay)
+
+    def state_dict(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """The averages, with the module's own buffers: a state dict that loads into the module."""
+        return module.state_dict() | self.average
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Take averages back from a state dict."""
+        for name, average in self.average.items():
+            average.copy_(state[name])
+
+
+def split_batch(global_batch: int, world_size: int, accumulation: int) -> int:
+    """Items of one process's micro-batch; ``ValueError`` if the global batch does not split evenly."""
+    if global_batch % (world_size * accumulation):
+        raise ValueError(
+            f"--global-batch-size {global_batch} does not split over {world_size} processes x "
+            f"{accumulation} accumulation steps; take a multiple of {world_size * accumulation}"
+        )
+    return global_batch // (world_size * accumulation)
+
+
+def check_finite(values: Iterable[torch.Tensor], step: int, lr: float) -> None:
+    """``ValueError`` when a logged loss is not a finite number."""
+    if not all(torch.isfinite(v).all() for v in values):
+        raise ValueError(
+            f"the loss is not a finite number at or shortly before step {step} (learning rate {lr:.3g}); the last "
+            f"checkpoint is from before it: lower --lr, or use --mixed-precision bf16 or none instead of fp16"
+        )
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where one run writes: logs and options in ``folder``, checkpoints in every one of ``checkpoint_folders``.
+
+    The name is a function of the options, so the same command finds its checkpoints again and resumes.
+    """
+
+    folder: Path
+    checkpoint_folders: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, results_dir: str, cloud_save_path: str, no_local_save: bool, name: str) -> RunFolder:
+        """Local results and the durable copy; with ``no_local_save`` the durable place is the only one."""
+        cloud = Path(cloud_save_path) / name
+        if no_local_save:
+            return cls(cloud, (cloud / "checkpoints",))
+        folder = Path(results_dir) / name
+        folders = dict.fromkeys(p.absolute() for p in (folder / "checkpoints", cloud / "checkpoints"))
+        return cls(folder, tuple(folders))
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Path and content of the newest whole checkpoint, or None at the start of a run."""
+        path = newest_checkpoint(*self.checkpoint_folders)
+        return None if path is None else (path, load_checkpoint(path, "resume"))
+
+    def save(self, step: int, checkpoint: dict[str, Any]) -> Path:
+        """Write a checkpoint to every place; returns the last, most durable one."""
+        paths = [folder / f"{step:07d}.pt" for folder in self.checkpoint_folders]
+        save_checkpoint(checkpoint, *paths)
+        return paths[-1]
+
+    def make(self) -> None:
+        """Create the folders now, so that an unwritable place is found before long work starts."""
+        for folder in (self.folder, *self.checkpoint_folders):
+            folder.mkdir(parents=True, exist_ok=True)
+            require_folder(folder, "--cloud-save-path / --results-dir")
+
+
+def check_same_run(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """``ValueError`` if a run found on disk was made with options that cannot change in mid-run."""
+    differing = [k for k, v in now.items() if before.get(k) != v]
+    if differing:
+        k = differing[0]
+        raise ValueError(
+            f"{path} is of a run with another {', '.join(differing)} ({k}: {before.get(k)} there, {now[k]} now); "
+            f"give another --results-dir and --cloud-save-path, or the same options to resume"
+        )
