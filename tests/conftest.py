@@ -59,7 +59,7 @@ def run_command(
     """Run a command line from the repository's root as a user would, on the CPU with ``nproc`` processes."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
     env |= {"PYTHON": sys.executable, "nproc_per_node": str(nproc), "CUDA_VISIBLE_DEVICES": "", **environment}
-    words = [str(w) for w in command]
+    words = [sys.executable if w == "python3" else str(w) for w in command]
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")

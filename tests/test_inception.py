@@ -117,3 +117,10 @@ def test_weights_of_unknown_hash_are_refused_unless_allowed(tmp_path):
         inception.find_weights(None, tmp_path, allow_unknown=False)
     assert inception.find_weights(None, tmp_path, allow_unknown=True) == unknown
     assert inception.find_weights(unknown, tmp_path / "elsewhere", allow_unknown=True) == unknown
+
+
+def test_weights_of_published_hash_are_found_in_the_folder(tmp_path, monkeypatch):
+    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of the three letters below
+    monkeypatch.setattr(inception, "PUBLISHED_WEIGHTS", (inception.WeightsFile("w.pth", 3, sha256, "nowhere"),))
+    (tmp_path / "w.pth").write_bytes(b"abc")
+    assert inception.find_weights(None, tmp_path, allow_unknown=False) == tmp_path / "w.pth"

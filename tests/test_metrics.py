@@ -73,6 +73,11 @@ def test_frechet_distance_of_gaussians_with_known_answer():
     assert found == pytest.approx(9 + 1 + 9 + 0 + 9, rel=1e-12)
 
 
+def test_small_variances_count():
+    s = np.diag([1.0, 1e-8])
+    assert metrics.frechet_distance(np.zeros(2), s, np.zeros(2), s) == pytest.approx(0, abs=1e-14)
+
+
 def test_frechet_distance_of_a_point_to_a_gaussian():
     assert metrics.frechet_distance(np.ones(2), np.zeros((2, 2)), np.zeros(2), np.eye(2)) == pytest.approx(4)
 
@@ -192,6 +197,12 @@ def test_a_set_covers_itself_and_nothing_far_away(exact):
     x = features(20, 64)
     assert metrics.precision_recall(x, x, exact=exact)[:2] == (1, 1)
     assert metrics.precision_recall(x, x + 50, exact=exact)[:2] == (0, 0)
+
+
+def test_the_edge_of_a_neighbourhood_belongs_to_it():
+    """0 and 10 have squared radius 100, so have 20 and 30: 20 is just reached from 10, and 10 from 20."""
+    reference, samples = np.array([[0], [10]], np.float32), np.array([[20], [30]], np.float32)
+    assert metrics.precision_recall(reference, samples, k=1)[:2] == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("exact", [False, True])

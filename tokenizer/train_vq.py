@@ -214,7 +214,7 @@ def main() -> None:
         saving = done % args.ckpt_every == 0 or done == total_steps
         if done % args.log_every == 0 or saving:
             means = world.mean(sums / since)
-            check_finite([means], done, optimizer.param_groups[0]["lr"])
+            check_finite([means, *(model.parameters() if saving else ())], done, optimizer.param_groups[0]["lr"])
             names = ("loss", "reconstruction", "codebook")
             text = ", ".join(f"{k} {v:.4f}" for k, v in zip(names, means.tolist(), strict=True))
             lr = optimizer.param_groups[0]["lr"]

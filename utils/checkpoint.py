@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import pickle
 import re
 import shutil
 import zipfile
@@ -30,7 +29,7 @@ def load_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except Exception as error:  # a damaged or hostile file may break the reader in any way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{option}: {path} is no readable checkpoint of tensors: {reason}") from error
     if not isinstance(checkpoint, dict):

@@ -63,7 +63,7 @@ def split_batch(global_batch: int, world_size: int, accumulation: int) -> int:
 
 
 def check_finite(values: Iterable[torch.Tensor], step: int, lr: float) -> None:
-    """``ValueError`` when a logged loss is not a finite number."""
+    """``ValueError`` when a logged loss, or a weight that is about to be saved, is not a finite number."""
     if not all(torch.isfinite(v).all() for v in values):
         raise ValueError(
             f"the loss is not a finite number at or shortly before step {step} (learning rate {lr:.3g}); the last "

@@ -263,7 +263,7 @@ def main() -> None:
         if done % args.log_every == 0 or saving:
             mean = world.mean(loss_sum / since)
             lr = optimizer.param_groups[0]["lr"]
-            check_finite([mean], done, lr)
+            check_finite([mean, *(model.parameters() if saving else ())], done, lr)
             logger.info(f"step {done} (epoch {done / steps_per_epoch:.2f}): loss {mean.item():.4f}, lr {lr:.2e}")
             loss_sum, since = torch.zeros((), device=device), 0
         if saving:

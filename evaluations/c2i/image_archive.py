@@ -69,7 +69,7 @@ def open_archive(path: str | Path, name: str) -> ImageArchive:
     """
     path = require_file(path, name)
     with _readable(path), zipfile.ZipFile(path) as archive:
-        found = [entry.removesuffix(".npy") for entry in archive.namelist()]
+        found = [entry.removesuffix(".npy") for entry in archive.namelist() if entry.endswith(".npy")]
         shape = _image_shape(_open_member(archive, IMAGES, path), path) if IMAGES in found else None
         pool = _read_statistics(archive, "mu", "sigma", found, path)
         spatial = _read_statistics(archive, "mu_s", "sigma_s", found, path)

@@ -120,7 +120,7 @@ def precision_recall(
     for rows, columns, distance in distance_slabs(ref, fake, exact, tally):  # (n, m)
         ref_found[rows] |= (distance <= fake_radii[columns]).any(dim=1)
         fake_found[columns] |= (distance <= ref_radii[rows, None]).any(dim=0)
-    precision, recall = fake_found.double().mean().item(), ref_found.double().mean().item()
+    precision, recall = fake_found.sum().item() / len(fake), ref_found.sum().item() / len(ref)
     return PrecisionRecall(precision, recall, tally.float32_blocks, tally.blocks)
 
 

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Install what is missing, then lint and all tests; options go to pytest.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements-dev.txt
+set -x
+ruff check .
+ruff format --check .
+python -m pytest "$@"

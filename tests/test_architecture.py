@@ -1,0 +1,77 @@
+"""The shape of the tree: imports flow one way, every option is read, every script explains itself."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, run_command
+
+# layer -> what it may import of ours; entry scripts may import everything below them
+ALLOWED = {
+    "utils": {"utils"},
+    "dataset": {"dataset", "utils"},
+    "tokenizer": {"tokenizer", "dataset", "utils"},
+    "autoregressive/models": {"autoregressive.models", "utils"},
+    "autoregressive": {"autoregressive", "tokenizer", "dataset", "utils"},
+    "evaluations": {"evaluations", "utils"},
+}
+OURS = ("utils", "dataset", "tokenizer", "autoregressive", "evaluations")
+SOURCES = sorted(p.relative_to(ROOT) for top in OURS for p in (ROOT / top).rglob("*.py"))
+SCRIPTS = [p for p in SOURCES if "__main__" in (ROOT / p).read_text()]
+SCRIPTS += sorted(p.relative_to(ROOT) for p in (ROOT / "scripts").rglob("*.py"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules.add(node.module)
+        elif isinstance(node, ast.Import):
+            modules |= {a.name for a in node.names}
+    return {m for m in modules if m.split(".")[0] in OURS}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_imports_flow_one_way(path):
+    layer = max((k for k in ALLOWED if str(path).startswith(k + "/")), key=len)
+    for module in imported_modules(path):
+        assert any(module == a or module.startswith(a + ".") for a in ALLOWED[layer]), f"{path} imports {module}"
+
+
+def test_no_script_imports_another():
+    names = {str(p.with_suffix("")).replace("/", ".") for p in SCRIPTS}
+    for path in SOURCES:
+        assert not imported_modules(path) & names, path
+
+
+def declared_options(path: Path) -> set[str]:
+    """Destinations of every add_argument of a file but the ones that are accepted without effect."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+            flags = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            long = [f for f in flags if f.startswith("--")] or flags
+            found |= {f.lstrip("-").replace("-", "_") for f in long[:1]}
+    return found
+
+
+# one legal value each: choices of argparse reject everything else, and nothing depends on them
+CHECKED_BY_ARGPARSE = {"gpt_type", "cls_token_num"}
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if declared_options(p)], ids=str)
+def test_every_option_is_read(path):
+    """A declared option is read as args.NAME, or by name through a loop over names, somewhere in its layer."""
+    top = ROOT / path.parts[0] if path.parts[0] != "utils" else ROOT
+    text = "\n".join(p.read_text() for p in top.rglob("*.py"))
+    unread = {n for n in declared_options(path) if not re.search(rf'args\.{n}\b|"{n}"|    {n}: ', text)}
+    assert unread <= CHECKED_BY_ARGPARSE
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=str)
+def test_help_has_an_example(path):
+    text = run_command("python3", path, "--help").stdout
+    assert "example:" in text
+    assert len(text.splitlines()) > 5

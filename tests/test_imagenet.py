@@ -1,0 +1,58 @@
+"""Image files of every mode become upright 8-bit RGB."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset.imagenet import list_images, open_image
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "RGBA", "LA", "1", "I;16"])
+def test_modes(tmp_path, mode):
+    grey = np.tile(np.linspace(0, 255, 16, dtype=np.uint8), (16, 1))
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode == "P":
+        image = Image.fromarray(grey).convert("RGB").quantize(256)
+    else:
+        image = Image.fromarray(grey).convert("RGB" if mode in ("CMYK", "RGBA") else mode).convert(mode)
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    image.save(path)
+    pixels = np.asarray(open_image(path))
+    assert pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8
+    expected = grey if mode != "1" else np.asarray(Image.open(path).convert("L"))
+    assert np.abs(pixels.astype(int) - expected[..., None]).max() <= 3  # a palette has 256 of 2^24 colours
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, :8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    upright = np.asarray(open_image(tmp_path / "turned.png"))
+    assert upright.shape == (16, 8, 3)
+    assert upright[:8].min() == 255 and upright[8:].max() == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"this is text", b"\x89PNG\r\n\x1a\n broken"])
+def test_unreadable_files_are_named(tmp_path, content):
+    (tmp_path / "bad.jpg").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.jpg is not a readable image"):
+        open_image(tmp_path / "bad.jpg")
+
+
+def test_listing_is_sorted_by_class_and_names_what_is_missing(tmp_path):
+    for name in ("b/1.png", "a/2.png", "a/1 with space.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    listing = list_images(tmp_path)
+    assert listing.classes == ["a", "b"]
+    assert [label for _, label in listing.samples] == [0, 0, 1]
+    with pytest.raises(ValueError, match="no class folders"):
+        list_images(tmp_path / "a")
+    (tmp_path / "empty" / "class").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no images"):
+        list_images(tmp_path / "empty")
+    with pytest.raises(ValueError, match="--data-path: .*nowhere does not exist"):
+        list_images(tmp_path / "nowhere")

@@ -1,0 +1,327 @@
+"""The published command lines as a user runs them: whole path, one process or two, killed or not, and mistakes."""
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from tests.conftest import ROOT, fill_from_names, run_command
+from tokenizer.vq_model import VQModel, make_vq_config
+
+EXTRACT = ("bash", "scripts/autoregressive/extract_codes_c2i.sh")
+TRAIN = ("bash", "scripts/autoregressive/train_c2i.sh")
+SAMPLE = ("bash", "scripts/autoregressive/sample_c2i.sh")
+TRAIN_VQ = ("bash", "scripts/tokenizer/train_vq.sh")
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """Images of 3 classes, a random tokenizer in our format, its codes: what the later steps start from."""
+    folder = tmp_path_factory.mktemp("work")
+    rng = np.random.default_rng(0)
+    for label in ("ape", "bee", "cat"):
+        (folder / "images" / label).mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.integers(0, 256, (40, 36 + i, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / label / f"{i}.png")
+    vq = fill_from_names(VQModel(make_vq_config("VQ-4", codebook_size=64)))
+    torch.save({"model": vq.state_dict(), "vq_model": "VQ-4", "config": asdict(vq.config)}, folder / "vq.pt")
+    extract(folder, folder / "codes")
+    return folder
+
+
+def extract(work: Path, codes: Path, *options: object, nproc: int = 1):
+    base = ("--vq-ckpt", work / "vq.pt", "--data-path", work / "images", "--code-path", codes, "--image-size", 32)
+    return run_command(*EXTRACT, *base, "--ten-crop", "--shard-size", 5, "--num-workers", 1, *options, nproc=nproc)
+
+
+def shard_digests(codes: Path) -> list[str]:
+    return [digest(p) for p in sorted((codes / "shards").iterdir())]
+
+
+def test_extraction_is_the_same_for_any_processes_and_batch_and_makes_only_what_is_missing(work, tmp_path):
+    first = shard_digests(work / "codes")
+    assert len(first) == 5
+    extract(work, tmp_path / "two", "--batch-size", 7, nproc=2)
+    assert shard_digests(tmp_path / "two") == first
+    meta = json.loads((tmp_path / "two" / "meta.json").read_text())
+    assert meta["classes"] == ["ape", "bee", "cat"]
+    assert [s["sha256"] for s in meta["shards"]] == first
+    assert (meta["grid"], len(meta["crops"]), meta["num_coded_images"]) == ([8, 8], 10, 24)
+    (tmp_path / "two" / "shards" / "00002.npz").unlink()
+    again = extract(work, tmp_path / "two")
+    assert "1 of 5 shards to make" in again.stdout
+    assert shard_digests(tmp_path / "two") == first
+
+
+def test_extracted_codes_are_those_of_the_crops(work):
+    """Crop 1 of image 4 (class bee, 5 shards of 5) is the tokenizer's code of that crop, made by hand."""
+    from torchvision.transforms import TenCrop
+
+    from dataset.augmentation import center_crop
+    from dataset.codes import open_codes
+    from tokenizer.vq_model import load_vq
+
+    vq, _ = load_vq(work / "vq.pt", None)
+    pixels = center_crop(Image.open(work / "images" / "bee" / "3.png"), 35)
+    crops = torch.stack(TenCrop(32)(torch.from_numpy(pixels.copy()).permute(2, 0, 1)))
+    expected = vq.encode(crops.float() / 127.5 - 1).flatten(1)
+    codes = open_codes(work / "codes")
+    assert codes.labels[11] == 1
+    assert np.array_equal(codes.gather(np.full(10, 11), np.arange(10)), expected.numpy())
+
+
+TRAIN_OPTIONS = ("--gpt-model", "GPT-T", "--epochs", 5, "--global-batch-size", 8, "--lr", 1e-3, "--warmup-epochs", 1)
+
+
+def train(work: Path, cloud: Path, *options: object, **run_options):
+    base = ("--cloud-save-path", cloud, "--no-local-save", "--code-path", work / "codes", "--spe-token-num", 3)
+    base += ("--ar-token-num", 4, "--mixed-precision", "none", "--log-every", 1, *TRAIN_OPTIONS)
+    return run_command(*TRAIN, *base, *options, **run_options)
+
+
+def final_checkpoint(cloud: Path, name: str = "GPT-T-4x-32") -> dict:
+    paths = sorted((cloud / name / "checkpoints").iterdir())
+    return torch.load(paths[-1], weights_only=True)
+
+
+def same_tensors(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def trained(work) -> Path:
+    train(work, work / "gpt", "--ckpt-every", 4, "--ema")
+    return work / "gpt" / "GPT-T-4x-32" / "checkpoints" / "0000015.pt"
+
+
+def test_training_resumes_at_the_very_next_step_bit_for_bit(work, trained, tmp_path):
+    """All later checkpoints removed, as after a kill: the rest is trained again and ends in the same bits."""
+    folder = tmp_path / "GPT-T-4x-32" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "0000008.pt").write_bytes((trained.parent / "0000008.pt").read_bytes())
+    (folder / "0000012.pt.tmp-99").write_bytes(b"half-written")
+    log = train(work, tmp_path, "--ckpt-every", 4, "--ema").stdout
+    assert "at step 8" in log and "step 9 " in log and "step 8 " not in log
+    ours, expected = final_checkpoint(tmp_path), torch.load(trained, weights_only=True)
+    assert ours["steps"] == expected["steps"] == 15
+    for key in ("model", "ema"):
+        assert same_tensors(ours[key], expected[key]), key
+    assert not same_tensors(ours["model"], ours["ema"])
+
+
+def test_training_killed_at_a_random_moment_ends_in_the_same_bits(work, trained, tmp_path):
+    command = ["bash", "scripts/autoregressive/train_c2i.sh", "--cloud-save-path", str(tmp_path), "--no-local-save"]
+    command += ["--code-path", str(work / "codes"), "--ar-token-num", "4", "--mixed-precision", "none"]
+    command += [str(o) for o in TRAIN_OPTIONS] + ["--log-every", "1", "--ckpt-every", "1", "--ema"]
+    env = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "nproc_per_node": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    folder = tmp_path / "GPT-T-4x-32" / "checkpoints"
+    deadline = time.time() + 120
+    while not list(folder.glob("0000003.pt*")):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = run_command(*command)
+    assert "resumed from" in done.stdout
+    assert same_tensors(final_checkpoint(tmp_path)["model"], torch.load(trained, weights_only=True)["model"])
+
+
+def losses(log: str) -> list[float]:
+    return [float(line.split("loss ")[1].split(",")[0]) for line in log.splitlines() if ": loss " in line]
+
+
+def test_processes_and_accumulation_change_nothing_but_rounding(work, tmp_path):
+    off = ("--dropout-p", 0, "--attn-dropout-p", 0, "--token-dropout-p", 0, "--class-dropout-prob", 0)
+    one = losses(train(work, tmp_path / "1", *off).stdout)
+    two = losses(train(work, tmp_path / "2", *off, nproc=2).stdout)
+    accumulated = losses(train(work, tmp_path / "3", *off, "--gradient-accumulation-steps", 4).stdout)
+    assert len(one) == 15 and one[-1] < one[0]
+    assert two == pytest.approx(one, abs=2e-4)
+    assert accumulated == pytest.approx(one, abs=2e-4)
+
+
+def test_local_results_and_cloud_hold_the_same(work, trained, tmp_path):
+    base = ("--cloud-save-path", tmp_path / "cloud", "--results-dir", tmp_path / "results", "--epochs", 1)
+    base += ("--code-path", work / "codes", "--gpt-model", "GPT-T", "--global-batch-size", 8, "--gpt-ckpt", trained)
+    run_command(*TRAIN, *base)
+    local, cloud = (tmp_path / p / "GPT-T-4x-32" for p in ("results", "cloud"))
+    assert digest(local / "checkpoints/0000003.pt") == digest(cloud / "checkpoints/0000003.pt")
+    options = json.loads((local / "options.json").read_text())["options"]
+    assert (options["lr"], options["lr_schedule"], options["attn_dropout_p"]) == (1e-4, "cosine", 0.1)
+    assert "loss" in (local / "log.txt").read_text()
+
+
+def sample(work: Path, gpt: Path, folder: Path, *options: object, nproc: int = 1):
+    base = ("--vq-ckpt", work / "vq.pt", "--gpt-ckpt", gpt, "--sample-dir", folder, "--image-size-eval", 24)
+    base += ("--num-fid-samples", 22, "--per-proc-batch-size", 4, "--precision", "none", "--cfg-scale", 1.5)
+    return run_command(*SAMPLE, *base, *options, nproc=nproc)
+
+
+SAMPLE_NAME = "GPT-T-0000015-size-32-size-24-VQ-4-topk-0-topp-1.0-temperature-1.0-cfg-1.5-seed-0"
+
+
+@pytest.fixture(scope="module")
+def sampled(work, trained) -> Path:
+    sample(work, trained, work / "samples")
+    return work / "samples" / f"{SAMPLE_NAME}.npz"
+
+
+def test_samples_have_the_published_form(sampled):
+    with np.load(sampled, allow_pickle=False) as npz:
+        assert npz["arr_0"].shape == (22, 24, 24, 3) and npz["arr_0"].dtype == np.uint8
+        assert npz["labels"].shape == (22,) and set(npz["labels"]) <= {0, 1, 2}
+    assert json.loads(sampled.with_suffix(".json").read_text())["options"]["cfg_scale"] == 1.5
+    assert sorted(p.name for p in sampled.parent.iterdir()) == [f"{SAMPLE_NAME}.json", f"{SAMPLE_NAME}.npz"]
+
+
+def test_two_processes_and_a_kill_give_the_same_bytes(work, trained, sampled, tmp_path):
+    command = ["bash", "scripts/autoregressive/sample_c2i.sh", "--vq-ckpt", str(work / "vq.pt"), "--gpt-ckpt"]
+    command += [str(trained), "--sample-dir", str(tmp_path), "--image-size-eval", "24", "--num-fid-samples", "22"]
+    command += ["--per-proc-batch-size", "4", "--precision", "none", "--cfg-scale", "1.5"]
+    env = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "nproc_per_node": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while len(list(tmp_path.glob("*.chunks/*.npz"))) < 2:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / f"{SAMPLE_NAME}.npz").exists()
+    run_command(*command, "--png", nproc=2)
+    assert digest(tmp_path / f"{SAMPLE_NAME}.npz") == digest(sampled)
+    assert not list(tmp_path.glob("*.chunks"))
+
+
+def test_pngs_are_the_images(work, trained, sampled, tmp_path):
+    sample(work, trained, tmp_path, "--png")
+    pngs = sorted((tmp_path / SAMPLE_NAME).iterdir())
+    with np.load(sampled, allow_pickle=False) as npz:
+        assert np.array_equal(np.stack([np.asarray(Image.open(p)) for p in pngs]), npz["arr_0"])
+
+
+def test_grid_picture(work, trained, tmp_path):
+    options = ("--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--classes", 0, 2, "--images-per-class", 3)
+    run_command("python3", "autoregressive/sample/sample_c2i.py", *options, "--output", tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").size == (3 * 34 + 2, 2 * 34 + 2)
+
+
+@pytest.mark.parametrize("n", [1, 16])
+@pytest.mark.parametrize("key", ["model", None])
+def test_released_checkpoints_sample_with_and_without_flags(work, tmp_path, n, key):
+    """A released file has no config of ours: size, n and classes are read off its weights."""
+    config = GPTConfig(**GPT_models["GPT-T"], vocab_size=64, num_classes=3, ar_token_num=n)
+    state = fill_from_names(GPT(config)).state_dict()
+    torch.save({key: state, "args": argparse.Namespace(lr=1e-4)} if key else state, tmp_path / "PAR-T.pt")
+    flags = ("--gpt-model", "GPT-T", "--ar-token-num", n, "--spe-token-num", n - 1) if key else ("--from-fsdp",)
+    options = ("--image-size", 32, "--num-fid-samples", 2, *flags)
+    log = sample(work, tmp_path / "PAR-T.pt", tmp_path, *options).stdout
+    assert f"n = {n}, {n + 64 // n - 1} forward calls" in log
+    (npz,) = tmp_path.glob("GPT-T-PAR-T-size-32-size-24-VQ-4-*-seed-0.npz")
+    assert np.load(npz)["arr_0"].shape == (2, 24, 24, 3)
+
+
+def test_tokenizer_training_resumes_bit_for_bit(work, tmp_path):
+    def train_vq(cloud: Path, *options: object):
+        base = ("--data-path", work / "images", "--cloud-save-path", cloud, "--no-local-save", "--vq-model", "VQ-4")
+        base += ("--codebook-size", 32, "--image-size", 32, "--global-batch-size", 8, "--epochs", 2, "--log-every", 1)
+        base += ("--mixed-precision", "none", "--num-workers", 0, "--ema", "--lr-schedule", "cosine", *options)
+        return run_command(*TRAIN_VQ, *base).stdout
+
+    train_vq(tmp_path / "whole", "--ckpt-every", 2)
+    first = tmp_path / "whole/VQ-4-32/checkpoints"
+    resumed = tmp_path / "resumed/VQ-4-32/checkpoints"
+    resumed.mkdir(parents=True)
+    (resumed / "0000002.pt").write_bytes((first / "0000002.pt").read_bytes())
+    assert "at step 2" in train_vq(tmp_path / "resumed", "--ckpt-every", 2)
+    expected = torch.load(first / "0000006.pt", weights_only=True)
+    ours = torch.load(resumed / "0000006.pt", weights_only=True)
+    assert same_tensors(ours["model"], expected["model"]) and same_tensors(ours["ema"], expected["ema"])
+
+
+def test_reconstructions(work, tmp_path):
+    options = ("--data-path", work / "images", "--vq-ckpt", work / "vq.pt", "--image-size", 32, "--num-workers", 0)
+    options += ("--image-size-eval", 32, "--sample-dir", tmp_path, "--per-proc-batch-size", 5)
+    assert "PSNR" in run_command("bash", "scripts/tokenizer/reconstruction_vq.sh", *options).stdout
+    with np.load(tmp_path / "VQ-4-vq-size-32.npz") as npz:
+        assert npz["arr_0"].shape == (24, 32, 32, 3)
+        assert npz["labels"].tolist() == [0] * 8 + [1] * 8 + [2] * 8
+
+
+MISTAKES = [
+    (TRAIN, ["--spe-token-num", "5"], "--spe-token-num 5 contradicts --ar-token-num 4"),
+    (TRAIN, ["--ar-token-num", "5", "--spe-token-num", "4"], "--ar-token-num 5 does not cut a 8x8 grid"),
+    (TRAIN, ["--image-size", "384"], "--image-size 384 contradicts --code-path"),
+    (TRAIN, ["--vocab-size", "100"], "--vocab-size 100 contradicts"),
+    (TRAIN, ["--code-path", "nowhere"], "--code-path: nowhere does not exist"),
+    (TRAIN, ["--global-batch-size", "9", "--gradient-accumulation-steps", "2"], "--global-batch-size 9 does not split"),
+    (TRAIN, ["--gpt-ckpt", "nowhere.pt"], "--gpt-ckpt: nowhere.pt does not exist"),
+    (TRAIN, ["--gpt-ckpt", "{work}/vq.pt"], "holds no GPT"),
+    (EXTRACT, ["--image-size", "30"], "--image-size 30 is no multiple of VQ-4's downsampling, 4"),
+    (EXTRACT, ["--vq-model", "VQ-16"], "--vq-model VQ-16 contradicts --vq-ckpt"),
+    (EXTRACT, ["--data-path", "nowhere"], "--data-path: nowhere does not exist"),
+    (EXTRACT, ["--crop-range", "0.9"], "--crop-range 0.9 must be at least 1"),
+    (EXTRACT, ["--code-path", "{work}/codes"], "already holds codes made with another"),
+    (SAMPLE, ["--gpt-model", "GPT-B"], "--gpt-model GPT-B contradicts"),
+    (SAMPLE, ["--ar-token-num", "16", "--spe-token-num", "15"], "--ar-token-num 16 contradicts"),
+    (SAMPLE, ["--image-size", "64"], "contradicts --gpt-ckpt"),
+    (SAMPLE, ["--gpt-ckpt", "{work}/vq.pt"], "holds no GPT"),
+    (SAMPLE, ["--vq-ckpt", "{trained}"], "holds no tokenizer"),
+    (SAMPLE, ["--vq-ckpt", "nowhere.pt"], "--vq-ckpt: nowhere.pt does not exist (see pretrained_models/README.md"),
+    (SAMPLE, ["--top-p", "0"], "--top-p 0.0 must be in (0, 1]"),
+]
+
+
+@pytest.mark.parametrize("script, options, message", MISTAKES, ids=[" ".join([s[1], *o]) for s, o, _ in MISTAKES])
+def test_a_mistake_is_one_line_and_writes_nothing(work, trained, tmp_path, script, options, message):
+    base = {
+        TRAIN: ["--cloud-save-path", tmp_path / "out", "--code-path", work / "codes", "--no-local-save"],
+        EXTRACT: ["--vq-ckpt", work / "vq.pt", "--data-path", work / "images", "--code-path", tmp_path / "out"],
+        SAMPLE: ["--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--sample-dir", tmp_path / "out"],
+    }[script]
+    base = [*base, "--gpt-model", "GPT-T", *TRAIN_OPTIONS[2:6]] if script == TRAIN else base
+    options = [o.format(work=work, trained=trained) for o in options]
+    done = run_command(*script, *base, *options, check=False)
+    assert done.returncode == 2
+    (line,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_of_another_tokenizer_are_refused(work, trained, tmp_path):
+    """A tokenizer of the right shape whose codes the GPT has not learned."""
+    other = VQModel(make_vq_config("VQ-4", codebook_size=64))
+    torch.save({"model": other.state_dict(), "vq_model": "VQ-4", "config": asdict(other.config)}, tmp_path / "vq.pt")
+    done = run_command(*SAMPLE, "--vq-ckpt", tmp_path / "vq.pt", "--gpt-ckpt", trained, check=False)
+    assert done.returncode == 2 and "is not the tokenizer whose codes" in done.stderr
+
+
+def test_nan_loss_stops_with_the_reason(work, tmp_path):
+    done = train(work, tmp_path, "--lr", 1e30, "--ckpt-every", 1, check=False)
+    assert done.returncode == 2
+    assert "the loss is not a finite number" in done.stderr
+    for path in (tmp_path / "GPT-T-4x-32" / "checkpoints").glob("*.pt"):
+        state = torch.load(path, weights_only=True)["model"]
+        assert all(torch.isfinite(t).all() for t in state.values()), path
