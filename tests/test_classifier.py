@@ -13,6 +13,15 @@ from evaluations.c2i import train_classifier
 from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier, load_classifier, save_classifier
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The network is too small to share out: beside other processes two threads take many times as long as one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def write_class_folder(folder, images: np.ndarray, labels: np.ndarray) -> None:
     """uint8 (N, S, S) grey images as PNGs in one folder per label."""
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
