@@ -16,9 +16,9 @@ step() { # step "what it does" FILE-IT-MAKES command...: run the command unless 
 }
 
 Q=quickstart
-VQ=$Q/tokenizer/VQ-4-32/checkpoints/0000620.pt
-GPT=$Q/gpt/GPT-T-4x-32/checkpoints/0001240.pt
-SAMPLES=$Q/samples/GPT-T-0001240-size-32-size-32-VQ-4-topk-0-topp-1.0-temperature-1.0-cfg-2.0-seed-0.npz
+VQ=$Q/tokenizer/VQ-4-32/checkpoints/0000625.pt
+GPT=$Q/gpt/GPT-T-4x-32/checkpoints/0000744.pt
+SAMPLES=$Q/samples/GPT-T-0000744-size-32-size-32-VQ-4-topk-0-topp-1.0-temperature-1.0-cfg-2.0-seed-0.npz
 started=$SECONDS
 
 step "1/9 digits: 400 of each class to train on, 100 held out" $Q/digits/test/9/499.png \
@@ -27,7 +27,7 @@ step "2/9 tokenizer: 32x32 images <-> 8x8 codes" $VQ \
     bash scripts/tokenizer/train_vq.sh --data-path $Q/digits/train --cloud-save-path $Q/tokenizer --no-local-save \
     --vq-model VQ-4 --image-size 32 --no-flip --epochs 5 --global-batch-size 32 --lr 1e-3 --lr-schedule cosine \
     --num-workers 1
-step "3/9 reconstructions of held-out digits" $Q/reconstructions/VQ-4-0000620-size-32.npz \
+step "3/9 reconstructions of held-out digits" $Q/reconstructions/VQ-4-0000625-size-32.npz \
     bash scripts/tokenizer/reconstruction_vq.sh --data-path $Q/digits/test --vq-ckpt $VQ \
     --image-size 32 --image-size-eval 32 --sample-dir $Q/reconstructions --num-workers 0
 step "4/9 codes of five crops of each digit" $Q/codes/meta.json \
@@ -35,8 +35,8 @@ step "4/9 codes of five crops of each digit" $Q/codes/meta.json \
     --ten-crop --crop-range 1.1 --image-size 32 --no-flip --batch-size 100 --num-workers 1
 step "5/9 GPT that predicts 4 codes at once" $GPT \
     bash scripts/autoregressive/train_c2i.sh --cloud-save-path $Q/gpt --no-local-save --code-path $Q/codes \
-    --spe-token-num 3 --ar-token-num 4 --image-size 32 --gpt-model GPT-T --epochs 20 --global-batch-size 64 \
-    --lr 1e-3 --warmup-epochs 1 --attn-dropout-p 0
+    --spe-token-num 3 --ar-token-num 4 --image-size 32 --gpt-model GPT-T --epochs 12 --global-batch-size 64 \
+    --lr 2e-3 --warmup-epochs 1 --dropout-p 0 --attn-dropout-p 0 --token-dropout-p 0
 step "6/9 1,000 samples" $SAMPLES \
     bash scripts/autoregressive/sample_c2i.sh --vq-ckpt $VQ --gpt-ckpt $GPT --spe-token-num 3 --ar-token-num 4 \
     --gpt-model GPT-T --image-size 32 --image-size-eval 32 --cfg-scale 2.0 --num-fid-samples 1000 \
@@ -60,7 +60,7 @@ cat <<END
 
 === done in $((SECONDS - started)) s, $(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) cores
 samples, a row per class:          $Q/samples.png
-images beside reconstructions:     $Q/reconstructions/VQ-4-0000620-size-32.png
+images beside reconstructions:     $Q/reconstructions/VQ-4-0000625-size-32.png
                                    samples of the GPT / held-out real digits
 END
 paste -d'|' ${SAMPLES%.npz}.txt $Q/test.txt | sed 's/|[^:]*:/  \//; s/^/  /'
