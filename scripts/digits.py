@@ -25,10 +25,10 @@ def main() -> None:
     output = Path(parser.parse_args().output)
     digits, labels = mnist_data()  # (5000, 784) in [0, 255], (5000,)
     pixels = np.pad(digits.reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (2, 2), (2, 2)))  # (5000, 32, 32)
-    for digit in range(10):
-        for i, image in enumerate(tqdm(pixels[labels == digit], desc=f"digit {digit}", leave=False)):
-            split = "train" if i < 400 else "test"
-            save_png(output / split / str(digit) / f"{i:03d}.png", np.repeat(image[..., None], 3, axis=-1))
+    rank = [int(np.sum(labels[:i] == labels[i])) for i in range(len(labels))]  # place of each digit in its class
+    for image, label, i in zip(tqdm(pixels, "writing", unit=" images"), labels, rank, strict=True):
+        split = "train" if i < 400 else "test"
+        save_png(output / split / str(label) / f"{i:03d}.png", np.repeat(image[..., None], 3, axis=-1))
 
 
 if __name__ == "__main__":

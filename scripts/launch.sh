@@ -17,12 +17,14 @@ if [ -z "${nproc_per_node:-}" ]; then
 fi
 nnodes=${nnodes:-1}
 
+if ! command -v nvidia-smi >/dev/null; then
+    # glibc returns every large buffer to the kernel at once; keeping them saves up to half the time on a CPU
+    export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1099511627776}
+    # processes share the cores
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(getconf _NPROCESSORS_ONLN) + nproc_per_node - 1) / nproc_per_node ))}
+fi
 if [ "$nnodes" = 1 ] && [ "$nproc_per_node" = 1 ]; then
     exec "$PYTHON" "$@"
-fi
-if ! command -v nvidia-smi >/dev/null; then
-    # processes on the CPU share its cores
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(getconf _NPROCESSORS_ONLN) + nproc_per_node - 1) / nproc_per_node ))}
 fi
 if [ "$nnodes" = 1 ] && [ -z "${master_addr:-}${master_port:-}" ]; then
     rendezvous=(--standalone)

@@ -59,7 +59,7 @@ def main() -> None:
     )
     if args.image_size % vq.config.downsample:
         raise ValueError(f"--image-size {args.image_size} is no multiple of {name}'s {vq.config.downsample}")
-    vq.to(world.device)
+    vq.to(world.device, memory_format=torch.channels_last)
     samples = list_images(args.data_path).samples
     files = ImageFiles(samples, lambda image, key: center_crop(image, args.image_size))
     keys = [(i, 0) for i in range(len(samples))]

@@ -137,7 +137,8 @@ def main() -> None:
         f"{plan.image_size}x{plan.image_size} -> {plan.grid[0]}x{plan.grid[1]} codes of {name}; "
         f"{len(missing)} of {plan.num_shards} shards to make on {world.size} x {world.device}"
     )
-    make_shards(args, world, vq.to(world.device), plan, samples, missing[world.rank :: world.size])
+    vq = vq.to(world.device, memory_format=torch.channels_last)
+    make_shards(args, world, vq, plan, samples, missing[world.rank :: world.size])
     world.barrier()
     if world.is_main:
         meta = finish_codes(args.code_path, plan)
