@@ -35,15 +35,17 @@ def greedy_without_cache(model: GPT, cond: torch.Tensor, scale: float) -> torch.
     return codes
 
 
-@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("n, grid", [(1, 4), (2, 4), (4, 4), (9, 6), (16, 8)])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("n_kv_head", [None, 2])
-def test_cached_decoding_is_teacher_forced_argmax(n, scale, n_kv_head):
-    model = fill_from_names(GPT(small_config(ar_token_num=n, n_kv_head=n_kv_head))).double().eval()
+def test_cached_decoding_is_teacher_forced_argmax(n, grid, scale, n_kv_head):
+    config = small_config(ar_token_num=n, grid_height=grid, grid_width=grid, n_kv_head=n_kv_head)
+    model = fill_from_names(GPT(config)).double().eval()
     cond = torch.tensor([0, 2, 1])
     with torch.no_grad():
         expected = greedy_without_cache(model, cond, scale)
-    codes = generate(model, cond, torch.zeros(3, 16), SamplingOptions(cfg_scale=scale, **GREEDY))
+    uniforms = torch.zeros(3, model.order.num_tokens)
+    codes = generate(model, cond, uniforms, SamplingOptions(cfg_scale=scale, **GREEDY))
     assert torch.equal(codes, expected)
 
 

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.scheduler import CosineLRScheduler
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from dataset.augmentation import random_crop
@@ -162,8 +161,7 @@ def main() -> None:
     logger.info(f"resumed from {path} at step {first_step}" if found else f"new run in {folder.folder}")
 
     forward = torch.compile(model) if args.compile else model
-    if world.size > 1:
-        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
+    forward = world.data_parallel(forward)
     schedule = CosineLRScheduler(optimizer, t_initial=total_steps, t_in_epochs=False)
     pixel_loss = {"l1": F.l1_loss, "l2": F.mse_loss}[args.reconstruction_loss]
 

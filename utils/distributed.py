@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,16 @@ class World:
             dist.all_reduce(x)
             x /= self.size
         return x
+
+    def data_parallel(self, module: nn.Module) -> nn.Module:
+        """``module`` with gradients averaged over the ranks; with one rank, ``module`` itself.
+
+        Buffers are not exchanged: ours are constants, or statistics that rank 0 alone reports.
+        """
+        if self.size == 1:
+            return module
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
 
 
 def init_distributed() -> World:

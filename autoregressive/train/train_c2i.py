@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 from timm.scheduler import CosineLRScheduler
-from torch.nn.parallel import DistributedDataParallel
 
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig, load_gpt
 from autoregressive.models.region_order import resolve_parallelism
@@ -207,8 +206,7 @@ def main() -> None:
     logger.info(f"resumed from {path} at step {first_step}" if found else f"new run in {folder.folder}")
 
     forward = torch.compile(model) if device.type == "cuda" and not args.no_compile else model
-    if world.size > 1:
-        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
+    forward = world.data_parallel(forward)
     schedule = CosineLRScheduler(
         optimizer,
         t_initial=total_steps,
