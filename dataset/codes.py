@@ -3,25 +3,33 @@
 A folder of codes holds ``plan.json`` (what is to be made, written first), ``shards/00000.npz`` ... and
 ``meta.json`` (written last: the same facts with counts and checksums). A shard is a plain uncompressed npz of
 
-    codes   uint16 (images, crops, tokens), raster order (uint32 where the codebook has over 65,536 entries)
-    labels  int64  (images,)
-    index   int64  (images,) place of the image in the sorted listing of the source folder
+    codes    uint16 (images, crops, tokens), raster order (uint32 where the codebook has over 65,536 entries)
+    labels   int64  (images,)
+    index    int64  (images,) place of the image in the sorted listing of the source folder
+    skipped  int64  (unreadable images,) the same of those left out
+    reasons  str    (unreadable images,)
 
-so ``numpy.load`` reads it anywhere, and the reader maps its codes in place.
+so ``numpy.load`` reads it anywhere, its zip CRCs tell damage, and the reader maps its codes in place. Processes on
+any number of machines share the work by claim files alone.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import struct
+import time
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 
-from utils.files import atomic_path, require_folder, sha256_file, write_json
+from utils.files import atomic_path, remove_temporary, require_folder, sha256_file, write_json
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ def start_codes(folder: str | Path, plan: CodesPlan) -> None:
     if not path.exists():
         write_json(path, asdict(plan))
         return
-    before, now = json.loads(path.read_text()), asdict(plan)
+    before, now = _read_json(path), asdict(plan)
     differing = [k for k in now if before.get(k) != now[k]]
     if differing:
         k = differing[0]
@@ -88,45 +96,162 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return value
+
+
+class Claims:
+    """Which process makes which shard, by files on a disk that all of them share.
+
+    A claim is ``shards/00012.claim``, created exclusively. It lapses when its process is gone (known on the same
+    host) or has not renewed it for ``timeout`` seconds. Should two processes ever make the same shard, both write
+    the same bytes, each whole.
+    """
+
+    def __init__(self, folder: str | Path, timeout: float = 900.0):
+        self.folder, self.timeout = folder, timeout
+        self._mine: set[int] = set()
+
+    def _path(self, shard: int) -> Path:
+        return shard_path(self.folder, shard).with_suffix(".claim")
+
+    def take(self, shard: int) -> bool:
+        """Claim ``shard`` if nobody alive has; False if somebody has, or the shard is there already."""
+        path = self._path(shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self._lapsed(path):
+            path.unlink(missing_ok=True)
+        try:
+            with open(path, "x") as f:
+                f.write(f"{platform.node()} {os.getpid()}")
+        except FileExistsError:
+            return False
+        if shard_path(self.folder, shard).exists():  # finished between our look and our claim
+            path.unlink(missing_ok=True)
+            return False
+        remove_temporary(shard_path(self.folder, shard))
+        self._mine.add(shard)
+        return True
+
+    def _lapsed(self, path: Path) -> bool:
+        try:
+            host, _, pid = path.read_text().partition(" ")
+            age = time.time() - path.stat().st_mtime
+        except FileNotFoundError:
+            return False
+        if host == platform.node() and pid.isdigit():
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                return True
+            except PermissionError:
+                pass
+        return age > self.timeout
+
+    def renew(self) -> None:
+        """Say that this process is alive."""
+        for shard in self._mine:
+            if self._path(shard).exists():
+                os.utime(self._path(shard))
+
+    def release(self, shard: int) -> None:
+        """Give up a claim, when the shard is there."""
+        self._mine.discard(shard)
+        self._path(shard).unlink(missing_ok=True)
+
+    def __enter__(self) -> Claims:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for shard in list(self._mine):
+            self.release(shard)
+
+
 def write_shard(
-    folder: str | Path, plan: CodesPlan, shard: int, codes: np.ndarray, labels: np.ndarray, index: np.ndarray
+    folder: str | Path,
+    plan: CodesPlan,
+    shard: int,
+    codes: np.ndarray,
+    labels: np.ndarray,
+    index: np.ndarray,
+    skipped: Sequence[tuple[int, str]] = (),
 ) -> None:
-    """Write one shard atomically; codes (images, crops, tokens), labels and index (images,)."""
+    """Write one shard atomically; codes (images, crops, tokens), labels and index (images,), skipped (index, reason)
+    of unreadable images."""
     assert codes.shape[1:] == (len(plan.crops), plan.num_tokens), codes.shape
     assert len(codes) == len(labels) == len(index)
+    arrays = {"codes": codes.astype(plan.dtype), "labels": labels, "index": index}
+    arrays["skipped"] = np.array([i for i, _ in skipped], np.int64)
+    arrays["reasons"] = np.array([reason for _, reason in skipped], np.str_)
     with atomic_path(shard_path(folder, shard)) as temporary, open(temporary, "wb") as f:
-        np.savez(f, codes=codes.astype(plan.dtype), labels=labels, index=index)
+        np.savez(f, **arrays)
 
 
-def finish_codes(folder: str | Path, plan: CodesPlan) -> dict:
-    """Write ``meta.json`` from the shards on disk, all of which must be there; returns it."""
-    shards = []
-    for shard in range(plan.num_shards):
-        path = shard_path(folder, shard)
+def shard_damage(folder: str | Path, plan: CodesPlan, shard: int) -> str | None:
+    """What is wrong with a shard that is there, or None: every byte is checked against the zip's CRCs."""
+    path = shard_path(folder, shard)
+    try:
         with zipfile.ZipFile(path) as archive:
-            images = _npy_in_zip(path, archive.getinfo("labels.npy")).shape[0]
-        shards.append({"file": f"shards/{path.name}", "images": images, "sha256": sha256_file(path)})
-    meta = {**asdict(plan), "num_coded_images": sum(s["images"] for s in shards), "shards": shards}
+            if bad := archive.testzip():
+                return f"checksum of {bad} fails"
+        with np.load(path, allow_pickle=False) as arrays:
+            together = np.sort(np.concatenate([arrays["index"], arrays["skipped"]]))
+            shape, labels = arrays["codes"].shape, arrays["labels"].shape
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        return str(error)
+    if not np.array_equal(together, plan.shard_images(shard)):
+        return "it does not hold each of its images once"
+    if shape != (*labels, len(plan.crops), plan.num_tokens):
+        return f"codes of shape {shape} and labels of shape {labels} are not those of the plan"
+    return None
+
+
+def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) -> dict | None:
+    """Write ``meta.json``, and ``skipped.json`` if images were unreadable; returns meta.
+
+    None, and nothing written, while any shard is missing or damaged. ``sources``: paths in listing order, to name the
+    unreadable images by.
+    """
+    paths = [shard_path(folder, s) for s in range(plan.num_shards)]
+    if not all(p.exists() for p in paths) or any(shard_damage(folder, plan, s) for s in range(plan.num_shards)):
+        return None
+    shards, skipped = [], []
+    for path in paths:
+        with np.load(path, allow_pickle=False) as arrays:
+            count = len(arrays["labels"])
+            rows = zip(arrays["skipped"].tolist(), arrays["reasons"].tolist(), strict=True)
+            skipped += [{"index": i, "path": sources[i], "reason": reason} for i, reason in rows]
+        shards.append({"file": f"shards/{path.name}", "images": count, "sha256": sha256_file(path)})
+    if skipped:
+        write_json(Path(folder) / "skipped.json", skipped)
+    counts = {"num_coded_images": sum(s["images"] for s in shards), "num_skipped_images": len(skipped)}
+    meta = {**asdict(plan), **counts, "shards": shards}
     write_json(Path(folder) / "meta.json", meta)
     return meta
 
 
-def _npy_in_zip(path: Path, member: zipfile.ZipInfo) -> np.memmap:
-    """Memory-map an uncompressed ``.npy`` member of a zip file, read-only."""
+def _map_npy(path: Path, member: zipfile.ZipInfo) -> np.ndarray:
+    """Map an uncompressed ``.npy`` member of a zip file into memory, without keeping the file open."""
     if member.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{path}: {member.filename} is compressed; a shard is stored uncompressed")
     with open(path, "rb") as f:
         f.seek(member.header_offset + 26)  # lengths of name and extra field end the zip's local header
         f.seek(member.header_offset + 30 + sum(struct.unpack("<HH", f.read(4))))
         version = np.lib.format.read_magic(f)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, fortran_order, dtype = read_header[version](f)
-        if dtype.hasobject or fortran_order:
-            raise ValueError(f"{path}: {member.filename} is not a plain array")
-        return np.memmap(path, dtype, "r", f.tell(), shape)
+        start = f.tell()
+    if dtype.hasobject or fortran_order:
+        raise ValueError(f"{path}: {member.filename} is not a plain array")
+    # numpy.memmap keeps one file descriptor a map, and a large set has more shards than a process may open files
+    whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+    return np.frombuffer(whole, dtype, int(np.prod(shape, dtype=np.int64)), start).reshape(shape)
 
 
 class Codes(Protocol):
@@ -136,6 +261,7 @@ class Codes(Protocol):
     num_crops: int
     num_tokens: int
     num_classes: int
+    crop_weights: np.ndarray | None  # (num_crops,) how often to draw each crop; None: equally
     meta: dict  # as in meta.json; empty for the published layout
 
     def __len__(self) -> int: ...
@@ -148,8 +274,13 @@ class Codes(Protocol):
 class ShardedCodes:
     """The reader of our shards; see ``Codes``. Threads may share it."""
 
+    crop_weights = None
+
     def __init__(self, folder: str | Path):
-        self.meta = json.loads((Path(folder) / "meta.json").read_text())
+        self.meta = _read_json(Path(folder) / "meta.json")
+        fields = {"classes", "grid", "crops", "image_size", "codebook_size", "tokenizer_sha256", "shards"}
+        if missing := fields - self.meta.keys():
+            raise ValueError(f"{folder}/meta.json is damaged: it lacks {', '.join(sorted(missing))}")
         self.num_crops, self.num_tokens = len(self.meta["crops"]), self.meta["grid"][0] * self.meta["grid"][1]
         self.num_classes = len(self.meta["classes"])
         self._shards, labels = [], []
@@ -164,19 +295,20 @@ class ShardedCodes:
         self._ends = np.cumsum([len(s) for s in self._shards])
 
     @staticmethod
-    def _open(path: Path) -> tuple[np.memmap, np.ndarray]:
+    def _open(path: Path) -> tuple[np.ndarray, np.ndarray]:
         try:
             with zipfile.ZipFile(path) as archive:
-                codes, labels = (_npy_in_zip(path, archive.getinfo(f"{k}.npy")) for k in ("codes", "labels"))
-        except (OSError, zipfile.BadZipFile, KeyError, struct.error) as error:
+                codes, labels = (_map_npy(path, archive.getinfo(f"{k}.npy")) for k in ("codes", "labels"))
+        except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, KeyError, struct.error) as error:
             raise ValueError(f"{path} is missing or damaged ({error}); delete it and extract again") from error
-        return codes, np.array(labels)
+        return codes, labels
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
         """Codes (B, tokens) int64, raster order, of B (image, crop) pairs."""
+        images, crops = np.asarray(images), np.asarray(crops)
         out = np.empty((len(images), self.num_tokens), np.int64)
         shard_of = np.searchsorted(self._ends, images, side="right")
         for shard in np.unique(shard_of):
@@ -190,22 +322,24 @@ class PublishedCodes:
     """The reader of the published layout, two files an image: ``*_codes/0.npy`` [1, crops, tokens] and
     ``*_labels/0.npy`` [1]; see ``Codes``."""
 
-    def __init__(self, folder: str | Path):
-        self._codes, labels = (self._only_folder(Path(folder), end) for end in ("_codes", "_labels"))
+    crop_weights = None
+
+    def __init__(self, folder: str | Path, option: str = "--code-path"):
+        self._codes, labels = (self._only_folder(Path(folder), end, option) for end in ("_codes", "_labels"))
         count = sum(1 for _ in self._codes.glob("*.npy"))
         if count == 0:
-            raise ValueError(f"--code-path: {self._codes} holds no .npy files")
+            raise ValueError(f"{option}: {self._codes} holds no .npy files")
         self.labels = np.array([self._read(labels / f"{i}.npy").item() for i in range(count)], np.int64)
         _, self.num_crops, self.num_tokens = self._read(self._codes / "0.npy").shape
         self.num_classes = int(self.labels.max()) + 1
         self.meta: dict = {}
 
     @staticmethod
-    def _only_folder(folder: Path, end: str) -> Path:
+    def _only_folder(folder: Path, end: str, option: str) -> Path:
         found = sorted(p for p in folder.glob(f"*{end}") if p.is_dir())
         if len(found) != 1:
             raise ValueError(
-                f"--code-path: {folder} holds no codes: expected meta.json with shards/ (written by "
+                f"{option}: {folder} holds no codes: expected meta.json with shards/ (written by "
                 f"extract_codes_c2i.sh when it is done) or one folder *_codes beside one *_labels"
             )
         return found[0]
@@ -226,11 +360,43 @@ class PublishedCodes:
         return np.stack([self._read(self._codes / f"{i}.npy")[0, c] for i, c in pairs]).astype(np.int64)
 
 
-def open_codes(folder: str | Path) -> Codes:
-    """Open a folder of codes, ours or the published layout; ``ValueError`` if it is neither."""
-    require_folder(folder, "--code-path", "make it with scripts/autoregressive/extract_codes_c2i.sh")
+def open_codes(folder: str | Path, option: str = "--code-path") -> Codes:
+    """Open a folder of codes, ours or the published layout; ``ValueError`` naming ``option`` if it is neither."""
+    require_folder(folder, option, "make it with scripts/autoregressive/extract_codes_c2i.sh")
     if (Path(folder) / "meta.json").is_file():
         return ShardedCodes(folder)
     if (Path(folder) / "plan.json").is_file():
-        raise ValueError(f"--code-path: {folder} is not complete; run extract_codes_c2i.sh again to finish it")
-    return PublishedCodes(folder)
+        raise ValueError(f"{option}: {folder} is not complete; run extract_codes_c2i.sh again to finish it")
+    return PublishedCodes(folder, option)
+
+
+class MixedCodes:
+    """Two sets of codes of the same images, such as ten crops at range 1.1 and at 1.05, as one; see ``Codes``.
+
+    Crop numbers run over both. ``crop_weights`` (num_crops,) says how often each crop is to be drawn: the second
+    set's crops have ``weight`` together.
+    """
+
+    def __init__(self, first: Codes, second: Codes, weight: float):
+        for what in ("tokenizer_sha256", "grid", "classes", "image_size"):
+            if first.meta.get(what) != second.meta.get(what):
+                raise ValueError(f"--mix-code-path: its {what} differs from that of --code-path; both must fit")
+        if first.num_tokens != second.num_tokens or not np.array_equal(first.labels, second.labels):
+            raise ValueError("--mix-code-path holds other images than --code-path: labels or code counts differ")
+        self.parts, self.labels, self.meta = (first, second), first.labels, first.meta
+        self.num_crops = first.num_crops + second.num_crops
+        self.num_tokens, self.num_classes = first.num_tokens, first.num_classes
+        shares = [(1 - weight) / first.num_crops] * first.num_crops + [weight / second.num_crops] * second.num_crops
+        self.crop_weights = np.array(shares)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
+        """Codes (B, tokens) int64, raster order, of B (image, crop) pairs."""
+        images, crops = np.asarray(images), np.asarray(crops)
+        out = np.empty((len(images), self.num_tokens), np.int64)
+        split = self.parts[0].num_crops
+        for part, here, offset in zip(self.parts, (crops < split, crops >= split), (0, split), strict=True):
+            out[here] = part.gather(images[here], crops[here] - offset)
+        return out

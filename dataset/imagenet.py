@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,22 +41,40 @@ def list_images(root: str | Path, option: str = "--data-path") -> ImageFolder:
     return listing
 
 
+class Unreadable(NamedTuple):
+    """Stands for an image that could not be read."""
+
+    index: int
+    reason: str
+
+
 class ImageFiles(torch.utils.data.Dataset):
     """Decode files and apply ``transform`` (PIL image, key -> uint8 (H, W, 3) array); items are looked up by key.
 
     A key is (index, epoch): a transform that needs randomness draws it from these, so that an item is the same
-    whenever and wherever it is made.
+    whenever and wherever it is made. With ``tolerant`` an unreadable file yields ``Unreadable``, else a ``ValueError``.
     """
 
-    def __init__(self, samples: list[tuple[str, int]], transform: Callable[[Image.Image, tuple[int, int]], np.ndarray]):
+    def __init__(
+        self,
+        samples: list[tuple[str, int]],
+        transform: Callable[[Image.Image, tuple[int, int]], np.ndarray],
+        tolerant: bool = False,
+    ):
         self.samples = samples
         self.transform = transform
+        self.tolerant = tolerant
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int] | Unreadable:
         """uint8 (H, W, 3), label, index."""
         path, label = self.samples[key[0]]
-        pixels = np.array(self.transform(open_image(path), key))  # a copy: torch wants writable memory
-        return torch.from_numpy(pixels), label, key[0]
+        try:
+            pixels = self.transform(open_image(path), key)
+        except ValueError as error:
+            if not self.tolerant:
+                raise
+            return Unreadable(key[0], str(error))
+        return torch.from_numpy(np.array(pixels)), label, key[0]  # a copy: torch wants writable memory
 
     def __len__(self) -> int:
         return len(self.samples)

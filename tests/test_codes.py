@@ -1,11 +1,27 @@
 """Cached codes: shards, readers of both layouts, damage; epochs and batches."""
 
 import json
+import os
+import platform
+import resource
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from dataset.codes import CodesPlan, finish_codes, open_codes, shard_path, start_codes, write_shard
+from dataset.codes import (
+    Claims,
+    CodesPlan,
+    MixedCodes,
+    finish_codes,
+    open_codes,
+    shard_damage,
+    shard_path,
+    start_codes,
+    write_shard,
+)
 from dataset.epochs import EpochOrder
 
 
@@ -24,7 +40,7 @@ def write_all(folder, plan: CodesPlan) -> tuple[np.ndarray, np.ndarray]:
     for shard in range(plan.num_shards):
         index = np.array(plan.shard_images(shard))
         write_shard(folder, plan, shard, codes[index], labels[index], index)
-    finish_codes(folder, plan)
+    finish_codes(folder, plan, [f"{i}.png" for i in range(plan.num_images)])
     return codes, labels
 
 
@@ -126,3 +142,120 @@ def test_any_number_of_ranks_sees_the_same_global_batches():
 def test_batch_larger_than_the_data_is_named():
     with pytest.raises(ValueError, match="--global-batch-size 60 is larger than the data set, 50 items"):
         EpochOrder(50, 60, 0)
+
+
+def test_threads_may_share_a_reader(tmp_path):
+    codes, _ = write_all(tmp_path, make_plan(num_images=64))
+    reader, rng = open_codes(tmp_path), np.random.default_rng(1)
+    requests = [(rng.integers(64, size=50), rng.integers(2, size=50)) for _ in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        for (images, crops), got in zip(requests, pool.map(lambda r: reader.gather(*r), requests), strict=True):
+            assert np.array_equal(got, codes[images, crops])
+
+
+def test_more_shards_than_open_files(tmp_path):
+    """numpy.memmap keeps a file descriptor per map: ImageNet's 1,252 shards would not open under a limit of 1,024."""
+    codes, _ = write_all(tmp_path, make_plan(num_images=200, shard_size=1))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, before[1]))
+    try:
+        reader = open_codes(tmp_path)
+        assert np.array_equal(reader.gather(np.arange(200), np.zeros(200, int)), codes[:, 0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_every_kind_of_damage_is_seen(tmp_path):
+    plan = make_plan()
+    codes, labels = write_all(tmp_path, plan)
+    path = shard_path(tmp_path, 1)
+    good = path.read_bytes()
+    assert shard_damage(tmp_path, plan, 1) is None
+    for place in range(0, len(good), 97):  # one flipped bit anywhere that matters is seen; headers may not matter
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        if shard_damage(tmp_path, plan, 1) is None:
+            with np.load(path, allow_pickle=False) as arrays:
+                assert np.array_equal(arrays["codes"], codes[4:8]) and np.array_equal(arrays["labels"], labels[4:8])
+    path.write_bytes(good[:-10])
+    assert shard_damage(tmp_path, plan, 1)
+    write_shard(tmp_path, plan, 1, codes[4:7], labels[4:7], np.arange(4, 7))
+    assert "each of its images once" in shard_damage(tmp_path, plan, 1)
+    write_shard(tmp_path, plan, 1, codes[4:7], labels[4:7], np.arange(4, 7), [(7, "unreadable")])
+    assert shard_damage(tmp_path, plan, 1) is None
+
+
+def test_skipped_images_never_misalign(tmp_path):
+    """Images 2, 3 and all of shard 1 are unreadable: the others keep their codes and labels."""
+    plan = make_plan()
+    rng = np.random.default_rng(0)
+    codes, labels = rng.integers(0, 70, (10, 2, 4)), np.arange(10) % 3
+    start_codes(tmp_path, plan)
+    for shard, good in enumerate([[0, 1], [], [8, 9]]):
+        bad = [(i, f"reason {i}") for i in plan.shard_images(shard) if i not in good]
+        good = np.array(good, np.int64)
+        write_shard(tmp_path, plan, shard, codes[good], labels[good], good, bad)
+    meta = finish_codes(tmp_path, plan, [f"image {i}" for i in range(10)])
+    assert (meta["num_coded_images"], meta["num_skipped_images"]) == (4, 6)
+    skipped = json.loads((tmp_path / "skipped.json").read_text())
+    assert skipped[0] == {"index": 2, "path": "image 2", "reason": "reason 2"}
+    reader = open_codes(tmp_path)
+    assert np.array_equal(reader.gather(np.arange(4), np.ones(4, int)), codes[[0, 1, 8, 9], 1])
+    assert reader.labels.tolist() == labels[[0, 1, 8, 9]].tolist()
+
+
+def test_claims_exclude_the_living_and_outlive_the_dead(tmp_path):
+    ours, theirs = Claims(tmp_path), Claims(tmp_path)
+    assert ours.take(3)
+    assert not theirs.take(3)  # this very process is alive
+    assert theirs.take(4)
+    path = shard_path(tmp_path, 3).with_suffix(".claim")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    path.write_text(f"{platform.node()} {dead.pid}")
+    assert theirs.take(3)
+    path.write_text("another-host 1")
+    assert not ours.take(3)
+    os.utime(path, (time.time() - 1000,) * 2)
+    assert ours.take(3)
+    ours.release(3)
+    assert theirs.take(3)
+
+
+def test_a_claim_clears_what_a_killed_writer_left(tmp_path):
+    shard_path(tmp_path, 2).parent.mkdir()
+    leftover = shard_path(tmp_path, 2).with_name("00002.npz.tmp-1234abcd")
+    leftover.write_bytes(b"half")
+    with Claims(tmp_path) as claims:
+        assert claims.take(2)
+        assert not leftover.exists()
+    assert not list(shard_path(tmp_path, 2).parent.iterdir())
+
+
+def test_mixed_sets(tmp_path):
+    first, labels = write_all(tmp_path / "a", make_plan())
+    plan = make_plan(crops=["x", "y", "z"], crop_range=1.05)
+    second = np.random.default_rng(5).integers(0, 70, (10, 3, 4))
+    start_codes(tmp_path / "b", plan)
+    for shard in range(plan.num_shards):
+        index = np.array(plan.shard_images(shard))
+        write_shard(tmp_path / "b", plan, shard, second[index], labels[index], index)
+    finish_codes(tmp_path / "b", plan, [""] * 10)
+    mixed = MixedCodes(open_codes(tmp_path / "a"), open_codes(tmp_path / "b"), weight=0.25)
+    images, crops = np.array([0, 5, 5, 9, 2]), np.array([1, 2, 0, 4, 3])
+    expected = np.concatenate([first, second], axis=1)[images, crops]
+    assert np.array_equal(mixed.gather(images, crops), expected)
+    assert mixed.crop_weights == pytest.approx([0.375, 0.375, 0.25 / 3, 0.25 / 3, 0.25 / 3])
+    write_all(tmp_path / "c", make_plan(tokenizer_sha256="other"))
+    with pytest.raises(ValueError, match="--mix-code-path: its tokenizer_sha256 differs"):
+        MixedCodes(open_codes(tmp_path / "a"), open_codes(tmp_path / "c"), 0.5)
+    write_all(tmp_path / "d", make_plan(num_images=9))
+    with pytest.raises(ValueError, match="other images"):
+        MixedCodes(open_codes(tmp_path / "a"), open_codes(tmp_path / "d"), 0.5)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "not json"])
+def test_damaged_meta_is_named(tmp_path, content):
+    write_all(tmp_path, make_plan())
+    (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(ValueError, match=r"meta\.json is"):
+        open_codes(tmp_path)

@@ -6,21 +6,30 @@ from PIL import Image
 
 from dataset.imagenet import list_images, open_image
 
+GREY = np.tile(np.linspace(0, 255, 16, dtype=np.uint8), (16, 1))
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "RGBA", "LA", "1", "I;16"])
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "RGBA", "LA", "PA", "1", "I;16", "F"])
 def test_modes(tmp_path, mode):
-    grey = np.tile(np.linspace(0, 255, 16, dtype=np.uint8), (16, 1))
+    path, expected = tmp_path / "image.png", GREY
     if mode == "I;16":
-        image = Image.fromarray(grey.astype(np.uint16) * 257)
-    elif mode == "P":
-        image = Image.fromarray(grey).convert("RGB").quantize(256)
+        image = Image.fromarray(GREY.astype(np.uint16) * 257)
+    elif mode == "F":
+        image, path = Image.fromarray(GREY.astype(np.float32)), tmp_path / "image.tif"
+    elif mode in ("P", "PA"):
+        image = Image.fromarray(GREY).convert("RGB").quantize(256)
+        if mode == "PA":
+            image.info["transparency"] = 0
+    elif mode == "1":
+        image = Image.fromarray(GREY).convert("1")
+        expected = np.asarray(image.convert("L"))
+    elif mode == "CMYK":
+        image, path = Image.fromarray(GREY).convert("RGB").convert("CMYK"), tmp_path / "image.tif"
     else:
-        image = Image.fromarray(grey).convert("RGB" if mode in ("CMYK", "RGBA") else mode).convert(mode)
-    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+        image = Image.fromarray(GREY).convert("RGB" if mode == "RGBA" else mode).convert(mode)
     image.save(path)
     pixels = np.asarray(open_image(path))
     assert pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8
-    expected = grey if mode != "1" else np.asarray(Image.open(path).convert("L"))
     assert np.abs(pixels.astype(int) - expected[..., None]).max() <= 3  # a palette has 256 of 2^24 colours
 
 

@@ -4,10 +4,13 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -70,6 +73,133 @@ def test_extraction_is_the_same_for_any_processes_and_batch_and_makes_only_what_
     assert shard_digests(tmp_path / "two") == first
 
 
+def start(command: list[object]) -> subprocess.Popen:
+    """A command in a session of its own, to be killed whole."""
+    env = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "nproc_per_node": "1"}
+    words = [str(w) for w in command]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(words, cwd=ROOT, env=env, start_new_session=True, stdout=quiet, stderr=quiet)
+
+
+def kill(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_extraction_killed_ten_times_at_random_moments(work, tmp_path):
+    """SIGKILL of the whole process group, workers included; then one run to the end: the same shards, none twice."""
+    codes, rng = tmp_path / "codes", np.random.default_rng(0)
+    command = [*EXTRACT, "--vq-ckpt", work / "vq.pt", "--data-path", work / "images", "--code-path", codes]
+    command += ["--image-size", 32, "--ten-crop", "--shard-size", 5, "--num-workers", 1, "--batch-size", 1]
+    counts = []
+    for _ in range(10):
+        process, deadline = start(command), time.time() + 60
+        while not (codes / "shards").exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.6) + (2 if counts else 0))  # a rerun takes that long to come to work again
+        kill(process)
+        counts.append(len(list((codes / "shards").glob("*.npz"))))
+    assert counts == sorted(counts)  # what was whole stays
+    done = extract(work, codes)
+    assert shard_digests(codes) == shard_digests(work / "codes")
+    assert f"{5 - counts[-1]} of 5 shards to make" in done.stdout
+    assert json.loads((codes / "meta.json").read_text())["num_coded_images"] == 24
+
+
+def test_damaged_shard_is_named_and_made_again(work, tmp_path):
+    extract(work, tmp_path / "codes")
+    path = tmp_path / "codes" / "shards" / "00003.npz"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(AssertionError, match=r"1 damaged shards: .*00003\.npz"):
+        run_command("python3", "scripts/inspect_codes.py", "--code-path", tmp_path / "codes")
+    done = extract(work, tmp_path / "codes", nproc=2)
+    assert "00003.npz is damaged and made again" in done.stdout + done.stderr
+    assert shard_digests(tmp_path / "codes") == shard_digests(work / "codes")
+
+
+def test_broken_images_are_left_out_and_reported(work, tmp_path):
+    """Each kind of broken file beside good ones: good ones keep their codes, the others are listed with a reason."""
+    images, good = tmp_path / "images", work / "images"
+    shutil.copytree(good, images)
+    whole = (good / "bee" / "0.png").read_bytes()
+    jpeg = tmp_path / "jpeg.jpg"
+    Image.open(good / "bee" / "1.png").save(jpeg)
+    broken = {
+        "bee/0a zero bytes.jpg": b"",
+        "bee/0b text.jpg": b"this is not an image",
+        "bee/0c truncated.png": whole[: len(whole) // 2],
+        "bee/0d truncated.jpg": jpeg.read_bytes()[:400],
+        "bee/0e header only.png": whole[:33],
+        "cat/0f zeros.png": bytes(5000),
+        "cat/0g html.jpeg": b"<html><body>404 Not Found</body></html>",
+        "cat/0h bad crc.png": whole[:60] + bytes([whole[60] ^ 0xFF]) + whole[61:],
+        "cat/0i bomb.png": png_header(100_000, 100_000),
+    }
+    for name, content in broken.items():
+        (images / name).write_bytes(content)
+    (images / "ape" / "notes.txt").write_text("not an image file by its name: never listed")
+    extract(work, tmp_path / "codes", "--data-path", images)
+    skipped = json.loads((tmp_path / "codes" / "skipped.json").read_text())
+    assert sorted(os.path.relpath(s["path"], images) for s in skipped) == sorted(broken)
+    assert all("is not a readable image" in s["reason"] for s in skipped)
+
+    from dataset.codes import open_codes
+
+    ours, expected = open_codes(tmp_path / "codes"), open_codes(work / "codes")
+    assert ours.labels.tolist() == expected.labels.tolist()
+    everything = np.repeat(np.arange(24), 10), np.tile(np.arange(10), 24)
+    assert np.array_equal(ours.gather(*everything), expected.gather(*everything))
+    strict = ("--data-path", images, "--code-path", tmp_path / "strict", "--strict")
+    with pytest.raises(AssertionError, match="error: .*0a zero bytes.jpg is not a readable image"):
+        extract(work, tmp_path / "strict", *strict)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The start of a PNG that claims to be huge."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+def test_published_layout_converts_to_the_same_shards(work, tmp_path):
+    from dataset.codes import open_codes
+
+    codes = open_codes(work / "codes")
+    for kind in ("codes", "labels"):
+        (tmp_path / "old" / f"imagenet32_{kind}").mkdir(parents=True)
+    for i in range(24):
+        np.save(tmp_path / f"old/imagenet32_codes/{i}.npy", codes.gather(np.full(10, i), np.arange(10))[None])
+        np.save(tmp_path / f"old/imagenet32_labels/{i}.npy", codes.labels[i : i + 1])
+    options = ("--vq-ckpt", work / "vq.pt", "--image-size", 32, "--shard-size", 5)
+    old, new = ("--code-path", tmp_path / "old"), ("--output", tmp_path / "new")
+    run_command("python3", "scripts/convert_codes.py", *old, *new, *options)
+    assert shard_digests(tmp_path / "new") == shard_digests(work / "codes")
+    done = run_command("python3", "scripts/convert_codes.py", *old, *new, "--vq-ckpt", work / "vq.pt", check=False)
+    assert done.returncode == 2 and "expected 10 or 2 crops of 96x96" in done.stderr
+
+
+def test_inspection_tells_counts_and_draws(work, tmp_path):
+    options = ("--code-path", work / "codes", "--vq-ckpt", work / "vq.pt", "--rows", 3, "--output", tmp_path / "a.png")
+    text = run_command("python3", "scripts/inspect_codes.py", *options).stdout
+    assert "24 images x 10 crops of 32x32 as 8x8 codes of VQ-4" in text
+    assert "3, 8 to 8 images each" in text
+    counts = json.loads((tmp_path / "a.json").read_text())
+    assert sum(counts["codebook_counts"]) == 24 * 10 * 64
+    assert counts["images_per_class"] == {"ape": 8, "bee": 8, "cat": 8}
+    assert Image.open(tmp_path / "a.png").size == (10 * 34 + 2, 3 * 34 + 2)
+
+
+def test_training_mixes_two_sets_by_weight(work, tmp_path):
+    """With weight 0 the second set is never drawn, so nothing changes; with 1 only the second is."""
+    extract(work, tmp_path / "codes105", "--crop-range", 1.05)
+    mix = ("--mix-code-path", tmp_path / "codes105", "--epochs", 1)
+    swapped = ("--code-path", tmp_path / "codes105", "--mix-code-path", work / "codes", "--epochs", 1)
+    alone = losses(train(work, tmp_path / "1", *mix, "--mix-weight", 0).stdout)
+    assert losses(train(work, tmp_path / "2", *swapped, "--mix-weight", 1).stdout) == pytest.approx(alone, abs=0.2)
+    assert final_checkpoint(tmp_path / "1")["steps"] == 3
+
+
 def test_extracted_codes_are_those_of_the_crops(work):
     """Crop 1 of image 4 (class bee, 5 shards of 5) is the tokenizer's code of that crop, made by hand."""
     from torchvision.transforms import TenCrop
@@ -130,17 +260,13 @@ def test_training_killed_at_a_random_moment_ends_in_the_same_bits(work, trained,
     command = ["bash", "scripts/autoregressive/train_c2i.sh", "--cloud-save-path", str(tmp_path), "--no-local-save"]
     command += ["--code-path", str(work / "codes"), "--ar-token-num", "4", "--mixed-precision", "none"]
     command += [str(o) for o in TRAIN_OPTIONS] + ["--log-every", "1", "--ckpt-every", "1", "--ema"]
-    env = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "nproc_per_node": "1"}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start(command)
     folder = tmp_path / "GPT-T-4x-32" / "checkpoints"
     deadline = time.time() + 120
     while not list(folder.glob("0000003.pt*")):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill(process)
     done = run_command(*command)
     assert "resumed from" in done.stdout
     assert same_tensors(final_checkpoint(tmp_path)["model"], torch.load(trained, weights_only=True)["model"])
@@ -198,16 +324,12 @@ def test_two_processes_and_a_kill_give_the_same_bytes(work, trained, sampled, tm
     command = ["bash", "scripts/autoregressive/sample_c2i.sh", "--vq-ckpt", str(work / "vq.pt"), "--gpt-ckpt"]
     command += [str(trained), "--sample-dir", str(tmp_path), "--image-size-eval", "24", "--num-fid-samples", "22"]
     command += ["--per-proc-batch-size", "4", "--precision", "none", "--cfg-scale", "1.5"]
-    env = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "nproc_per_node": "1"}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start(command)
     deadline = time.time() + 120
     while len(list(tmp_path.glob("*.chunks/*.npz"))) < 2:
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill(process)
     assert not (tmp_path / f"{SAMPLE_NAME}.npz").exists()
     run_command(*command, "--png", nproc=2)
     assert digest(tmp_path / f"{SAMPLE_NAME}.npz") == digest(sampled)

@@ -231,16 +231,18 @@ class VectorQuantizer(nn.Module):
     def _normalize(self, x: torch.Tensor) -> torch.Tensor:
         return F.normalize(x, dim=-1) if self.config.codebook_l2_norm else x
 
-    def search(self, z: torch.Tensor, chunk: int = 4096) -> torch.Tensor:
+    def search(self, z: torch.Tensor, codebook: torch.Tensor | None = None, chunk: int = 4096) -> torch.Tensor:
         """Nearest entry of each row: argmin |z - e|^2 = argmax z.e - |e|^2 / 2; (N, C) -> (N,) int64.
 
         ``chunk`` rows at a time, so that at most chunk x V similarities exist at once. With unit entries |e| is
-        the same for all and drops out.
+        the same for all and drops out. ``codebook``: the result of ``codebook()``, where it is at hand. float32 also
+        under autocast, as each code is one of thousands of near neighbours.
         """
-        codebook = self.codebook()  # (V, C)
+        codebook = self.codebook() if codebook is None else codebook  # (V, C)
         z = self._normalize(z)  # (N, C)
         bias = None if self.config.codebook_l2_norm else -0.5 * codebook.square().sum(-1)  # (V,)
-        return torch.cat([F.linear(rows, codebook, bias).argmax(-1) for rows in z.split(chunk)])  # (N,)
+        with torch.autocast(z.device.type, enabled=False):
+            return torch.cat([F.linear(rows, codebook, bias).argmax(-1) for rows in z.split(chunk)])  # (N,)
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, QuantizerLoss, torch.Tensor]:
         """Quantize (B, C, h, w): quantized (B, C, h, w) with z's gradient, losses, codes (B, h, w) int64."""
@@ -313,10 +315,13 @@ class VQModel(nn.Module):
         return self.quant_conv(self.encoder(images))  # (B, C, h, w)
 
     @torch.no_grad()
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> codes (B, H/f, W/f) int64. H and W must be multiples of f."""
+    def encode(self, images: torch.Tensor, codebook: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, 3, H, W) in [-1, 1] -> codes (B, H/f, W/f) int64. H and W must be multiples of f.
+
+        ``codebook``: the result of ``quantize.codebook()``, to compute it once for many calls.
+        """
         z = self.latent(images).permute(0, 2, 3, 1).float()  # (B, h, w, C)
-        return self.quantize.search(z.flatten(0, 2)).view(z.shape[:-1])  # (B, h, w)
+        return self.quantize.search(z.flatten(0, 2), codebook).view(z.shape[:-1])  # (B, h, w)
 
     def decode(self, quantized: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) -> images (B, 3, h*f, w*f), about [-1, 1]."""

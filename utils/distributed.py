@@ -48,10 +48,11 @@ class World:
         return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
 
 
-def init_distributed() -> World:
+def init_distributed(connect: bool = True) -> World:
     """Join the job that torchrun's environment describes, or be the only process without it.
 
-    nccl on CUDA, gloo elsewhere; each local rank takes its own GPU.
+    nccl on CUDA, gloo elsewhere; each local rank takes its own GPU. Without ``connect`` the processes know their
+    rank but not each other, for work that needs no communication.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
@@ -66,7 +67,7 @@ def init_distributed() -> World:
         device = torch.device("mps")
     else:
         device = torch.device("cpu")
-    if size > 1:
+    if size > 1 and connect:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return World(rank, size, device)
 

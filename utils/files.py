@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +17,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to; on success fsync it and rename it to ``path``.
 
     If the block raises (disk full, Ctrl-C), the half-written file is removed and whatever stood under
-    ``path`` before is untouched. A process killed in between leaves only a ``*.tmp-<pid>`` file.
+    ``path`` before is untouched. A process killed in between leaves a ``*.tmp-*`` file: ``remove_temporary``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         yield temporary
         with open(temporary, "rb") as f:
@@ -28,6 +29,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporary(path: str | Path) -> None:
+    """Delete what killed writers of ``path`` left behind; only for the one process that writes it now."""
+    path = Path(path)
+    for leftover in path.parent.glob(f"{path.name}.tmp-*"):
+        leftover.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -13,12 +13,12 @@ from utils.distributed import World
 
 
 def create_logger(world: World, folder: str | Path | None = None) -> logging.Logger:
-    """A logger that writes to the screen and to ``folder/log.txt`` on rank 0 and nowhere on other ranks."""
+    """A logger that writes to the screen and to ``folder/log.txt`` on rank 0; other ranks show warnings only."""
     logger = logging.getLogger("par")
     logger.handlers.clear()
     logger.propagate = False
-    logger.setLevel(logging.INFO if world.is_main else logging.CRITICAL)
-    handlers: list[logging.Handler] = [_TqdmHandler()] if world.is_main else [logging.NullHandler()]
+    logger.setLevel(logging.INFO if world.is_main else logging.WARNING)
+    handlers: list[logging.Handler] = [_TqdmHandler()]
     if world.is_main and folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(Path(folder) / "log.txt"))
@@ -51,7 +51,7 @@ def progress(
         total=total,
         initial=initial,
         unit=f" {unit}",
-        disable=not world.is_main,
+        disable=not world.is_main or total == 0,
         dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 15.0,
     )

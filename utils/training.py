@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from utils.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from utils.files import require_folder
+from utils.files import remove_temporary, require_folder
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -99,6 +99,8 @@ class RunFolder:
     def save(self, step: int, checkpoint: dict[str, Any]) -> Path:
         """Write a checkpoint to every place; returns the last, most durable one."""
         paths = [folder / f"{step:07d}.pt" for folder in self.checkpoint_folders]
+        for path in paths:
+            remove_temporary(path)
         save_checkpoint(checkpoint, *paths)
         return paths[-1]
 

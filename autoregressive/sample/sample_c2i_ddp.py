@@ -6,6 +6,7 @@ whole as soon as it is there, so any number of processes, interrupted or not, en
 
 from __future__ import annotations
 
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -100,7 +101,7 @@ def main() -> None:
         paths = [folder / f"{c:06d}.npz" for c in range(num_chunks)]
         pack_chunks(npz, paths, progress(world, "packing", num_chunks, unit="batches"))
         write_options(npz.with_suffix(".json"), args, **pipeline.facts())
-        folder.rmdir()
+        shutil.rmtree(folder)  # with what killed processes may have left in it
         logger.info(f"{args.num_fid_samples:,} images in {npz}")
 
 

@@ -1,6 +1,7 @@
 """Images -> cached code grids: every crop of every image through the tokenizer, once.
 
-Each process makes whole shards; what is there already is not made again, so a killed job is simply restarted.
+Processes take shards nobody else has, on one machine or on many that share a disk: they may join late, die and be
+restarted, and a rerun makes only what is missing or damaged.
 """
 
 from __future__ import annotations
@@ -10,17 +11,22 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
+from itertools import groupby
+from logging import Logger
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from dataset.augmentation import center_crop, crop_names, take_crops
-from dataset.codes import CodesPlan, finish_codes, shard_path, start_codes, write_shard
-from dataset.imagenet import ImageFiles, list_images, to_model_range
+from dataset.codes import Claims, CodesPlan, finish_codes, shard_damage, shard_path, start_codes, write_shard
+from dataset.imagenet import ImageFiles, Unreadable, list_images, to_model_range
 from tokenizer.vq_model import VQ_models, VQModel, load_vq
 from utils.checkpoint import state_sha256
 from utils.distributed import World, autocast, init_distributed
@@ -49,9 +55,15 @@ def parse_args() -> Namespace:
     vq.add_argument("--codebook-size", type=positive_int, help="entries (default: the checkpoint's or size's)")
     vq.add_argument("--codebook-embed-dim", type=positive_int, help="entry width (default: the checkpoint's or 8)")
     work = parser.add_argument_group("work")
-    work.add_argument("--precision", choices=["none", "bf16"], default="none", help="bf16: faster, other codes")
+    work.add_argument(
+        "--precision",
+        choices=["none", "tf32", "bf16"],
+        default="none",
+        help="none: float32; tf32 and bf16 are faster and change some codes",
+    )
     work.add_argument("--batch-size", type=positive_int, default=16, help="crops encoded at once by a process")
     work.add_argument("--shard-size", type=positive_int, default=1024, help="images of one shard file")
+    work.add_argument("--strict", action="store_true", help="stop at an unreadable image instead of leaving it out")
     work.add_argument("--num-workers", type=int, default=24, help="decoding processes, at most one per core")
     add_retired(
         parser,
@@ -88,84 +100,136 @@ def make_plan(args: Namespace, samples: list[tuple[str, int]], classes: list[str
 
 
 @torch.inference_mode()
-def encode_crops(vq: VQModel, pixels: torch.Tensor, args: Namespace, device: torch.device) -> np.ndarray:
+def encode_crops(vq: VQModel, codebook: torch.Tensor, pixels: torch.Tensor, args: Namespace) -> np.ndarray:
     """Codes (B, crops, tokens) of resized images (B, R, R, 3) uint8, ``--batch-size`` crops at a time."""
+    device = codebook.device
     crops = take_crops(pixels.to(device), args.image_size, args.ten_crop, flips=not args.no_flip)  # (B, K, S, S, 3)
-    with autocast(device, args.precision):
-        codes = [vq.encode(to_model_range(c, device)) for c in crops.flatten(0, 1).split(args.batch_size)]
-    return torch.cat(codes).view(*crops.shape[:2], -1).cpu().numpy()  # (B, K, T)
+    with autocast(device, "bf16" if args.precision == "bf16" else "none"):
+        parts = crops.flatten(0, 1).split(args.batch_size)  # (<=batch, S, S, 3) each
+        codes = torch.cat([vq.encode(to_model_range(part, device), codebook) for part in parts])  # (B*K, h, w)
+    return codes.view(*crops.shape[:2], -1).cpu().numpy()  # (B, K, T)
 
 
-def image_batches(
-    args: Namespace, samples: list[tuple[str, int]], plan: CodesPlan, shards: list[int]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Resized images (B, R, R, 3) uint8, labels and indices of ``shards`` in order; no batch spans two shards."""
+class ShardBatches:
+    """Keys of the images to decode, shard after shard; a shard is claimed only when its turn comes.
+
+    For a DataLoader's batch_sampler. No batch spans two shards. ``bar`` counts what other processes make.
+    """
+
+    def __init__(self, plan: CodesPlan, claims: Claims, shards: list[int], batch: int, bar: tqdm):
+        self.plan, self.claims, self.shards, self.batch, self.bar = plan, claims, shards, batch, bar
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for shard in self.shards:
+            images = self.plan.shard_images(shard)
+            if self.claims.take(shard):
+                for first in range(0, len(images), self.batch):
+                    yield [(i, 0) for i in images[first : first + self.batch]]
+            else:
+                self.bar.update(len(images))
+
+
+class ImageBatch(NamedTuple):
+    """What one batch of files decoded to."""
+
+    pixels: torch.Tensor | None  # uint8 (B, R, R, 3) of the readable ones
+    labels: np.ndarray  # (B,) int64
+    index: np.ndarray  # (B,) int64
+    skipped: list[Unreadable]
+
+    @property
+    def first(self) -> int:
+        """Index of one of its images."""
+        return int(self.index[0]) if len(self.index) else self.skipped[0].index
+
+
+def collate(items: list[tuple[torch.Tensor, int, int] | Unreadable]) -> ImageBatch:
+    """Join what is readable; the rest keeps its reason."""
+    skipped = [item for item in items if isinstance(item, Unreadable)]
+    read = [item for item in items if not isinstance(item, Unreadable)]
+    pixels = torch.stack([item[0] for item in read]) if read else None
+    labels, index = (np.array([item[k] for item in read], np.int64) for k in (1, 2))
+    return ImageBatch(pixels, labels, index, skipped)
+
+
+def find_missing(args: Namespace, world: World, plan: CodesPlan, logger: Logger) -> list[int]:
+    """Shards that are not there or are damaged (those are deleted), starting at this rank's share of them."""
+    there = [s for s in range(plan.num_shards) if shard_path(args.code_path, s).exists()]
+    mine = there[world.rank :: world.size]
+    for shard in progress(world, "checking", len(mine), unit="shards", items=mine):
+        if damage := shard_damage(args.code_path, plan, shard):
+            logger.warning(f"{shard_path(args.code_path, shard)} is damaged and made again: {damage}")
+            shard_path(args.code_path, shard).unlink()
+            (Path(args.code_path) / "meta.json").unlink(missing_ok=True)
+    missing = [s for s in range(plan.num_shards) if not shard_path(args.code_path, s).exists()]
+    start = world.rank * len(missing) // world.size
+    return missing[start:] + missing[:start]
+
+
+def make_shards(
+    args: Namespace, world: World, vq: VQModel, plan: CodesPlan, samples: list[tuple[str, int]], shards: list[int]
+) -> None:
+    """Claim, encode and write whatever of ``shards`` nobody else has."""
     resized = int(plan.image_size * plan.crop_range)
-    per_batch = max(1, args.batch_size // len(plan.crops))
-    batches = []
-    for shard in shards:
-        images = plan.shard_images(shard)
-        batches += [[(i, 0) for i in images[b : b + per_batch]] for b in range(0, len(images), per_batch)]
-    files = ImageFiles(samples, lambda image, key: center_crop(image, resized))
-    workers = min(args.num_workers, os.cpu_count() or 1)
-    return iter(DataLoader(files, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available()))
+    bar = progress(world, "extracting", sum(len(plan.shard_images(s)) for s in shards), unit="images")
+    with bar, Claims(args.code_path) as claims:
+        loader = DataLoader(
+            ImageFiles(samples, lambda image, key: center_crop(image, resized), tolerant=True),
+            batch_sampler=ShardBatches(plan, claims, shards, max(1, args.batch_size // len(plan.crops)), bar),
+            collate_fn=collate,
+            num_workers=min(args.num_workers, os.cpu_count() or 1),
+            pin_memory=world.device.type == "cuda",
+        )
+        encode = partial(encode_crops, vq, vq.quantize.codebook(), args=args)
+        for shard, batches in groupby(loader, key=lambda batch: batch.first // plan.shard_size):
+            codes, labels, index, skipped = [np.empty((0, len(plan.crops), plan.num_tokens))], [], [], []
+            for batch in batches:
+                if batch.skipped and args.strict:
+                    raise ValueError(batch.skipped[0].reason)
+                if batch.pixels is not None:
+                    codes.append(encode(batch.pixels))
+                labels.append(batch.labels)
+                index.append(batch.index)
+                skipped += batch.skipped
+                claims.renew()
+                bar.update(len(batch.index) + len(batch.skipped))
+            joined = (np.concatenate(x) for x in (codes, labels, index))
+            write_shard(args.code_path, plan, shard, *joined, skipped)
+            claims.release(shard)
 
 
 def main() -> None:
-    """Make every shard that is missing."""
+    """Make every shard that is missing; the process that finds all of them there writes ``meta.json``."""
     args = parse_args()
-    world = init_distributed()
+    world = init_distributed(connect=False)
     logger = create_logger(world)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     listing = list_images(args.data_path)
     samples = listing.samples[:100] if args.debug else listing.samples
     vq, name = load_vq(
-        args.vq_ckpt,
-        args.vq_model,
-        codebook_size=args.codebook_size,
-        codebook_embed_dim=args.codebook_embed_dim,
+        args.vq_ckpt, args.vq_model, codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim
     )
     plan = make_plan(args, samples, listing.classes, vq, name)
+    start_codes(args.code_path, plan)
     if world.is_main:
-        start_codes(args.code_path, plan)
         write_options(Path(args.code_path) / "options.json", args)
-    world.barrier()
-
-    missing = [s for s in range(plan.num_shards) if not shard_path(args.code_path, s).exists()]
-    world.barrier()  # every rank has listed before any rank writes
+    missing = find_missing(args, world, plan, logger)
     logger.info(
         f"{plan.num_images:,} images of {len(plan.classes)} classes x {len(plan.crops)} crops of "
         f"{plan.image_size}x{plan.image_size} -> {plan.grid[0]}x{plan.grid[1]} codes of {name}; "
         f"{len(missing)} of {plan.num_shards} shards to make on {world.size} x {world.device}"
     )
-    vq = vq.to(world.device, memory_format=torch.channels_last)
-    make_shards(args, world, vq, plan, samples, missing[world.rank :: world.size])
-    world.barrier()
-    if world.is_main:
-        meta = finish_codes(args.code_path, plan)
-        logger.info(f"{args.code_path}: codes of {meta['num_coded_images']:,} images in {plan.num_shards} shards")
-
-
-def make_shards(
-    args: Namespace,
-    world: World,
-    vq: VQModel,
-    plan: CodesPlan,
-    samples: list[tuple[str, int]],
-    shards: list[int],
-) -> None:
-    """Encode and write ``shards``, one after another."""
-    batches = image_batches(args, samples, plan, shards)
-    bar = progress(world, "extracting", sum(len(plan.shard_images(s)) for s in shards), unit="images")
-    for shard in shards:
-        codes, labels, index = [], [], []
-        while sum(map(len, index)) < len(plan.shard_images(shard)):
-            pixels, batch_labels, batch_index = next(batches)
-            codes.append(encode_crops(vq, pixels, args, world.device))
-            labels.append(batch_labels.numpy())
-            index.append(batch_index.numpy())
-            bar.update(len(batch_index))
-        write_shard(args.code_path, plan, shard, *(np.concatenate(x) for x in (codes, labels, index)))
-    bar.close()
+    make_shards(args, world, vq.to(world.device, memory_format=torch.channels_last), plan, samples, missing)
+    meta = finish_codes(args.code_path, plan, [path for path, _ in samples])
+    if meta is None:
+        logger.warning(
+            f"{args.code_path} is not complete yet: other processes still make shards, and the last of them writes "
+            f"meta.json; if none is left, run this command again"
+        )
+        return
+    logger.info(f"{args.code_path}: codes of {meta['num_coded_images']:,} images in {plan.num_shards} shards")
+    if meta["num_skipped_images"]:
+        logger.warning(f"{meta['num_skipped_images']:,} unreadable images left out; see {args.code_path}/skipped.json")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from timm.scheduler import CosineLRScheduler
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig, load_gpt
 from autoregressive.models.region_order import resolve_parallelism
 from autoregressive.train.recipe import Recipe, make_recipe
-from dataset.codes import Codes, open_codes
+from dataset.codes import Codes, MixedCodes, open_codes
 from dataset.epochs import EpochOrder
 from utils.checkpoint import resolve
 from utils.distributed import autocast, init_distributed
@@ -38,6 +38,8 @@ def parse_args() -> Namespace:
     )
     data = parser.add_argument_group("data")
     data.add_argument("--code-path", required=True, help="folder of codes, from extract_codes_c2i.sh")
+    data.add_argument("--mix-code-path", help="second set of codes of the same images, such as at another crop range")
+    data.add_argument("--mix-weight", type=fraction, default=0.5, help="share of crops drawn from --mix-code-path")
     data.add_argument(
         "--image-size", type=positive_int, help="pixels the codes were made from (default: the codes', else 384)"
     )
@@ -118,8 +120,8 @@ def describe_codes(args: Namespace, codes: Codes) -> None:
         raise ValueError(f"{source} has label {codes.labels.max()}, but --num-classes is {args.num_classes}")
 
 
-def make_model(args: Namespace) -> GPT:
-    """A new model, or the weights of ``--gpt-ckpt`` with this run's dropouts."""
+def make_model(args: Namespace, tokenizer_sha256: str | None) -> GPT:
+    """A new model, or the weights of ``--gpt-ckpt``, which must have learned codes of the same tokenizer."""
     grid = args.image_size // args.downsample_size
     config = GPTConfig(
         **GPT_models[args.gpt_model],
@@ -140,7 +142,13 @@ def make_model(args: Namespace) -> GPT:
         model.init_weights()
     else:
         written = (args.gpt_model, args.ar_token_num, args.num_classes, args.vocab_size)
-        pretrained, _, _ = load_gpt(args.gpt_ckpt, (grid, grid), *written)
+        pretrained, _, facts = load_gpt(args.gpt_ckpt, (grid, grid), *written)
+        learned, here = facts.get("tokenizer_sha256"), tokenizer_sha256
+        if learned and here and learned != here:
+            raise ValueError(
+                f"--gpt-ckpt {args.gpt_ckpt} learned codes of another tokenizer than those of --code-path "
+                f"{args.code_path}; extract the codes again with its tokenizer"
+            )
         model.load_state_dict(pretrained.state_dict())
     return model
 
@@ -155,7 +163,8 @@ class CodeBatches:
     def rank_slice(self, step: int, rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's part of global batch ``step``: codes (b, T) int64 raster order, labels (b,) int64."""
         _, images = self.order.indices(step)  # (B,)
-        crops = np.random.default_rng([self.seed, step, 1]).integers(self.codes.num_crops, size=len(images))  # (B,)
+        rng = np.random.default_rng([self.seed, step, 1])
+        crops = rng.choice(self.codes.num_crops, size=len(images), p=self.codes.crop_weights)  # (B,)
         mine = slice(rank * len(images) // size, (rank + 1) * len(images) // size)
         codes = self.codes.gather(images[mine], crops[mine])  # (b, T)
         return torch.from_numpy(codes), torch.from_numpy(self.codes.labels[images[mine]])
@@ -168,12 +177,14 @@ def main() -> None:
     device = world.device
     micro_batch = split_batch(args.global_batch_size, world.size, args.gradient_accumulation_steps)
     codes = open_codes(args.code_path)
+    if args.mix_code_path is not None:
+        codes = MixedCodes(codes, open_codes(args.mix_code_path, "--mix-code-path"), args.mix_weight)
     describe_codes(args, codes)
     batches = CodeBatches(codes, args.global_batch_size, args.global_seed)
     steps_per_epoch = batches.order.steps_per_epoch
     total_steps = args.epochs * steps_per_epoch
     torch.manual_seed(args.global_seed)
-    model = make_model(args).to(device).train()
+    model = make_model(args, codes.meta.get("tokenizer_sha256")).to(device).train()
     optimizer = make_adamw(model, args.lr, args.weight_decay, (args.beta1, args.beta2))
     scaler = torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16")
     ema = Ema(model) if args.ema else None

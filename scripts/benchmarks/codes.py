@@ -1,0 +1,205 @@
+"""Extraction and loading of codes against the published procedure, as ratios within one run.
+
+Published: one image at a time, its ten crops as one batch, float32 in torch's default layout, all distances to the
+codebook by einsum, one int64 .npy of codes and one of labels per image; loaded file by file through a DataLoader.
+Also says what bounds extraction: the encoder's FLOPs against this machine's matrix-multiply ceiling.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from dataset.augmentation import center_crop, crop_names, take_crops
+from dataset.codes import CodesPlan, finish_codes, open_codes, start_codes, write_shard
+from dataset.imagenet import list_images, open_image, to_model_range
+from tokenizer.vq_model import VQModel, make_vq_config
+from utils.files import write_json
+from utils.options import make_parser, positive_int, run
+
+CPU = torch.device("cpu")
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock time of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def published_codes(vq: VQModel, crops: torch.Tensor) -> np.ndarray:
+    """Codes (10, tokens) of crops (10, 3, S, S) by the published arithmetic."""
+    z = vq.latent(crops).permute(0, 2, 3, 1)  # (10, h, w, C)
+    z = torch.nn.functional.normalize(z, dim=-1).reshape(-1, z.shape[-1])  # (N, C)
+    e = torch.nn.functional.normalize(vq.quantize.embedding.weight, dim=-1)  # (V, C)
+    d = z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * torch.einsum("bd,dn->bn", z, e.T)  # (N, V)
+    return d.argmin(1).view(len(crops), -1).numpy()
+
+
+@torch.inference_mode()
+def measure_extraction(data_path: str, count: int, size: int) -> dict[str, float]:
+    """Images per second and peak memory of both ways, and of bf16; codes compared one by one."""
+    images = [center_crop(open_image(p), int(size * 1.1)) for p, _ in list_images(data_path).samples[:count]]
+    pixels = torch.from_numpy(np.stack(images))  # (N, R, R, 3)
+    torch.manual_seed(0)
+    vq = VQModel(make_vq_config("VQ-16")).eval()
+    vq.init_weights()
+    found: dict[str, list[np.ndarray]] = {"published": [], "ours": [], "bf16": []}
+
+    def run_published() -> None:
+        for image in pixels:
+            crops = take_crops(image[None], size, True, True)[0].permute(0, 3, 1, 2).contiguous()  # (10, 3, S, S)
+            found["published"].append(published_codes(vq, crops.float() / 127.5 - 1))
+
+    def run_ours(key: str, batch: int) -> None:
+        codebook = vq.quantize.codebook()
+        with torch.autocast("cpu", torch.bfloat16, enabled=key == "bf16"):
+            for image in pixels:
+                crops = take_crops(image[None], size, True, True).flatten(0, 1)  # (10, S, S, 3)
+                found[key] += [
+                    vq.encode(to_model_range(c, CPU), codebook).flatten(1).numpy() for c in crops.split(batch)
+                ]
+
+    result = {"published images/s": count / seconds(run_published)}
+    result["published peak GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    vq = vq.to(memory_format=torch.channels_last)
+    for key, batch in (("ours", 1), ("bf16", 1)):
+        result[f"{key} images/s"] = count / seconds(lambda key=key, batch=batch: run_ours(key, batch))
+    codes = {k: np.concatenate(v) for k, v in found.items()}
+    result["codes equal"] = float((codes["ours"] == codes["published"]).mean())
+    result["codes equal, bf16"] = float((codes["bf16"] == codes["published"]).mean())
+    return result
+
+
+@torch.inference_mode()
+def measure_ceiling(size: int) -> dict[str, float]:
+    """GFLOP/s of a large float32 matrix product, and of the encoder; what the encoder's time goes to."""
+    a = torch.randn(2048, 2048)
+    a @ a
+    ceiling = max(2 * 2048**3 / seconds(lambda: a @ a) for _ in range(5)) / 1e9
+    vq = VQModel(make_vq_config("VQ-16")).eval().to(memory_format=torch.channels_last)
+    image = torch.randn(1, 3, size, size).contiguous(memory_format=torch.channels_last)
+    with FlopCounterMode(display=False) as counter:
+        vq.encode(image)
+    reached = counter.get_total_flops() / min(seconds(lambda: vq.encode(image)) for _ in range(3)) / 1e9
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        vq.encode(image)
+    events = sorted(trace.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    total = sum(e.self_cpu_time_total for e in events)
+    result = {"GFLOP a crop": counter.get_total_flops() / 1e9, "encoder GFLOP/s": reached, "matmul GFLOP/s": ceiling}
+    return result | {f"share of {e.key}": e.self_cpu_time_total / total for e in events[:5]}
+
+
+class PublishedDataset(Dataset):
+    """One .npy of codes and one of labels per image, a random crop of it."""
+
+    def __init__(self, folder: Path, count: int):
+        self.folder, self.count = folder, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = np.load(self.folder / "codes" / f"{i}.npy")
+        crop = torch.randint(codes.shape[1], (1,)).item()
+        return torch.from_numpy(codes[:, crop]), torch.from_numpy(np.load(self.folder / "labels" / f"{i}.npy"))
+
+
+def drop_page_cache(folder: Path) -> None:
+    """Ask the kernel to forget the files of a folder (they must be on disk already)."""
+    os.sync()
+    for path in folder.rglob("*.np?"):
+        with open(path, "rb") as f:
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes that the files take on disk, whole blocks."""
+    return int(subprocess.run(["du", "-s", "-B1", folder], capture_output=True, check=True).stdout.split()[0])
+
+
+def measure_loading(work: Path, count: int, batch: int = 256) -> dict[str, float]:
+    """Images per second of random batches of 256, warm and cold, and disk use, of both layouts of the same codes."""
+    codes = np.random.default_rng(0).integers(0, 16384, (count, 10, 576))
+    published, ours = work / "published", work / "shards"
+    for kind in ("codes", "labels"):
+        (published / kind).mkdir(parents=True)
+    for i in range(count):
+        np.save(published / "codes" / f"{i}.npy", codes[i : i + 1])
+        np.save(published / "labels" / f"{i}.npy", np.array([i % 1000]))
+    plan = CodesPlan(
+        [str(c) for c in range(1000)], count, "", 384, [24, 24], crop_names(True, True), 1.1, 16384, "", "", "none", 1024
+    )  # fmt: skip
+    start_codes(ours, plan)
+    for shard in range(plan.num_shards):
+        index = np.array(plan.shard_images(shard))
+        write_shard(ours, plan, shard, codes[index], index % 1000, index)
+    finish_codes(ours, plan, [""] * count)
+    result = {"published bytes/image": disk_bytes(published) / count, "ours bytes/image": disk_bytes(ours) / count}
+
+    workers = os.cpu_count() or 1
+    order = np.random.default_rng(1).permutation(count)
+
+    def load_published() -> None:
+        for x, _ in DataLoader(PublishedDataset(published, count), batch, shuffle=True, num_workers=workers):
+            x.sum()
+
+    def load_ours() -> None:
+        reader = open_codes(ours)
+        rng = np.random.default_rng(2)
+        for first in range(0, count, batch):
+            images = order[first : first + batch]
+            torch.from_numpy(reader.gather(images, rng.integers(10, size=len(images)))).sum()
+
+    for name, load, folder in (("published", load_published, published), ("ours", load_ours, ours)):
+        drop_page_cache(folder)
+        result[f"{name} cold images/s"] = count / seconds(load)
+        result[f"{name} warm images/s"] = count / min(seconds(load) for _ in range(2))
+    return result
+
+
+def main() -> None:
+    """Measure, print, write JSON."""
+    parser = make_parser(__doc__, "python3 scripts/benchmarks/codes.py --data-path IMAGES --output codes.json")
+    parser.add_argument("--data-path", required=True, help="folder with one sub-folder of images per class")
+    parser.add_argument("--images", type=positive_int, default=4, help="images to extract (ten crops each)")
+    parser.add_argument("--image-size", type=positive_int, default=384, help="side of the crops, pixels")
+    parser.add_argument("--loaded-images", type=positive_int, default=20000, help="images to load")
+    parser.add_argument("--work", default="/tmp/par-benchmark", help="scratch folder, emptied (2 GB)")
+    parser.add_argument("--output", default="codes.json", help="JSON to write")
+    args = parser.parse_args()
+    work = Path(args.work)
+    shutil.rmtree(work, ignore_errors=True)
+    extraction = measure_extraction(args.data_path, args.images, args.image_size)
+    extraction |= measure_ceiling(args.image_size)
+    extraction["ratio"] = extraction["ours images/s"] / extraction["published images/s"]
+    extraction["ratio, bf16"] = extraction["bf16 images/s"] / extraction["published images/s"]
+    loading = measure_loading(work, args.loaded_images)
+    for kind in ("cold", "warm"):
+        loading[f"ratio, {kind}"] = loading[f"ours {kind} images/s"] / loading[f"published {kind} images/s"]
+    loading["ratio, disk"] = loading["published bytes/image"] / loading["ours bytes/image"]
+    shutil.rmtree(work)
+    threads = {"threads": torch.get_num_threads(), "malloc": os.environ.get("MALLOC_MMAP_MAX_", "glibc's default")}
+    for title, table in (("extraction", extraction), ("loading", loading)):
+        print(f"\n{title}")
+        for key, value in table.items():
+            print(f"  {key:40} {value:,.3f}")
+    write_json(args.output, {"extraction": extraction, "loading": loading, **threads})
+
+
+if __name__ == "__main__":
+    run(main)

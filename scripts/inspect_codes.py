@@ -1,0 +1,108 @@
+"""What a folder of codes holds: verify every shard, count classes and codebook usage, draw decoded codes."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+from dataset.codes import CodesPlan, ShardedCodes, open_codes, shard_damage
+from tokenizer.vq_model import load_vq
+from utils.checkpoint import state_sha256
+from utils.distributed import init_distributed
+from utils.files import sha256_file, write_json
+from utils.images import image_grid, save_png, to_uint8
+from utils.logger import progress
+from utils.options import make_parser, positive_int, run
+
+CHUNK = 4096
+
+
+def verify(folder: Path, codes: ShardedCodes) -> None:
+    """Check every shard's bytes and content; ``ValueError`` names those that are damaged."""
+    plan = CodesPlan(**{f.name: codes.meta[f.name] for f in fields(CodesPlan)})
+    damaged = []
+    shards = codes.meta["shards"]
+    for i, shard in enumerate(progress(init_distributed(), "verifying", len(shards), unit="shards", items=shards)):
+        path = folder / "shards" / Path(shard["file"]).name
+        damage = shard_damage(folder, plan, i)
+        if damage is None and sha256_file(path) != shard["sha256"]:
+            damage = "its sha256 is not the one in meta.json"
+        if damage:
+            damaged.append(f"{path} ({damage})")
+    if damaged:
+        raise ValueError(f"{len(damaged)} damaged shards: {'; '.join(damaged)}; extract_codes_c2i.sh makes them again")
+
+
+def count_codes(codes: ShardedCodes) -> np.ndarray:
+    """How often each codebook entry occurs over all images and crops: (V,) int64."""
+    counts = np.zeros(codes.meta["codebook_size"], np.int64)
+    for first in range(0, len(codes), CHUNK):
+        images = np.arange(first, min(first + CHUNK, len(codes)))
+        for crop in range(codes.num_crops):
+            counts += np.bincount(codes.gather(images, np.full(len(images), crop)).ravel(), minlength=len(counts))
+    return counts
+
+
+def draw(codes: ShardedCodes, vq_ckpt: str, rows: int, output: Path) -> None:
+    """Decode all crops of ``rows`` images spread over the set; one row per image."""
+    vq, name = load_vq(vq_ckpt, None)
+    if state_sha256(vq.weights()) != codes.meta["tokenizer_sha256"]:
+        raise ValueError(f"--vq-ckpt {vq_ckpt} ({name}) is not the tokenizer that made these codes")
+    images = np.linspace(0, len(codes) - 1, min(rows, len(codes))).astype(np.int64)
+    pictures = []
+    for image in progress(init_distributed(), "decoding", len(images), unit="images", items=images):
+        tokens = codes.gather(np.full(codes.num_crops, image), np.arange(codes.num_crops))  # (K, T)
+        with torch.inference_mode():
+            decoded = vq.decode_code(torch.from_numpy(tokens).view(-1, *codes.meta["grid"]))  # (K, 3, S, S)
+        pictures.append(to_uint8(decoded).numpy())
+    save_png(output, image_grid(np.concatenate(pictures), columns=codes.num_crops))
+
+
+def main() -> None:
+    """Verify, count, print, draw."""
+    parser = make_parser(
+        __doc__,
+        "python3 scripts/inspect_codes.py --code-path CODES --vq-ckpt ./pretrained_models/vq_ds16_c2i.pt",
+    )
+    parser.add_argument("--code-path", required=True, help="folder of codes, from extract_codes_c2i.sh")
+    parser.add_argument("--vq-ckpt", help="its tokenizer, to draw decoded codes (default: no picture)")
+    parser.add_argument("--rows", type=positive_int, default=8, help="images in the picture")
+    parser.add_argument("--output", help="picture, and .json of the counts beside it (default: CODES/inspect.png)")
+    args = parser.parse_args()
+    folder = Path(args.code_path)
+    codes = open_codes(folder)
+    if not isinstance(codes, ShardedCodes):
+        raise ValueError(f"--code-path {folder} is in the published layout; scripts/convert_codes.py makes shards")
+    output = Path(args.output) if args.output else folder / "inspect.png"
+    verify(folder, codes)
+    usage = count_codes(codes)
+    per_class = np.bincount(codes.labels, minlength=codes.num_classes)
+    probability = usage[usage > 0] / usage.sum()
+    perplexity = float(np.exp(-(probability * np.log(probability)).sum()))
+    meta = codes.meta
+    print(
+        f"{folder}: {len(codes):,} images x {codes.num_crops} crops of {meta['image_size']}x{meta['image_size']} as "
+        f"{meta['grid'][0]}x{meta['grid'][1]} codes of {meta['tokenizer']}\n"
+        f"crops      {', '.join(meta['crops'])} (range {meta['crop_range']})\n"
+        f"shards     {len(meta['shards'])}, all whole; {meta['num_skipped_images']} unreadable images left out\n"
+        f"tokenizer  sha256 {meta['tokenizer_sha256']}\n"
+        f"classes    {codes.num_classes}, {per_class.min()} to {per_class.max()} images each\n"
+        f"codebook   {(usage > 0).sum():,} of {len(usage):,} entries occur ({(usage > 0).mean():.1%}), "
+        f"perplexity {perplexity:,.0f}"
+    )
+    counts = {"images_per_class": dict(zip(meta["classes"], per_class.tolist(), strict=True))}
+    counts |= {"codebook_counts": usage.tolist(), "codebook_perplexity": perplexity}
+    write_json(output.with_suffix(".json"), counts)
+    if args.vq_ckpt:
+        draw(codes, args.vq_ckpt, args.rows, output)
+        print(f"{output}: one image a row, its crops in order")
+
+
+if __name__ == "__main__":
+    run(main)
