@@ -142,8 +142,19 @@ def measure_loading(work: Path, count: int, batch: int = 256) -> dict[str, float
         np.save(published / "codes" / f"{i}.npy", codes[i : i + 1])
         np.save(published / "labels" / f"{i}.npy", np.array([i % 1000]))
     plan = CodesPlan(
-        [str(c) for c in range(1000)], count, "", 384, [24, 24], crop_names(True, True), 1.1, 16384, "", "", "none", 1024
-    )  # fmt: skip
+        classes=[str(c) for c in range(1000)],
+        num_images=count,
+        source_sha256="",
+        image_size=384,
+        grid=[24, 24],
+        crops=crop_names(ten_crop=True, flips=True),
+        crop_range=1.1,
+        codebook_size=16384,
+        tokenizer="VQ-16",
+        tokenizer_sha256="",
+        precision="none",
+        shard_size=1024,
+    )
     start_codes(ours, plan)
     for shard in range(plan.num_shards):
         index = np.array(plan.shard_images(shard))
