@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def main() -> None:
         bar.update(len(part))
     bar.close()
     pack_chunks(output, chunks, progress(world, "packing", len(chunks), unit="chunks"))
-    chunks[0].parent.rmdir()
+    shutil.rmtree(chunks[0].parent)
 
 
 if __name__ == "__main__":

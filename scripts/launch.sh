@@ -12,7 +12,11 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 
 if [ -z "${nproc_per_node:-}" ]; then
-    nproc_per_node=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        nproc_per_node=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+    else
+        nproc_per_node=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+    fi
     if [ "$nproc_per_node" -eq 0 ]; then nproc_per_node=1; fi
 fi
 nnodes=${nnodes:-1}

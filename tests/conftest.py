@@ -14,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT.parent / "shared" / "golden"
+GOLDEN = (ROOT.parent / "shared" / "golden", ROOT / "tests" / "golden")
 
 # one test process may not take the whole machine from the processes it starts
 torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -29,12 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def golden():
-    """``golden(name)`` opens ../shared/golden/name, or skips the test where that is not there."""
+    """``golden(name)`` opens ../shared/golden/name, or the copy in tests/golden, or skips the test."""
 
     def open_golden(name: str):
-        path = GOLDEN / name
-        if not path.is_file():
-            pytest.skip(f"golden file {name} is not there (looked in {GOLDEN})")
+        path = next((folder / name for folder in GOLDEN if (folder / name).is_file()), None)
+        if path is None:
+            pytest.skip(f"golden file {name} is not there (looked in {GOLDEN[0]} and {GOLDEN[1]})")
         return np.load(path, allow_pickle=False) if path.suffix == ".npz" else path.read_text()
 
     return open_golden

@@ -391,12 +391,73 @@ def test_reconstructions(work, tmp_path):
         assert npz["labels"].tolist() == [0] * 8 + [1] * 8 + [2] * 8
 
 
+def test_samples_of_other_options_are_not_taken_for_these(work, trained, sampled):
+    """The published name leaves out the number of images: asking for more must not be answered with fewer."""
+    again = sample(work, trained, sampled.parent)
+    assert "is there already, made with these options" in again.stdout
+    before = digest(sampled)
+    done = run_command(
+        *SAMPLE, "--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--sample-dir", sampled.parent,
+        "--image-size-eval", 24, "--num-fid-samples", 30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "made with other options or weights" in done.stderr
+    assert digest(sampled) == before
+
+
+def test_what_a_killed_writer_left_does_not_hinder(work, trained, sampled, tmp_path):
+    fingerprint = json.loads(sampled.with_suffix(".json").read_text())["fingerprint"]
+    folder = tmp_path / f"{SAMPLE_NAME}.{fingerprint}.chunks"
+    folder.mkdir()
+    (folder / "000001.npz.tmp-12345678").write_bytes(b"half")
+    sample(work, trained, tmp_path)
+    assert digest(tmp_path / f"{SAMPLE_NAME}.npz") == digest(sampled)
+    assert not folder.exists()
+
+
+def test_resuming_takes_the_new_learning_rate(work, trained, tmp_path):
+    folder = tmp_path / "GPT-T-4x-32" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "0000008.pt").write_bytes((trained.parent / "0000008.pt").read_bytes())
+    log = train(work, tmp_path, "--lr", 1e-5).stdout
+    rates = [float(line.rsplit("lr ", 1)[1]) for line in log.splitlines() if ": loss " in line]
+    assert max(rates) < 1e-5
+    other = train(work, tmp_path, "--lr-schedule", "constant", check=False)
+    assert other.returncode == 2 and "another lr_schedule (lr_schedule: cosine there, constant now)" in other.stderr
+
+
+def test_resuming_on_codes_of_another_crop_range_is_refused(work, trained, tmp_path):
+    extract(work, tmp_path / "codes105", "--crop-range", 1.05)
+    folder = tmp_path / "GPT-T-4x-32" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "0000008.pt").write_bytes((trained.parent / "0000008.pt").read_bytes())
+    done = train(work, tmp_path, "--code-path", tmp_path / "codes105", check=False)
+    assert done.returncode == 2 and "another crop_range (crop_range: 1.1 there, 1.05 now)" in done.stderr
+
+
+@pytest.mark.parametrize("nproc, environment, prefix", [(2, {}, "error"), (1, {"RANK": "1"}, "error on rank 1")])
+def test_a_mistake_is_said_whichever_process_meets_it(nproc, environment, prefix):
+    words = ("--vq-ckpt", "nowhere.pt", "--gpt-ckpt", "nowhere.pt")
+    done = run_command(*SAMPLE, *words, nproc=nproc, check=False, **environment)
+    assert done.returncode != 0
+    assert f"{prefix}: --gpt-ckpt: nowhere.pt does not exist in" in done.stderr
+
+
+def test_moving_average_of_weights_can_be_sampled(work, trained, sampled, tmp_path):
+    sample(work, trained, tmp_path, "--gpt-ema")
+    assert digest(tmp_path / f"{SAMPLE_NAME}.npz") != digest(sampled)
+    state = torch.load(trained, weights_only=True)
+    torch.save({"model": state["model"]}, tmp_path / "plain.pt")
+    options = ("--image-size", 32, "--gpt-ema")
+    with pytest.raises(AssertionError, match="--gpt-ema: .*plain.pt holds no moving average"):
+        sample(work, tmp_path / "plain.pt", tmp_path, *options)
+
+
 MISTAKES = [
     (TRAIN, ["--spe-token-num", "5"], "--spe-token-num 5 contradicts --ar-token-num 4"),
     (TRAIN, ["--ar-token-num", "5", "--spe-token-num", "4"], "--ar-token-num 5 does not cut a 8x8 grid"),
     (TRAIN, ["--image-size", "384"], "--image-size 384 contradicts --code-path"),
     (TRAIN, ["--vocab-size", "100"], "--vocab-size 100 contradicts"),
-    (TRAIN, ["--code-path", "nowhere"], "--code-path: nowhere does not exist"),
+    (TRAIN, ["--code-path", "nowhere"], "--code-path: nowhere does not exist in"),
     (TRAIN, ["--global-batch-size", "9", "--gradient-accumulation-steps", "2"], "--global-batch-size 9 does not split"),
     (TRAIN, ["--gpt-ckpt", "nowhere.pt"], "--gpt-ckpt: nowhere.pt does not exist"),
     (TRAIN, ["--gpt-ckpt", "{work}/vq.pt"], "holds no GPT"),
@@ -410,8 +471,12 @@ MISTAKES = [
     (SAMPLE, ["--image-size", "64"], "contradicts --gpt-ckpt"),
     (SAMPLE, ["--gpt-ckpt", "{work}/vq.pt"], "holds no GPT"),
     (SAMPLE, ["--vq-ckpt", "{trained}"], "holds no tokenizer"),
-    (SAMPLE, ["--vq-ckpt", "nowhere.pt"], "--vq-ckpt: nowhere.pt does not exist (see pretrained_models/README.md"),
+    (SAMPLE, ["--vq-ckpt", "nowhere.pt"], "--vq-ckpt: nowhere.pt does not exist in"),
     (SAMPLE, ["--top-p", "0"], "--top-p 0.0 must be in (0, 1]"),
+    (SAMPLE, ["--temperature", "nan"], "must be finite"),
+    (SAMPLE, ["--sample-dir", "{work}/vq.pt"], "--sample-dir: cannot write in"),
+    (TRAIN, ["--cloud-save-path", "{work}/vq.pt"], "--cloud-save-path or --results-dir: cannot write in"),
+    (EXTRACT, ["--code-path", "{work}/vq.pt"], "--code-path: cannot write in"),
 ]
 
 

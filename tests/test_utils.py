@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from utils.checkpoint import find_state_dict, load_checkpoint, load_strictly, newest_checkpoint, state_sha256
+from utils.distributed import World
 from utils.files import atomic_path
 from utils.images import image_grid, to_uint8
+from utils.logger import progress
 from utils.samples import pack_chunks, write_chunk
 from utils.training import Ema, RunFolder, make_adamw, seed_step, split_batch
 
@@ -114,12 +116,8 @@ def test_packed_chunks_are_one_plain_npz(tmp_path):
             paths.append(tmp_path / f"{name}-{first}.npz")
             write_chunk(paths[-1], images[first : first + size], labels[first : first + size])
             first += size
-        from utils.distributed import World
-        from utils.logger import progress
-
         bar = progress(World(1, 2, torch.device("cpu")), "", len(paths))
         pack_chunks(tmp_path / f"{name}.npz", paths, bar)
-        assert not any(p.exists() for p in paths)
         return (tmp_path / f"{name}.npz").read_bytes()
 
     content = pack([3, 3, 1], "a")
@@ -135,9 +133,13 @@ def test_ema_closed_form():
     model.weight.data.fill_(0.0)
     ema = Ema(model, decay=0.9)
     model.weight.data.fill_(1.0)
-    for _ in range(5):
-        ema.update(model)
+    for step in range(1000, 1005):  # the decay has grown to its full value
+        ema.update(model, step)
     assert ema.state_dict(model)["weight"].item() == pytest.approx(1 - 0.9**5, rel=1e-5)
+    ema = Ema(model, decay=0.9999)
+    model.weight.data.fill_(3.0)
+    ema.update(model, 0)  # decay 0.1: the first weights fade at once
+    assert ema.state_dict(model)["weight"].item() == pytest.approx(3 - 0.1 * 2, rel=1e-5)
 
 
 def test_weight_decay_is_for_matrices():
@@ -171,8 +173,9 @@ def test_run_folders(tmp_path):
     both.make()
     both.save(3, {"model": {"w": torch.ones(1)}})
     assert (tmp_path / "results/run/checkpoints/0000003.pt").is_file()
-    assert both.newest()[1]["model"]["w"].item() == 1.0
+    alone = World(0, 1, torch.device("cpu"))
+    assert both.newest(alone)[1]["model"]["w"].item() == 1.0
     (tmp_path / "results/run/checkpoints/0000003.pt").unlink()
-    assert both.newest()[0] == tmp_path / "cloud/run/checkpoints/0000003.pt"
+    assert both.newest(alone)[0] == tmp_path / "cloud/run/checkpoints/0000003.pt"
     only_cloud = RunFolder.of(str(tmp_path / "results"), str(tmp_path / "cloud"), True, "run")
     assert only_cloud.folder == tmp_path / "cloud/run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -17,9 +18,10 @@ from dataset.augmentation import center_crop
 from dataset.imagenet import ImageFiles, list_images, to_model_range
 from tokenizer.vq_model import VQ_models, load_vq
 from utils.distributed import init_distributed
+from utils.files import prepare_folder
 from utils.images import image_grid, save_png, to_uint8
 from utils.logger import progress
-from utils.options import make_parser, positive_int, run, write_options
+from utils.options import add_retired, count, make_parser, positive_int, run, write_options
 from utils.samples import pack_chunks, write_chunk
 
 
@@ -39,7 +41,14 @@ def parse_args() -> Namespace:
     parser.add_argument("--image-size-eval", type=positive_int, default=256, help="side of what is written, pixels")
     parser.add_argument("--sample-dir", default="reconstructions", help="folder to write to")
     parser.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images at once")
-    parser.add_argument("--num-workers", type=int, default=4, help="decoding processes, at most one per core")
+    parser.add_argument("--num-workers", type=count, default=4, help="decoding processes, at most one per core")
+    add_retired(
+        parser,
+        {
+            "--dataset": (True, "any folder of class folders is read the same way"),
+            "--global-seed": (True, "reconstruction draws nothing at random"),
+        },
+    )
     return parser.parse_args()
 
 
@@ -59,6 +68,7 @@ def main() -> None:
     )
     if args.image_size % vq.config.downsample:
         raise ValueError(f"--image-size {args.image_size} is no multiple of {name}'s {vq.config.downsample}")
+    prepare_folder(args.sample_dir, "--sample-dir")
     vq.to(world.device, memory_format=torch.channels_last)
     samples = list_images(args.data_path).samples
     files = ImageFiles(samples, lambda image, key: center_crop(image, args.image_size))
@@ -78,7 +88,7 @@ def main() -> None:
         if (len(paths) - 1) % step == 0:
             pairs += [real[0], made[0]]
     pack_chunks(f"{output}.npz", paths, progress(world, "packing", len(paths), unit="batches"))
-    Path(f"{output}.chunks").rmdir()
+    shutil.rmtree(f"{output}.chunks")
     save_png(f"{output}.png", image_grid(np.stack(pairs), columns=10))
     mean = float(np.concatenate(decibels).mean())
     write_options(f"{output}.json", args, psnr=mean, images=len(samples))

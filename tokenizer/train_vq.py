@@ -9,7 +9,7 @@ import os
 import sys
 from argparse import BooleanOptionalAction, Namespace
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,10 +25,20 @@ from dataset.augmentation import random_crop
 from dataset.epochs import EpochOrder
 from dataset.imagenet import ImageFiles, list_images, to_model_range
 from tokenizer.vq_model import VQ_models, VQModel, load_vq, make_vq_config
+from utils.checkpoint import resolve
 from utils.distributed import World, autocast, init_distributed
 from utils.logger import create_logger, progress
-from utils.options import fraction, make_parser, positive_int, run, write_options
-from utils.training import Ema, RunFolder, check_finite, check_same_run, make_adamw, seed_step, split_batch
+from utils.options import add_retired, amount, count, fraction, make_parser, positive_int, run, write_options
+from utils.training import (
+    Ema,
+    RunFolder,
+    check_finite,
+    check_same_run,
+    make_adamw,
+    restore_optimizer,
+    seed_step,
+    split_batch,
+)
 
 
 def parse_args() -> Namespace:
@@ -41,7 +51,7 @@ def parse_args() -> Namespace:
     data.add_argument("--data-path", required=True, help="folder with one sub-folder of images per class")
     data.add_argument("--image-size", type=positive_int, default=256, help="side of the training crops, pixels")
     data.add_argument("--no-flip", action="store_true", help="never mirror images (for text, digits)")
-    data.add_argument("--num-workers", type=int, default=16, help="decoding processes, at most one per core")
+    data.add_argument("--num-workers", type=count, default=16, help="decoding processes, at most one per core")
     model = parser.add_argument_group("model")
     model.add_argument("--vq-model", choices=list(VQ_models), default="VQ-16", help="size")
     model.add_argument("--vq-ckpt", help="start from these weights")
@@ -56,49 +66,50 @@ def parse_args() -> Namespace:
     model.add_argument("--dropout-p", type=fraction, default=0.0, help="dropout in residual blocks")
     loss = parser.add_argument_group("loss")
     loss.add_argument("--reconstruction-loss", choices=["l1", "l2"], default="l2", help="pixel loss")
-    loss.add_argument("--reconstruction-weight", type=float, default=1.0, help="its weight")
-    loss.add_argument("--codebook-weight", type=float, default=1.0, help="weight of the quantizer's losses")
-    loss.add_argument("--commit-loss-beta", type=float, default=0.25, help="weight of commitment within them")
-    loss.add_argument("--entropy-loss-ratio", type=float, default=0.0, help="weight of the entropy loss")
+    loss.add_argument("--reconstruction-weight", type=amount, default=1.0, help="its weight")
+    loss.add_argument("--codebook-weight", type=amount, default=1.0, help="weight of the quantizer's losses")
+    loss.add_argument("--commit-loss-beta", type=amount, default=0.25, help="weight of commitment within them")
+    loss.add_argument("--entropy-loss-ratio", type=amount, default=0.0, help="weight of the entropy loss")
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=positive_int, default=40, help="passes over the images")
     training.add_argument("--global-batch-size", type=positive_int, default=128, help="images a step, all processes")
     training.add_argument("--gradient-accumulation-steps", type=positive_int, default=1, help="micro-batches a step")
-    training.add_argument("--lr", type=float, default=1e-4, help="learning rate")
+    training.add_argument("--lr", type=amount, default=1e-4, help="learning rate")
     training.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine ends at 0")
-    training.add_argument("--weight-decay", type=float, default=0.05, help="AdamW, matrices and convolutions only")
-    training.add_argument("--beta1", type=float, default=0.9, help="AdamW")
-    training.add_argument("--beta2", type=float, default=0.95, help="AdamW")
-    training.add_argument("--max-grad-norm", type=float, default=1.0, help="clip gradients to this norm; 0: never")
+    training.add_argument("--weight-decay", type=amount, default=0.05, help="AdamW, matrices and convolutions only")
+    training.add_argument("--beta1", type=fraction, default=0.9, help="AdamW")
+    training.add_argument("--beta2", type=fraction, default=0.95, help="AdamW")
+    training.add_argument("--max-grad-norm", type=amount, default=1.0, help="clip gradients to this norm; 0: never")
     training.add_argument("--mixed-precision", choices=["none", "fp16", "bf16"], default="bf16", help="autocast")
     training.add_argument("--ema", action="store_true", help="keep a moving average of the weights as well")
     training.add_argument("--compile", action="store_true", help="torch.compile the model")
-    training.add_argument("--global-seed", type=int, default=0, help="weights, data order, crops, dropout")
+    training.add_argument("--global-seed", type=count, default=0, help="weights, data order, crops, dropout")
     output = parser.add_argument_group("output")
     output.add_argument("--cloud-save-path", required=True, help="durable folder for checkpoints")
     output.add_argument("--no-local-save", action="store_true", help="write to --cloud-save-path only")
     output.add_argument("--results-dir", default="results_tokenizer_image", help="local folder for logs, checkpoints")
     output.add_argument("--log-every", type=positive_int, default=100, help="steps")
     output.add_argument("--ckpt-every", type=positive_int, default=5000, help="steps")
+    add_retired(parser, {"--dataset": (True, "any folder of class folders is read the same way")})
     return parser.parse_args()
 
 
 def make_model(args: Namespace) -> VQModel:
-    """A new tokenizer, or the one of ``--vq-ckpt``."""
+    """A new tokenizer, or the weights of ``--vq-ckpt`` under this run's losses and dropout."""
     written = dict(codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim)
-    if args.vq_ckpt is not None:
-        model, _ = load_vq(args.vq_ckpt, args.vq_model, **written)
-        return model.requires_grad_(True)
-    config = make_vq_config(
-        args.vq_model,
-        **written,
-        codebook_l2_norm=args.codebook_l2_norm,
-        commit_loss_beta=args.commit_loss_beta,
-        entropy_loss_ratio=args.entropy_loss_ratio,
-        dropout_p=args.dropout_p,
+    losses = dict(
+        commit_loss_beta=args.commit_loss_beta, entropy_loss_ratio=args.entropy_loss_ratio, dropout_p=args.dropout_p
     )
-    model = VQModel(config)
-    model.init_weights()
+    if args.vq_ckpt is None:
+        model = VQModel(make_vq_config(args.vq_model, **written, **losses, codebook_l2_norm=args.codebook_l2_norm))
+        model.init_weights()
+        return model
+    pretrained, _ = load_vq(args.vq_ckpt, args.vq_model, **written)
+    resolve(
+        "--codebook-l2-norm", args.codebook_l2_norm, pretrained.config.codebook_l2_norm, f"--vq-ckpt {args.vq_ckpt}"
+    )
+    model = VQModel(replace(pretrained.config, **losses))
+    model.load_state_dict(pretrained.state_dict())
     return model
 
 
@@ -143,12 +154,13 @@ def main() -> None:
     fixed = {k: getattr(args, k) for k in ("image_size", "epochs", "global_batch_size", "global_seed", "lr_schedule")}
     fixed |= {"config": asdict(model.config), "images": order.length}
     first_step = 0
-    if found := folder.newest():
+    if found := folder.newest(world):
         path, checkpoint = found
-        check_same_run(checkpoint["run"], fixed, path)
+        check_same_run(checkpoint.get("run"), fixed, path)
         model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        restore_optimizer(optimizer, checkpoint["optimizer"])
+        if checkpoint["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(checkpoint["scaler"])
         if ema:
             ema.load(checkpoint.get("ema", checkpoint["model"]))
         first_step = checkpoint["steps"]
@@ -205,7 +217,7 @@ def main() -> None:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if ema:
-            ema.update(model)
+            ema.update(model, step)
         # ---------------------------------------------------------------------------------
         done, since = step + 1, since + 1
         bar.update()

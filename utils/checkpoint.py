@@ -46,7 +46,7 @@ def find_state_dict(checkpoint: dict[str, Any], keys: Sequence[str], path: str |
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise ValueError(f"{path} holds no weights: expected one of the keys {', '.join(keys)} or a bare state dict")
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in tensors.items()}
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): v for k, v in tensors.items()}
 
 
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], path: str | Path, what: str) -> None:
@@ -100,7 +100,7 @@ def save_checkpoint(checkpoint: dict[str, Any], *paths: str | Path) -> None:
 
 
 def newest_checkpoint(*folders: str | Path) -> Path | None:
-    """The checkpoint (``<step>.pt``) of the highest step in any of the folders, or None."""
+    """The checkpoint (``<step>.pt``) of the highest step in any of the folders, the first that has it, or None."""
     found = [p for folder in folders if Path(folder).is_dir() for p in Path(folder).iterdir()]
     steps = {p: int(m[1]) for p in found if (m := CHECKPOINT_NAME.fullmatch(p.name))}
     return max(steps, key=steps.__getitem__, default=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -38,14 +39,18 @@ class World:
         return x
 
     def data_parallel(self, module: nn.Module) -> nn.Module:
-        """``module`` with gradients averaged over the ranks; with one rank, ``module`` itself.
-
-        Buffers are not exchanged: ours are constants, or statistics that rank 0 alone reports.
-        """
+        """``module`` with gradients averaged over the ranks; with one rank, ``module`` itself."""
         if self.size == 1:
             return module
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
+        return DistributedDataParallel(module, device_ids=device_ids)
+
+    def broadcast(self, value: object) -> object:
+        """Rank 0's ``value`` (anything that can be pickled) on every rank."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
 
 
 def init_distributed(connect: bool = True) -> World:
@@ -68,7 +73,8 @@ def init_distributed(connect: bool = True) -> World:
     else:
         device = torch.device("cpu")
     if size > 1 and connect:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # others wait while rank 0 writes a checkpoint, tens of GB for the largest models
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return World(rank, size, device)
 
 

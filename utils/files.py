@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ def require_file(path: str | Path | None, option: str, hint: str = "") -> Path:
     if path is None:
         raise ValueError(f"{option} is required{hint}")
     if not Path(path).is_file():
-        what = "is a folder, not a file" if Path(path).is_dir() else "does not exist"
+        what = "is a folder, not a file" if Path(path).is_dir() else f"does not exist{_where(path)}"
         raise ValueError(f"{option}: {path} {what}{hint}")
     return Path(path)
 
@@ -67,6 +68,23 @@ def require_file(path: str | Path | None, option: str, hint: str = "") -> Path:
 def require_folder(path: str | Path, option: str, hint: str = "") -> Path:
     """Return ``path`` if it is a folder; else a ``ValueError`` that names the option."""
     if not Path(path).is_dir():
-        what = "is a file, not a folder" if Path(path).exists() else "does not exist"
+        what = "is a file, not a folder" if Path(path).exists() else f"does not exist{_where(path)}"
         raise ValueError(f"{option}: {path} {what}{f' ({hint})' if hint else ''}")
     return Path(path)
+
+
+def _where(path: str | Path) -> str:
+    """The scripts run in the repository's root: say so where a relative path is not found."""
+    return "" if Path(path).is_absolute() else f" in {Path.cwd()}"
+
+
+def prepare_folder(path: str | Path, option: str) -> Path:
+    """Create the folder and try to write in it; ``ValueError`` naming the option, before any long work."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option}: cannot write in {path}: {error.strerror}") from error
+    return path

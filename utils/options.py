@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import sys
@@ -11,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from utils.files import write_json
 
@@ -37,15 +39,16 @@ def make_parser(description: str, example: str) -> argparse.ArgumentParser:
 def run(main: Callable[[], None]) -> None:
     """Call ``main``; a user's mistake (``ValueError``, ``OSError``) ends in one line and exit status 2.
 
-    Under torchrun every rank sees the same mistake, and rank 0 says it. ``PAR_DEBUG=1`` keeps the traceback.
+    Under torchrun each rank that meets a mistake says it. ``PAR_DEBUG=1`` keeps the traceback.
     """
     try:
         main()
     except (ValueError, OSError) as error:
         if os.environ.get("PAR_DEBUG"):
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        # tqdm's write clears an open progress bar first
+        tqdm.write(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -59,6 +62,22 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
+    return value
+
+
+def count(text: str) -> int:
+    """argparse type: an integer of at least 0; also for seeds, which must fit 63 bits."""
+    value = int(text)
+    if not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is not an integer of at least 0")
+    return value
+
+
+def amount(text: str) -> float:
+    """argparse type: a finite number of at least 0."""
+    value = float(text)
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
     return value
 
 
@@ -81,10 +100,14 @@ def add_retired(parser: argparse.ArgumentParser, options: dict[str, tuple[bool, 
 
 
 class _Retired(argparse.Action):
-    def __init__(self, option_strings, dest, nargs, help):  # noqa: A002 - argparse's name
-        super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=nargs, help=help, default=argparse.SUPPRESS)
+    """Say once what took an option's place; leave the namespace alone."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __init__(self, option_strings: list[str], dest: str, nargs: int, help: str):  # noqa: A002 - argparse's name
+        super().__init__(
+            option_strings, argparse.SUPPRESS, nargs, help=help, default=argparse.SUPPRESS, metavar="VALUE"
+        )
+
+    def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"note: {option_string} has no effect any more: {self.help}", file=sys.stderr)
 

@@ -19,7 +19,7 @@ def write_chunk(path: str | Path, images: np.ndarray, labels: np.ndarray) -> Non
 
 
 def pack_chunks(npz: str | Path, chunks: Sequence[Path], bar: tqdm) -> None:
-    """Join chunk files, in order, into one uncompressed npz, then delete them; one chunk is in memory at a time.
+    """Join chunk files, in order, into one uncompressed npz; one chunk is in memory at a time.
 
     The bytes depend on the images and labels alone.
     """
@@ -35,5 +35,3 @@ def pack_chunks(npz: str | Path, chunks: Sequence[Path], bar: tqdm) -> None:
         with archive.open(zipfile.ZipInfo("labels.npy"), "w") as f:
             np.lib.format.write_array(f, labels, allow_pickle=False)
     bar.close()
-    for chunk in chunks:
-        chunk.unlink()

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from utils.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from utils.files import remove_temporary, require_folder
+from utils.distributed import World
+from utils.files import prepare_folder, remove_temporary
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -30,17 +31,29 @@ def make_adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[fl
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load moments and step counts, but keep this run's learning rate, weight decay and betas."""
+    now = [{k: group[k] for k in ("lr", "weight_decay", "betas")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, options in zip(optimizer.param_groups, now, strict=True):
+        group.update(options, initial_lr=options["lr"])
+
+
 class Ema:
-    """Exponential moving average of a module's parameters: average += (1 - decay) (parameter - average)."""
+    """Exponential moving average of a module's parameters: average += (1 - decay) (parameter - average).
+
+    The decay grows from 0.1 to ``decay`` as min(decay, (1 + step) / (10 + step)), so that the first weights fade.
+    """
 
     def __init__(self, module: nn.Module, decay: float = 0.9999):
         self.decay = decay
         self.average = {k: p.detach().clone() for k, p in module.named_parameters()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Move towards the module's parameters."""
-        torch._foreach_lerp_(list(self.average.values()), list(module.parameters()), 1.0 - self.decay)
+    def update(self, module: nn.Module, step: int) -> None:
+        """Move towards the module's parameters after training step ``step``, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.values()), list(module.parameters()), 1.0 - decay)
 
     def state_dict(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """The averages, with the module's own buffers: a state dict that loads into the module."""
@@ -91,10 +104,22 @@ class RunFolder:
         folders = dict.fromkeys(p.absolute() for p in (folder / "checkpoints", cloud / "checkpoints"))
         return cls(folder, tuple(folders))
 
-    def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Path and content of the newest whole checkpoint, or None at the start of a run."""
-        path = newest_checkpoint(*self.checkpoint_folders)
-        return None if path is None else (path, load_checkpoint(path, "resume"))
+    def newest(self, world: World) -> tuple[Path, dict[str, Any]] | None:
+        """Path and content of the newest checkpoint, or None at the start of a run.
+
+        Rank 0 decides which, and every rank must find it in one of its folders: they may be local to a machine.
+        """
+        newest = newest_checkpoint(*self.checkpoint_folders)
+        name = world.broadcast(newest.name if newest else None)
+        if name is None:
+            return None
+        path = next((folder / name for folder in self.checkpoint_folders if (folder / name).is_file()), None)
+        if path is None:
+            raise ValueError(f"rank {world.rank} finds no {name} in {' or '.join(map(str, self.checkpoint_folders))}")
+        try:
+            return path, load_checkpoint(path, "resume")
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it to resume from the checkpoint before it") from error
 
     def save(self, step: int, checkpoint: dict[str, Any]) -> Path:
         """Write a checkpoint to every place; returns the last, most durable one."""
@@ -107,12 +132,13 @@ class RunFolder:
     def make(self) -> None:
         """Create the folders now, so that an unwritable place is found before long work starts."""
         for folder in (self.folder, *self.checkpoint_folders):
-            folder.mkdir(parents=True, exist_ok=True)
-            require_folder(folder, "--cloud-save-path / --results-dir")
+            prepare_folder(folder, "--cloud-save-path or --results-dir")
 
 
-def check_same_run(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+def check_same_run(before: dict[str, Any] | None, now: dict[str, Any], path: Path) -> None:
     """``ValueError`` if a run found on disk was made with options that cannot change in mid-run."""
+    if before is None:
+        raise ValueError(f"{path} is no checkpoint of a training run of ours; move it out of the run's folder")
     differing = [k for k, v in now.items() if before.get(k) != v]
     if differing:
         k = differing[0]

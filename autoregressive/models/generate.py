@@ -6,6 +6,7 @@ the process that makes it changes what it is.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,8 @@ class SamplingOptions:
     top_p: float = 1.0  # 1: off
 
     def __post_init__(self) -> None:
+        if not all(map(math.isfinite, (self.cfg_scale, self.temperature))):
+            raise ValueError(f"--cfg-scale {self.cfg_scale} and --temperature {self.temperature} must be finite")
         if self.cfg_scale < 1.0:
             raise ValueError(f"--cfg-scale {self.cfg_scale} must be at least 1 (1 is no guidance)")
         if self.cfg_interval < -1:

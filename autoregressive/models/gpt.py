@@ -331,34 +331,40 @@ class GPT(nn.Module):
 
 def load_gpt(
     path: str | Path | None,
-    grid: tuple[int, int] | None = None,
+    grid: tuple[int, int] | None,
+    default_grid: tuple[int, int] = (24, 24),
     gpt_model: str | None = None,
     ar_token_num: int | None = None,
     num_classes: int | None = None,
     vocab_size: int | None = None,
     bare: bool = False,
+    ema: bool = False,
 ) -> tuple[GPT, str, dict]:
     """GPT of a checkpoint, in ``eval()`` mode on the CPU; the name of its size; the checkpoint's other facts.
 
     Our own checkpoints carry their config. For a released one it is read off the shapes of its weights, and
-    ``grid`` (height, width in codes; None: 24x24) is taken as given. Arguments that are not None were written by
-    the user: each must agree, else ``ValueError``. ``bare``: the file must be a state dict with nothing around it.
+    ``grid`` (height, width in codes; None: ``default_grid``) is taken as given. Arguments that are not None were
+    written by the user: each must agree, else ``ValueError``. ``bare``: the file must be a state dict with nothing
+    around it. ``ema``: take its moving average of the weights.
     """
     checkpoint = load_checkpoint(path, "--gpt-ckpt")
     source = f"--gpt-ckpt {path}"
-    state = find_state_dict(checkpoint, () if bare else ("model", "module", "state_dict"), path)
+    if ema and not isinstance(checkpoint.get("ema"), dict):
+        raise ValueError(f"--gpt-ema: {path} holds no moving average; train with --ema to keep one")
+    keys = ("ema",) if ema else () if bare else ("model", "module", "state_dict")
+    state = find_state_dict(checkpoint, keys, path)
     own = checkpoint.get("config")
     if own is not None:
         if not isinstance(own, dict) or set(own) != {f.name for f in fields(GPTConfig)}:
             raise ValueError(f"{source} holds no GPT: its config is of another model")
-        config, name = GPTConfig(**own), checkpoint["gpt_model"]
+        config, name = GPTConfig(**own), str(checkpoint.get("gpt_model"))
         resolve("the code grid of --image-size", grid, (config.grid_height, config.grid_width), source)
     else:
-        config, name = config_from_shapes(state, grid or (24, 24), path)
+        config, name = config_from_shapes(state, grid or default_grid, path)
     resolve("--gpt-model", gpt_model, name, source)
     resolve("--ar-token-num", ar_token_num, config.ar_token_num, source)
     resolve("--num-classes", num_classes, config.num_classes, source)
-    resolve("--codebook-size", vocab_size, config.vocab_size, source)
+    resolve("a codebook of size", vocab_size, config.vocab_size, source)
     with torch.device("meta"):
         model = GPT(config)
     load_strictly(model, state, path, f"the model {name}")
@@ -373,8 +379,8 @@ def config_from_shapes(
         vocab_size, dim = state["tok_embeddings.weight"].shape
         classes = len(state["cls_embedding.embedding_table.weight"]) - 1
         wqkv_rows = len(state["layers.0.attention.wqkv.weight"])
-    except KeyError as error:
-        raise ValueError(f"--gpt-ckpt: {path} is no class-conditional GPT: it has no {error}") from error
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"--gpt-ckpt: {path} is no class-conditional GPT: {error} is missing or misshapen") from error
     n_layer = len({k.split(".")[1] for k in state if k.startswith("layers.")})
     sizes = {(s["n_layer"], s["dim"]): name for name, s in GPT_models.items()}
     if (n_layer, dim) not in sizes:

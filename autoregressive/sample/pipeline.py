@@ -18,6 +18,8 @@ from utils.distributed import AUTOCAST_DTYPE
 from utils.files import require_file, sha256_file
 from utils.options import positive_int
 
+DEFAULT_IMAGE_SIZE = 384  # of the released models
+
 
 def add_model_options(parser: ArgumentParser) -> None:
     """Options that say which models, under the published names. All but the two files may be left out."""
@@ -26,6 +28,7 @@ def add_model_options(parser: ArgumentParser) -> None:
     group.add_argument("--vq-ckpt", help="tokenizer checkpoint, released or ours")
     group.add_argument("--gpt-model", choices=list(GPT_models), help="size (default: the checkpoint's)")
     group.add_argument("--gpt-type", choices=["c2i"], default="c2i", help="class-conditional")
+    group.add_argument("--gpt-ema", action="store_true", help="take the checkpoint's moving average of the weights")
     group.add_argument("--from-fsdp", action="store_true", help="--gpt-ckpt must be a bare state dict")
     group.add_argument("--ar-token-num", type=positive_int, help="tokens predicted at once, n (default: checkpoint's)")
     group.add_argument("--spe-token-num", type=int, help="special tokens; n - 1, and nothing else")
@@ -37,8 +40,8 @@ def add_model_options(parser: ArgumentParser) -> None:
     group.add_argument("--codebook-embed-dim", type=positive_int, help="entry width (default: the checkpoint's or 8)")
 
 
-def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int) -> None:
-    """Options that say how to draw tokens and compute them."""
+def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int, compiled: bool) -> None:
+    """Options that say how to draw tokens and compute them, with one sampler's defaults."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--cfg-scale", type=float, default=cfg_scale, help="classifier-free guidance; 1 is none")
     group.add_argument(
@@ -51,7 +54,7 @@ def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int) -
     group.add_argument(
         "--compile",
         action=BooleanOptionalAction,
-        default=True,
+        default=compiled,
         help="torch.compile the GPT (never used on the CPU)",
     )
 
@@ -93,7 +96,10 @@ class Pipeline:
 
 
 def load_pipeline(args: Namespace, device: torch.device) -> Pipeline:
-    """Load both checkpoints and check that they and the options fit each other; ``ValueError`` where not."""
+    """Load both checkpoints and check that they and the options fit each other; ``ValueError`` where not.
+
+    Options that were left out are set in ``args`` to what the checkpoints say.
+    """
     options = SamplingOptions(args.cfg_scale, args.cfg_interval, args.temperature, args.top_k, args.top_p)
     hint = "see pretrained_models/README.md for the released files"
     require_file(args.gpt_ckpt, "--gpt-ckpt", hint)
@@ -111,9 +117,16 @@ def load_pipeline(args: Namespace, device: torch.device) -> Pipeline:
         raise ValueError(f"--downsample-size {args.downsample_size}: {vq_name} has {downsample}")
     if args.image_size is not None and args.image_size % downsample:
         raise ValueError(f"--image-size {args.image_size} is no multiple of {vq_name}'s downsampling, {downsample}")
-    grid = None if args.image_size is None else (args.image_size // downsample,) * 2
     gpt, gpt_name, checkpoint = load_gpt(
-        args.gpt_ckpt, grid, args.gpt_model, n, args.num_classes, vq.config.codebook_size, bare=args.from_fsdp
+        args.gpt_ckpt,
+        grid=None if args.image_size is None else (args.image_size // downsample,) * 2,
+        default_grid=(DEFAULT_IMAGE_SIZE // downsample,) * 2,
+        gpt_model=args.gpt_model,
+        ar_token_num=n,
+        num_classes=args.num_classes,
+        vocab_size=vq.config.codebook_size,
+        bare=args.from_fsdp,
+        ema=args.gpt_ema,
     )
     trained_on = checkpoint.get("tokenizer_sha256")
     if trained_on is not None and trained_on != state_sha256(vq.weights()):
@@ -125,5 +138,9 @@ def load_pipeline(args: Namespace, device: torch.device) -> Pipeline:
     if args.compile and device.type == "cuda":
         gpt.trunk = torch.compile(gpt.trunk, dynamic=True)
     image_size = gpt.order.grid[0] * downsample
+    resolved = dict(gpt_model=gpt_name, vq_model=vq_name, image_size=image_size, downsample_size=downsample)
+    resolved |= dict(ar_token_num=gpt.order.n, spe_token_num=gpt.order.n - 1, num_classes=gpt.config.num_classes)
+    resolved |= dict(codebook_size=vq.config.codebook_size, codebook_embed_dim=vq.config.codebook_embed_dim)
+    vars(args).update(resolved)
     vq = vq.to(device, memory_format=torch.channels_last)
     return Pipeline(gpt, vq, gpt_name, vq_name, image_size, options, device)

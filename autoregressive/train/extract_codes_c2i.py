@@ -30,8 +30,9 @@ from dataset.imagenet import ImageFiles, Unreadable, list_images, to_model_range
 from tokenizer.vq_model import VQ_models, VQModel, load_vq
 from utils.checkpoint import state_sha256
 from utils.distributed import World, autocast, init_distributed
+from utils.files import prepare_folder
 from utils.logger import create_logger, progress
-from utils.options import add_retired, make_parser, positive_int, run, write_options
+from utils.options import add_retired, count, make_parser, positive_int, run, write_options
 
 
 def parse_args() -> Namespace:
@@ -64,7 +65,7 @@ def parse_args() -> Namespace:
     work.add_argument("--batch-size", type=positive_int, default=16, help="crops encoded at once by a process")
     work.add_argument("--shard-size", type=positive_int, default=1024, help="images of one shard file")
     work.add_argument("--strict", action="store_true", help="stop at an unreadable image instead of leaving it out")
-    work.add_argument("--num-workers", type=int, default=24, help="decoding processes, at most one per core")
+    work.add_argument("--num-workers", type=count, default=24, help="decoding processes, at most one per core")
     add_retired(
         parser,
         {
@@ -210,6 +211,8 @@ def main() -> None:
         args.vq_ckpt, args.vq_model, codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim
     )
     plan = make_plan(args, samples, listing.classes, vq, name)
+    args.vq_model, args.codebook_size, args.codebook_embed_dim = name, plan.codebook_size, vq.config.codebook_embed_dim
+    prepare_folder(args.code_path, "--code-path")
     start_codes(args.code_path, plan)
     if world.is_main:
         write_options(Path(args.code_path) / "options.json", args)

@@ -25,8 +25,17 @@ from dataset.epochs import EpochOrder
 from utils.checkpoint import resolve
 from utils.distributed import autocast, init_distributed
 from utils.logger import create_logger, progress
-from utils.options import add_retired, fraction, make_parser, positive_int, run, write_options
-from utils.training import Ema, RunFolder, check_finite, check_same_run, make_adamw, seed_step, split_batch
+from utils.options import add_retired, amount, count, fraction, make_parser, positive_int, run, write_options
+from utils.training import (
+    Ema,
+    RunFolder,
+    check_finite,
+    check_same_run,
+    make_adamw,
+    restore_optimizer,
+    seed_step,
+    split_batch,
+)
 
 
 def parse_args() -> Namespace:
@@ -63,17 +72,17 @@ def parse_args() -> Namespace:
     training.add_argument("--epochs", type=positive_int, default=300, help="passes over the images, one crop each")
     training.add_argument("--global-batch-size", type=positive_int, help="images a step (recipe)")
     training.add_argument("--gradient-accumulation-steps", type=positive_int, default=1, help="micro-batches a step")
-    training.add_argument("--lr", type=float, help="peak learning rate (recipe)")
+    training.add_argument("--lr", type=amount, help="peak learning rate (recipe)")
     training.add_argument("--lr-schedule", choices=["constant", "cosine"], help="cosine ends at 0 (recipe)")
-    training.add_argument("--warmup-epochs", type=float, help="linear warm-up (recipe)")
-    training.add_argument("--weight-decay", type=float, default=0.05, help="AdamW, matrices only")
-    training.add_argument("--beta1", type=float, default=0.9, help="AdamW")
-    training.add_argument("--beta2", type=float, default=0.95, help="AdamW")
-    training.add_argument("--max-grad-norm", type=float, default=1.0, help="clip gradients to this norm; 0: never")
+    training.add_argument("--warmup-epochs", type=amount, help="linear warm-up (recipe)")
+    training.add_argument("--weight-decay", type=amount, default=0.05, help="AdamW, matrices only")
+    training.add_argument("--beta1", type=fraction, default=0.9, help="AdamW")
+    training.add_argument("--beta2", type=fraction, default=0.95, help="AdamW")
+    training.add_argument("--max-grad-norm", type=amount, default=1.0, help="clip gradients to this norm; 0: never")
     training.add_argument("--mixed-precision", choices=["none", "fp16", "bf16"], default="bf16", help="autocast")
     training.add_argument("--ema", action="store_true", help="keep a moving average of the weights as well")
     training.add_argument("--no-compile", action="store_true", help="no torch.compile (never used on the CPU)")
-    training.add_argument("--global-seed", type=int, default=0, help="weights, data order, crops, dropout")
+    training.add_argument("--global-seed", type=count, default=0, help="weights, data order, crops, dropout")
     output = parser.add_argument_group("output")
     output.add_argument("--cloud-save-path", required=True, help="durable folder for checkpoints")
     output.add_argument("--no-local-save", action="store_true", help="write to --cloud-save-path only")
@@ -142,7 +151,7 @@ def make_model(args: Namespace, tokenizer_sha256: str | None) -> GPT:
         model.init_weights()
     else:
         written = (args.gpt_model, args.ar_token_num, args.num_classes, args.vocab_size)
-        pretrained, _, facts = load_gpt(args.gpt_ckpt, (grid, grid), *written)
+        pretrained, _, facts = load_gpt(args.gpt_ckpt, (grid, grid), (grid, grid), *written)
         learned, here = facts.get("tokenizer_sha256"), tokenizer_sha256
         if learned and here and learned != here:
             raise ValueError(
@@ -156,8 +165,8 @@ def make_model(args: Namespace, tokenizer_sha256: str | None) -> GPT:
 class CodeBatches:
     """Batches of (codes, labels): which image and which crop is a function of (seed, step), never of the past."""
 
-    def __init__(self, codes: Codes, batch: int, seed: int):
-        self.codes, self.seed = codes, seed
+    def __init__(self, codes: Codes, vocab_size: int, batch: int, seed: int):
+        self.codes, self.vocab_size, self.seed = codes, vocab_size, seed
         self.order = EpochOrder(len(codes), batch, seed)
 
     def rank_slice(self, step: int, rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,6 +176,11 @@ class CodeBatches:
         crops = rng.choice(self.codes.num_crops, size=len(images), p=self.codes.crop_weights)  # (B,)
         mine = slice(rank * len(images) // size, (rank + 1) * len(images) // size)
         codes = self.codes.gather(images[mine], crops[mine])  # (b, T)
+        if codes.max() >= self.vocab_size:
+            worst = images[mine][codes.max(1).argmax()]
+            raise ValueError(
+                f"--code-path: image {worst} holds code {codes.max()}, but --vocab-size is {self.vocab_size}"
+            )
         return torch.from_numpy(codes), torch.from_numpy(self.codes.labels[images[mine]])
 
 
@@ -180,7 +194,7 @@ def main() -> None:
     if args.mix_code_path is not None:
         codes = MixedCodes(codes, open_codes(args.mix_code_path, "--mix-code-path"), args.mix_weight)
     describe_codes(args, codes)
-    batches = CodeBatches(codes, args.global_batch_size, args.global_seed)
+    batches = CodeBatches(codes, args.vocab_size, args.global_batch_size, args.global_seed)
     steps_per_epoch = batches.order.steps_per_epoch
     total_steps = args.epochs * steps_per_epoch
     torch.manual_seed(args.global_seed)
@@ -194,14 +208,16 @@ def main() -> None:
     fixed = {
         k: getattr(args, k) for k in ("epochs", "global_batch_size", "global_seed", "lr_schedule", "warmup_epochs")
     }
-    fixed |= {"config": asdict(model.config), "images": len(codes)}
+    fixed |= {"config": asdict(model.config), "images": len(codes), "crops": codes.num_crops}
+    fixed |= {k: codes.meta.get(k) for k in ("tokenizer_sha256", "source_sha256", "crop_range")}
     first_step = 0
-    if found := folder.newest():
+    if found := folder.newest(world):
         path, checkpoint = found
-        check_same_run(checkpoint["run"], fixed, path)
+        check_same_run(checkpoint.get("run"), fixed, path)
         model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        restore_optimizer(optimizer, checkpoint["optimizer"])
+        if checkpoint["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(checkpoint["scaler"])
         if ema:
             ema.load(checkpoint.get("ema", checkpoint["model"]))
         first_step = checkpoint["steps"]
@@ -218,6 +234,8 @@ def main() -> None:
 
     forward = torch.compile(model) if device.type == "cuda" and not args.no_compile else model
     forward = world.data_parallel(forward)
+    if args.warmup_epochs > args.epochs:
+        logger.warning(f"--warmup-epochs {args.warmup_epochs} is longer than the run: --lr {args.lr} is never reached")
     schedule = CosineLRScheduler(
         optimizer,
         t_initial=total_steps,
@@ -264,7 +282,7 @@ def main() -> None:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if ema:
-            ema.update(model)
+            ema.update(model, step)
         # ---------------------------------------------------------------------------------
         done, since = step + 1, since + 1
         bar.update()

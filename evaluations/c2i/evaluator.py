@@ -1,7 +1,7 @@
 """FID, sFID, Inception Score, Precision and Recall of generated images against a reference set.
 
 Two .npz files in: each holds images (arr_0, uint8 N x H x W x 3), stored statistics (mu, sigma and mu_s, sigma_s),
-or both. Numbers out: to the screen, to a .txt beside the samples and, if asked, to JSON.
+or both. Numbers out: to the screen, to a .txt and to a .metrics.json beside the samples.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from evaluations.c2i.metrics import (
     require_labels,
 )
 from utils.distributed import World, init_distributed
-from utils.files import atomic_path, require_file, sha256_file
+from utils.files import atomic_path, prepare_folder, require_file, sha256_file
 from utils.logger import progress
 from utils.options import make_parser, positive_int, run, write_options
 
@@ -61,6 +61,10 @@ def main() -> None:
     args = parse_args()
     reference, samples = open_archive(args.reference, "REF"), open_archive(args.samples, "SAMPLES")
     text_path = text_path_beside(samples.path)
+    output = Path(args.output or samples.path.with_suffix(".metrics.json"))
+    prepare_folder(output.parent, "--output")
+    if output.is_dir():
+        raise ValueError(f"--output: {output} is a folder; give the name of a .json file")
     world = World(0, 1, choose_device(args.device))
     use_reference, use_samples = reference_needs_images(reference, samples), samples.count > 0
     network, network_file = load_network(args, world) if use_reference or use_samples else (None, None)
@@ -88,9 +92,8 @@ def main() -> None:
         metrics |= {"precision": result.precision, "recall": result.recall}
         distances = describe_distances(result, args.exact_distances)
     report(metrics, distances, text_path)
-    if args.output:
-        counts = {"reference_images": reference.count, "sample_images": samples.count}
-        write_options(args.output, args, metrics=metrics, **counts, distances=distances, network=network_file)
+    counts = {"reference_images": reference.count, "sample_images": samples.count}
+    write_options(output, args, metrics=metrics, **counts, distances=distances, network=network_file)
 
 
 def parse_args() -> argparse.Namespace:
@@ -114,7 +117,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images a forward pass")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (else the best there is)")
-    parser.add_argument("--output", metavar="JSON", help="write numbers, options and environment here as well")
+    parser.add_argument(
+        "--output", metavar="JSON", help="numbers, options and environment (default: SAMPLES.metrics.json)"
+    )
     return parser.parse_args()
 
 

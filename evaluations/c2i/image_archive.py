@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -106,8 +107,9 @@ def _open_member(archive: zipfile.ZipFile, name: str, path: Path) -> _Member:
     try:
         version = np.lib.format.read_magic(stream)
         shape, fortran_order, dtype = HEADER_READERS[version](stream)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path}: {name} is no readable array: {str(error).splitlines()[0]}") from error
+    except (ValueError, KeyError, IndexError, SyntaxError, tokenize.TokenError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: {name} is no readable array: {reason}") from error
     if dtype.hasobject:
         raise ValueError(f"{path}: {name} holds Python objects, which are never loaded; expected numbers")
     expected, present = math.prod(shape) * dtype.itemsize, info.file_size - stream.tell()
@@ -179,5 +181,6 @@ def _readable(path: Path) -> Iterator[None]:
         struct.error,
         NotImplementedError,
         RuntimeError,
+        OSError,
     ) as error:
         raise ValueError(f"{path} is no whole .npz file: {error}") from error
