@@ -16,7 +16,7 @@ from utils.files import atomic_path
 from utils.images import image_grid, to_uint8
 from utils.logger import progress
 from utils.samples import pack_chunks, write_chunk
-from utils.training import Ema, RunFolder, make_adamw, seed_step, split_batch
+from utils.training import Ema, RunFolder, TrainingState, make_adamw, seed_step, split_batch
 
 
 def test_failed_write_leaves_what_was_there(tmp_path):
@@ -168,14 +168,26 @@ def test_batch_that_does_not_split_is_named():
         split_batch(10, 4, 1)
 
 
+def small_state(value: float) -> TrainingState:
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(value)
+    return TrainingState(model, make_adamw(model, 0.1, 0.0, (0.9, 0.95)), torch.amp.GradScaler(enabled=False), None)
+
+
 def test_run_folders(tmp_path):
+    alone, run = World(0, 1, torch.device("cpu")), {"epochs": 3}
     both = RunFolder.of(str(tmp_path / "results"), str(tmp_path / "cloud"), False, "run")
     both.make()
-    both.save(3, {"model": {"w": torch.ones(1)}})
-    assert (tmp_path / "results/run/checkpoints/0000003.pt").is_file()
-    alone = World(0, 1, torch.device("cpu"))
-    assert both.newest(alone)[1]["model"]["w"].item() == 1.0
+    assert both.resume(alone, small_state(0.0), run) == 0
+    both.save(3, small_state(1.0).checkpoint(3, run=run))
     (tmp_path / "results/run/checkpoints/0000003.pt").unlink()
-    assert both.newest(alone)[0] == tmp_path / "cloud/run/checkpoints/0000003.pt"
+    state = small_state(0.0)
+    assert both.resume(alone, state, run) == 3
+    assert state.model.weight.item() == 1.0
+    with pytest.raises(ValueError, match=r"0000003\.pt is of a run with another epochs \(epochs: 3 there, 4 now\)"):
+        both.resume(alone, state, {"epochs": 4})
+    (tmp_path / "cloud/run/checkpoints/0000004.pt").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"0000004\.pt .*delete it to resume from the checkpoint before it"):
+        both.resume(alone, state, run)
     only_cloud = RunFolder.of(str(tmp_path / "results"), str(tmp_path / "cloud"), True, "run")
     assert only_cloud.folder == tmp_path / "cloud/run"

@@ -29,16 +29,7 @@ from utils.checkpoint import resolve
 from utils.distributed import World, autocast, init_distributed
 from utils.logger import create_logger, progress
 from utils.options import add_retired, amount, count, fraction, make_parser, positive_int, run, write_options
-from utils.training import (
-    Ema,
-    RunFolder,
-    check_finite,
-    check_same_run,
-    make_adamw,
-    restore_optimizer,
-    seed_step,
-    split_batch,
-)
+from utils.training import Ema, RunFolder, TrainingState, check_finite, make_adamw, seed_step, split_batch
 
 
 def parse_args() -> Namespace:
@@ -146,51 +137,30 @@ def main() -> None:
     model.to(device, memory_format=memory_format).train()
     optimizer = make_adamw(model, args.lr, args.weight_decay, (args.beta1, args.beta2))
     scaler = torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16")
-    ema = Ema(model) if args.ema else None
+    state = TrainingState(model, optimizer, scaler, Ema(model) if args.ema else None)
 
     folder = RunFolder.of(
         args.results_dir, args.cloud_save_path, args.no_local_save, f"{args.vq_model}-{args.image_size}"
     )
-    fixed = {k: getattr(args, k) for k in ("image_size", "epochs", "global_batch_size", "global_seed", "lr_schedule")}
-    fixed |= {"config": asdict(model.config), "images": order.length}
-    first_step = 0
-    if found := folder.newest(world):
-        path, checkpoint = found
-        check_same_run(checkpoint.get("run"), fixed, path)
-        model.load_state_dict(checkpoint["model"])
-        restore_optimizer(optimizer, checkpoint["optimizer"])
-        if checkpoint["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(checkpoint["scaler"])
-        if ema:
-            ema.load(checkpoint.get("ema", checkpoint["model"]))
-        first_step = checkpoint["steps"]
-    logger = create_logger(world, folder.folder)
+    run_facts = {
+        k: getattr(args, k) for k in ("image_size", "epochs", "global_batch_size", "global_seed", "lr_schedule")
+    }
+    run_facts |= {"config": asdict(model.config), "images": order.length}
+    first_step = folder.resume(world, state, run_facts)
     if world.is_main:
         folder.make()
         write_options(folder.folder / "options.json", args, config=asdict(model.config), steps=total_steps)
+    logger = create_logger(world, folder.folder)
     parameters = sum(p.numel() for p in model.parameters())
     logger.info(f"{args.vq_model}: {parameters:,} parameters, {order.length:,} images, {total_steps:,} steps")
-    logger.info(f"resumed from {path} at step {first_step}" if found else f"new run in {folder.folder}")
+    logger.info(f"{folder.folder}: resumed at step {first_step}" if first_step else f"{folder.folder}: new run")
 
     forward = torch.compile(model) if args.compile else model
     forward = world.data_parallel(forward)
     schedule = CosineLRScheduler(optimizer, t_initial=total_steps, t_in_epochs=False)
     pixel_loss = {"l1": F.l1_loss, "l2": F.mse_loss}[args.reconstruction_loss]
 
-    def save(step: int) -> None:
-        checkpoint = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "steps": step,
-            "vq_model": args.vq_model,
-            "config": asdict(model.config),
-            "run": fixed,
-        }
-        if ema:
-            checkpoint["ema"] = ema.state_dict(model)
-        logger.info(f"saved {folder.save(step, checkpoint)}")
-
+    facts = dict(vq_model=args.vq_model, config=asdict(model.config), run=run_facts)
     bar = progress(world, "training", total_steps, first_step, "steps")
     sums, since = torch.zeros(3, device=device), 0
     loader = make_loader(args, order, world, first_step, total_steps)
@@ -216,8 +186,8 @@ def main() -> None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if ema:
-            ema.update(model, step)
+        if state.ema:
+            state.ema.update(model, step)
         # ---------------------------------------------------------------------------------
         done, since = step + 1, since + 1
         bar.update()
@@ -232,7 +202,7 @@ def main() -> None:
             sums, since = torch.zeros(3, device=device), 0
         if saving:
             if world.is_main:
-                save(done)
+                logger.info(f"saved {folder.save(done, state.checkpoint(done, **facts))}")
             world.barrier()
     bar.close()
 

@@ -65,6 +65,33 @@ class Ema:
             average.copy_(state[name])
 
 
+@dataclass
+class TrainingState:
+    """What changes as a run trains: saved in its checkpoints and restored from them."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: Ema | None
+
+    def checkpoint(self, step: int, **facts: Any) -> dict[str, Any]:
+        """A checkpoint after ``step`` steps, with ``facts`` about the run."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "steps": step}
+        state["scaler"] = self.scaler.state_dict()
+        if self.ema:
+            state["ema"] = self.ema.state_dict(self.model)
+        return state | facts
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Take a checkpoint's state; a moving average that it lacks starts at its weights."""
+        self.model.load_state_dict(checkpoint["model"])
+        restore_optimizer(self.optimizer, checkpoint["optimizer"])
+        if checkpoint["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        if self.ema:
+            self.ema.load(checkpoint.get("ema", checkpoint["model"]))
+
+
 def split_batch(global_batch: int, world_size: int, accumulation: int) -> int:
     """Items of one process's micro-batch; ``ValueError`` if the global batch does not split evenly."""
     if global_batch % (world_size * accumulation):
@@ -104,22 +131,26 @@ class RunFolder:
         folders = dict.fromkeys(p.absolute() for p in (folder / "checkpoints", cloud / "checkpoints"))
         return cls(folder, tuple(folders))
 
-    def newest(self, world: World) -> tuple[Path, dict[str, Any]] | None:
-        """Path and content of the newest checkpoint, or None at the start of a run.
+    def resume(self, world: World, state: TrainingState, run: dict[str, Any]) -> int:
+        """Restore ``state`` from the newest checkpoint; the steps it has done, 0 without one.
 
-        Rank 0 decides which, and every rank must find it in one of its folders: they may be local to a machine.
+        Rank 0 decides which is the newest, and every rank must find it in one of its folders: they may be local to a
+        machine. ``run``: the options that may not change in mid-run, as the checkpoint must have them too.
         """
         newest = newest_checkpoint(*self.checkpoint_folders)
         name = world.broadcast(newest.name if newest else None)
         if name is None:
-            return None
+            return 0
         path = next((folder / name for folder in self.checkpoint_folders if (folder / name).is_file()), None)
         if path is None:
             raise ValueError(f"rank {world.rank} finds no {name} in {' or '.join(map(str, self.checkpoint_folders))}")
         try:
-            return path, load_checkpoint(path, "resume")
+            checkpoint = load_checkpoint(path, "resume")
         except ValueError as error:
             raise ValueError(f"{error}; delete it to resume from the checkpoint before it") from error
+        check_same_run(checkpoint.get("run"), run, path)
+        state.restore(checkpoint)
+        return checkpoint["steps"]
 
     def save(self, step: int, checkpoint: dict[str, Any]) -> Path:
         """Write a checkpoint to every place; returns the last, most durable one."""

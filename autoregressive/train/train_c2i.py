@@ -26,16 +26,7 @@ from utils.checkpoint import resolve
 from utils.distributed import autocast, init_distributed
 from utils.logger import create_logger, progress
 from utils.options import add_retired, amount, count, fraction, make_parser, positive_int, run, write_options
-from utils.training import (
-    Ema,
-    RunFolder,
-    check_finite,
-    check_same_run,
-    make_adamw,
-    restore_optimizer,
-    seed_step,
-    split_batch,
-)
+from utils.training import Ema, RunFolder, TrainingState, check_finite, make_adamw, seed_step, split_batch
 
 
 def parse_args() -> Namespace:
@@ -201,26 +192,16 @@ def main() -> None:
     model = make_model(args, codes.meta.get("tokenizer_sha256")).to(device).train()
     optimizer = make_adamw(model, args.lr, args.weight_decay, (args.beta1, args.beta2))
     scaler = torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16")
-    ema = Ema(model) if args.ema else None
+    state = TrainingState(model, optimizer, scaler, Ema(model) if args.ema else None)
 
     name = f"{args.gpt_model}-{args.ar_token_num}x-{args.image_size}"
     folder = RunFolder.of(args.results_dir, args.cloud_save_path, args.no_local_save, name)
-    fixed = {
+    run_facts = {
         k: getattr(args, k) for k in ("epochs", "global_batch_size", "global_seed", "lr_schedule", "warmup_epochs")
     }
-    fixed |= {"config": asdict(model.config), "images": len(codes), "crops": codes.num_crops}
-    fixed |= {k: codes.meta.get(k) for k in ("tokenizer_sha256", "source_sha256", "crop_range")}
-    first_step = 0
-    if found := folder.newest(world):
-        path, checkpoint = found
-        check_same_run(checkpoint.get("run"), fixed, path)
-        model.load_state_dict(checkpoint["model"])
-        restore_optimizer(optimizer, checkpoint["optimizer"])
-        if checkpoint["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(checkpoint["scaler"])
-        if ema:
-            ema.load(checkpoint.get("ema", checkpoint["model"]))
-        first_step = checkpoint["steps"]
+    run_facts |= {"config": asdict(model.config), "images": len(codes), "crops": codes.num_crops}
+    run_facts |= {k: codes.meta.get(k) for k in ("tokenizer_sha256", "source_sha256", "crop_range")}
+    first_step = folder.resume(world, state, run_facts)
     if world.is_main:
         folder.make()
         write_options(folder.folder / "options.json", args, config=asdict(model.config), steps=total_steps)
@@ -230,7 +211,7 @@ def main() -> None:
         f"{args.gpt_model}: {parameters:,} parameters, n = {args.ar_token_num}; {len(codes):,} images x "
         f"{codes.num_crops} crops; {total_steps:,} steps of {args.global_batch_size} on {world.size} x {device}"
     )
-    logger.info(f"resumed from {path} at step {first_step}" if found else f"new run in {folder.folder}")
+    logger.info(f"{folder.folder}: resumed at step {first_step}" if first_step else f"{folder.folder}: new run")
 
     forward = torch.compile(model) if device.type == "cuda" and not args.no_compile else model
     forward = world.data_parallel(forward)
@@ -244,21 +225,8 @@ def main() -> None:
         t_in_epochs=False,
     )
 
-    def save(step: int) -> None:
-        checkpoint = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "steps": step,
-            "gpt_model": args.gpt_model,
-            "config": asdict(model.config),
-            "tokenizer_sha256": codes.meta.get("tokenizer_sha256"),
-            "run": fixed,
-        }
-        if ema:
-            checkpoint["ema"] = ema.state_dict(model)
-        logger.info(f"saved {folder.save(step, checkpoint)}")
-
+    facts = dict(gpt_model=args.gpt_model, config=asdict(model.config), run=run_facts)
+    facts["tokenizer_sha256"] = codes.meta.get("tokenizer_sha256")
     bar = progress(world, "training", total_steps, first_step, "steps")
     loss_sum, since = torch.zeros((), device=device), 0
     for step in range(first_step, total_steps):
@@ -281,8 +249,8 @@ def main() -> None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if ema:
-            ema.update(model, step)
+        if state.ema:
+            state.ema.update(model, step)
         # ---------------------------------------------------------------------------------
         done, since = step + 1, since + 1
         bar.update()
@@ -295,7 +263,7 @@ def main() -> None:
             loss_sum, since = torch.zeros((), device=device), 0
         if saving:
             if world.is_main:
-                save(done)
+                logger.info(f"saved {folder.save(done, state.checkpoint(done, **facts))}")
             world.barrier()
     bar.close()
 
