@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+MAX_PIXELS = 100_000_000  # of a resized image; a 1x300,000 image would ask for gigabytes
 FIVE_CROPS = ("top_left", "top_right", "bottom_left", "bottom_right", "center")
 
 
@@ -17,6 +18,8 @@ def _shrink(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
+    if max(image.size) * scale * size > MAX_PIXELS:
+        raise ValueError(f"an image of {image.width}x{image.height} is too thin to bring its shorter side to {size}")
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 

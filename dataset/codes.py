@@ -20,8 +20,10 @@ import os
 import platform
 import struct
 import time
+import uuid
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -76,12 +78,21 @@ def shard_path(folder: str | Path, shard: int) -> Path:
 
 
 def start_codes(folder: str | Path, plan: CodesPlan) -> None:
-    """Record ``plan`` in ``folder``, or check that it is the one recorded there; ``ValueError`` says what differs."""
+    """Record ``plan`` in ``folder``, or check that it is the one recorded there; ``ValueError`` says what differs.
+
+    Of several processes that start at once one records its plan and the others compare theirs with it.
+    """
     path = Path(folder) / "plan.json"
-    if not path.exists():
-        write_json(path, asdict(plan))
+    aside = path.with_name(f"plan.json.tmp-{uuid.uuid4().hex[:8]}")
+    write_json(aside, asdict(plan))
+    try:
+        os.link(aside, path)
         return
-    before, now = _read_json(path), asdict(plan)
+    except FileExistsError:
+        pass
+    finally:
+        aside.unlink()
+    before, now = _read_json(path), json.loads(json.dumps(asdict(plan)))
     differing = [k for k in now if before.get(k) != now[k]]
     if differing:
         k = differing[0]
@@ -106,46 +117,66 @@ def _read_json(path: Path) -> dict:
     return value
 
 
+def _machine() -> str:
+    """Where a process id means something: host, boot and, on Linux, process namespace, as one word."""
+    parts = [platform.node()]
+    with suppress(OSError):  # not Linux
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return "/".join(parts).replace(" ", "_")
+
+
 class Claims:
     """Which process makes which shard, by files on a disk that all of them share.
 
     A claim is ``shards/00012.claim``, created exclusively. It lapses when its process is gone (known on the same
-    host) or has not renewed it for ``timeout`` seconds. Should two processes ever make the same shard, both write
+    machine) or has not renewed it for ``timeout`` seconds. Should two processes ever make the same shard, both write
     the same bytes, each whole.
     """
 
     def __init__(self, folder: str | Path, timeout: float = 900.0):
         self.folder, self.timeout = folder, timeout
+        self._machine = _machine()
+        self._text = f"{self._machine} {os.getpid()} {uuid.uuid4().hex}"
         self._mine: set[int] = set()
 
     def _path(self, shard: int) -> Path:
         return shard_path(self.folder, shard).with_suffix(".claim")
+
+    def free(self, shard: int) -> bool:
+        """Whether ``take`` would now succeed."""
+        return not self._path(shard).exists() or self._lapsed(self._path(shard))
 
     def take(self, shard: int) -> bool:
         """Claim ``shard`` if nobody alive has; False if somebody has, or the shard is there already."""
         path = self._path(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
         if self._lapsed(path):
-            path.unlink(missing_ok=True)
+            aside = path.with_suffix(f".lapsed-{uuid.uuid4().hex[:8]}")
+            try:
+                os.rename(path, aside)  # of several processes that see it lapse, one gets it
+            except FileNotFoundError:
+                return False
+            aside.unlink()
         try:
             with open(path, "x") as f:
-                f.write(f"{platform.node()} {os.getpid()}")
+                f.write(self._text)
         except FileExistsError:
             return False
+        self._mine.add(shard)
         if shard_path(self.folder, shard).exists():  # finished between our look and our claim
-            path.unlink(missing_ok=True)
+            self.release(shard)
             return False
         remove_temporary(shard_path(self.folder, shard))
-        self._mine.add(shard)
         return True
 
     def _lapsed(self, path: Path) -> bool:
         try:
-            host, _, pid = path.read_text().partition(" ")
+            machine, _, rest = path.read_text().partition(" ")
             age = time.time() - path.stat().st_mtime
         except FileNotFoundError:
             return False
-        if host == platform.node() and pid.isdigit():
+        pid = rest.partition(" ")[0]
+        if machine == self._machine and pid.isdigit():
             try:
                 os.kill(int(pid), 0)
             except ProcessLookupError:
@@ -154,16 +185,23 @@ class Claims:
                 pass
         return age > self.timeout
 
+    def _is_mine(self, shard: int) -> bool:
+        try:
+            return self._path(shard).read_text() == self._text
+        except FileNotFoundError:
+            return False
+
     def renew(self) -> None:
         """Say that this process is alive."""
         for shard in self._mine:
-            if self._path(shard).exists():
+            if self._is_mine(shard):
                 os.utime(self._path(shard))
 
     def release(self, shard: int) -> None:
         """Give up a claim, when the shard is there."""
         self._mine.discard(shard)
-        self._path(shard).unlink(missing_ok=True)
+        if self._is_mine(shard):
+            self._path(shard).unlink()
 
     def __enter__(self) -> Claims:
         return self
@@ -212,6 +250,12 @@ def shard_damage(folder: str | Path, plan: CodesPlan, shard: int) -> str | None:
     return None
 
 
+def num_skipped(path: str | Path) -> int:
+    """Unreadable images that a whole shard leaves out."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return len(arrays["skipped"])
+
+
 def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) -> dict | None:
     """Write ``meta.json``, and ``skipped.json`` if images were unreadable; returns meta.
 
@@ -228,11 +272,16 @@ def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) ->
             rows = zip(arrays["skipped"].tolist(), arrays["reasons"].tolist(), strict=True)
             skipped += [{"index": i, "path": sources[i], "reason": reason} for i, reason in rows]
         shards.append({"file": f"shards/{path.name}", "images": count, "sha256": sha256_file(path)})
+    report = Path(folder) / "skipped.json"
     if skipped:
-        write_json(Path(folder) / "skipped.json", skipped)
+        write_json(report, skipped)
+    else:
+        report.unlink(missing_ok=True)
     counts = {"num_coded_images": sum(s["images"] for s in shards), "num_skipped_images": len(skipped)}
     meta = {**asdict(plan), **counts, "shards": shards}
     write_json(Path(folder) / "meta.json", meta)
+    for claim in (Path(folder) / "shards").glob("*.claim"):  # of processes killed right after their last shard
+        claim.unlink(missing_ok=True)
     return meta
 
 
@@ -287,7 +336,8 @@ class ShardedCodes:
         for shard in self.meta["shards"]:
             path = Path(folder) / "shards" / Path(shard["file"]).name
             codes, shard_labels = self._open(path)
-            if codes.shape != (shard["images"], self.num_crops, self.num_tokens):
+            count = shard["images"]
+            if codes.shape != (count, self.num_crops, self.num_tokens) or shard_labels.shape != (count,):
                 raise ValueError(f"{path} holds codes of shape {codes.shape}, unlike {folder}/meta.json; extract again")
             self._shards.append(codes)
             labels.append(shard_labels)
@@ -330,7 +380,10 @@ class PublishedCodes:
         if count == 0:
             raise ValueError(f"{option}: {self._codes} holds no .npy files")
         self.labels = np.array([self._read(labels / f"{i}.npy").item() for i in range(count)], np.int64)
-        _, self.num_crops, self.num_tokens = self._read(self._codes / "0.npy").shape
+        shape = self._read(self._codes / "0.npy").shape
+        if len(shape) != 3 or shape[0] != 1:
+            raise ValueError(f"{option}: {self._codes}/0.npy has the shape {shape}, expected (1, crops, tokens)")
+        _, self.num_crops, self.num_tokens = shape
         self.num_classes = int(self.labels.max()) + 1
         self.meta: dict = {}
 
@@ -357,7 +410,15 @@ class PublishedCodes:
     def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
         """Codes (B, tokens) int64, raster order, of B (image, crop) pairs."""
         pairs = zip(images, crops, strict=True)
-        return np.stack([self._read(self._codes / f"{i}.npy")[0, c] for i, c in pairs]).astype(np.int64)
+        return np.stack([self.image(i)[c] for i, c in pairs]).astype(np.int64)
+
+    def image(self, i: int) -> np.ndarray:
+        """All crops (crops, tokens) of one image."""
+        path = self._codes / f"{i}.npy"
+        codes = self._read(path)
+        if codes.shape != (1, self.num_crops, self.num_tokens):
+            raise ValueError(f"{path} has the shape {codes.shape}, expected {(1, self.num_crops, self.num_tokens)}")
+        return codes[0]
 
 
 def open_codes(folder: str | Path, option: str = "--code-path") -> Codes:
@@ -378,7 +439,7 @@ class MixedCodes:
     """
 
     def __init__(self, first: Codes, second: Codes, weight: float):
-        for what in ("tokenizer_sha256", "grid", "classes", "image_size"):
+        for what in ("tokenizer_sha256", "source_sha256", "grid", "classes", "image_size"):
             if first.meta.get(what) != second.meta.get(what):
                 raise ValueError(f"--mix-code-path: its {what} differs from that of --code-path; both must fit")
         if first.num_tokens != second.num_tokens or not np.array_equal(first.labels, second.labels):

@@ -11,11 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from dataset.augmentation import crop_names
-from dataset.codes import CodesPlan, PublishedCodes, finish_codes, shard_path, start_codes, write_shard
+from dataset.codes import CodesPlan, PublishedCodes, finish_codes, shard_damage, shard_path, start_codes, write_shard
 from tokenizer.vq_model import load_vq
 from utils.checkpoint import state_sha256
 from utils.distributed import init_distributed
-from utils.files import require_folder
+from utils.files import remove_temporary, require_folder
 from utils.logger import progress
 from utils.options import make_parser, positive_int, run
 
@@ -37,6 +37,8 @@ def main() -> None:
     require_folder(args.code_path, "--code-path")
     old = PublishedCodes(args.code_path)
     vq, name = load_vq(args.vq_ckpt, None)
+    if args.image_size % vq.config.downsample:
+        raise ValueError(f"--image-size {args.image_size} is no multiple of {name}'s {vq.config.downsample}")
     side = args.image_size // vq.config.downsample
     crops = {len(c): c for c in (crop_names(ten, flips=True) for ten in (True, False))}.get(old.num_crops)
     if side**2 != old.num_tokens or crops is None:
@@ -60,11 +62,13 @@ def main() -> None:
     )
     start_codes(args.output, plan)
     world = init_distributed()
-    missing = [s for s in range(plan.num_shards) if not shard_path(args.output, s).exists()]
+    whole = [s for s in range(plan.num_shards) if shard_path(args.output, s).exists()]
+    whole = [s for s in whole if shard_damage(args.output, plan, s) is None]
+    missing = [s for s in range(plan.num_shards) if s not in whole]
     for shard in progress(world, "converting", len(missing), unit="shards", items=missing):
+        remove_temporary(shard_path(args.output, shard))
         index = np.array(plan.shard_images(shard))
-        codes = [old.gather(index, np.full(len(index), c)) for c in range(old.num_crops)]
-        together = np.stack(codes, axis=1)  # (images, crops, tokens)
+        together = np.stack([old.image(i) for i in index])  # (images, crops, tokens)
         if together.min() < 0 or together.max() >= plan.codebook_size:
             raise ValueError(
                 f"--code-path {args.code_path}: images {index[0]} to {index[-1]} hold code {together.max()}, but "

@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import resource
 import subprocess
 import time
@@ -11,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from autoregressive.train.train_c2i import CodeBatches
 from dataset.codes import (
     Claims,
     CodesPlan,
@@ -211,14 +211,17 @@ def test_claims_exclude_the_living_and_outlive_the_dead(tmp_path):
     path = shard_path(tmp_path, 3).with_suffix(".claim")
     dead = subprocess.Popen(["true"])
     dead.wait()
-    path.write_text(f"{platform.node()} {dead.pid}")
+    path.write_text(f"{ours._machine} {dead.pid} token")
     assert theirs.take(3)
-    path.write_text("another-host 1")
+    path.write_text("another-host 1 token")
     assert not ours.take(3)
     os.utime(path, (time.time() - 1000,) * 2)
     assert ours.take(3)
+    theirs.release(3)  # no longer theirs: left alone
+    theirs.renew()
+    assert not theirs.free(3)
     ours.release(3)
-    assert theirs.take(3)
+    assert theirs.free(3) and theirs.take(3)
 
 
 def test_a_claim_clears_what_a_killed_writer_left(tmp_path):
@@ -259,3 +262,41 @@ def test_damaged_meta_is_named(tmp_path, content):
     (tmp_path / "meta.json").write_text(content)
     with pytest.raises(ValueError, match=r"meta\.json is"):
         open_codes(tmp_path)
+
+
+@pytest.mark.parametrize("weight, expected", [(0.0, range(10)), (1.0, range(10, 20))])
+def test_mixing_weight_says_which_crops_are_drawn(weight, expected):
+    """Both sets code every image with its crop's number, so a batch shows what was drawn."""
+
+    class Numbered:
+        labels, meta, num_crops, num_tokens, num_classes = np.zeros(64, int), {}, 10, 4, 1
+
+        def __init__(self, first: int):
+            self.first = first
+
+        def __len__(self) -> int:
+            return 64
+
+        def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
+            return np.repeat(crops[:, None] + self.first, 4, axis=1)
+
+    batches = CodeBatches(MixedCodes(Numbered(0), Numbered(10), weight), vocab_size=20, batch=32, seed=0)
+    drawn = {int(c) for step in range(20) for c in batches.rank_slice(step, 0, 1)[0][:, 0]}
+    assert drawn == set(expected)
+
+
+def test_two_plans_at_once_and_one_wins(tmp_path):
+    plans = [make_plan(tokenizer_sha256=str(i)) for i in range(8)]
+
+    def start(plan: CodesPlan) -> bool:
+        try:
+            start_codes(tmp_path, plan)
+        except ValueError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(start, plans))
+    assert sum(won) == 1
+    assert json.loads((tmp_path / "plan.json").read_text())["tokenizer_sha256"] == str(won.index(True))
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dataset.augmentation import center_crop
-from dataset.imagenet import ImageFiles, list_images, to_model_range
+from dataset.imagenet import CenterCrop, ImageFiles, list_images, to_model_range
 from tokenizer.vq_model import VQ_models, load_vq
 from utils.distributed import init_distributed
 from utils.files import prepare_folder
@@ -71,7 +70,7 @@ def main() -> None:
     prepare_folder(args.sample_dir, "--sample-dir")
     vq.to(world.device, memory_format=torch.channels_last)
     samples = list_images(args.data_path).samples
-    files = ImageFiles(samples, lambda image, key: center_crop(image, args.image_size))
+    files = ImageFiles(samples, CenterCrop(args.image_size))
     keys = [(i, 0) for i in range(len(samples))]
     workers = min(args.num_workers, os.cpu_count() or 1)
     loader = DataLoader(files, args.per_proc_batch_size, sampler=keys, num_workers=workers)

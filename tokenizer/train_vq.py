@@ -14,16 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from timm.scheduler import CosineLRScheduler
 from torch.utils.data import DataLoader
 
-from dataset.augmentation import random_crop
 from dataset.epochs import EpochOrder
-from dataset.imagenet import ImageFiles, list_images, to_model_range
+from dataset.imagenet import ImageFiles, RandomCrop, list_images, to_model_range
 from tokenizer.vq_model import VQ_models, VQModel, load_vq, make_vq_config
 from utils.checkpoint import resolve
 from utils.distributed import World, autocast, init_distributed
@@ -106,12 +103,7 @@ def make_model(args: Namespace) -> VQModel:
 
 def make_loader(args: Namespace, order: EpochOrder, world: World, first_step: int, last_step: int) -> DataLoader:
     """This rank's images of steps [first, last), as uint8 (B, S, S, 3); crops and flips depend on (index, epoch)."""
-
-    def augment(image: Image.Image, key: tuple[int, int]) -> np.ndarray:
-        rng = np.random.default_rng([args.global_seed, *key])
-        pixels = random_crop(image, args.image_size, rng)
-        return pixels if args.no_flip or rng.random() < 0.5 else pixels[:, ::-1]
-
+    augment = RandomCrop(args.image_size, flip=not args.no_flip, seed=args.global_seed)
     files = ImageFiles(list_images(args.data_path).samples, augment)
     keys = order.rank_keys(first_step, last_step, world.rank, world.size)
     workers = min(args.num_workers, os.cpu_count() or 1)

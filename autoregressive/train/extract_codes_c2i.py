@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
@@ -24,15 +25,24 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset.augmentation import center_crop, crop_names, take_crops
-from dataset.codes import Claims, CodesPlan, finish_codes, shard_damage, shard_path, start_codes, write_shard
-from dataset.imagenet import ImageFiles, Unreadable, list_images, to_model_range
+from dataset.augmentation import crop_names, take_crops
+from dataset.codes import (
+    Claims,
+    CodesPlan,
+    finish_codes,
+    num_skipped,
+    shard_damage,
+    shard_path,
+    start_codes,
+    write_shard,
+)
+from dataset.imagenet import CenterCrop, ImageFiles, Unreadable, list_images, to_model_range
 from tokenizer.vq_model import VQ_models, VQModel, load_vq
 from utils.checkpoint import state_sha256
 from utils.distributed import World, autocast, init_distributed
 from utils.files import prepare_folder
 from utils.logger import create_logger, progress
-from utils.options import add_retired, count, make_parser, positive_int, run, write_options
+from utils.options import add_retired, amount, count, make_parser, positive_int, run, write_options
 
 
 def parse_args() -> Namespace:
@@ -47,7 +57,7 @@ def parse_args() -> Namespace:
     data.add_argument("--code-path", required=True, help="folder to write codes to; a rerun finishes what is missing")
     data.add_argument("--image-size", type=positive_int, default=256, help="side of the crops, pixels")
     data.add_argument("--ten-crop", action="store_true", help="four corners and centre of a larger square")
-    data.add_argument("--crop-range", type=float, default=1.1, help="side of that square / --image-size")
+    data.add_argument("--crop-range", type=amount, default=1.1, help="side of that square / --image-size")
     data.add_argument("--no-flip", action="store_true", help="leave out mirrored crops (for text, digits)")
     data.add_argument("--debug", action="store_true", help="take the first 100 images only")
     vq = parser.add_argument_group("tokenizer")
@@ -65,6 +75,9 @@ def parse_args() -> Namespace:
     work.add_argument("--batch-size", type=positive_int, default=16, help="crops encoded at once by a process")
     work.add_argument("--shard-size", type=positive_int, default=1024, help="images of one shard file")
     work.add_argument("--strict", action="store_true", help="stop at an unreadable image instead of leaving it out")
+    work.add_argument(
+        "--retry-skipped", action="store_true", help="make shards again that lack images which were unreadable"
+    )
     work.add_argument("--num-workers", type=count, default=24, help="decoding processes, at most one per core")
     add_retired(
         parser,
@@ -83,11 +96,11 @@ def make_plan(args: Namespace, samples: list[tuple[str, int]], classes: list[str
         raise ValueError(f"--image-size {args.image_size} is no multiple of {name}'s downsampling, {downsample}")
     if args.crop_range < 1.0:
         raise ValueError(f"--crop-range {args.crop_range} must be at least 1")
-    paths = "\n".join(os.path.relpath(path, args.data_path) for path, _ in samples)
+    paths = b"\n".join(os.fsencode(os.path.relpath(path, args.data_path)) for path, _ in samples)
     return CodesPlan(
         classes=classes,
         num_images=len(samples),
-        source_sha256=hashlib.sha256(paths.encode()).hexdigest(),
+        source_sha256=hashlib.sha256(paths).hexdigest(),
         image_size=args.image_size,
         grid=[args.image_size // downsample] * 2,
         crops=crop_names(args.ten_crop, flips=not args.no_flip),
@@ -153,29 +166,57 @@ def collate(items: list[tuple[torch.Tensor, int, int] | Unreadable]) -> ImageBat
     return ImageBatch(pixels, labels, index, skipped)
 
 
-def find_missing(args: Namespace, world: World, plan: CodesPlan, logger: Logger) -> list[int]:
-    """Shards that are not there or are damaged (those are deleted), starting at this rank's share of them."""
+def check_shards(args: Namespace, world: World, plan: CodesPlan, logger: Logger) -> None:
+    """Delete, of this rank's share of the shards that are there, those that are damaged or, if asked, incomplete."""
     there = [s for s in range(plan.num_shards) if shard_path(args.code_path, s).exists()]
     mine = there[world.rank :: world.size]
     for shard in progress(world, "checking", len(mine), unit="shards", items=mine):
-        if damage := shard_damage(args.code_path, plan, shard):
-            logger.warning(f"{shard_path(args.code_path, shard)} is damaged and made again: {damage}")
-            shard_path(args.code_path, shard).unlink()
+        path = shard_path(args.code_path, shard)
+        damage = shard_damage(args.code_path, plan, shard)
+        if damage is None and args.retry_skipped and num_skipped(path):
+            damage = f"it lacks {num_skipped(path)} unreadable images"
+        if damage:
+            logger.warning(f"{path} is damaged and made again: {damage}")
+            path.unlink(missing_ok=True)
             (Path(args.code_path) / "meta.json").unlink(missing_ok=True)
-    missing = [s for s in range(plan.num_shards) if not shard_path(args.code_path, s).exists()]
-    start = world.rank * len(missing) // world.size
-    return missing[start:] + missing[:start]
+
+
+def make_all_shards(
+    args: Namespace, world: World, vq: VQModel, plan: CodesPlan, samples: list[tuple[str, int]], logger: Logger
+) -> None:
+    """Return when every shard is there: make what is free, wait for what others make, take over from the dead."""
+    waiting = False
+    while True:
+        missing = [s for s in range(plan.num_shards) if not shard_path(args.code_path, s).exists()]
+        with Claims(args.code_path) as claims:
+            free = [s for s in missing if claims.free(s)]
+            start = world.rank * len(free) // world.size  # ranks begin far apart
+            if free:
+                make_shards(args, world, vq, plan, samples, free[start:] + free[:start], claims)
+                continue
+        if not missing:
+            return
+        if not waiting:
+            logger.info(f"waiting for {len(missing)} shards that other processes make")
+            waiting = True
+        time.sleep(1)
 
 
 def make_shards(
-    args: Namespace, world: World, vq: VQModel, plan: CodesPlan, samples: list[tuple[str, int]], shards: list[int]
+    args: Namespace,
+    world: World,
+    vq: VQModel,
+    plan: CodesPlan,
+    samples: list[tuple[str, int]],
+    shards: list[int],
+    claims: Claims,
 ) -> None:
     """Claim, encode and write whatever of ``shards`` nobody else has."""
     resized = int(plan.image_size * plan.crop_range)
     bar = progress(world, "extracting", sum(len(plan.shard_images(s)) for s in shards), unit="images")
-    with bar, Claims(args.code_path) as claims:
+    with bar:
         loader = DataLoader(
-            ImageFiles(samples, lambda image, key: center_crop(image, resized), tolerant=True),
+            ImageFiles(samples, CenterCrop(resized), tolerant=True),
             batch_sampler=ShardBatches(plan, claims, shards, max(1, args.batch_size // len(plan.crops)), bar),
             collate_fn=collate,
             num_workers=min(args.num_workers, os.cpu_count() or 1),
@@ -185,13 +226,13 @@ def make_shards(
         for shard, batches in groupby(loader, key=lambda batch: batch.first // plan.shard_size):
             codes, labels, index, skipped = [np.empty((0, len(plan.crops), plan.num_tokens))], [], [], []
             for batch in batches:
-                if batch.skipped and args.strict:
-                    raise ValueError(batch.skipped[0].reason)
+                if fatal := [u for u in batch.skipped if u.fatal or args.strict]:
+                    raise ValueError(fatal[0].reason)
                 if batch.pixels is not None:
                     codes.append(encode(batch.pixels))
                 labels.append(batch.labels)
                 index.append(batch.index)
-                skipped += batch.skipped
+                skipped += [(u.index, u.reason) for u in batch.skipped]
                 claims.renew()
                 bar.update(len(batch.index) + len(batch.skipped))
             joined = (np.concatenate(x) for x in (codes, labels, index))
@@ -200,7 +241,7 @@ def make_shards(
 
 
 def main() -> None:
-    """Make every shard that is missing; the process that finds all of them there writes ``meta.json``."""
+    """Make every shard that is missing; rank 0 writes ``meta.json`` when all are there."""
     args = parse_args()
     world = init_distributed(connect=False)
     logger = create_logger(world)
@@ -216,23 +257,26 @@ def main() -> None:
     start_codes(args.code_path, plan)
     if world.is_main:
         write_options(Path(args.code_path) / "options.json", args)
-    missing = find_missing(args, world, plan, logger)
+    check_shards(args, world, plan, logger)
+    missing = sum(not shard_path(args.code_path, s).exists() for s in range(plan.num_shards))
     logger.info(
         f"{plan.num_images:,} images of {len(plan.classes)} classes x {len(plan.crops)} crops of "
         f"{plan.image_size}x{plan.image_size} -> {plan.grid[0]}x{plan.grid[1]} codes of {name}; "
-        f"{len(missing)} of {plan.num_shards} shards to make on {world.size} x {world.device}"
+        f"{missing} of {plan.num_shards} shards to make on {world.size} x {world.device}"
     )
-    make_shards(args, world, vq.to(world.device, memory_format=torch.channels_last), plan, samples, missing)
-    meta = finish_codes(args.code_path, plan, [path for path, _ in samples])
-    if meta is None:
-        logger.warning(
-            f"{args.code_path} is not complete yet: other processes still make shards, and the last of them writes "
-            f"meta.json; if none is left, run this command again"
-        )
+    vq = vq.to(world.device, memory_format=torch.channels_last)
+    make_all_shards(args, world, vq, plan, samples, logger)
+    if not world.is_main:
         return
+    while (meta := finish_codes(args.code_path, plan, [path for path, _ in samples])) is None:
+        check_shards(args, World(0, 1, world.device), plan, logger)  # another rank has yet to delete a damaged one
+        make_all_shards(args, world, vq, plan, samples, logger)
     logger.info(f"{args.code_path}: codes of {meta['num_coded_images']:,} images in {plan.num_shards} shards")
     if meta["num_skipped_images"]:
-        logger.warning(f"{meta['num_skipped_images']:,} unreadable images left out; see {args.code_path}/skipped.json")
+        text = f"{meta['num_skipped_images']:,} unreadable images left out; see {args.code_path}/skipped.json"
+        if args.strict:
+            raise ValueError(f"--strict: {text}, mend them and run again with --retry-skipped")
+        logger.warning(text)
 
 
 if __name__ == "__main__":

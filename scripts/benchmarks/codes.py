@@ -12,6 +12,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,7 @@ def published_codes(vq: VQModel, crops: torch.Tensor) -> np.ndarray:
 def measure_extraction(data_path: str, count: int, size: int) -> dict[str, float]:
     """Images per second and peak memory of both ways, and of bf16; codes compared one by one."""
     images = [center_crop(open_image(p), int(size * 1.1)) for p, _ in list_images(data_path).samples[:count]]
+    count = len(images)
     pixels = torch.from_numpy(np.stack(images))  # (N, R, R, 3)
     torch.manual_seed(0)
     vq = VQModel(make_vq_config("VQ-16")).eval()
@@ -175,6 +177,7 @@ def measure_loading(work: Path, count: int, batch: int = 256) -> dict[str, float
         for first in range(0, count, batch):
             images = order[first : first + batch]
             torch.from_numpy(reader.gather(images, rng.integers(10, size=len(images)))).sum()
+            torch.from_numpy(reader.labels[images])
 
     for name, load, folder in (("published", load_published, published), ("ours", load_ours, ours)):
         drop_page_cache(folder)
@@ -190,11 +193,10 @@ def main() -> None:
     parser.add_argument("--images", type=positive_int, default=4, help="images to extract (ten crops each)")
     parser.add_argument("--image-size", type=positive_int, default=384, help="side of the crops, pixels")
     parser.add_argument("--loaded-images", type=positive_int, default=20000, help="images to load")
-    parser.add_argument("--work", default="/tmp/par-benchmark", help="scratch folder, emptied (2 GB)")
+    parser.add_argument("--work", default=tempfile.gettempdir(), help="folder for 2 GB of scratch files")
     parser.add_argument("--output", default="codes.json", help="JSON to write")
     args = parser.parse_args()
-    work = Path(args.work)
-    shutil.rmtree(work, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix="par-codes-", dir=args.work))
     extraction = measure_extraction(args.data_path, args.images, args.image_size)
     extraction |= measure_ceiling(args.image_size)
     extraction["ratio"] = extraction["ours images/s"] / extraction["published images/s"]
