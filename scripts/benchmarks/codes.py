@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import SUPPRESS, Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,39 +53,61 @@ def published_codes(vq: VQModel, crops: torch.Tensor) -> np.ndarray:
 
 
 @torch.inference_mode()
-def measure_extraction(data_path: str, count: int, size: int) -> dict[str, float]:
-    """Images per second and peak memory of both ways, and of bf16; codes compared one by one."""
-    images = [center_crop(open_image(p), int(size * 1.1)) for p, _ in list_images(data_path).samples[:count]]
-    count = len(images)
-    pixels = torch.from_numpy(np.stack(images))  # (N, R, R, 3)
+def extract_one_way(way: str, data_path: str, count: int, size: int, work: Path) -> None:
+    """Encode and write ``count`` images as ``way`` says; codes and figures go to ``work``/``way``.npz."""
+    samples = list_images(data_path).samples[:count]
     torch.manual_seed(0)
     vq = VQModel(make_vq_config("VQ-16")).eval()
     vq.init_weights()
-    found: dict[str, list[np.ndarray]] = {"published": [], "ours": [], "bf16": []}
+    if way.startswith("ours"):
+        vq.to(memory_format=torch.channels_last)
+    codebook = vq.quantize.codebook()
+    (work / way).mkdir()
 
-    def run_published() -> None:
-        for image in pixels:
-            crops = take_crops(image[None], size, True, True)[0].permute(0, 3, 1, 2).contiguous()  # (10, 3, S, S)
-            found["published"].append(published_codes(vq, crops.float() / 127.5 - 1))
+    def encode(path: str) -> np.ndarray:
+        pixels = torch.from_numpy(center_crop(open_image(path), int(size * 1.1)).copy())[None]  # (1, R, R, 3)
+        crops = take_crops(pixels, size, True, True)[0]  # (10, S, S, 3)
+        if way.startswith("published"):
+            return published_codes(vq, crops.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1)  # (10, T)
+        with torch.autocast("cpu", torch.bfloat16, enabled=way.endswith("bf16")):
+            codes = [vq.encode(to_model_range(part, CPU), codebook) for part in crops.split(2)]
+        return torch.cat(codes).flatten(1).numpy()  # (10, T)
 
-    def run_ours(key: str, batch: int) -> None:
-        codebook = vq.quantize.codebook()
-        with torch.autocast("cpu", torch.bfloat16, enabled=key == "bf16"):
-            for image in pixels:
-                crops = take_crops(image[None], size, True, True).flatten(0, 1)  # (10, S, S, 3)
-                found[key] += [
-                    vq.encode(to_model_range(c, CPU), codebook).flatten(1).numpy() for c in crops.split(batch)
-                ]
+    encode(samples[0][0])
+    found: list[np.ndarray] = []
 
-    result = {"published images/s": count / seconds(run_published)}
-    result["published peak GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    vq = vq.to(memory_format=torch.channels_last)
-    for key, batch in (("ours", 1), ("bf16", 1)):
-        result[f"{key} images/s"] = count / seconds(lambda key=key, batch=batch: run_ours(key, batch))
-    codes = {k: np.concatenate(v) for k, v in found.items()}
-    result["codes equal"] = float((codes["ours"] == codes["published"]).mean())
-    result["codes equal, bf16"] = float((codes["bf16"] == codes["published"]).mean())
-    return result
+    def run_all() -> None:
+        for i, (path, label) in enumerate(samples):
+            found.append(encode(path))
+            if way.startswith("published"):
+                np.save(work / way / f"{i}-codes.npy", found[-1][None])
+                np.save(work / way / f"{i}-label.npy", np.array([label]))
+        if way.startswith("ours"):
+            np.savez(work / way / "shard.npz", codes=np.stack(found).astype(np.uint16))
+
+    rate = len(samples) / seconds(run_all)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    np.savez(work / f"{way}.npz", codes=np.stack(found), rate=rate, peak=peak)
+
+
+def measure_extraction(args: Namespace, work: Path) -> dict[str, float]:
+    """Images per second and peak memory of each way in a process of its own; codes compared one by one.
+
+    "published" runs under glibc's allocator settings as they are, the others under those of scripts/launch.sh.
+    """
+    kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    results, codes = {}, {}
+    for way in ("published", "published, memory kept", "ours", "ours, bf16"):
+        words = [sys.executable, __file__, "--data-path", args.data_path, "--images", args.images]
+        words += ["--image-size", args.image_size, "--work", work, "--way", way]
+        environment = os.environ if way == "published" else os.environ | kept
+        subprocess.run([str(w) for w in words], env=environment, check=True)
+        with np.load(work / f"{way}.npz", allow_pickle=False) as found:
+            codes[way] = found["codes"]
+            results |= {f"{way}: images/s": float(found["rate"]), f"{way}: peak GiB": float(found["peak"])}
+            results[f"{way}: ratio"] = results[f"{way}: images/s"] / results["published: images/s"]
+            results[f"{way}: codes equal"] = float((codes[way] == codes["published"]).mean())
+    return results
 
 
 @torch.inference_mode()
@@ -194,24 +217,24 @@ def main() -> None:
     parser.add_argument("--image-size", type=positive_int, default=384, help="side of the crops, pixels")
     parser.add_argument("--loaded-images", type=positive_int, default=20000, help="images to load")
     parser.add_argument("--work", default=tempfile.gettempdir(), help="folder for 2 GB of scratch files")
+    parser.add_argument("--way", help=SUPPRESS)  # one way of extraction, for the processes that this starts
     parser.add_argument("--output", default="codes.json", help="JSON to write")
     args = parser.parse_args()
+    if args.way:
+        extract_one_way(args.way, args.data_path, args.images, args.image_size, Path(args.work))
+        return
     work = Path(tempfile.mkdtemp(prefix="par-codes-", dir=args.work))
-    extraction = measure_extraction(args.data_path, args.images, args.image_size)
-    extraction |= measure_ceiling(args.image_size)
-    extraction["ratio"] = extraction["ours images/s"] / extraction["published images/s"]
-    extraction["ratio, bf16"] = extraction["bf16 images/s"] / extraction["published images/s"]
+    extraction = measure_extraction(args, work) | measure_ceiling(args.image_size)
     loading = measure_loading(work, args.loaded_images)
     for kind in ("cold", "warm"):
         loading[f"ratio, {kind}"] = loading[f"ours {kind} images/s"] / loading[f"published {kind} images/s"]
     loading["ratio, disk"] = loading["published bytes/image"] / loading["ours bytes/image"]
     shutil.rmtree(work)
-    threads = {"threads": torch.get_num_threads(), "malloc": os.environ.get("MALLOC_MMAP_MAX_", "glibc's default")}
     for title, table in (("extraction", extraction), ("loading", loading)):
         print(f"\n{title}")
         for key, value in table.items():
             print(f"  {key:40} {value:,.3f}")
-    write_json(args.output, {"extraction": extraction, "loading": loading, **threads})
+    write_json(args.output, {"extraction": extraction, "loading": loading, "threads": torch.get_num_threads()})
 
 
 if __name__ == "__main__":
