@@ -26,7 +26,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -303,8 +302,8 @@ def _map_npy(path: Path, member: zipfile.ZipInfo) -> np.ndarray:
     return np.frombuffer(whole, dtype, int(np.prod(shape, dtype=np.int64)), start).reshape(shape)
 
 
-class Codes(Protocol):
-    """Cached codes of a data set, random access."""
+class Codes:
+    """Cached codes of a data set, random access; what every reader offers."""
 
     labels: np.ndarray  # (N,) int64
     num_crops: int
@@ -313,14 +312,19 @@ class Codes(Protocol):
     crop_weights: np.ndarray | None  # (num_crops,) how often to draw each crop; None: equally
     meta: dict  # as in meta.json; empty for the published layout
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
         """Codes (B, tokens) int64, raster order, of B (image, crop) pairs."""
-        ...
+        raise NotImplementedError
+
+    def batch(self, images: np.ndarray, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes (B, tokens) int64 and labels (B,) int64 of B (image, crop) pairs."""
+        return self.gather(images, crops), self.labels[images]
 
 
-class ShardedCodes:
+class ShardedCodes(Codes):
     """The reader of our shards; see ``Codes``. Threads may share it."""
 
     crop_weights = None
@@ -353,9 +357,6 @@ class ShardedCodes:
             raise ValueError(f"{path} is missing or damaged ({error}); delete it and extract again") from error
         return codes, labels
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
         """Codes (B, tokens) int64, raster order, of B (image, crop) pairs."""
         images, crops = np.asarray(images), np.asarray(crops)
@@ -368,7 +369,7 @@ class ShardedCodes:
         return out
 
 
-class PublishedCodes:
+class PublishedCodes(Codes):
     """The reader of the published layout, two files an image: ``*_codes/0.npy`` [1, crops, tokens] and
     ``*_labels/0.npy`` [1]; see ``Codes``."""
 
@@ -404,9 +405,6 @@ class PublishedCodes:
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path} is missing or damaged: {error}") from error
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
         """Codes (B, tokens) int64, raster order, of B (image, crop) pairs."""
         pairs = zip(images, crops, strict=True)
@@ -431,7 +429,7 @@ def open_codes(folder: str | Path, option: str = "--code-path") -> Codes:
     return PublishedCodes(folder, option)
 
 
-class MixedCodes:
+class MixedCodes(Codes):
     """Two sets of codes of the same images, such as ten crops at range 1.1 and at 1.05, as one; see ``Codes``.
 
     Crop numbers run over both. ``crop_weights`` (num_crops,) says how often each crop is to be drawn: the second
@@ -449,9 +447,6 @@ class MixedCodes:
         self.num_tokens, self.num_classes = first.num_tokens, first.num_classes
         shares = [(1 - weight) / first.num_crops] * first.num_crops + [weight / second.num_crops] * second.num_crops
         self.crop_weights = np.array(shares)
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
         """Codes (B, tokens) int64, raster order, of B (image, crop) pairs."""

@@ -53,6 +53,8 @@ def test_round_trip_and_gather(tmp_path, codebook_size):
     assert np.array_equal(reader.labels, labels)
     images, crops = np.array([9, 0, 4, 3, 9, 7]), np.array([1, 0, 1, 1, 0, 0])
     assert np.array_equal(reader.gather(images, crops), codes[images, crops])
+    loaded, batch_labels = reader.batch(images, crops)
+    assert np.array_equal(loaded, codes[images, crops]) and np.array_equal(batch_labels, labels[images])
 
 
 def test_shards_are_small_and_plain(tmp_path):

@@ -166,13 +166,13 @@ class CodeBatches:
         rng = np.random.default_rng([self.seed, step, 1])
         crops = rng.choice(self.codes.num_crops, size=len(images), p=self.codes.crop_weights)  # (B,)
         mine = slice(rank * len(images) // size, (rank + 1) * len(images) // size)
-        codes = self.codes.gather(images[mine], crops[mine])  # (b, T)
+        codes, labels = self.codes.batch(images[mine], crops[mine])  # (b, T), (b,)
         if codes.max() >= self.vocab_size:
             worst = images[mine][codes.max(1).argmax()]
             raise ValueError(
                 f"--code-path: image {worst} holds code {codes.max()}, but --vocab-size is {self.vocab_size}"
             )
-        return torch.from_numpy(codes), torch.from_numpy(self.codes.labels[images[mine]])
+        return torch.from_numpy(codes), torch.from_numpy(labels)
 
 
 def main() -> None:

@@ -199,8 +199,9 @@ def measure_loading(work: Path, count: int, batch: int = 256) -> dict[str, float
         rng = np.random.default_rng(2)
         for first in range(0, count, batch):
             images = order[first : first + batch]
-            torch.from_numpy(reader.gather(images, rng.integers(10, size=len(images)))).sum()
-            torch.from_numpy(reader.labels[images])
+            loaded, labels = reader.batch(images, rng.integers(10, size=len(images)))
+            torch.from_numpy(loaded).sum()
+            torch.from_numpy(labels)
 
     for name, load, folder in (("published", load_published, published), ("ours", load_ours, ours)):
         drop_page_cache(folder)
