@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Start a Python script with one process per GPU, or one on a machine without.
 #   usage: launch.sh script.py [options of the script]
-# From the environment: nnodes nproc_per_node node_rank master_addr master_port (as torchrun has them), and PYTHON.
+# From the environment: PYTHON, and torchrun's nnodes nproc_per_node node_rank master_addr master_port, or
+# rdzv_endpoint=HOST:PORT (and rdzv_id) instead of the last three; max_restarts: how often to start again, with all
+# processes, after one has died.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,12 +29,21 @@ if ! command -v nvidia-smi >/dev/null; then
     # processes share the cores
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(getconf _NPROCESSORS_ONLN) + nproc_per_node - 1) / nproc_per_node ))}
 fi
-if [ "$nnodes" = 1 ] && [ "$nproc_per_node" = 1 ]; then
+max_restarts=${max_restarts:-0}
+if [ "$nnodes" = 1 ] && [ "$nproc_per_node" = 1 ] && [ "$max_restarts" = 0 ]; then
     exec "$PYTHON" "$@"
 fi
-if [ "$nnodes" = 1 ] && [ -z "${master_addr:-}${master_port:-}" ]; then
+# torchrun hands these signals on, and waits so many seconds for a checkpoint to be written before it kills
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-600}
+# a fresh store for each restart: in a shared one processes find the addresses of those that died (torch 2.14)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
+if [ -n "${rdzv_endpoint:-}" ]; then
+    rendezvous=(--rdzv_backend c10d --rdzv_id "${rdzv_id:-par}" --rdzv_endpoint "$rdzv_endpoint")
+elif [ "$nnodes" = 1 ] && [ -z "${master_addr:-}${master_port:-}" ]; then
     rendezvous=(--standalone)
 else
     rendezvous=(--node_rank "${node_rank:-0}" --master_addr "${master_addr:-127.0.0.1}" --master_port "${master_port:-12345}")
 fi
-exec "$PYTHON" -m torch.distributed.run --nnodes "$nnodes" --nproc_per_node "$nproc_per_node" "${rendezvous[@]}" "$@"
+exec "$PYTHON" -m torch.distributed.run --nnodes "$nnodes" --nproc_per_node "$nproc_per_node" \
+    --max_restarts "$max_restarts" "${rendezvous[@]}" "$@"

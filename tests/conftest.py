@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from tokenizer.vq_model import VQModel, make_vq_config
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = (ROOT.parent / "shared" / "golden", ROOT / "tests" / "golden")
@@ -64,3 +69,60 @@ def run_command(
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
+
+
+EXTRACT = ("bash", "scripts/autoregressive/extract_codes_c2i.sh")
+TRAIN = ("bash", "scripts/autoregressive/train_c2i.sh")
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory) -> Path:
+    """Images of 3 classes, a random tokenizer in our format, its codes: what the later steps start from."""
+    folder = tmp_path_factory.mktemp("work")
+    rng = np.random.default_rng(0)
+    for label in ("ape", "bee", "cat"):
+        (folder / "images" / label).mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.integers(0, 256, (40, 36 + i, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / label / f"{i}.png")
+    vq = fill_from_names(VQModel(make_vq_config("VQ-4", codebook_size=64)))
+    torch.save({"model": vq.state_dict(), "vq_model": "VQ-4", "config": asdict(vq.config)}, folder / "vq.pt")
+    extract(folder, folder / "codes")
+    return folder
+
+
+def extract(work: Path, codes: Path, *options: object, nproc: int = 1):
+    base = ("--vq-ckpt", work / "vq.pt", "--data-path", work / "images", "--code-path", codes, "--image-size", 32)
+    return run_command(*EXTRACT, *base, "--ten-crop", "--shard-size", 5, "--num-workers", 1, *options, nproc=nproc)
+
+
+def start(command: list[object], **environment: str) -> subprocess.Popen:
+    """A command in a session of its own, to be killed whole."""
+    env = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "nproc_per_node": "1", **environment}
+    words = [str(w) for w in command]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(words, cwd=ROOT, env=env, start_new_session=True, stdout=quiet, stderr=quiet)
+
+
+def kill(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def same_tensors(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+TRAIN_OPTIONS = ("--gpt-model", "GPT-T", "--epochs", 5, "--global-batch-size", 8, "--lr", 1e-3, "--warmup-epochs", 1)
+
+
+def train(work: Path, cloud: Path, *options: object, **run_options):
+    base = ("--cloud-save-path", cloud, "--no-local-save", "--code-path", work / "codes", "--spe-token-num", 3)
+    base += ("--ar-token-num", 4, "--mixed-precision", "none", "--log-every", 1, *TRAIN_OPTIONS)
+    return run_command(*TRAIN, *base, *options, **run_options)
+
+
+@pytest.fixture(scope="session")
+def trained(work) -> Path:
+    train(work, work / "gpt", "--ckpt-every", 4, "--ema")
+    return work / "gpt" / "GPT-T-4x-32" / "checkpoints" / "0000015.pt"

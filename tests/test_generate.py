@@ -29,7 +29,7 @@ def greedy_without_cache(model: GPT, cond: torch.Tensor, scale: float) -> torch.
     codes = torch.zeros(len(cond), model.order.num_tokens, dtype=torch.long)
     null = torch.full_like(cond, model.config.num_classes)
     for start, stop in model.order.schedule:
-        conditional, unconditional = model(codes, cond)[0], model(codes, null)[0]
+        conditional, unconditional = model.logits(codes, cond), model.logits(codes, null)
         logits = unconditional + scale * (conditional - unconditional)
         codes[:, model.order.permutation[start:stop]] = logits[:, start:stop].argmax(-1)
     return codes
@@ -53,10 +53,10 @@ def test_training_after_generating():
     """The published model kept a flag and a cache from the last call; ours has no state to keep."""
     model = fill_from_names(GPT(small_config())).eval()
     codes, cond = random_codes(model.config)
-    before = model(codes, cond)[1]
+    before = model(codes, cond)[0]
     generate(model, cond, torch.rand(2, 16), SamplingOptions(cfg_scale=1.5))
-    assert torch.equal(model(codes, cond)[1], before)
-    model.train()(codes, cond)[1].backward()
+    assert torch.equal(model(codes, cond)[0], before)
+    model.train()(codes, cond)[0].backward()
 
 
 @pytest.mark.parametrize("k, p", [(5, 1.0), (0, 0.8), (20, 0.7), (0, 0.05)])
@@ -104,7 +104,7 @@ def test_guidance_interval_counts_decoded_tokens_once():
     until = generate(model, cond, uniforms, plain)[:, model.order.permutation]
     assert torch.equal(until[:, :8], guided[:, :8])
     with torch.no_grad():
-        logits = model(until[:, model.order.inverse], cond)[0]
+        logits = model.logits(until[:, model.order.inverse], cond)
     assert torch.equal(until[:, 8:], sample(logits[:, 8:], uniforms[:, 8:], SamplingOptions()))
 
 

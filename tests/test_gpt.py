@@ -4,8 +4,11 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.linear_cross_entropy import linear_cross_entropy
 from tests.conftest import fill_from_names
 
 
@@ -29,7 +32,8 @@ def test_logits_and_loss_are_golden(golden, n):
     file = golden(f"gpt_tiny_n{n}.npz")
     model = tiny_gpt(file)
     with torch.no_grad():
-        logits, loss = model(torch.from_numpy(file["raster_tokens"]).long(), torch.from_numpy(file["cond"]))
+        codes, cond = torch.from_numpy(file["raster_tokens"]).long(), torch.from_numpy(file["cond"])
+        logits, (loss, _) = model.logits(codes, cond), model(codes, cond)
     torch.testing.assert_close(logits, torch.from_numpy(file["train_logits"]), atol=1e-4, rtol=0)
     assert abs(loss.item() - float(file["train_loss"])) < 1e-4
 
@@ -82,11 +86,11 @@ def test_no_logit_depends_on_a_later_token(n_kv_head):
     order = model.order
     codes, cond = random_codes(model.config)
     with torch.no_grad():
-        before, _ = model(codes, cond)
+        before = model.logits(codes, cond)
         for s in range(order.num_tokens):
             changed = codes.clone()
             changed[:, order.permutation[s]] = (codes[:, order.permutation[s]] + 1) % model.config.vocab_size
-            differs = (model(changed, cond)[0] != before).any(-1).any(0)
+            differs = (model.logits(changed, cond) != before).any(-1).any(0)
             later = order.steps > order.steps[s]
             assert not differs[~later].any(), s
 
@@ -102,7 +106,7 @@ def test_grouped_heads_equal_repeated_heads():
         state[name] = torch.cat([q, k, v])
     full.load_state_dict(state)
     codes, cond = random_codes(full.config)
-    torch.testing.assert_close(grouped(codes, cond)[0], full(codes, cond)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grouped.logits(codes, cond), full.logits(codes, cond), atol=1e-5, rtol=1e-5)
 
 
 def test_special_slots_have_zero_rotary_rows():
@@ -120,10 +124,10 @@ def test_every_dropout_is_off_in_eval_and_on_in_train():
     off = dict.fromkeys(names, 0.0)
     for name in (*names, "drop_path_rate"):
         model = fill_from_names(GPT(small_config(**off | {name: 0.5})))
-        reference, _ = fill_from_names(GPT(small_config(**off)))(codes, cond)
+        reference = fill_from_names(GPT(small_config(**off))).logits(codes, cond)
         torch.manual_seed(0)
-        assert not torch.equal(model.train()(codes, cond)[0], reference), name
-        torch.testing.assert_close(model.eval()(codes, cond)[0], reference)
+        assert not torch.equal(model.train().logits(codes, cond), reference), name
+        torch.testing.assert_close(model.eval().logits(codes, cond), reference)
 
 
 def test_class_dropout_replaces_by_the_null_class():
@@ -136,9 +140,9 @@ def test_untrained_loss_is_uniform_and_gradients_reach_every_parameter():
     model = GPT(small_config())
     model.init_weights()
     codes, cond = random_codes(model.config)
-    assert model(codes, cond)[1].item() == pytest.approx(torch.tensor(19.0).log().item(), abs=1e-6)
+    assert model(codes, cond)[0].item() == pytest.approx(torch.tensor(19.0).log().item(), abs=1e-6)
     torch.nn.init.normal_(model.output.weight)
-    model(codes, cond)[1].backward()
+    model(codes, cond)[0].backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
@@ -153,3 +157,98 @@ def test_impossible_heads_are_named():
         small_config(dim=36, n_head=6)
     with pytest.raises(ValueError, match="4 heads cannot share 3"):
         small_config(n_kv_head=3)
+
+
+@pytest.mark.parametrize("chunk", [1, 19 * 5, 1 << 24])
+@pytest.mark.parametrize("accumulations", [1, 2])
+def test_chunked_loss_and_gradients_are_those_of_whole_logits(monkeypatch, chunk, accumulations):
+    """In float64, against logits and cross-entropy by torch; also where a chunk ends short, and summed over calls."""
+    monkeypatch.setattr("autoregressive.models.linear_cross_entropy.CHUNK_ELEMENTS", chunk)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 4, 8, generator=generator, dtype=torch.float64)
+    weight = torch.randn(19, 8, generator=generator, dtype=torch.float64)
+    targets = torch.randint(19, (3, 4), generator=generator)
+    inputs = [[x.clone().requires_grad_() for x in (hidden, weight)] for _ in range(2)]
+    for _ in range(accumulations):
+        ours, each = linear_cross_entropy(*inputs[0], targets)
+        expected = F.cross_entropy((inputs[1][0] @ inputs[1][1].T).flatten(0, 1), targets.flatten(), reduction="none")
+        torch.testing.assert_close(each, expected.detach().view(3, 4))
+        torch.testing.assert_close(ours, expected.mean())
+        (3.0 * ours).backward()
+        (3.0 * expected.mean()).backward()
+    for ours, expected in zip(*inputs, strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad)
+    assert not each.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(*inputs[0], targets)[1], each)
+
+
+def test_chunked_loss_under_autocast_is_that_of_whole_logits():
+    """Products in bfloat16, softmax in float32, gradients of float32 parameters in float32, as autocast has them."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, generator=generator) for n in (12, 19))
+    targets = torch.randint(19, (12,), generator=generator)
+    grads = []
+    for whole in (False, True):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy((h @ w.T).float(), targets) if whole else linear_cross_entropy(h, w, targets)[0]
+        loss.backward()
+        grads.append((loss.detach(), h.grad, w.grad))
+    for ours, expected in zip(*grads, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, expected, atol=2e-3, rtol=2e-2)
+
+
+@pytest.mark.parametrize("what", ["selective", "full"])
+def test_recomputed_activations_change_no_gradient(what):
+    """Dropout on: what is computed again draws the same masks."""
+    codes, cond = random_codes(small_config())
+    grads = []
+    for choice in ("none", what):
+        model = fill_from_names(GPT(small_config())).train()
+        model.recompute_activations(choice)
+        torch.manual_seed(1)
+        model(codes, cond)[0].backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_flex_attention_has_the_same_mask(n):
+    """FlexAttention, uncompiled on the CPU, against the dense mask; 16 slots fill a part of its block of 128."""
+    model = fill_from_names(GPT(small_config(ar_token_num=n, n_kv_head=2))).eval()
+    codes, cond = random_codes(model.config)
+    with torch.no_grad():
+        dense = model.logits(codes, cond)
+        model.use_flex_attention(torch.device("cpu"))
+        torch.testing.assert_close(model.logits(codes, cond), dense, atol=1e-5, rtol=1e-5)
+
+
+def test_flops_are_those_that_torch_counts():
+    """Against torch's counter of a forward and backward, which sees attention as dense: all pairs of slots."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = fill_from_names(GPT(small_config(n_kv_head=2)))
+    codes, cond = random_codes(model.config, batch=3)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(SDPBackend.MATH):
+        model.logits(codes, cond).sum().backward()
+    config, slots = model.config, model.order.num_tokens
+    hidden_pairs = slots**2 - int(model.order.mask().sum())
+    assert counter.get_total_flops() == 3 * (model.flops_per_image() + 12 * config.n_layer * config.dim * hidden_pairs)
+
+
+def test_compiled_blocks_give_the_same_gradients():
+    codes, cond = random_codes(small_config())
+    grads = []
+    for compiled in (False, True):
+        model = fill_from_names(
+            GPT(small_config(n_layer=1, attn_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0))
+        )
+        if compiled:
+            model.layers[0].compile()
+        torch.manual_seed(0)
+        model(codes, cond)[0].backward()
+        grads.append([p.grad for p in model.parameters()])
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)

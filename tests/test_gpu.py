@@ -28,6 +28,6 @@ def test_compiled_bf16_training_step(golden):
     model = tiny_gpt(file).cuda().train()
     step = torch.compile(model)
     with autocast(torch.device("cuda"), "bf16"):
-        _, loss = step(torch.from_numpy(file["raster_tokens"]).long().cuda(), torch.from_numpy(file["cond"]).cuda())
+        loss, _ = step(torch.from_numpy(file["raster_tokens"]).long().cuda(), torch.from_numpy(file["cond"]).cuda())
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -2,21 +2,29 @@
 
 import argparse
 import io
+import json
 import os
 import pickle
+import shutil
+import time
 import zipfile
 
 import numpy as np
 import pytest
 import torch
 
-from utils.checkpoint import find_state_dict, load_checkpoint, load_strictly, newest_checkpoint, state_sha256
+from tests.conftest import same_tensors
+from utils.checkpoint import export_checkpoint, find_state_dict, load_checkpoint, load_strictly, state_sha256
 from utils.distributed import World
 from utils.files import atomic_path
 from utils.images import image_grid, to_uint8
 from utils.logger import progress
+from utils.performance import Window
+from utils.run_folder import RunFolder
 from utils.samples import pack_chunks, write_chunk
-from utils.training import Ema, RunFolder, TrainingState, make_adamw, seed_step, split_batch
+from utils.training import Ema, Guard, TrainingState, make_adamw, prefetch, seed_step, split_batch
+
+CPU = torch.device("cpu")
 
 
 def test_failed_write_leaves_what_was_there(tmp_path):
@@ -84,13 +92,6 @@ def test_weights_hash_tells_weights_apart():
     assert state_sha256(a) == state_sha256(b)
     for other in ({"v": a["w"]}, {"w": torch.zeros(3, 2)}, {"w": torch.tensor([[0, 0, 0], [0, 0, 1.0]])}):
         assert state_sha256(other) != state_sha256(a)
-
-
-def test_newest_checkpoint_is_by_step_and_ignores_partial_files(tmp_path):
-    for name in ("0000010.pt", "0000100.pt", "0000900.pt.tmp-12", "notes.txt"):
-        (tmp_path / name).touch()
-    assert newest_checkpoint(tmp_path, tmp_path / "nowhere").name == "0000100.pt"
-    assert newest_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_pixels_are_golden(golden):
@@ -168,26 +169,201 @@ def test_batch_that_does_not_split_is_named():
         split_batch(10, 4, 1)
 
 
-def small_state(value: float) -> TrainingState:
-    model = torch.nn.Linear(1, 1, bias=False)
+def small_state(value: float, spike: float = 0.0, patience: int = 3, fp16: bool = False) -> TrainingState:
+    model = torch.nn.Linear(2, 1, bias=False)
     model.weight.data.fill_(value)
-    return TrainingState(model, make_adamw(model, 0.1, 0.0, (0.9, 0.95)), torch.amp.GradScaler(enabled=False), None)
+    scaler, guard = torch.amp.GradScaler("cpu", enabled=fp16), Guard(CPU, spike, patience)
+    return TrainingState(model, make_adamw(model, 0.1, 0.0, (0.9, 0.95)), scaler, Ema(model), guard)
 
 
-def test_run_folders(tmp_path):
-    alone, run = World(0, 1, torch.device("cpu")), {"epochs": 3}
-    both = RunFolder.of(str(tmp_path / "results"), str(tmp_path / "cloud"), False, "run")
-    both.make()
-    assert both.resume(alone, small_state(0.0), run) == 0
-    both.save(3, small_state(1.0).checkpoint(3, run=run))
-    (tmp_path / "results/run/checkpoints/0000003.pt").unlink()
+def take_step(state: TrainingState, step: int, loss: float, max_norm: float = 0.0) -> None:
+    """One update whose loss and gradient are ``loss`` and (loss, loss)."""
+    state.scaler.scale(state.model(torch.full((1, 2), loss)).sum()).backward()
+    state.update(step, torch.tensor(loss), state.gradient_norm(), max_norm)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_no_number_changes_nothing(bad, fp16):
+    """Weights, moments and their step counts after good, bad, good steps are those after the good ones alone."""
+    states = []
+    for losses in ([1.0, 2.0], [1.0, bad, 2.0]):
+        state = small_state(1.0, fp16=fp16)
+        for step, loss in enumerate(losses):
+            take_step(state, step, loss)
+        states.append(state)
+    ours, expected = ({k: v for k, v in s.tensors().items() if not k.startswith("ema")} for s in states[::-1])
+    assert all(torch.equal(ours[k], expected[k]) for k in expected)
+    assert states[1].guard.skipped == 1 and states[1].guard.in_a_row == 0
+
+
+def test_spikes_are_skipped_once_the_loss_has_settled():
+    """Rule: above the running mean by more than the threshold, after 100 steps; until then only what is no number."""
+    guard = Guard(CPU, spike=0.5, patience=3)
+    norm = torch.ones(())
+    assert not guard.judge(torch.tensor(1.0), norm) and not guard.judge(torch.tensor(99.0), norm)
+    guard = Guard(CPU, spike=0.5, patience=3)
+    losses = np.random.default_rng(0).normal(2.0, 0.05, 100).astype(np.float32)
+    mean = 0.0
+    for taken, loss in enumerate(losses):
+        assert not guard.judge(torch.tensor(loss), norm)
+        mean += (loss - mean) * max(0.01, 1 / (taken + 1))
+    assert guard.state[0].item() == pytest.approx(losses.mean(), abs=1e-5) == pytest.approx(mean, abs=1e-5)
+    assert not guard.judge(torch.tensor(mean + 0.45), norm)
+    mean += 0.45 * 0.01
+    for count in (1, 2, 3):
+        assert guard.sound and guard.judge(torch.tensor(mean + 0.55), norm)
+        assert (guard.skipped, guard.in_a_row) == (count, count)
+        assert guard.state[0].item() == pytest.approx(mean, abs=1e-5)
+    assert not guard.sound
+    with pytest.raises(ValueError, match="the last 3 steps up to 103 were all skipped"):
+        guard.check(103, 1e-4)
+    assert not guard.judge(torch.tensor(mean), norm) and guard.in_a_row == 0
+    guard.check(104, 1e-4)
+    never = Guard(CPU, spike=0.0, patience=3)
+    assert not any(never.judge(torch.tensor(x), norm) for x in [1.0] * 150 + [1e9])
+
+
+def test_clipping_is_by_the_norm_over_all_parameters():
+    """Adam's first step does not see the scale of a gradient, so look at its first moment: 0.1 of the clipped one."""
     state = small_state(0.0)
-    assert both.resume(alone, state, run) == 3
-    assert state.model.weight.item() == 1.0
-    with pytest.raises(ValueError, match=r"0000003\.pt is of a run with another epochs \(epochs: 3 there, 4 now\)"):
-        both.resume(alone, state, {"epochs": 4})
-    (tmp_path / "cloud/run/checkpoints/0000004.pt").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"0000004\.pt .*delete it to resume from the checkpoint before it"):
-        both.resume(alone, state, run)
-    only_cloud = RunFolder.of(str(tmp_path / "results"), str(tmp_path / "cloud"), True, "run")
-    assert only_cloud.folder == tmp_path / "cloud/run"
+    take_step(state, 0, 3.0, max_norm=1.0)
+    moment = state.tensors()["optimizer.weight.exp_avg"]
+    torch.testing.assert_close(moment, torch.full((1, 2), 0.1 * 2**-0.5), atol=1e-5, rtol=0)
+
+
+def test_batches_made_ahead_come_in_order():
+    made = []
+    for step, value in prefetch(lambda step: made.append(step) or step**2, range(3, 8)):
+        assert value == step**2
+        assert max(made) <= step + 2
+    assert made == [3, 4, 5, 6, 7]
+    with pytest.raises(ZeroDivisionError):
+        list(prefetch(lambda step: 1 // step, range(2)))
+
+
+def run_folder(tmp_path, keep_last: int = 9, keep_every: int = 0, no_local_save: bool = False) -> RunFolder:
+    places = (str(tmp_path / "results"), str(tmp_path / "cloud"), no_local_save)
+    return RunFolder.of(World(0, 1, CPU), "run", *places, keep_last, keep_every)
+
+
+def test_run_folders_save_and_resume(tmp_path):
+    run = {"epochs": 3}
+    folder = run_folder(tmp_path)
+    folder.make()
+    assert folder.resume(small_state(0.0), run) == 0
+    saved = small_state(1.0)
+    for step in range(3):
+        take_step(saved, step, 0.5)
+    folder.save(3, saved, {"run": run})
+    before = {k: v.clone() for k, v in saved.tensors().items()}
+    take_step(saved, 3, 0.5)  # training goes on while the copy is written
+    folder.wait()
+    shutil.rmtree(tmp_path / "results/run/checkpoints/0000003")
+    state = small_state(0.0)
+    assert folder.resume(state, run) == 3
+    assert same_tensors(state.tensors(), before)
+    assert state.guard.state.tolist() == [0.5, 3.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match=r"0000003 is of a run with another epochs \(epochs: 3 there, 4 now\)"):
+        folder.resume(state, {"epochs": 4})
+    assert run_folder(tmp_path, no_local_save=True).folder == tmp_path / "cloud/run"
+
+
+def test_resuming_takes_the_newest_whole_checkpoint(tmp_path):
+    """Half-written, truncated and lacking ones are passed over, and said so."""
+    folder = run_folder(tmp_path, no_local_save=True)
+    folder.make()
+    for step in (3, 5, 6):
+        folder.save(step, small_state(float(step)), {"run": {}})
+    folder.wait()
+    place = folder.checkpoint_folders[0]
+    shutil.copytree(place / "0000006", place / "0000009.tmp")
+    shard = next((place / "0000006").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    (place / "0000005" / "meta.json").unlink()
+    state = small_state(0.0)
+    assert folder.resume(state, {}) == 3
+    assert state.model.weight[0, 0].item() == 3.0
+    first, second = folder.notes
+    assert "0000006 is damaged: __0_0.distcp has 100 bytes, expected" in first and "an older one is taken" in first
+    assert "0000005 is no whole checkpoint: meta.json is missing" in second
+    folder.save(6, small_state(6.5), {"run": {}})  # made again, it takes the damaged one's place
+    folder.wait()
+    assert folder.resume(state, {}) == 6 and state.model.weight[0, 0].item() == 6.5
+
+
+def test_old_checkpoints_are_removed(tmp_path):
+    folder = run_folder(tmp_path, keep_last=2, keep_every=4)
+    folder.make()
+    for step in range(1, 10):
+        folder.save(step, small_state(0.0), {"run": {}})
+    folder.wait()
+    for place in folder.checkpoint_folders:
+        assert sorted(p.name for p in place.iterdir()) == ["0000004", "0000008", "0000009"]
+
+
+def test_a_failed_write_leaves_the_checkpoints_before_it(tmp_path, monkeypatch):
+    folder = run_folder(tmp_path)
+    folder.make()
+    folder.save(1, small_state(1.0), {"run": {}})
+    folder.wait()
+
+    def no_space(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("utils.run_folder.shutil.copytree", no_space)
+    folder.save(2, small_state(2.0), {"run": {}})
+    with pytest.raises(ValueError, match="could not be written to .*No space left on device"):
+        folder.wait()
+    local, cloud = folder.checkpoint_folders
+    assert [p.name for p in sorted(local.iterdir())] == ["0000001", "0000002"]
+    assert [p.name for p in cloud.iterdir()] == ["0000001"]
+
+
+def test_a_checkpoint_folder_cannot_run_code_or_point_outside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = run_folder(tmp_path, no_local_save=True)
+    folder.make()
+    folder.save(1, small_state(1.0), {"run": {}})
+    path = folder.wait()
+    contents = (path / ".metadata").read_bytes()
+    for hostile in (pickle.dumps(Hostile()), contents.replace(b"__0_0.distcp", b"../0_0.distc")):
+        (path / ".metadata").write_bytes(hostile)
+        meta = json.loads((path / "meta.json").read_text())
+        meta["files"][".metadata"] = len(hostile)
+        (path / "meta.json").write_text(json.dumps(meta))
+        with pytest.raises(ValueError, match="0000001 is no (readable .*: it names|checkpoint folder of)"):
+            folder.resume(small_state(0.0), {})
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_exported_files_hold_the_weights_and_facts(tmp_path, suffix, ema):
+    folder = run_folder(tmp_path, no_local_save=True)
+    folder.make()
+    state = small_state(1.0)
+    for step in range(3):
+        take_step(state, step, 0.5)
+    folder.save(3, state, {"run": {}, "config": {"dim": 2}})
+    export_checkpoint(folder.wait(), tmp_path / f"a{suffix}", ema)
+    loaded = load_checkpoint(tmp_path / f"a{suffix}", "--gpt-ckpt")
+    expected = state.ema.average["weight"] if ema else state.model.weight
+    assert not torch.equal(state.ema.average["weight"], state.model.weight)
+    assert torch.equal(find_state_dict(loaded, ("model",), "a")["weight"], expected)
+    assert loaded["config"] == {"dim": 2} and loaded["steps"] == 3
+    with pytest.raises(ValueError, match="--gpt-ckpt: .*0000003 is a training checkpoint; python3 scripts/export"):
+        load_checkpoint(tmp_path / "cloud/run/checkpoints/0000003", "--gpt-ckpt")
+
+
+def test_speed_is_that_of_the_time_not_paused():
+    window = Window(("loss",), CPU)
+    for loss in (1.0, 3.0, float("nan"), 4.0):
+        window.add(torch.tensor(loss))
+        time.sleep(0.05)
+    with window.paused():
+        time.sleep(1.0)
+    figures = window.read(images=8)
+    assert figures["loss"] == 2.0  # the nan counts as nothing
+    assert 0.05 <= figures["seconds/step"] < 0.2
+    assert figures["images/s"] == pytest.approx(8 / figures["seconds/step"])

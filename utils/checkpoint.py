@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import re
-import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from utils.files import atomic_path, require_file
-
-CHECKPOINT_NAME = re.compile(r"(\d{7,})\.pt")
+from utils.sharded_checkpoint import read_meta, read_sharded
 
 
 def load_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
-    """Read a ``.pt`` file on the CPU without running any code from it.
+    """Read a ``.pt`` or ``.safetensors`` file on the CPU without running any code from it.
 
     ``weights_only`` with ``argparse.Namespace`` allowed (released files hold one under ``args``). Zip-format
     files are memory-mapped, so a tensor costs memory only when it is used. Raises ``ValueError`` naming ``option``.
     """
+    if path is not None and (Path(path) / "meta.json").is_file():
+        raise ValueError(
+            f"{option}: {path} is a training checkpoint; python3 scripts/export_checkpoint.py --checkpoint {path} "
+            f"--output FILE.pt makes a file of it"
+        )
     path = require_file(path, option)
     try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+                names = list(file.keys())
+                return facts | {"model": {k: file.get_tensor(k) for k in names}}
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged or hostile file may break the reader in any way
@@ -89,18 +100,28 @@ def resolve(option: str, written: Any, fixed: Any, source: str) -> Any:
     return fixed
 
 
-def save_checkpoint(checkpoint: dict[str, Any], *paths: str | Path) -> None:
-    """Write one checkpoint under each path, each whole or not at all; the first is serialised, the rest copied."""
-    first, *others = paths
-    with atomic_path(first) as temporary:
+def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Write a checkpoint file, whole or not at all."""
+    with atomic_path(path) as temporary:
         torch.save(checkpoint, temporary)
-    for path in others:
-        with atomic_path(path) as temporary:
-            shutil.copyfile(first, temporary)
 
 
-def newest_checkpoint(*folders: str | Path) -> Path | None:
-    """The checkpoint (``<step>.pt``) of the highest step in any of the folders, the first that has it, or None."""
-    found = [p for folder in folders if Path(folder).is_dir() for p in Path(folder).iterdir()]
-    steps = {p: int(m[1]) for p in found if (m := CHECKPOINT_NAME.fullmatch(p.name))}
-    return max(steps, key=steps.__getitem__, default=None)
+def export_checkpoint(folder: Path, output: Path, ema: bool | None = None) -> None:
+    """Write the weights of a training checkpoint as one file: ``.pt`` (published format) or ``.safetensors``.
+
+    ``ema``: True takes the moving average as the weights, False leaves it out, None keeps both (``.pt`` only; the
+    average, if there is one, under ``ema``). Config and other facts go along. ``ValueError`` says what does not fit.
+    """
+    if output.suffix not in (".pt", ".safetensors"):
+        raise ValueError(f"--output {output} must end in .pt or .safetensors")
+    meta = read_meta(folder)
+    facts = {k: v for k, v in meta.items() if k not in ("files", "scalars")}
+    weights = read_sharded(folder, "ema." if ema else "model.")
+    if not weights:
+        raise ValueError(f"--ema: {folder} holds no moving average; train with --ema to keep one")
+    if output.suffix == ".safetensors":
+        with atomic_path(output) as temporary:
+            save_file(weights, temporary, metadata={"format": "pt", "facts": json.dumps(facts)})
+        return
+    averages = read_sharded(folder, "ema.") if ema is None else {}
+    save_checkpoint({"model": weights, **({"ema": averages} if averages else {}), **facts}, output)

@@ -8,8 +8,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -38,13 +36,6 @@ class World:
             x /= self.size
         return x
 
-    def data_parallel(self, module: nn.Module) -> nn.Module:
-        """``module`` with gradients averaged over the ranks; with one rank, ``module`` itself."""
-        if self.size == 1:
-            return module
-        device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=device_ids)
-
     def broadcast(self, value: object) -> object:
         """Rank 0's ``value`` (anything that can be pickled) on every rank."""
         values = [value]
@@ -53,11 +44,12 @@ class World:
         return values[0]
 
 
-def init_distributed(connect: bool = True) -> World:
+def init_distributed(connect: bool = True, alone: bool = False) -> World:
     """Join the job that torchrun's environment describes, or be the only process without it.
 
-    nccl on CUDA, gloo elsewhere; each local rank takes its own GPU. Without ``connect`` the processes know their
-    rank but not each other, for work that needs no communication.
+    nccl for CUDA tensors, gloo for the CPU's; each local rank takes its own GPU. Without ``connect`` the processes know
+    their rank but not each other, for work that needs no communication. ``alone``: a single process makes a process
+    group of itself, which sharding needs.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
@@ -74,14 +66,21 @@ def init_distributed(connect: bool = True) -> World:
         device = torch.device("cpu")
     if size > 1 and connect:
         # others wait while rank 0 writes a checkpoint, tens of GB for the largest models
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group(_backend(device), timeout=timedelta(hours=2))
+    elif alone:
+        dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
     return World(rank, size, device)
 
 
-AUTOCAST_DTYPE = {"none": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+# none, fp32 and tf32 compute in float32; tf32 lets CUDA round the factors of matrix products
+AUTOCAST_DTYPE = {"none": None, "fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast context for ``precision`` in none | bf16 | fp16 (none: float32, autocast off)."""
+    """Autocast context for ``precision``, a key of ``AUTOCAST_DTYPE``; off in those that compute in float32."""
     dtype = AUTOCAST_DTYPE[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -112,6 +113,19 @@ class _Retired(argparse.Action):
             print(f"note: {option_string} has no effect any more: {self.help}", file=sys.stderr)
 
 
+def git_revision() -> str | None:
+    """The commit that the code stands at, with ``+`` if files were changed since; None outside a repository."""
+    root = Path(__file__).parent
+    try:
+        commit, changed = (
+            subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True, timeout=30).stdout
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.strip() + ("+" if changed.strip() else "")
+
+
 def write_options(path: str | Path, args: argparse.Namespace, **facts: object) -> None:
     """Write the resolved options, what made them, and ``facts`` as JSON."""
     environment = {
@@ -120,6 +134,7 @@ def write_options(path: str | Path, args: argparse.Namespace, **facts: object) -
         "host": platform.node(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "git": git_revision(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }

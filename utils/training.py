@@ -1,19 +1,61 @@
-"""What the training loops share: seeds, optimizer, EMA, gradient clipping, where runs and checkpoints stand."""
+"""What the training loops share: options, seeds, optimizer, EMA, the guard against bad steps, batches made ahead."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from argparse import ArgumentParser
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from utils.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from utils.distributed import World
-from utils.files import prepare_folder, remove_temporary
+from utils.options import amount, count, fraction, positive_int
+from utils.parallel import gradient_norm, local
+
+T = TypeVar("T")
+DOUBTFUL_STEPS = 3  # skipped in a row, weights are not saved
+SETTLED_STEPS = 100  # before so many steps a loss that jumps is no sign of harm
+
+
+def add_optimizer_options(parser: ArgumentParser) -> None:
+    """Options of the update itself, the same for every trainer."""
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--weight-decay", type=amount, default=0.05, help="AdamW, matrices and convolutions only")
+    group.add_argument("--beta1", type=fraction, default=0.9, help="AdamW")
+    group.add_argument("--beta2", type=fraction, default=0.95, help="AdamW")
+    group.add_argument("--max-grad-norm", type=amount, default=1.0, help="clip gradients to this norm; 0: never")
+    group.add_argument("--gradient-accumulation-steps", type=positive_int, default=1, help="micro-batches a step")
+    group.add_argument("--ema", action="store_true", help="keep a moving average of the weights as well")
+    group.add_argument("--ema-decay", type=fraction, default=0.9999, help="of --ema")
+    group.add_argument(
+        "--max-loss-spike",
+        type=amount,
+        default=1.0,
+        help="skip a step whose loss is this far above its running mean, as if it were not a number; 0: never",
+    )
+    group.add_argument(
+        "--max-skipped-steps", type=positive_int, default=20, help="stop after so many skipped steps in a row"
+    )
+    group.add_argument("--global-seed", type=count, default=0, help="weights, data order, crops, dropout")
+
+
+def add_output_options(parser: ArgumentParser, results_dir: str) -> None:
+    """Options of logs and checkpoints, the same for every trainer."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--cloud-save-path", required=True, help="durable folder for checkpoints")
+    group.add_argument("--no-local-save", action="store_true", help="write to --cloud-save-path only")
+    group.add_argument("--results-dir", default=results_dir, help="local folder for logs and checkpoints")
+    group.add_argument("--log-every", type=positive_int, default=100, help="steps")
+    group.add_argument("--ckpt-every", type=positive_int, default=5000, help="steps between checkpoints to resume from")
+    group.add_argument("--keep-last", type=positive_int, default=3, help="newest checkpoints that are kept")
+    group.add_argument("--keep-every", type=count, default=50000, help="keep those of its multiples too; 0: none")
+    group.add_argument("--wandb-project", help="log to this Weights & Biases project as well (needs wandb)")
+    group.add_argument("--no-wandb", action="store_true", help="never, whatever --wandb-project says")
+    group.add_argument("--dry-run", action="store_true", help="build all, take two steps, say what to expect; no files")
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -31,18 +73,11 @@ def make_adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[fl
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load moments and step counts, but keep this run's learning rate, weight decay and betas."""
-    now = [{k: group[k] for k in ("lr", "weight_decay", "betas")} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, options in zip(optimizer.param_groups, now, strict=True):
-        group.update(options, initial_lr=options["lr"])
-
-
 class Ema:
     """Exponential moving average of a module's parameters: average += (1 - decay) (parameter - average).
 
     The decay grows from 0.1 to ``decay`` as min(decay, (1 + step) / (10 + step)), so that the first weights fade.
+    Sharded parameters have sharded averages.
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.9999):
@@ -53,43 +88,125 @@ class Ema:
     def update(self, module: nn.Module, step: int) -> None:
         """Move towards the module's parameters after training step ``step``, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.values()), list(module.parameters()), 1.0 - decay)
+        averages, parameters = map(local, self.average.values()), map(local, module.parameters())
+        torch._foreach_lerp_(list(averages), list(parameters), 1.0 - decay)
+
+    @torch.no_grad()
+    def start(self, module: nn.Module) -> None:
+        """Begin anew at the module's parameters."""
+        for average, parameter in zip(self.average.values(), module.parameters(), strict=True):
+            local(average).copy_(local(parameter))
 
     def state_dict(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """The averages, with the module's own buffers: a state dict that loads into the module."""
         return module.state_dict() | self.average
 
-    def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Take averages back from a state dict."""
-        for name, average in self.average.items():
-            average.copy_(state[name])
+
+class Guard:
+    """Skips steps that would do harm, deciding on the device.
+
+    Rule: a step leaves weights and moments as they are when its loss or gradient norm is not a finite number, or,
+    after 100 steps taken, when its loss is more than ``spike`` (0: never) above the running mean of the losses of
+    steps taken (decay 0.99). Every rank sees the same loss and norm and so decides the same.
+    """
+
+    def __init__(self, device: torch.device, spike: float, patience: int):
+        self.spike, self.patience = spike, patience
+        self.state = torch.zeros(4, device=device)  # running mean of the loss; steps taken, skipped, skipped in a row
+
+    def judge(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """1.0 if the step of this loss and gradient norm (scalars) is to be skipped, else 0.0: a scalar."""
+        mean, taken, skipped, in_a_row = self.state.unbind()  # () each
+        bad = ~(loss.isfinite() & norm.isfinite())  # ()
+        if self.spike:
+            bad |= (taken >= SETTLED_STEPS) & (loss > mean + self.spike)
+        moved = mean + (loss - mean) * (1.0 / (taken + 1.0)).clamp(min=0.01)  # ()
+        now = [torch.where(bad, mean, moved), taken + ~bad, skipped + bad, torch.where(bad, in_a_row + 1.0, 0.0)]
+        self.state = torch.stack(now)  # (4,)
+        return bad.float()
+
+    @property
+    def in_a_row(self) -> int:
+        """Steps skipped since the last one taken (waits for the device)."""
+        return int(self.state[3].item())
+
+    @property
+    def skipped(self) -> int:
+        """Steps skipped in all (waits for the device)."""
+        return int(self.state[2].item())
+
+    @property
+    def sound(self) -> bool:
+        """False while so many steps in a row were skipped that the weights are in doubt (waits for the device)."""
+        return self.in_a_row < DOUBTFUL_STEPS
+
+    def check(self, step: int, lr: float, last: bool = False) -> None:
+        """``ValueError`` after too many steps skipped in a row, or at the ``last`` step if the weights are in doubt."""
+        if self.in_a_row >= self.patience or (last and not self.sound):
+            raise ValueError(
+                f"the last {self.in_a_row} steps up to {step} were all skipped, as their loss was not a finite number "
+                f"or a spike (learning rate {lr:.3g}); the last checkpoint is from before them: lower --lr, or use "
+                f"--mixed-precision bf16 or none instead of fp16, or see --max-loss-spike"
+            )
 
 
 @dataclass
 class TrainingState:
-    """What changes as a run trains: saved in its checkpoints and restored from them."""
+    """What changes as a run trains: saved in its checkpoints and restored from them.
+
+    Position, data order, learning rate and random numbers are functions of (seed, step, rank) and need no saving.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: Ema | None
+    guard: Guard
 
-    def checkpoint(self, step: int, **facts: Any) -> dict[str, Any]:
-        """A checkpoint after ``step`` steps, with ``facts`` about the run."""
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "steps": step}
-        state["scaler"] = self.scaler.state_dict()
-        if self.ema:
-            state["ema"] = self.ema.state_dict(self.model)
-        return state | facts
+    def gradient_norm(self) -> torch.Tensor:
+        """2-norm of the gradients of all ranks after taking out fp16's loss scale: a scalar on the device."""
+        self.scaler.unscale_(self.optimizer)
+        return gradient_norm(self.model)
 
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Take a checkpoint's state; a moving average that it lacks starts at its weights."""
-        self.model.load_state_dict(checkpoint["model"])
-        restore_optimizer(self.optimizer, checkpoint["optimizer"])
-        if checkpoint["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(checkpoint["scaler"])
+    def update(self, step: int, loss: torch.Tensor, norm: torch.Tensor, max_norm: float) -> None:
+        """Clip, step and move the average, unless the guard skips; ``loss`` and ``norm`` are those of all ranks."""
+        if max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
+        # the fused optimizer itself looks at this flag, on the device: a step that is skipped changes nothing
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, self.guard.judge(loss, norm)
+        self.optimizer.step()
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
-            self.ema.load(checkpoint.get("ema", checkpoint["model"]))
+            self.ema.update(self.model, step)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Weights, moving average and moments under names that do not depend on how they are spread over ranks."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        if self.ema:
+            tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict(self.model).items()}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                tensors |= {f"optimizer.{name}.{k}": v for k, v in self._moments(parameter).items()}
+        return tensors
+
+    def _moments(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """The optimizer's state of one parameter, as AdamW would make it at its first step."""
+        state = self.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        return state
+
+    def scalars(self) -> dict[str, Any]:
+        """The rest, to be kept as JSON."""
+        return {"scaler": self.scaler.state_dict(), "guard": self.guard.state.tolist()}
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None:
+        """Take ``scalars`` back."""
+        if scalars["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(scalars["scaler"])
+        self.guard.state = torch.tensor(scalars["guard"], device=self.guard.state.device)
 
 
 def split_batch(global_batch: int, world_size: int, accumulation: int) -> int:
@@ -102,78 +219,11 @@ def split_batch(global_batch: int, world_size: int, accumulation: int) -> int:
     return global_batch // (world_size * accumulation)
 
 
-def check_finite(values: Iterable[torch.Tensor], step: int, lr: float) -> None:
-    """``ValueError`` when a logged loss, or a weight that is about to be saved, is not a finite number."""
-    if not all(torch.isfinite(v).all() for v in values):
-        raise ValueError(
-            f"the loss is not a finite number at or shortly before step {step} (learning rate {lr:.3g}); the last "
-            f"checkpoint is from before it: lower --lr, or use --mixed-precision bf16 or none instead of fp16"
-        )
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """Where one run writes: logs and options in ``folder``, checkpoints in every one of ``checkpoint_folders``.
-
-    The name is a function of the options, so the same command finds its checkpoints again and resumes.
-    """
-
-    folder: Path
-    checkpoint_folders: tuple[Path, ...]
-
-    @classmethod
-    def of(cls, results_dir: str, cloud_save_path: str, no_local_save: bool, name: str) -> RunFolder:
-        """Local results and the durable copy; with ``no_local_save`` the durable place is the only one."""
-        cloud = Path(cloud_save_path) / name
-        if no_local_save:
-            return cls(cloud, (cloud / "checkpoints",))
-        folder = Path(results_dir) / name
-        folders = dict.fromkeys(p.absolute() for p in (folder / "checkpoints", cloud / "checkpoints"))
-        return cls(folder, tuple(folders))
-
-    def resume(self, world: World, state: TrainingState, run: dict[str, Any]) -> int:
-        """Restore ``state`` from the newest checkpoint; the steps it has done, 0 without one.
-
-        Rank 0 decides which is the newest, and every rank must find it in one of its folders: they may be local to a
-        machine. ``run``: the options that may not change in mid-run, as the checkpoint must have them too.
-        """
-        newest = newest_checkpoint(*self.checkpoint_folders)
-        name = world.broadcast(newest.name if newest else None)
-        if name is None:
-            return 0
-        path = next((folder / name for folder in self.checkpoint_folders if (folder / name).is_file()), None)
-        if path is None:
-            raise ValueError(f"rank {world.rank} finds no {name} in {' or '.join(map(str, self.checkpoint_folders))}")
-        try:
-            checkpoint = load_checkpoint(path, "resume")
-        except ValueError as error:
-            raise ValueError(f"{error}; delete it to resume from the checkpoint before it") from error
-        check_same_run(checkpoint.get("run"), run, path)
-        state.restore(checkpoint)
-        return checkpoint["steps"]
-
-    def save(self, step: int, checkpoint: dict[str, Any]) -> Path:
-        """Write a checkpoint to every place; returns the last, most durable one."""
-        paths = [folder / f"{step:07d}.pt" for folder in self.checkpoint_folders]
-        for path in paths:
-            remove_temporary(path)
-        save_checkpoint(checkpoint, *paths)
-        return paths[-1]
-
-    def make(self) -> None:
-        """Create the folders now, so that an unwritable place is found before long work starts."""
-        for folder in (self.folder, *self.checkpoint_folders):
-            prepare_folder(folder, "--cloud-save-path or --results-dir")
-
-
-def check_same_run(before: dict[str, Any] | None, now: dict[str, Any], path: Path) -> None:
-    """``ValueError`` if a run found on disk was made with options that cannot change in mid-run."""
-    if before is None:
-        raise ValueError(f"{path} is no checkpoint of a training run of ours; move it out of the run's folder")
-    differing = [k for k, v in now.items() if before.get(k) != v]
-    if differing:
-        k = differing[0]
-        raise ValueError(
-            f"{path} is of a run with another {', '.join(differing)} ({k}: {before.get(k)} there, {now[k]} now); "
-            f"give another --results-dir and --cloud-save-path, or the same options to resume"
-        )
+def prefetch(make: Callable[[int], T], steps: range, ahead: int = 2) -> Iterator[tuple[int, T]]:
+    """(step, make(step)) in order, made ``ahead`` steps early on a thread."""
+    with ThreadPoolExecutor(1) as thread:
+        made = deque(thread.submit(make, step) for step in steps[:ahead])
+        for step in steps:
+            if step + ahead in steps:
+                made.append(thread.submit(make, step + ahead))
+            yield step, made.popleft().result()

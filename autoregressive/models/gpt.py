@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from autoregressive.models.linear_cross_entropy import linear_cross_entropy
 from autoregressive.models.region_order import RegionOrder
 from utils.checkpoint import find_state_dict, load_checkpoint, load_strictly, resolve
 
@@ -153,11 +158,14 @@ class KVCache:
         return keys[:, :, :stop], values[:, :, :stop]  # (B, Hkv, stop, hd)
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout_p: float
-) -> torch.Tensor:
-    """softmax(q k^T / sqrt(hd)) v over visible keys: q (B, H, Tq, hd), k and v (B, Hkv, Tk, hd), mask (Tq, Tk)."""
+Mask: TypeAlias = torch.Tensor | BlockMask | None  # (Tq, Tk) bool, or FlexAttention's form of it; None: all visible
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, dropout_p: float) -> torch.Tensor:
+    """softmax(q k^T / sqrt(hd)) v over visible keys: q (B, H, Tq, hd), k and v (B, Hkv, Tk, hd)."""
     grouped = q.shape[1] != k.shape[1]
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)  # (B, H, Tq, hd)
     if q.requires_grad and q.device.type == "cpu":
         # torch's CPU attention runs backward 4 to 7 times slower in bfloat16 than in float32
         with torch.autocast("cpu", enabled=False):
@@ -181,7 +189,7 @@ class Attention(nn.Module):
         self,
         x: torch.Tensor,
         freqs_cis: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: Mask,
         cache: KVCache | None,
         start: int,
     ) -> torch.Tensor:
@@ -225,12 +233,26 @@ class TransformerBlock(nn.Module):
         self,
         x: torch.Tensor,
         freqs_cis: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: Mask,
         cache: KVCache | None,
         start: int,
     ) -> torch.Tensor:
         x = x + self.drop_path(self.attention(self.attention_norm(x), freqs_cis, mask, cache, start))  # (B, T, D)
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))  # (B, T, D)
+
+
+def _run_block(block: nn.Module, *inputs: object) -> torch.Tensor:
+    return block(*inputs)  # (B, T, D)
+
+
+_KEPT_BY_SELECTIVE = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
+]
 
 
 class GPT(nn.Module):
@@ -248,6 +270,8 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.block_mask: BlockMask | None = None
+        self.run_block = _run_block
         # built on the CPU also where parameters are on the meta device, so that they are never lost
         with torch.device("cpu"):
             freqs_cis = rotary_table(self.order.slot_positions, config.head_dim, config.rope_base)
@@ -280,15 +304,57 @@ class GPT(nn.Module):
         return self
 
     def forward(self, codes: torch.Tensor, cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Teacher-forced logits and mean cross-entropy, in ``train()`` and ``eval()`` alike.
+        """Teacher-forced cross-entropy, in ``train()`` and ``eval()`` alike.
 
         codes: (B, T) int64 raster codes in [0, vocab_size); cond: (B,) int64 class ids, num_classes for null.
-        Returns logits (B, T, vocab_size) in region order (``order.permutation``), and the scalar float32 loss.
+        Returns the mean, a float32 scalar, and detached losses (B, T) in region order (``order.permutation``).
         """
         targets = codes[:, self.permutation]  # (B, T)
-        x = self.embed_slots(targets, cond, 0, self.order.num_tokens)  # (B, T, D)
-        logits = self.output(self.trunk(x, 0, self.mask))  # (B, T, V)
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return linear_cross_entropy(self.hidden(targets, cond), self.output.weight, targets)  # (), (B, T)
+
+    def logits(self, codes: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """Teacher-forced logits (B, T, vocab_size) in region order; arguments as for ``forward``."""
+        return self.output(self.hidden(codes[:, self.permutation], cond))  # (B, T, V)
+
+    def hidden(self, tokens: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """What the output layer sees of region-ordered tokens (B, T) all known: (B, T, D)."""
+        x = self.embed_slots(tokens, cond, 0, self.order.num_tokens)  # (B, T, D)
+        return self.trunk(x, 0, self.mask if self.block_mask is None else self.block_mask)  # (B, T, D)
+
+    def use_flex_attention(self, device: torch.device) -> None:
+        """Train with FlexAttention, which skips what the mask hides; no attention dropout, to be compiled on CUDA."""
+        steps, slots = self.order.steps.to(device), self.order.num_tokens
+
+        def attends(_b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return steps[q] >= steps[k]  # RegionOrder.attends on the device
+
+        self.block_mask = create_block_mask(attends, None, None, slots, slots, device=device)
+
+    def recompute_activations(self, what: str) -> None:
+        """Trade memory for time in training: compute again in backward ``none``, ``selective`` or ``full``.
+
+        full keeps only the input of each block; selective also keeps the results of its matrix products and attention.
+        """
+        if what == "none":
+            self.run_block = _run_block
+        elif what == "full":
+            self.run_block = partial(checkpoint, use_reentrant=False)
+        else:
+            contexts = partial(create_selective_checkpoint_contexts, _KEPT_BY_SELECTIVE)
+            self.run_block = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+
+    def flops_per_image(self) -> int:
+        """Floating-point operations of forward and backward over one image, recomputation not counted.
+
+        6 per token and weight of a matrix product (PaLM, arXiv 2204.02311, appendix B), and 12 D per layer and
+        visible pair of slots in attention.
+        """
+        config, slots = self.config, self.order.num_tokens
+        wqkv = config.dim * (config.n_head + 2 * config.kv_heads) * config.head_dim
+        block = wqkv + config.dim**2 + 3 * config.dim * config.ffn_dim
+        weights = config.n_layer * block + config.dim * config.vocab_size
+        visible = int(self.order.mask().sum())
+        return 6 * slots * weights + 12 * config.n_layer * config.dim * visible
 
     def decode_step(
         self, tokens: torch.Tensor, cond: torch.Tensor, start: int, stop: int, cache: KVCache
@@ -318,14 +384,13 @@ class GPT(nn.Module):
             pieces.append(self.tok_embeddings(tokens[:, max(start, 2 * n) - n : stop - n]))  # (B, ..., D)
         return torch.cat(pieces, dim=1)  # (B, stop - start, D)
 
-    def trunk(
-        self, x: torch.Tensor, start: int, mask: torch.Tensor | None = None, cache: KVCache | None = None
-    ) -> torch.Tensor:
+    def trunk(self, x: torch.Tensor, start: int, mask: Mask = None, cache: KVCache | None = None) -> torch.Tensor:
         """Blocks and final norm over slots [start, start + t): (B, t, D) -> (B, t, D)."""
+        run_block = self.run_block if self.training else _run_block
         freqs_cis = self.freqs_cis[start : start + x.shape[1]]  # (t, hd/2, 2)
         x = self.tok_dropout(x)  # (B, t, D)
         for layer in self.layers:
-            x = layer(x, freqs_cis, mask, cache, start)  # (B, t, D)
+            x = run_block(layer, x, freqs_cis, mask, cache, start)  # (B, t, D)
         return self.norm(x)  # (B, t, D)
 
 

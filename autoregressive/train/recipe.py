@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from argparse import Namespace
+from dataclasses import asdict, dataclass
 
 LARGE = ("GPT-XXL", "GPT-XXXL", "GPT-1B", "GPT-3B", "GPT-7B")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Defaults of the options of the same names."""
+    """Defaults of the options of the same names, in the paper for sizes up to XL where nothing else is said."""
 
-    lr: float
-    lr_schedule: str
-    warmup_epochs: int
-    global_batch_size: int
-    attn_dropout_p: float
+    lr: float = 1e-4
+    lr_schedule: str = "cosine"
+    warmup_epochs: float = 15
+    global_batch_size: int = 256
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    dropout_p: float = 0.1
+    attn_dropout_p: float = 0.1
+    token_dropout_p: float = 0.1
+    class_dropout_prob: float = 0.1
+    epochs: int = 300
+    mixed_precision: str = "bf16"
 
 
 def make_recipe(name: str, gpt_model: str) -> Recipe:
     """Defaults of recipe ``paper`` or ``as-released`` for one size (sizes the paper lacks go by their neighbour)."""
     if name == "as-released":
-        return Recipe(1e-4, "constant", 0, 256, 0.0)
-    if gpt_model in LARGE:
-        return Recipe(2e-4, "cosine", 15, 512, 0.1)
-    return Recipe(1e-4, "cosine", 15, 256, 0.1)
+        return Recipe(lr_schedule="constant", warmup_epochs=0, attn_dropout_p=0.0)
+    return Recipe(lr=2e-4, global_batch_size=512) if gpt_model in LARGE else Recipe()
+
+
+def differences(args: Namespace) -> str:
+    """What of ``args`` differs from the paper's recipe for its model, in words; empty if nothing does."""
+    paper = asdict(make_recipe("paper", args.gpt_model))
+    found = [
+        f"--{k.replace('_', '-')} {getattr(args, k)} (paper: {v})" for k, v in paper.items() if getattr(args, k) != v
+    ]
+    if args.recipe == "as-released" and args.mix_code_path is None:
+        found.append("no second crop set (published code mixes in one at range 1.05 if it exists: --mix-code-path)")
+    return ", ".join(found)

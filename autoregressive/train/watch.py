@@ -1,0 +1,66 @@
+"""Looking at a GPT while it trains: loss on held-out codes, and a picture of samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from autoregressive.models.generate import SamplingOptions, generate, image_randomness
+from autoregressive.models.gpt import GPT
+from dataset.codes import Codes
+from tokenizer.vq_model import VQModel
+from utils.distributed import World, autocast
+from utils.images import image_grid, save_png, to_uint8
+
+PICTURE = 16  # images
+PICTURE_CFG_SCALE = 2.0
+
+
+@torch.no_grad()
+def validate(
+    forward: nn.Module, model: GPT, codes: Codes, images: int, batch: int, world: World, precision: str
+) -> dict[str, float]:
+    """Cross-entropy of ``images`` held-out images spread over the set, one crop each, crops in turn; dropout off.
+
+    Returns ``val/loss`` over all tokens, ``val/loss_first`` over t1..tn, which are predicted one by one, and
+    ``val/loss_rest`` over those predicted n at a time. Images that do not divide by the number of ranks are left out.
+    """
+    images = min(images, len(codes))
+    each = images // world.size
+    sums = torch.zeros(model.order.num_tokens, device=world.device)  # (T,)
+    model.eval()
+    for start in range(0, each, batch):
+        mine = np.arange(start, min(start + batch, each)) + world.rank * each
+        x, y = codes.batch(mine * len(codes) // images, mine % codes.num_crops)  # (b, T), (b,)
+        with autocast(world.device, precision):
+            _, losses = forward(torch.from_numpy(x).to(world.device), torch.from_numpy(y).to(world.device))  # (b, T)
+        sums += losses.sum(0)
+    model.train()
+    mean = world.mean(sums / each)  # (T,)
+    n = model.order.n
+    parts = {"val/loss": mean, "val/loss_first": mean[:n], "val/loss_rest": mean[n:]}
+    return {k: v.mean().item() for k, v in parts.items()}
+
+
+@torch.no_grad()
+def draw_samples(model: GPT, vq: VQModel | None, path: Path, world: World, precision: str, sharded: bool) -> None:
+    """Write a picture of 16 samples of evenly spaced classes, of the same randomness each time.
+
+    Sharded weights take every rank to generate; otherwise only rank 0 does. ``vq``: on rank 0.
+    """
+    if not (sharded or world.is_main):
+        return
+    config = model.config
+    classes = torch.arange(PICTURE, device=world.device) * config.num_classes // PICTURE  # (b,)
+    _, uniforms = image_randomness(0, range(PICTURE), config.num_classes, model.order.num_tokens)
+    model.eval()
+    with autocast(world.device, precision):
+        options = SamplingOptions(cfg_scale=PICTURE_CFG_SCALE)
+        codes = generate(model, classes, torch.from_numpy(uniforms).to(world.device), options)  # (b, T)
+    model.train()
+    if world.is_main:
+        pixels = vq.decode_code(codes.view(-1, *model.order.grid))  # (b, 3, S, S)
+        save_png(path, image_grid(to_uint8(pixels, pixels.shape[-1]).cpu().numpy(), columns=4))

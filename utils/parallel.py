@@ -1,0 +1,99 @@
+"""How a model is spread over the ranks: replicated (DDP), sharded (FSDP2), or sharded within groups (HSDP).
+
+What differs between them is here and nowhere else; the training loops see one module, one gradient norm, one norm.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.distributed import AUTOCAST_DTYPE, World
+
+DATA_PARALLEL = ("ddp", "fsdp", "hsdp", "sdp")
+_COMPRESS_HOOK = {torch.bfloat16: bf16_compress_hook, torch.float16: fp16_compress_hook}
+
+
+def replicate(world: World, model: nn.Module, grad_dtype: torch.dtype = torch.float32) -> nn.Module:
+    """``model`` under DDP, gradients averaged in ``grad_dtype``; with one rank, ``model`` itself."""
+    if world.size == 1:
+        return model
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    ddp = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    if grad_dtype in _COMPRESS_HOOK:
+        ddp.register_comm_hook(None, _COMPRESS_HOOK[grad_dtype])
+    return ddp
+
+
+def shard(
+    world: World,
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    mode: str,
+    precision: str,
+    grad_dtype: torch.dtype = torch.float32,
+    shard_size: int | None = None,
+    cpu_offload: bool = False,
+    forward_methods: Sequence[str] = (),
+) -> nn.Module:
+    """Shard ``model`` in place under FSDP2, each of ``blocks`` for itself; it is called under autocast as before.
+
+    mode: ``fsdp`` gathers a block's weights anew for backward, ``sdp`` keeps them, ``hsdp`` shards within groups of
+    ``shard_size`` ranks (default: those of one machine) and replicates over the groups. precision: blocks are gathered
+    in that type, so the same products see the same operands as autocast's; embeddings and the output layer are
+    gathered in float32. Gradients are summed in ``grad_dtype``. ``forward_methods``: further methods, besides
+    ``forward``, that use the weights.
+    """
+    mesh = _make_mesh(world, mode, shard_size)
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    reshard = mode != "sdp"
+    outer = MixedPrecisionPolicy(reduce_dtype=grad_dtype, cast_forward_inputs=False)
+    dtype = AUTOCAST_DTYPE[precision]
+    inner = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=grad_dtype, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=inner, offload_policy=offload, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=outer, offload_policy=offload, reshard_after_forward=reshard)
+    for method in forward_methods:
+        register_fsdp_forward_method(model, method)
+    return model
+
+
+def _make_mesh(world: World, mode: str, shard_size: int | None) -> DeviceMesh:
+    if mode != "hsdp":
+        return init_device_mesh(world.device.type, (world.size,))
+    shard_size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if world.size % shard_size:
+        raise ValueError(f"--shard-size {shard_size} does not divide {world.size} processes into equal groups")
+    groups = (world.size // shard_size, shard_size)
+    return init_device_mesh(world.device.type, groups, mesh_dim_names=("replicate", "shard"))
+
+
+def delay_sync(forward: nn.Module, delay: bool) -> AbstractContextManager:
+    """While gradients accumulate, DDP need not average them; sharded ones are reduced at once, to stay sharded."""
+    return forward.no_sync() if delay and isinstance(forward, DistributedDataParallel) else nullcontext()
+
+
+def gradient_norm(model: nn.Module) -> torch.Tensor:
+    """2-norm of all gradients over all ranks, a scalar on the device."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a sharded tensor that this rank holds, sharing its memory; another tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,76 @@
+"""How fast and how full a device is: arithmetic ceiling, peak memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from utils.distributed import AUTOCAST_DTYPE
+
+# dense bf16 and fp16 matrix products, operations a second, from the data sheets; the first that fits the name counts
+DATA_SHEET = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H20": 148e12, "B200": 2250e12}
+DATA_SHEET |= {"A100": 312e12, "A800": 312e12, "H800": 989e12, "L40S": 362e12, "RTX 4090": 165e12, "V100": 125e12}
+
+
+def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """Operations a second of matrix products on ``device``, and where the figure is from.
+
+    precision: a key of ``AUTOCAST_DTYPE``. The data sheet's figure for GPUs it lists at half precision, otherwise a
+    product of square matrices measured now.
+    """
+    dtype = AUTOCAST_DTYPE[precision] or torch.float32
+    if device.type == "cuda" and dtype != torch.float32:
+        name = torch.cuda.get_device_name(device)
+        for part, figure in DATA_SHEET.items():
+            if part in name:
+                return figure, "data sheet"
+    width = 1024 if device.type == "cpu" else 4096
+    a = torch.randn(width, width, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return 2 * width**3 / min(seconds), "a matrix product measured at start"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: allocated on a CUDA device, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Window:
+    """Means of what a loop adds up between two log lines, and its speed; nothing is waited for until it is read."""
+
+    def __init__(self, names: Sequence[str], device: torch.device):
+        self.names = names
+        self._sums, self._steps = torch.zeros(len(names), device=device), 0
+        self._started = time.perf_counter()
+
+    def add(self, *values: torch.Tensor) -> None:
+        """Add one step's scalars, in the order of ``names``; steps with a value that is no number are left out."""
+        values = torch.stack(values)  # (K,)
+        self._sums += values.nan_to_num(0.0, 0.0, 0.0)
+        self._steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        before = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - before
+
+    def read(self, images: int) -> dict[str, float]:
+        """Means, ``images/s`` at ``images`` a step and ``seconds/step`` since the last reading."""
+        means = (self._sums / self._steps).tolist()  # waits for the device
+        seconds = (time.perf_counter() - self._started) / self._steps
+        self._sums.zero_()
+        self._steps, self._started = 0, time.perf_counter()
+        return dict(zip(self.names, means, strict=True)) | {"images/s": images / seconds, "seconds/step": seconds}

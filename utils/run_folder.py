@@ -1,0 +1,224 @@
+"""Where a run writes, and its checkpoints: saved aside and renamed, copied to the durable place, pruned, resumed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from utils.checkpoint import export_checkpoint
+from utils.distributed import World
+from utils.files import prepare_folder, write_json
+from utils.options import git_revision
+from utils.parallel import local
+from utils.performance import peak_memory
+from utils.sharded_checkpoint import CHECKPOINT_NAME, load_sharded, read_contents, read_meta, save_sharded
+from utils.training import TrainingState
+
+
+@dataclass
+class RunFolder:
+    """Logs and options in ``folder``, checkpoints (``0005000/``) in every one of ``checkpoint_folders``.
+
+    The name is a function of the options, so the same command finds its checkpoints again and resumes. With several
+    machines all of it must be on a disk that they share. ``keep_last`` newest checkpoints are kept, and those of every
+    multiple of ``keep_every`` steps (0: none).
+    """
+
+    world: World
+    folder: Path
+    checkpoint_folders: tuple[Path, ...]
+    keep_last: int
+    keep_every: int
+    notes: list[str] = field(default_factory=list)  # for the log, once there is one
+    _pending: Future | None = None
+    _group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(
+        cls,
+        world: World,
+        name: str,
+        results_dir: str,
+        cloud_save_path: str,
+        no_local_save: bool,
+        keep_last: int,
+        keep_every: int,
+    ) -> RunFolder:
+        """Local results and the durable copy; with ``no_local_save`` the durable place is the only one."""
+        cloud = Path(cloud_save_path) / name
+        folder = cloud if no_local_save else Path(results_dir) / name
+        places = dict.fromkeys(p.absolute() / "checkpoints" for p in (folder, cloud))
+        return cls(world, folder, tuple(places), keep_last, keep_every)
+
+    def make(self) -> None:
+        """Create the folders before long work starts; ``ValueError`` where that fails or machines do not share them."""
+        token = self.world.broadcast(uuid.uuid4().hex)
+        if self.world.is_main:
+            for folder in (self.folder, *self.checkpoint_folders):
+                prepare_folder(folder, "--cloud-save-path or --results-dir")
+            for folder in self.checkpoint_folders:
+                for leftover in folder.glob("*.tmp"):
+                    shutil.rmtree(leftover)
+                (folder / f".{token}").touch()
+        self.world.barrier()
+        for folder in self.checkpoint_folders:
+            if not any((folder / f".{token}").exists() or time.sleep(1) for _ in range(5)):
+                raise ValueError(
+                    f"rank {self.world.rank} does not see what rank 0 writes to {folder}: with several machines "
+                    f"it must be on a disk that they share; --no-local-save leaves --cloud-save-path as the only place"
+                )
+        self.world.barrier()
+        if self.world.is_main:
+            for folder in self.checkpoint_folders:
+                (folder / f".{token}").unlink()
+        if dist.is_initialized():
+            self._group = dist.new_group(backend="gloo")
+
+    def newest(self) -> Path | None:
+        """The whole checkpoint of the highest step in any of the folders; damaged ones are noted and left alone."""
+        found = [p for folder in self.checkpoint_folders if folder.is_dir() for p in folder.iterdir() if p.is_dir()]
+        # the sort is stable: of two places the first, local one is tried first
+        for path in sorted((p for p in found if CHECKPOINT_NAME.fullmatch(p.name)), key=lambda p: -int(p.name)):
+            try:
+                read_meta(path)
+                return path
+            except ValueError as error:
+                self.notes.append(f"{error}; an older one is taken")
+        return None
+
+    def resume(self, state: TrainingState, run: dict[str, Any], start: Path | None = None) -> int:
+        """Restore ``state`` from the newest checkpoint, or from ``start`` if there is none; the steps done, else 0.
+
+        ``run``: the options that may not change in mid-run, as the checkpoint must have them too.
+        """
+        path = self.world.broadcast((self.newest() or start) if self.world.is_main else None)
+        if path is None:
+            return 0
+        meta = read_meta(path)
+        check_same_run(meta.get("run"), run, path)
+        tensors = state.tensors()
+        stored = read_contents(path)
+        without_average = state.ema is not None and not any(k.startswith("ema.") for k in stored)
+        load_sharded(path, {k: v for k, v in tensors.items() if not (without_average and k.startswith("ema."))})
+        if without_average:
+            state.ema.start(state.model)
+            self.notes.append(f"{path} holds no moving average: --ema starts at its weights")
+        state.load_scalars(meta["scalars"])
+        return meta["steps"]
+
+    def save(self, step: int, state: TrainingState, facts: dict[str, Any]) -> None:
+        """Start writing the checkpoint after ``step`` steps; all ranks call it. Training may go on at once."""
+        self.wait()
+        first = self.checkpoint_folders[0]
+        temporary = first / f"{step:07d}.tmp"
+        upload = save_sharded(temporary, state.tensors(), self._group)
+        if self.world.is_main:
+            facts = facts | {"steps": step, "scalars": state.scalars(), "git": git_revision()}
+            publisher = ThreadPoolExecutor(1)
+            self._pending = publisher.submit(self._publish, temporary, upload, facts)
+            publisher.shutdown(wait=False)
+        else:
+            self._pending = upload
+
+    def _publish(self, temporary: Path, upload: Future, facts: dict[str, Any]) -> None:
+        try:
+            upload.result()
+            sizes = {p.name: p.stat().st_size for p in temporary.iterdir()}
+            write_json(temporary / "meta.json", facts | {"files": sizes})
+            first, *others = (folder / temporary.stem for folder in self.checkpoint_folders)
+            _replace(temporary, first)
+            for other in others:
+                aside = other.with_suffix(".tmp")
+                shutil.copytree(first, aside, copy_function=_copy_durably)
+                _replace(aside, other)
+        except BaseException:
+            for folder in self.checkpoint_folders:
+                shutil.rmtree(folder / temporary.name, ignore_errors=True)
+            raise
+        for folder in self.checkpoint_folders:
+            self._prune(folder)
+
+    def _prune(self, folder: Path) -> None:
+        steps = sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and CHECKPOINT_NAME.fullmatch(p.name))
+        for step in steps[: -self.keep_last]:
+            if not (self.keep_every and step % self.keep_every == 0):
+                aside = folder / f"{step:07d}.tmp"
+                os.rename(folder / f"{step:07d}", aside)  # killed while deleting, it is no checkpoint any more
+                shutil.rmtree(aside)
+
+    def wait(self) -> Path | None:
+        """Wait until the checkpoint under way is whole in every place; ``ValueError`` if it could not be written."""
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+        except BaseException as error:  # torch wraps each rank's reason in an exception of its own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            places = [f"{p} ({shutil.disk_usage(p).free / 2**30:.1f} GiB free)" for p in self.checkpoint_folders]
+            raise ValueError(
+                f"a checkpoint could not be written to {' and '.join(places)}: {reason}; the ones before it are "
+                f"untouched, the same command resumes from them"
+            ) from error
+        return self.newest()
+
+    def finish(self, last_step: int, stopped: bool, export: str, logger: logging.Logger) -> None:
+        """Wait for the last checkpoint; if the run is over, write its weights beside it, as ``export`` says."""
+        if saved := self.wait():
+            logger.info(f"saved {saved}")
+        if stopped:
+            logger.info("stopped by a signal; the same command carries on from there")
+        elif self.world.is_main and export != "none":
+            for place in self.checkpoint_folders:
+                path = place / f"{last_step:07d}.{export}"
+                if not path.exists():
+                    export_checkpoint(place / path.stem, path)
+                    logger.info(f"weights: {path}")
+
+    def forecast(self, state: TrainingState, steps: int, seconds: float, logger: logging.Logger) -> None:
+        """Say what a dry run found: memory, and time for ``steps`` of ``seconds`` each."""
+        # each parameter has a gradient as well
+        held = sum(local(t).nbytes for t in (*state.tensors().values(), *state.model.parameters())) / 2**30
+        peak = peak_memory(self.world.device) / 2**30
+        time_left = timedelta(seconds=round(steps * seconds))
+        logger.info(
+            f"dry run: {held:.2f} GiB a process of weights, gradients, moments{', average' if state.ema else ''}; "
+            f"peak {peak:.2f} GiB; {seconds:.3g} s a step, {time_left} for the {steps:,} steps to do; "
+            f"nothing was written"
+        )
+
+
+def _copy_durably(source: str, target: str) -> None:
+    shutil.copyfile(source, target)
+    with open(target, "rb") as f:
+        os.fsync(f.fileno())
+
+
+def _replace(folder: Path, target: Path) -> None:
+    """Rename ``folder`` to ``target``; a damaged one that stands there goes first."""
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(folder, target)
+
+
+def check_same_run(before: dict[str, Any] | None, now: dict[str, Any], path: Path) -> None:
+    """``ValueError`` if a run found on disk was made with options that cannot change in mid-run."""
+    if before is None:
+        raise ValueError(f"{path} is no checkpoint of a training run of ours; move it out of the run's folder")
+    differing = [k for k, v in now.items() if before.get(k) != v]
+    if differing:
+        k = differing[0]
+        raise ValueError(
+            f"{path} is of a run with another {', '.join(differing)} ({k}: {before.get(k)} there, {now[k]} now); "
+            f"give another --results-dir and --cloud-save-path, or the same options to resume"
+        )

@@ -1,0 +1,64 @@
+"""SIGTERM and SIGUSR1 (preemption, time limits) end a run between two steps, on every rank at the same one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from utils.distributed import World
+
+GRACE = 120.0  # seconds for the step under way
+
+
+class StopSignal:
+    """Listens from its creation on. In each step: ``ask`` at its start, ``agreed`` at its end.
+
+    torchrun signals the ranks that are left when one has died, and those may wait for it for ever: a step that does not
+    end within two minutes of the signal ends the process.
+    """
+
+    def __init__(self, world: World):
+        self.received = False
+        self._asked, self._steps, self._ended = torch.zeros(1), 0, threading.Event()
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._work: dist.Work | None = None
+        self._watched, wakeup = socket.socketpair()
+        wakeup.setblocking(False)
+        self._wakeup = wakeup  # written to by the interpreter even while the main thread waits in C++
+        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+    def _watch(self) -> None:
+        while self._watched.recv(1)[0] not in (signal.SIGTERM, signal.SIGUSR1):
+            pass
+        while not self._ended.is_set():
+            before = self._steps
+            if not self._ended.wait(GRACE) and self._steps == before:
+                os.write(2, b"error: the step did not end after the signal; has another rank died?\n")
+                os._exit(1)
+
+    def ask(self) -> None:
+        """Start asking all ranks whether one was signalled: between hosts, so that no device is waited for."""
+        self._steps += 1
+        self._asked.fill_(float(self.received))
+        if self._group is not None:
+            self._work = dist.all_reduce(self._asked, dist.ReduceOp.MAX, self._group, async_op=True)
+
+    def agreed(self) -> bool:
+        """Whether a rank had been signalled when asked: the same answer on all of them."""
+        if self._work is not None:
+            self._work.wait()
+        if stop := bool(self._asked.item()):
+            self._ended.set()
+        return stop
