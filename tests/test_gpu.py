@@ -6,6 +6,9 @@ import torch
 from autoregressive.models.generate import SamplingOptions, generate
 from tests.test_gpt import tiny_gpt
 from utils.distributed import autocast
+from utils.performance import Window
+from utils.sharded_checkpoint import read_sharded, save_sharded
+from utils.training import Ema, Guard, TrainingState, make_adamw
 
 pytestmark = pytest.mark.gpu
 
@@ -31,3 +34,61 @@ def test_compiled_bf16_training_step(golden):
         loss, _ = step(torch.from_numpy(file["raster_tokens"]).long().cuda(), torch.from_numpy(file["cond"]).cuda())
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def training_state(model) -> TrainingState:
+    optimizer = make_adamw(model, 1e-3, 0.05, (0.9, 0.95))
+    guard, scaler = Guard(torch.device("cuda"), 1.0, 20), torch.amp.GradScaler("cuda", enabled=False)
+    return TrainingState(model, optimizer, scaler, Ema(model), guard)
+
+
+def test_a_training_step_never_waits_for_the_device(golden):
+    """From the batch on the host to the moving average: torch raises where a step would synchronise."""
+    file = golden("gpt_tiny_n4.npz")
+    model = tiny_gpt(file).cuda().train()
+    state, window = training_state(model), Window(("loss", "grad_norm"), torch.device("cuda"))
+    codes, cond = (torch.from_numpy(file[k]).long().pin_memory() for k in ("raster_tokens", "cond"))
+    for step in range(4):
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        try:
+            with autocast(torch.device("cuda"), "bf16"):
+                loss, _ = model(codes.cuda(non_blocking=True), cond.cuda(non_blocking=True))
+            loss.backward()
+            norm = state.gradient_norm()
+            state.update(step, loss.detach(), norm, 1.0)
+            window.add(loss.detach(), norm)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert window.read(1)["loss"] > 0
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_flex_attention_trains_like_the_dense_mask(golden, n):
+    """Compiled FlexAttention against the dense mask in float32: loss and every gradient."""
+    file = golden(f"gpt_tiny_n{n}.npz")
+    codes, cond = torch.from_numpy(file["raster_tokens"]).long().cuda(), torch.from_numpy(file["cond"]).cuda()
+    grads = []
+    for flex in (False, True):
+        model = tiny_gpt(file).cuda()
+        if flex:
+            model.use_flex_attention(torch.device("cuda"))
+            for block in model.layers:
+                block.compile()
+        loss, _ = model(codes, cond)
+        loss.backward()
+        grads.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-2)
+
+
+def test_a_checkpoint_keeps_what_was_when_it_was_taken(tmp_path, golden):
+    """Written in the background while training on the device goes on."""
+    model = tiny_gpt(golden("gpt_tiny_n4.npz")).cuda()
+    state = training_state(model)
+    before = {k: v.cpu().clone() for k, v in state.tensors().items()}
+    future = save_sharded(tmp_path / "a", state.tensors(), None)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    future.result()
+    assert all(torch.equal(read_sharded(tmp_path / "a", k)[""], v) for k, v in before.items())

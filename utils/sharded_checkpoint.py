@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
 CHECKPOINT_NAME = re.compile(r"\d{7,}")
 
@@ -62,17 +63,25 @@ def read_contents(folder: str | Path) -> dict[str, tuple[torch.Size, torch.dtype
 def save_sharded(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> Future:
     """Copy ``tensors`` and write them to ``folder`` in the background; the future ends when every rank has written.
 
-    All ranks call it with the same names; a tensor that all of them hold is written once. ``group``: for the talk of
-    the background threads, away from that of training; None without a process group.
+    All ranks call it with the same names; tensors that all of them hold are dealt out, each to be copied and written
+    by one. ``group``: for the talk of the background threads, away from that of training; None without one.
     """
-    # torch's staging copies what is on a device but shares what is on the CPU with the training that goes on
-    staged = {k: v.detach().clone() if v.device.type == "cpu" else v.detach() for k, v in tensors.items()}
+    rank, size = (dist.get_rank(), dist.get_world_size()) if group is not None else (0, 1)
+    mine = {k: v for i, (k, v) in enumerate(tensors.items()) if isinstance(v, DTensor) or i % size == rank}
+    # torch's staging copies sharded tensors off a device, but shares what is on the CPU with the training that goes on
+    staged = {k: _copy(v.detach()) for k, v in mine.items()}
     if group is not None:
         return dcp.async_save(staged, checkpoint_id=str(folder), process_group=group)
     writer = ThreadPoolExecutor(1)
     future = writer.submit(dcp.save, staged, checkpoint_id=str(folder), no_dist=True)
     writer.shutdown(wait=False)
     return future
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    return tensor if isinstance(tensor, DTensor) else tensor.cpu()
 
 
 def load_sharded(folder: Path, tensors: dict[str, torch.Tensor]) -> None:

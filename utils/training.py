@@ -166,7 +166,7 @@ class TrainingState:
     def gradient_norm(self) -> torch.Tensor:
         """2-norm of the gradients of all ranks after taking out fp16's loss scale: a scalar on the device."""
         self.scaler.unscale_(self.optimizer)
-        return gradient_norm(self.model)
+        return gradient_norm(self.model).to(self.guard.state.device)
 
     def update(self, step: int, loss: torch.Tensor, norm: torch.Tensor, max_norm: float) -> None:
         """Clip, step and move the average, unless the guard skips; ``loss`` and ``norm`` are those of all ranks."""

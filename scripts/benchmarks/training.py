@@ -1,0 +1,228 @@
+"""A GPT training step against the published one: seconds, tokens/s, FLOP utilisation and peak memory in one run.
+
+Published: mask repeated over the batch, whole logits in float32, RMSNorm written out, attention in autocast's type,
+one .npy of codes and one of labels an image through a DataLoader. Ours: train_c2i.py's step, eager and compiled, on
+CUDA also with FlexAttention. Dropout is on except attention's, as in the published code. Each way runs in a process of
+its own, all of them under the allocator settings of scripts/launch.sh; "default malloc" is the published way without.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import SUPPRESS, Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from autoregressive.models import gpt
+from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from utils.distributed import autocast, init_distributed
+from utils.files import write_json
+from utils.options import make_parser, positive_int, run
+from utils.performance import peak_flops, peak_memory
+from utils.training import Guard, TrainingState, make_adamw, prefetch
+
+TOKENS = 576
+CROPS = 10
+
+
+class PublishedRMSNorm(nn.Module):
+    """x / rms(x) * weight in separate operations, normalised in float32."""
+
+    def __init__(self, weight: nn.Parameter, eps: float):
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)  # (B, T, D)
+        return y.type_as(x) * self.weight  # (B, T, D)
+
+
+class PublishedDataset(Dataset):
+    """One .npy of codes and one of labels per image, a random crop of it."""
+
+    def __init__(self, folder: Path, count: int):
+        self.folder, self.count = folder, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = np.load(self.folder / f"{i}-codes.npy")  # (1, crops, T)
+        crop = torch.randint(codes.shape[1], (1,)).item()
+        return torch.from_numpy(codes[0, crop]), torch.from_numpy(np.load(self.folder / f"{i}-label.npy"))
+
+
+def published_batches(work: Path, batch: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Codes (B, T) and labels (B,) of ``steps`` batches."""
+    loader = DataLoader(
+        PublishedDataset(work, batch * steps), batch, num_workers=2, pin_memory=torch.cuda.is_available()
+    )
+    for x, y in loader:
+        yield x, y.view(-1)
+
+
+def our_batches(work: Path, batch: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same from a memory map, gathered on a thread."""
+    codes, labels = np.load(work / "codes.npy", mmap_mode="r"), np.load(work / "labels.npy")  # (N, crops, T), (N,)
+
+    def make(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images = np.arange(step * batch, (step + 1) * batch)
+        x = torch.from_numpy(codes[images, images % CROPS].astype(np.int64))  # (B, T)
+        y = torch.from_numpy(labels[images])  # (B,)
+        return (x.pin_memory(), y.pin_memory()) if torch.cuda.is_available() else (x, y)
+
+    for _, pair in prefetch(make, range(steps)):
+        yield pair
+
+
+def published_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, mask, p)  # (B, H, T, hd)
+
+
+def published_step(model: GPT, precision: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The published arithmetic on our parameters."""
+    gpt.attend = published_attend
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.RMSNorm):
+                setattr(module, name, PublishedRMSNorm(child.weight, child.eps))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with autocast(x.device, precision):
+            targets = x[:, model.permutation]  # (B, T)
+            mask = model.mask.repeat(len(x), 1, 1)[:, None]  # (B, 1, T, T)
+            hidden = model.trunk(model.embed_slots(targets, y, 0, TOKENS), 0, mask)  # (B, T, D)
+            logits = model.output(hidden).float()  # (B, T, V)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def our_step(model: GPT, precision: str, way: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The step of train_c2i.py on one process."""
+    device = model.mask.device
+    if "flex" in way:
+        model.use_flex_attention(device)
+    if "compiled" in way:
+        for block in model.layers:
+            block.compile()
+    optimizer = make_adamw(model, 1e-4, 0.05, (0.9, 0.95))
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    state = TrainingState(model, optimizer, scaler, None, Guard(device, 1.0, 20))
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with autocast(device, precision):
+            loss, _ = model(x, y)
+        loss.backward()
+        state.update(0, loss.detach(), state.gradient_norm(), 1.0)
+        return loss.detach()
+
+    return step
+
+
+def measure(args: Namespace, work: Path) -> None:
+    """Time ``args.way`` over ``args.steps`` steps after a warm-up; figures go to a JSON in ``work``."""
+    device = init_distributed().device
+    torch.manual_seed(0)
+    config = GPTConfig(**GPT_models[args.gpt_model], ar_token_num=args.ar_token_num, attn_dropout_p=0.0)
+    model = GPT(config)
+    model.init_weights()
+    model.to(device).train()
+    published = args.way.startswith("published")
+    step = published_step(model, args.precision) if published else our_step(model, args.precision, args.way)
+    warm_up = 1 if device.type == "cpu" else 5
+    batches = (published_batches if published else our_batches)(work, args.batch, warm_up + args.steps)
+    losses, seconds = [], []
+    gc.collect()
+    for x, y in batches:
+        started = time.perf_counter()
+        loss = step(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - started)
+    best = min(seconds[warm_up:])
+    peak, _ = peak_flops(device, args.precision)
+    figures = {
+        "seconds": best,
+        "tokens/s": args.batch * TOKENS / best,
+        "first loss": losses[0],
+        "last loss": losses[-1],
+    }
+    figures |= {"mfu": args.batch * model.flops_per_image() / best / peak, "peak TFLOP/s": peak / 1e12}
+    write_json(work / "figures.json", figures | {"peak GiB": peak_memory(device) / 2**30})
+
+
+def write_codes(work: Path, count: int) -> None:
+    """Random codes in both layouts."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 16384, (count, CROPS, TOKENS))
+    labels = rng.integers(0, 1000, count)
+    np.save(work / "codes.npy", codes.astype(np.uint16))
+    np.save(work / "labels.npy", labels)
+    for i in range(count):
+        np.save(work / f"{i}-codes.npy", codes[i : i + 1])
+        np.save(work / f"{i}-label.npy", labels[i : i + 1])
+
+
+def main() -> None:
+    """Measure each way in a process of its own, print, write JSON."""
+    parser = make_parser(__doc__, "python3 scripts/benchmarks/training.py --gpt-model GPT-B --batch 8")
+    parser.add_argument("--gpt-model", choices=list(GPT_models), default="GPT-B", help="size")
+    parser.add_argument("--ar-token-num", type=positive_int, default=4, help="tokens predicted at once, n")
+    parser.add_argument("--batch", type=positive_int, default=8, help="images a step")
+    parser.add_argument("--steps", type=positive_int, default=3, help="steps timed, of which the fastest counts")
+    parser.add_argument("--precision", choices=["none", "bf16"], nargs="+", default=["none", "bf16"], help="to measure")
+    parser.add_argument("--output", default="training.json", help="JSON to write")
+    parser.add_argument("--way", help=SUPPRESS)  # one way, for the processes that this starts
+    parser.add_argument("--work", help=SUPPRESS)
+    args = parser.parse_args()
+    if args.way:
+        args.precision = args.precision[0]
+        measure(args, Path(args.work))
+        return
+    ways = ["published, default malloc", "published", "ours", "ours, compiled"]
+    ways += ["ours, compiled, flex"] if torch.cuda.is_available() else []
+    kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory(prefix="par-training-") as work:
+        write_codes(Path(work), args.batch * (args.steps + 5))
+        for precision in args.precision:
+            for way in ways:
+                words = [sys.executable, __file__, "--way", way, "--work", work, "--precision", precision]
+                words += ["--gpt-model", args.gpt_model, "--ar-token-num", args.ar_token_num]
+                words += ["--batch", args.batch, "--steps", args.steps]
+                environment = os.environ if "default" in way else os.environ | kept
+                subprocess.run([str(w) for w in words], env=environment, check=True)
+                figures = json.loads((Path(work) / "figures.json").read_text())
+                results.setdefault(precision, {})[way] = figures
+                ratio = results[precision].get("published", figures)["seconds"] / figures["seconds"]
+                print(
+                    f"{precision:5} {way:27} {figures['seconds']:8.3f} s/step {figures['tokens/s']:10.1f} tokens/s "
+                    f"{ratio:5.2f}x  {figures['mfu']:6.1%} of {figures['peak TFLOP/s']:.3g} TFLOP/s "
+                    f"{figures['peak GiB']:6.2f} GiB  loss {figures['first loss']:.4f} -> {figures['last loss']:.4f}",
+                    flush=True,
+                )
+    write_json(args.output, {"options": vars(args), "results": results, "threads": torch.get_num_threads()})
+
+
+if __name__ == "__main__":
+    run(main)
