@@ -1,10 +1,19 @@
 """Decoding: golden tokens, cached = teacher-forced, sampling filters, randomness per image."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from autoregressive.models.generate import SamplingOptions, filter_logits, generate, image_randomness, sample
+from autoregressive.models.generate import (
+    Generator,
+    SamplingOptions,
+    filter_logits,
+    generate,
+    image_randomness,
+    sample,
+)
 from autoregressive.models.gpt import GPT
 from tests.conftest import fill_from_names
 from tests.test_gpt import random_codes, small_config, tiny_gpt
@@ -24,13 +33,17 @@ def test_greedy_tokens_are_golden(golden, n, scale):
     assert np.array_equal(codes[:, model.order.permutation].numpy(), file[f"greedy_region_cfg{scale}"])
 
 
-def greedy_without_cache(model: GPT, cond: torch.Tensor, scale: float) -> torch.Tensor:
-    """Slow version: a whole teacher-forced pass per step, argmax, guidance by its formula."""
+def greedy_without_cache(model: GPT, cond: torch.Tensor, scale) -> torch.Tensor:
+    """Slow version: a whole teacher-forced pass per step, argmax, guidance of logits by its formula.
+
+    scale: a number, or a function of the share of tokens decoded.
+    """
     codes = torch.zeros(len(cond), model.order.num_tokens, dtype=torch.long)
     null = torch.full_like(cond, model.config.num_classes)
     for start, stop in model.order.schedule:
         conditional, unconditional = model.logits(codes, cond), model.logits(codes, null)
-        logits = unconditional + scale * (conditional - unconditional)
+        now = scale(start / model.order.num_tokens) if callable(scale) else scale
+        logits = unconditional + now * (conditional - unconditional)
         codes[:, model.order.permutation[start:stop]] = logits[:, start:stop].argmax(-1)
     return codes
 
@@ -146,3 +159,44 @@ def test_batch_size_changes_nothing_but_rounding():
 def test_impossible_options_are_named(option, value):
     with pytest.raises(ValueError, match="--" + option.replace("_", "-")):
         SamplingOptions(**{option: value})
+
+
+@pytest.mark.parametrize(
+    "schedule, scale",
+    [
+        ("linear", lambda p: 1 + 3 * p),
+        ("power-cosine", lambda p: 1 + 3 * 0.5 * (1 - math.cos(math.pi * p**2.0))),
+    ],
+)
+def test_guidance_schedules(schedule, scale):
+    model = fill_from_names(GPT(small_config(grid_height=8, grid_width=8))).double().eval()
+    cond = torch.tensor([0, 2, 1])
+    options = SamplingOptions(cfg_scale=4.0, cfg_schedule=schedule, cfg_power=2.0, temperature=0.0)
+    with torch.no_grad():
+        expected = greedy_without_cache(model, cond, scale)
+    codes = generate(model, cond, torch.zeros(3, 64), options)
+    assert torch.equal(codes, expected)
+    assert not torch.equal(codes, generate(model, cond, torch.zeros(3, 64), SamplingOptions(4.0, temperature=0.0)))
+
+
+def test_a_generator_is_used_again_and_for_shorter_batches():
+    """What a batch leaves in the cache, its buffers and its labels does not show in the next."""
+    model = fill_from_names(GPT(small_config(grid_height=8, grid_width=8))).double().eval()
+    options = SamplingOptions(cfg_scale=2.0, cfg_interval=20)
+    generator = Generator(model, options, batch=4)
+    store = generator.cache.store.data_ptr()
+    for seed, batch in enumerate((4, 2, 4, 1, 3)):
+        labels, uniforms = map(torch.from_numpy, image_randomness(seed, range(batch), 3, 64))
+        assert torch.equal(generator(labels, uniforms), generate(model, labels, uniforms, options))
+    assert generator.cache.store.data_ptr() == store
+
+
+def test_steps_are_told_as_they_come():
+    model = fill_from_names(GPT(small_config())).eval()
+    seen = []
+    codes = Generator(model, SamplingOptions(), 2)(
+        torch.tensor([0, 1]), torch.rand(2, 16), lambda tokens, decoded: seen.append((tokens.clone(), decoded))
+    )
+    assert [d for _, d in seen] == [1, 2, 3, 4, 8, 12, 16]
+    for tokens, decoded in seen:
+        assert torch.equal(tokens[:, :decoded], codes[:, model.order.permutation[:decoded]])

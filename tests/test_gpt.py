@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.gpt import GPT, DenseMask, Dropout, GPT_models, GPTConfig, attend
 from autoregressive.models.linear_cross_entropy import linear_cross_entropy
+from autoregressive.models.region_order import RegionOrder
 from tests.conftest import fill_from_names
 
 
@@ -252,3 +253,46 @@ def test_compiled_blocks_give_the_same_gradients():
         grads.append([p.grad for p in model.parameters()])
     for ours, expected in zip(*grads, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n, n_kv_head", [(1, None), (4, 2), (16, None)])
+def test_attention_on_the_cpu_is_torchs(n, n_kv_head):
+    """Parts of queries in float32, and matrix products in bfloat16, against one dense masked call; gradients too."""
+    order = RegionOrder.build(24, n)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 576, 8, generator=generator) for h in (4, n_kv_head or 4, n_kv_head or 4))
+    weights = torch.randn(2, 4, 576, 8, generator=generator)
+    mask = DenseMask(order.mask(), order.query_parts(192))
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [x.to(dtype).detach().clone().requires_grad_() for x in (q, k, v)]
+        y = attend(*inputs, mask, 0.0)
+        assert y.dtype == dtype
+        (y.float() * weights).sum().backward()
+        results[dtype] = [y.detach().float(), *(x.grad.float() for x in inputs)]
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    y = F.scaled_dot_product_attention(*inputs, order.mask(), enable_gqa=True)
+    (y * weights).sum().backward()
+    for ours, half, expected in zip(*results.values(), [y.detach(), *(x.grad for x in inputs)], strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+        assert (half - expected).norm() < 0.02 * expected.norm()
+
+
+def test_dropout_on_the_cpu_keeps_the_share_and_the_mean():
+    torch.manual_seed(0)
+    for p in (0.1, 0.5, 1.0):
+        x = torch.ones(1001, 999, requires_grad=True)
+        y = Dropout(p)(x)
+        y.sum().backward()
+        assert set(y.unique().tolist()) <= {0.0, y.max().item()}
+        assert (y == 0).float().mean().item() == pytest.approx(p, abs=2e-3)
+        assert torch.equal(x.grad, y.detach())
+        if p < 1:
+            assert y.max().item() == pytest.approx(1 / (1 - p))
+            by_row, by_column = (y == 0).float().mean(0), (y == 0).float().mean(1)
+            assert (by_row - p).abs().max() < 0.09 and (by_column - p).abs().max() < 0.09
+    torch.manual_seed(3)
+    first = Dropout(0.3)(torch.ones(50))
+    torch.manual_seed(3)
+    assert torch.equal(Dropout(0.3)(torch.ones(50)), first)
+    assert torch.equal(Dropout(0.3).eval()(torch.ones(5)), torch.ones(5))

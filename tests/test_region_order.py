@@ -99,3 +99,15 @@ def test_special_tokens_are_one_fewer():
     assert resolve_parallelism(16, 15) == resolve_parallelism(16, None) == 16
     with pytest.raises(ValueError, match="--spe-token-num 3 contradicts --ar-token-num 16"):
         resolve_parallelism(16, 3)
+
+
+@pytest.mark.parametrize("n, grid", [(1, 8), (4, 8), (16, 8), (9, 6), (4, 24)])
+@pytest.mark.parametrize("size", [1, 7, 30, 192])
+def test_parts_of_queries_hide_only_what_the_mask_hides(n, grid, size):
+    """Each query is in one part; no key beyond ``seen`` is visible to it, and the last one is to some query."""
+    order = RegionOrder.build(grid, n)
+    mask, parts = order.mask(), order.query_parts(size)
+    assert [q for a, b, _ in parts for q in range(a, b)] == list(range(order.num_tokens))
+    for start, stop, seen in parts:
+        assert not mask[start:stop, seen:].any()
+        assert mask[start:stop, seen - 1].any()

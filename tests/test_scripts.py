@@ -259,14 +259,16 @@ def test_two_processes_and_a_kill_give_the_same_bytes(work, trained, sampled, tm
     command += ["--per-proc-batch-size", "4", "--precision", "none", "--cfg-scale", "1.5"]
     process = start(command)
     deadline = time.time() + 120
-    while len(list(tmp_path.glob("*.chunks/*.npz"))) < 2:
+    while not any(sum(p.read_bytes()) >= 2 for p in tmp_path.glob("*.done")):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.005)
     kill(process)
     assert not (tmp_path / f"{SAMPLE_NAME}.npz").exists()
-    run_command(*command, "--png", nproc=2)
+    made = sum(next(tmp_path.glob("*.done")).read_bytes())
+    log = run_command(*command, "--png", nproc=2).stdout
+    assert f"{6 - made} of 6 batches of 4 to make on 2 x cpu" in log
     assert digest(tmp_path / f"{SAMPLE_NAME}.npz") == digest(sampled)
-    assert not list(tmp_path.glob("*.chunks"))
+    assert sorted(p.suffix for p in tmp_path.iterdir() if p.is_file()) == [".json", ".npz"]
 
 
 def test_pngs_are_the_images(work, trained, sampled, tmp_path):
@@ -279,7 +281,39 @@ def test_pngs_are_the_images(work, trained, sampled, tmp_path):
 def test_grid_picture(work, trained, tmp_path):
     options = ("--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--classes", 0, 2, "--images-per-class", 3)
     run_command("python3", "autoregressive/sample/sample_c2i.py", *options, "--output", tmp_path / "grid.png")
-    assert Image.open(tmp_path / "grid.png").size == (3 * 34 + 2, 2 * 34 + 2)
+    assert Image.open(tmp_path / "grid.png").size == (3 * 34 + 2, 2 * (16 + 34 + 2))
+
+
+def test_trace_fills_the_image_in(work, trained, tmp_path):
+    """19 steps at n = 4, 64 codes: after k steps as many codes are drawn as the schedule says, the rest is grey."""
+    options = ("--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--classes", "bee, 2", "--images-per-class", 2)
+    options += ("--output", tmp_path / "a.png", "--trace", "--precision", "none", "--top-k", 0)
+    assert "1 bee, 2 cat" in run_command("python3", "autoregressive/sample/sample_c2i.py", *options).stdout
+    movie = Image.open(tmp_path / "a.gif")
+    assert movie.n_frames == 19 and movie.size == (2 * 34 + 2, 2 * 34 + 2)
+    grey = []
+    for i in range(19):
+        movie.seek(i)
+        tile = np.asarray(movie.convert("RGB"))[2:34, 2:34]
+        cells = (tile == 96).all(-1).reshape(8, 4, 8, 4).all((1, 3))
+        grey.append(int(cells.sum()))
+    decoded = [1, 2, 3, *range(4 + 4, 64 + 1, 4)]
+    decoded.insert(3, 4)
+    expected = [64 - d for d in decoded][: len(grey)]
+    assert grey == expected
+    strip = np.asarray(Image.open(tmp_path / "a-strip.png"))
+    assert strip.shape == (36, 8 * 34 + 2, 3)
+    last, grid = strip[2:34, -34:-2], np.asarray(Image.open(tmp_path / "a.png"))
+    assert np.array_equal(last, grid[16 + 2 : 16 + 34, 2:34])
+
+
+def test_balanced_classes_take_turns(work, trained, sampled, tmp_path):
+    sample(work, trained, tmp_path, "--class-protocol", "balanced")
+    with np.load(tmp_path / f"{SAMPLE_NAME}.npz") as npz, np.load(sampled) as drawn:
+        assert npz["labels"].tolist() == [i % 3 for i in range(22)]
+        same = npz["labels"] == drawn["labels"]
+        assert 0 < same.sum() < 22
+        assert np.array_equal(npz["arr_0"][same], drawn["arr_0"][same])  # the same randomness, image by image
 
 
 @pytest.mark.parametrize("n", [1, 16])
@@ -337,14 +371,15 @@ def test_samples_of_other_options_are_not_taken_for_these(work, trained, sampled
     assert digest(sampled) == before
 
 
-def test_what_a_killed_writer_left_does_not_hinder(work, trained, sampled, tmp_path):
+def test_what_killed_writers_left_does_not_hinder(work, trained, sampled, tmp_path):
+    """Killed right after the record was made, with half a header written; and of other options under the same name."""
     fingerprint = json.loads(sampled.with_suffix(".json").read_text())["fingerprint"]
-    folder = tmp_path / f"{SAMPLE_NAME}.{fingerprint}.chunks"
-    folder.mkdir()
-    (folder / "000001.npz.tmp-12345678").write_bytes(b"half")
+    (tmp_path / f"{SAMPLE_NAME}.npz.{fingerprint}.done").write_bytes(b"\1\1\1\0\0\0")
+    (tmp_path / f"{SAMPLE_NAME}.npz.{fingerprint}.partial").write_bytes(b"PK")
+    (tmp_path / f"{SAMPLE_NAME}.npz.00000000.partial").write_bytes(b"other")
     sample(work, trained, tmp_path)
     assert digest(tmp_path / f"{SAMPLE_NAME}.npz") == digest(sampled)
-    assert not folder.exists()
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".npz", ".partial"]
 
 
 @pytest.mark.parametrize("nproc, environment, prefix", [(2, {}, "error"), (1, {"RANK": "1"}, "error on rank 1")])

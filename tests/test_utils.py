@@ -1,7 +1,6 @@
 """Files that appear whole, untrusted checkpoints, pixels, EMA, shared training helpers."""
 
 import argparse
-import io
 import json
 import os
 import pickle
@@ -12,6 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from tests.conftest import same_tensors
 from utils.checkpoint import export_checkpoint, find_state_dict, load_checkpoint, load_strictly, state_sha256
@@ -21,7 +21,7 @@ from utils.images import image_grid, to_uint8
 from utils.logger import progress
 from utils.performance import Window
 from utils.run_folder import RunFolder
-from utils.samples import pack_chunks, write_chunk
+from utils.samples import SampleFile
 from utils.training import Ema, Guard, TrainingState, make_adamw, prefetch, seed_step, split_batch
 
 CPU = torch.device("cpu")
@@ -107,25 +107,58 @@ def test_image_grid_places_images():
     assert grid[1:3, 4:6].max() == 1 and grid[4:6, 1:3].min() == 2 and grid[0].min() == 255
 
 
-def test_packed_chunks_are_one_plain_npz(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), dtype=np.uint8)
+def no_bar() -> tqdm:
+    return progress(World(1, 2, CPU), "", 1)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 9])
+def test_samples_written_in_any_order_are_one_plain_npz(tmp_path, chunk):
+    """Against numpy's reader and zip's checksums; the bytes depend on images and labels alone."""
+    images = np.random.default_rng(0).integers(0, 256, (7, 4, 5, 3), dtype=np.uint8)
     labels = np.arange(7)
-
-    def pack(sizes, name):
-        paths, first = [], 0
-        for size in sizes:
-            paths.append(tmp_path / f"{name}-{first}.npz")
-            write_chunk(paths[-1], images[first : first + size], labels[first : first + size])
-            first += size
-        bar = progress(World(1, 2, torch.device("cpu")), "", len(paths))
-        pack_chunks(tmp_path / f"{name}.npz", paths, bar)
-        return (tmp_path / f"{name}.npz").read_bytes()
-
-    content = pack([3, 3, 1], "a")
-    assert content == pack([7], "b")
-    with np.load(io.BytesIO(content), allow_pickle=False) as npz:
+    file = SampleFile(tmp_path / "a.npz", "f", images.shape, chunk)
+    file.create()
+    for c in np.random.default_rng(chunk).permutation(file.num_chunks).tolist():
+        assert c in file.missing()
+        file.write(c, images[file.images_of(c)])
+    file.finish(labels, no_bar())
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        assert archive.testzip() is None and archive.namelist() == ["arr_0.npy", "labels.npy"]
+        assert [i.file_size for i in archive.infolist()] == [128 + images.nbytes, 128 + labels.nbytes]
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as npz:
         assert np.array_equal(npz["arr_0"], images) and np.array_equal(npz["labels"], labels)
-    assert zipfile.ZipFile(io.BytesIO(content)).testzip() is None
+    content = (tmp_path / "a.npz").read_bytes()
+    other = SampleFile(tmp_path / "b.npz", "f", images.shape, 7)
+    other.create()
+    other.write(0, images)
+    other.finish(labels, no_bar())
+    assert (tmp_path / "b.npz").read_bytes() == content
+
+
+def test_samples_go_on_where_they_were_stopped(tmp_path):
+    """Also when stopped in the middle of the end of the file."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+    for name, stopped in (("a", False), ("b", True)):
+        SampleFile(tmp_path / f"{name}.npz", "f", images.shape, 2).create()
+        for chunk in (2, 0, 1):
+            file = SampleFile(tmp_path / f"{name}.npz", "f", images.shape, 2)
+            file.create()
+            file.write(chunk, images[file.images_of(chunk)])
+        if stopped:
+            with open(file.partial, "ab") as f:
+                f.write(b"half of the table of contents")
+        file.finish(np.arange(5), no_bar())
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    with np.load(tmp_path / "b.npz", allow_pickle=False) as npz:
+        assert np.array_equal(npz["arr_0"], images)
+
+
+def test_samples_that_do_not_fit_the_disk_are_refused_at_once(tmp_path):
+    file = SampleFile(tmp_path / "a.npz", "f", (10**12, 256, 256, 3), 32)
+    with pytest.raises(ValueError, match=r"--sample-dir: .* GiB free, the samples need 183105468.8 GiB"):
+        file.create()
+    assert not list(tmp_path.iterdir())
 
 
 def test_ema_closed_form():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from utils.files import atomic_path
 
@@ -38,3 +39,23 @@ def image_grid(pixels: np.ndarray, columns: int, padding: int = 2) -> np.ndarray
         top, left = padding + i // columns * (h + padding), padding + i % columns * (w + padding)
         canvas[top : top + h, left : left + w] = image
     return canvas
+
+
+def labelled_rows(pixels: np.ndarray, labels: Sequence[str], padding: int = 2) -> np.ndarray:
+    """uint8 (R, N, H, W, 3) -> one picture, a row of N images under each label."""
+    columns, height = pixels.shape[1], 16
+    rows = []
+    for images, label in zip(pixels, labels, strict=True):
+        row = image_grid(images, columns, padding)  # (H', W', 3)
+        caption = Image.new("RGB", (row.shape[1], height), "white")
+        ImageDraw.Draw(caption).text((padding, 1), label, fill="black", font=ImageFont.load_default(12))
+        rows += [np.asarray(caption), row]
+    return np.concatenate(rows)
+
+
+def save_gif(path: str | Path, frames: Sequence[np.ndarray], milliseconds: int = 80) -> None:
+    """Write uint8 frames (H, W, 3) as an endless animation that rests on its last frame, atomically."""
+    first, *others = (Image.fromarray(f) for f in frames)
+    durations = [milliseconds] * len(others) + [2000]
+    with atomic_path(path) as temporary:
+        first.save(temporary, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)

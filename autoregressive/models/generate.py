@@ -7,6 +7,7 @@ the process that makes it changes what it is.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 
 from autoregressive.models.gpt import GPT, KVCache
 
+CFG_SCHEDULES = ("constant", "linear", "power-cosine")
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -22,6 +25,8 @@ class SamplingOptions:
 
     cfg_scale: float = 1.0  # guidance: uncond + cfg_scale (cond - uncond); 1 is none
     cfg_interval: int = -1  # guide only steps with at most this many tokens decoded before them; -1: all
+    cfg_schedule: str = "constant"  # or linear, power-cosine: from 1 at the first token towards cfg_scale
+    cfg_power: float = 2.75  # of power-cosine
     temperature: float = 1.0  # 0: the most likely token
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
@@ -33,12 +38,32 @@ class SamplingOptions:
             raise ValueError(f"--cfg-scale {self.cfg_scale} must be at least 1 (1 is no guidance)")
         if self.cfg_interval < -1:
             raise ValueError(f"--cfg-interval {self.cfg_interval} must be a token count, or -1 for all tokens")
+        if self.cfg_schedule not in CFG_SCHEDULES:
+            raise ValueError(f"--cfg-schedule {self.cfg_schedule} must be one of {', '.join(CFG_SCHEDULES)}")
+        if not 0.0 < self.cfg_power < math.inf:
+            raise ValueError(f"--cfg-power {self.cfg_power} must be a finite number above 0")
         if self.temperature < 0.0:
             raise ValueError(f"--temperature {self.temperature} must not be negative (0 is greedy)")
         if self.top_k < 0:
             raise ValueError(f"--top-k {self.top_k} must not be negative (0 is off)")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"--top-p {self.top_p} must be in (0, 1] (1 is off)")
+
+    def scale(self, decoded: int, total: int) -> float:
+        """Guidance of a step before which ``decoded`` of ``total`` tokens are decoded; 1.0: none.
+
+        With progress p = decoded / total: constant s; linear 1 + (s - 1) p; power-cosine
+        1 + (s - 1) (1 - cos(pi p^power)) / 2 (MDTv2, arXiv 2303.14389).
+        """
+        if 0 <= self.cfg_interval < decoded:
+            return 1.0
+        progress = decoded / total
+        share = {
+            "constant": 1.0,
+            "linear": progress,
+            "power-cosine": (1.0 - math.cos(math.pi * progress**self.cfg_power)) / 2.0,
+        }[self.cfg_schedule]
+        return 1.0 + (self.cfg_scale - 1.0) * share
 
 
 def image_randomness(seed: int, indices: range, num_classes: int, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -81,29 +106,85 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, options: SamplingOption
     return torch.searchsorted(cdf, u, right=True).squeeze(-1)  # (B, t)
 
 
-@torch.inference_mode()
-def generate(model: GPT, cond: torch.Tensor, uniforms: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
-    """Generate raster codes (B, T) int64 for class ids ``cond`` (B,), in ``len(model.order.schedule)`` calls.
+class Generator:
+    """Class ids -> codes, batch after batch, with one model; cache and buffers are allocated here, once.
 
-    uniforms: (B, T), one per token in region order. The model must be in ``eval()`` mode. With guidance the batch
-    is doubled, conditional rows first, for as long as it is on.
+    ``batch``: images at most at a time. ``compiled``: the blocks go through torch.compile and, on CUDA, the whole
+    schedule into one CUDA graph, so that a batch costs one launch. The model must be in ``eval()`` mode.
     """
-    assert not model.training, "call model.eval() before generating"
-    guided = options.cfg_scale > 1.0
-    batch, total = len(cond), model.order.num_tokens
-    rows = 2 * batch if guided else batch
-    labels = torch.cat([cond, torch.full_like(cond, model.config.num_classes)])[:rows]  # (R,)
-    tokens = cond.new_zeros(rows, total)  # (R, T), the unconditional half repeats the conditional one
-    cache = KVCache(model.config, rows, total, cond.device, model.output.weight.dtype)
-    for start, stop in model.order.schedule:
-        if guided and 0 <= options.cfg_interval < start:  # guidance ends: the unconditional half rests
-            guided, rows = False, batch
-            tokens, labels, cache = tokens[:batch], labels[:batch], cache.first_rows(batch)
-        logits = model.decode_step(tokens, labels, start, stop, cache)  # (R, t, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (R, t, V)
-        if guided:
-            conditional, unconditional = logits.chunk(2)  # (B, t, V)
-            logits = torch.lerp(unconditional, conditional, options.cfg_scale)  # (B, t, V)
-        drawn = sample(logits, uniforms[:, start:stop], options)  # (B, t)
-        tokens[:, start:stop] = drawn.repeat(rows // batch, 1)  # (R, t)
-    return tokens[:batch, model.inverse]  # (B, T)
+
+    def __init__(self, model: GPT, options: SamplingOptions, batch: int, compiled: bool = False):
+        assert not model.training, "call model.eval() before generating"
+        self.model, self.options, self.batch = model, options, batch
+        order, device = model.order, model.permutation.device
+        self.scales = [options.scale(start, order.num_tokens) for start, _ in order.schedule]
+        self.guided_steps = max((i + 1 for i, s in enumerate(self.scales) if s != 1.0), default=0)
+        rows = 2 * batch if self.guided_steps else batch
+        self.cache = KVCache(model.config, rows, order.num_tokens, device, model.output.weight.dtype)
+        self.tokens = torch.zeros(rows, order.num_tokens, dtype=torch.int64, device=device)  # (R, T)
+        self.labels = torch.full((rows,), model.config.num_classes, device=device)  # (R,), null from ``batch`` on
+        self.trunk = torch.compile(model.trunk, dynamic=True) if compiled else model.trunk
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if compiled and device.type == "cuda":
+            self._capture()
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        cond: torch.Tensor,
+        uniforms: torch.Tensor,
+        on_step: Callable[[torch.Tensor, int], None] | None = None,
+    ) -> torch.Tensor:
+        """Raster codes (B, T) int64 of class ids ``cond`` (B,), from ``uniforms`` (B, T), one a token in region order.
+
+        B <= ``batch``. ``on_step`` is told, after each forward call, the region-ordered tokens (B, T) so far and how
+        many of them are decoded; not with a CUDA graph.
+        """
+        if self.graph is None:
+            return self._decode(cond, uniforms, on_step)
+        self.cond[: len(cond)], self.uniforms[: len(cond)] = cond, uniforms
+        self.graph.replay()
+        return self.codes[: len(cond)].clone()  # (B, T)
+
+    def _decode(
+        self,
+        cond: torch.Tensor,
+        uniforms: torch.Tensor,
+        on_step: Callable[[torch.Tensor, int], None] | None = None,
+    ) -> torch.Tensor:
+        model, batch = self.model, len(cond)
+        guided = self.guided_steps > 0
+        rows = 2 * batch if guided else batch
+        # conditional rows first; the unconditional half repeats their tokens
+        cache, tokens, labels = self.cache.first_rows(rows), self.tokens[:rows], self.labels[:rows]
+        labels[:batch] = cond
+        labels[batch:] = model.config.num_classes
+        for i, (start, stop) in enumerate(model.order.schedule):
+            if guided and i == self.guided_steps:  # from here on the unconditional half rests
+                guided, cache, tokens, labels = False, cache.first_rows(batch), tokens[:batch], labels[:batch]
+            scale = self.scales[i] if guided else None
+            logits = model.decode_step(tokens, labels, start, stop, cache, scale, self.trunk)  # (B, t, V)
+            drawn = sample(logits, uniforms[:, start:stop], self.options)  # (B, t)
+            tokens.view(-1, batch, tokens.shape[1])[:, :, start:stop] = drawn  # (2 or 1, B, t)
+            if on_step is not None:
+                on_step(tokens[:batch], stop)
+        return tokens[:batch, model.inverse]  # (B, T)
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        self.cond = torch.zeros_like(self.labels[: self.batch])  # (B,)
+        self.uniforms = torch.zeros_like(self.tokens[: self.batch], dtype=torch.float32)  # (B, T)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compile and warm up before capture
+            self._decode(self.cond, self.uniforms)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.codes = self._decode(self.cond, self.uniforms)  # (B, T)
+        self.graph = graph
+
+
+def generate(model: GPT, cond: torch.Tensor, uniforms: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
+    """One batch of raster codes (B, T) int64 for class ids ``cond`` (B,) and ``uniforms`` (B, T); see Generator."""
+    return Generator(model, options, len(cond))(cond, uniforms)

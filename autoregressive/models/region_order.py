@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 
@@ -115,6 +115,15 @@ class RegionOrder:
     def attends(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """The attention rule for slot indices: step[q] >= step[k] (paper, section 3.3); broadcasts, bool."""
         return self.steps[query] >= self.steps[key]
+
+    @cache  # noqa: B019 - a handful of orders, for as long as the process lives
+    def query_parts(self, size: int) -> tuple[tuple[int, int, int], ...]:
+        """Queries cut into [start, stop) of about ``size``, each with the number of keys, the first, that it sees."""
+        count = max(1, round(self.num_tokens / size))
+        edges = [i * self.num_tokens // count for i in range(count + 1)]
+        return tuple(
+            (a, b, int((self.steps <= self.steps[b - 1]).sum())) for a, b in zip(edges, edges[1:], strict=False)
+        )
 
     def mask(self) -> torch.Tensor:
         """(T, T) bool, True where a query slot (row) sees a key slot (column)."""

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from autoregressive.models.generate import SamplingOptions
+from autoregressive.models.generate import CFG_SCHEDULES, SamplingOptions
 from autoregressive.models.gpt import GPT, GPT_models, load_gpt
 from autoregressive.models.region_order import resolve_parallelism
 from tokenizer.vq_model import VQ_models, VQModel, load_vq
@@ -47,15 +47,28 @@ def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int, c
     group.add_argument(
         "--cfg-interval", type=int, default=-1, help="guide while at most this many tokens are decoded; -1: always"
     )
+    group.add_argument(
+        "--cfg-schedule",
+        choices=CFG_SCHEDULES,
+        default="constant",
+        help="constant, as published; linear and power-cosine grow from no guidance to --cfg-scale",
+    )
+    group.add_argument("--cfg-power", type=float, default=2.75, help="of power-cosine; larger: later")
     group.add_argument("--temperature", type=float, default=1.0, help="of the softmax; 0 is greedy")
     group.add_argument("--top-k", type=int, default=top_k, help="draw from the k likeliest tokens; 0 is all")
     group.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this total")
     group.add_argument("--precision", choices=["none", "fp16", "bf16"], default="bf16", help="of the GPT's weights")
     group.add_argument(
+        "--quantize",
+        choices=["none", "int8", "fp8"],
+        default="none",
+        help="round the GPT's weights (needs torchao); recorded beside the samples",
+    )
+    group.add_argument(
         "--compile",
         action=BooleanOptionalAction,
-        default=compiled,
-        help="torch.compile the GPT (never used on the CPU)",
+        help="torch.compile the GPT and, on CUDA, run the whole schedule as one CUDA graph (default: "
+        f"{'on CUDA, not on the CPU, where compiling takes minutes' if compiled else 'no'})",
     )
 
 
@@ -70,6 +83,8 @@ class Pipeline:
     image_size: int
     options: SamplingOptions
     device: torch.device
+    hashes: dict[str, str]  # SHA-256 of both files
+    classes: list[str] | None  # names, if the checkpoint has them
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Raster codes (B, T) -> images (B, 3, H, W), about [-1, 1], float32."""
@@ -78,29 +93,25 @@ class Pipeline:
 
     def fingerprint(self, args: Namespace) -> str:
         """Short hash of everything that the bytes of the samples depend on."""
-        names = (
-            "precision",
-            "image_size_eval",
-            "per_proc_batch_size",
-            "num_fid_samples",
-            "global_seed",
-            "cfg_interval",
-        )
-        files = [sha256_file(args.gpt_ckpt), sha256_file(args.vq_ckpt)]
-        text = json.dumps([files, [getattr(args, n) for n in names], asdict(self.options)])
+        names = ("precision", "quantize", "gpt_ema", "image_size_eval", "per_proc_batch_size", "num_fid_samples")
+        names += ("global_seed", "class_protocol")
+        values = [getattr(args, n) for n in names]
+        text = json.dumps([sorted(self.hashes.items()), values, asdict(self.options)])
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def facts(self) -> dict[str, object]:
         """What the checkpoints said, for the record beside the samples."""
-        return {"gpt_config": asdict(self.gpt.config), "vq_config": asdict(self.vq.config)}
+        configs = {"gpt_config": asdict(self.gpt.config), "vq_config": asdict(self.vq.config)}
+        return {"sha256": self.hashes, **configs}
 
 
-def load_pipeline(args: Namespace, device: torch.device) -> Pipeline:
+def load_pipeline(args: Namespace, device: torch.device, compiled: bool) -> Pipeline:
     """Load both checkpoints and check that they and the options fit each other; ``ValueError`` where not.
 
-    Options that were left out are set in ``args`` to what the checkpoints say.
+    Options that were left out are set in ``args`` to what the checkpoints say; ``compiled``: --compile's on CUDA.
     """
-    options = SamplingOptions(args.cfg_scale, args.cfg_interval, args.temperature, args.top_k, args.top_p)
+    guidance = (args.cfg_scale, args.cfg_interval, args.cfg_schedule, args.cfg_power)
+    options = SamplingOptions(*guidance, args.temperature, args.top_k, args.top_p)
     hint = "see pretrained_models/README.md for the released files"
     require_file(args.gpt_ckpt, "--gpt-ckpt", hint)
     require_file(args.vq_ckpt, "--vq-ckpt", hint)
@@ -135,12 +146,25 @@ def load_pipeline(args: Namespace, device: torch.device) -> Pipeline:
         )
     dtype = AUTOCAST_DTYPE[args.precision]
     gpt = gpt.to(device) if dtype is None else gpt.cast_weights(dtype).to(device)
-    if args.compile and device.type == "cuda":
-        gpt.trunk = torch.compile(gpt.trunk, dynamic=True)
+    if args.quantize != "none":
+        quantize(gpt, args.quantize)
+    if args.compile is None:
+        args.compile = compiled and device.type == "cuda"
     image_size = gpt.order.grid[0] * downsample
     resolved = dict(gpt_model=gpt_name, vq_model=vq_name, image_size=image_size, downsample_size=downsample)
     resolved |= dict(ar_token_num=gpt.order.n, spe_token_num=gpt.order.n - 1, num_classes=gpt.config.num_classes)
     resolved |= dict(codebook_size=vq.config.codebook_size, codebook_embed_dim=vq.config.codebook_embed_dim)
     vars(args).update(resolved)
     vq = vq.to(device, memory_format=torch.channels_last)
-    return Pipeline(gpt, vq, gpt_name, vq_name, image_size, options, device)
+    hashes = {"gpt_ckpt": sha256_file(args.gpt_ckpt), "vq_ckpt": sha256_file(args.vq_ckpt)}
+    classes = checkpoint.get("classes")
+    return Pipeline(gpt, vq, gpt_name, vq_name, image_size, options, device, hashes, classes)
+
+
+def quantize(gpt: GPT, what: str) -> None:
+    """Round the weights of every linear layer to ``int8`` (a scale a row) or ``fp8``, by torchao."""
+    try:
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ValueError(f"--quantize {what} needs the package torchao: pip install torchao") from error
+    quantize_(gpt, {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[what]())

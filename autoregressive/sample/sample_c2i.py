@@ -1,4 +1,4 @@
-"""GPT checkpoint -> one picture, a row of images per class."""
+"""GPT checkpoint -> one picture: a row of images per class, with its name; or how images come to be, step by step."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from timm.data import ImageNetInfo
 
-from autoregressive.models.generate import generate, image_randomness
-from autoregressive.sample.pipeline import add_model_options, add_sampling_options, load_pipeline
+from autoregressive.models.generate import Generator, image_randomness
+from autoregressive.sample.pipeline import Pipeline, add_model_options, add_sampling_options, load_pipeline
 from utils.distributed import init_distributed
 from utils.files import prepare_folder
-from utils.images import image_grid, save_png, to_uint8
+from utils.images import image_grid, labelled_rows, save_gif, save_png, to_uint8
 from utils.logger import progress
 from utils.options import add_retired, count, make_parser, positive_int, run, write_options
+
+GREY = 96  # where nothing is decoded yet
+PUBLISHED_CLASSES = ["207", "360", "387", "974", "88", "979", "417", "279"]
 
 
 def parse_args() -> Namespace:
@@ -25,19 +29,82 @@ def parse_args() -> Namespace:
     parser = make_parser(
         __doc__,
         "python3 autoregressive/sample/sample_c2i.py --vq-ckpt ./pretrained_models/vq_ds16_c2i.pt "
-        "--gpt-ckpt ./pretrained_models/PAR-3B-4x.pt --classes 207 360 387 974 --images-per-class 4",
+        '--gpt-ckpt ./pretrained_models/PAR-3B-4x.pt --classes "golden retriever, 360" --images-per-class 4 --trace',
     )
     add_model_options(parser)
     add_sampling_options(parser, cfg_scale=4.0, top_k=2000, compiled=False)
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--classes", type=int, nargs="+", default=[207, 360, 387, 974, 88, 979, 417, 279], help="class ids"
+        "--classes", nargs="+", default=PUBLISHED_CLASSES, help="class ids, and names with commas between them"
     )
     output.add_argument("--images-per-class", type=positive_int, default=4, help="images in a row")
     output.add_argument("--seed", type=count, default=0, help="of the tokens")
     output.add_argument("--output", default="samples/grid.png", help="picture to write")
+    output.add_argument("--trace", action="store_true", help="also a .gif and a strip of the images filling in")
+    output.add_argument("--trace-frames", type=positive_int, default=48, help="frames of --trace at most")
     add_retired(parser, {"--cls-token-num": (True, "there is one class token")})
     return parser.parse_args()
+
+
+def class_names(pipeline: Pipeline) -> list[str]:
+    """A name for every class of the checkpoint: ImageNet's in words, or the names of the folders it learned from."""
+    info, num_classes = ImageNetInfo(), pipeline.gpt.config.num_classes
+    wnids = info.label_names()
+    names = pipeline.classes
+    if names is None or len(names) != num_classes:
+        names = wnids if num_classes == len(wnids) else [str(i) for i in range(num_classes)]
+    known = set(wnids)
+    return [info.label_name_to_description(n) if n in known else n for n in names]
+
+
+def find_classes(words: list[str], names: list[str]) -> list[int]:
+    """Class ids of what ``--classes`` lists: ids, and names between commas; ``ValueError`` if there is no such class.
+
+    Where classes themselves are called by numbers, a number is an id.
+    """
+    found: list[int] = []
+    for item in filter(None, map(str.strip, " ".join(words).split(","))):
+        if all(part.isdigit() for part in item.split()):
+            found += map(int, item.split())
+        else:
+            found.append(find_name(item, names))
+    if bad := [i for i in found if i >= len(names)]:
+        raise ValueError(f"--classes {bad[0]}: the checkpoint has classes 0 to {len(names) - 1}")
+    return found
+
+
+def find_name(name: str, names: list[str]) -> int:
+    """The class of this name: one of its synonyms, or else a part of one class's name alone."""
+    synonyms = [[s.strip().lower() for s in n.split(",")] for n in names]
+    exact = [i for i, s in enumerate(synonyms) if name.lower() in s]
+    found = exact or [i for i, n in enumerate(names) if name.lower() in n.lower()]
+    if not found:
+        raise ValueError(f"--classes {name}: the checkpoint has no class of this name")
+    if len(found) > 1:
+        raise ValueError(f"--classes {name}: which of {', '.join(f'{i} ({names[i]})' for i in found[:5])}?")
+    return found[0]
+
+
+class Trace:
+    """Frames of one batch as it is decoded: images of the tokens so far, grey where there is none yet."""
+
+    def __init__(self, pipeline: Pipeline, frames: int):
+        self.pipeline, steps = pipeline, len(pipeline.gpt.order.schedule)
+        self.wanted = set(np.linspace(0, steps - 1, min(frames, steps)).round().astype(int).tolist())
+        self.step = 0
+        self.frames: list[np.ndarray] = []  # (B, S, S, 3) each
+
+    def __call__(self, tokens: torch.Tensor, decoded: int) -> None:
+        """After a step, with region-ordered tokens (B, T) of which the first ``decoded`` are there."""
+        if self.step in self.wanted:
+            order = self.pipeline.gpt.order
+            codes = tokens[:, order.inverse.to(tokens.device)]  # (B, T)
+            pixels = to_uint8(self.pipeline.decode(codes)).cpu().numpy()  # (B, S, S, 3)
+            there = (order.inverse < decoded).view(order.grid).numpy()  # (h, w)
+            side = pixels.shape[1] // order.grid[0]
+            there = there.repeat(side, 0).repeat(side, 1)[None, :, :, None]  # (1, S, S, 1)
+            self.frames.append(np.where(there, pixels, np.uint8(GREY)))
+        self.step += 1
 
 
 def main() -> None:
@@ -46,22 +113,41 @@ def main() -> None:
     output = Path(args.output)
     if output.suffix != ".png":
         raise ValueError(f"--output {output}: the picture's name must end in .png")
+    if args.trace and args.compile:
+        raise ValueError("--trace looks at every step, which --compile makes one of; leave --compile out")
     world = init_distributed()
-    pipeline = load_pipeline(args, world.device)
-    num_classes = pipeline.gpt.config.num_classes
-    if bad := [c for c in args.classes if not 0 <= c < num_classes]:
-        raise ValueError(f"--classes {bad[0]}: the checkpoint has classes 0 to {num_classes - 1}")
+    pipeline = load_pipeline(args, world.device, compiled=False)
+    names = class_names(pipeline)
+    args.classes = find_classes(args.classes, names)
     prepare_folder(output.parent, "--output")
-    rows = []
+    generator = Generator(pipeline.gpt, pipeline.options, args.images_per_class, args.compile)
+    num_classes, num_tokens = pipeline.gpt.config.num_classes, pipeline.gpt.order.num_tokens
+    rows, traces = [], []
     for row, label in enumerate(progress(world, "sampling", len(args.classes), unit="classes", items=args.classes)):
         indices = range(row * args.images_per_class, (row + 1) * args.images_per_class)
-        _, uniforms = image_randomness(args.seed, indices, num_classes, pipeline.gpt.order.num_tokens)
+        _, uniforms = image_randomness(args.seed, indices, num_classes, num_tokens)
         cond = torch.full((args.images_per_class,), label, device=world.device)  # (b,)
-        codes = generate(pipeline.gpt, cond, torch.from_numpy(uniforms).to(world.device), pipeline.options)  # (b, T)
+        trace = Trace(pipeline, args.trace_frames) if args.trace else None
+        codes = generator(cond, torch.from_numpy(uniforms).to(world.device), trace)  # (b, T)
         rows.append(to_uint8(pipeline.decode(codes)).cpu().numpy())  # (b, S, S, 3)
-    save_png(output, image_grid(np.concatenate(rows), columns=args.images_per_class))
-    write_options(output.with_suffix(".json"), args, **pipeline.facts())
-    print(f"{output}: one row per class, {' '.join(map(str, args.classes))} from the top")
+        if trace:
+            traces.append(trace.frames)
+    labels = [f"{label} {names[label].split(',')[0]}" for label in args.classes]
+    save_png(output, labelled_rows(np.stack(rows), labels))
+    write_options(output.with_suffix(".json"), args, class_names=labels, **pipeline.facts())
+    print(f"{output}: a row each of {', '.join(labels)}")
+    if args.trace:
+        write_trace(output, traces, args.images_per_class)
+
+
+def write_trace(output: Path, traces: list[list[np.ndarray]], columns: int) -> None:
+    """An animation of all rows of images, and a strip of eight moments of the first image."""
+    frames = [image_grid(np.concatenate(rows), columns) for rows in zip(*traces, strict=True)]
+    save_gif(output.with_suffix(".gif"), frames)
+    moments = np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int)
+    strip = np.stack([traces[0][i][0] for i in moments])  # (8, S, S, 3)
+    save_png(output.with_name(f"{output.stem}-strip.png"), image_grid(strip, columns=len(strip)))
+    print(f"{output.with_suffix('.gif')}: {len(frames)} frames")
 
 
 if __name__ == "__main__":

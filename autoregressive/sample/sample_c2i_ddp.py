@@ -1,17 +1,20 @@
 """GPT checkpoint -> 50,000 class-conditional images in one .npz, by any number of processes.
 
-Image i is a function of (seed, i) and the options. Images are made in fixed chunks of the batch size, each kept
-whole as soon as it is there, so any number of processes, interrupted or not, ends in the same bytes.
+Image i is a function of (seed, i) and the options. Images are made in fixed chunks of the batch size, each written to
+its place in the .npz, so any number of processes, on one machine or many over a shared disk, interrupted or not, ends
+in the same bytes.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
+import time
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -19,14 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from autoregressive.models.generate import generate, image_randomness
+from autoregressive.models.generate import Generator, image_randomness
 from autoregressive.sample.pipeline import Pipeline, add_model_options, add_sampling_options, load_pipeline
 from utils.distributed import World, init_distributed
-from utils.files import prepare_folder, remove_temporary
+from utils.files import prepare_folder
 from utils.images import save_png, to_uint8
 from utils.logger import create_logger, progress
 from utils.options import add_retired, count, make_parser, positive_int, run, write_options
-from utils.samples import pack_chunks, write_chunk
+from utils.samples import SampleFile
 
 
 def parse_args() -> Namespace:
@@ -44,6 +47,12 @@ def parse_args() -> Namespace:
     output.add_argument("--num-fid-samples", type=positive_int, default=50000, help="images")
     output.add_argument("--image-size-eval", type=positive_int, default=256, help="side of the written images, pixels")
     output.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images made at once")
+    output.add_argument(
+        "--class-protocol",
+        choices=["random", "balanced"],
+        default="random",
+        help="random: each image's class is drawn, as published; balanced: all classes equally often",
+    )
     output.add_argument("--global-seed", type=count, default=0, help="of classes and tokens")
     output.add_argument("--png", action="store_true", help="write each image as a .png as well")
     add_retired(parser, {"--cls-token-num": (True, "there is one class token")})
@@ -52,7 +61,7 @@ def parse_args() -> Namespace:
 
 def sample_name(args: Namespace, pipeline: Pipeline) -> str:
     """The published name of a set of samples: what evaluation tables are keyed by."""
-    checkpoint = Path(args.gpt_ckpt).name.removesuffix(".pth").removesuffix(".pt")
+    checkpoint = Path(args.gpt_ckpt).name.removesuffix(".pth").removesuffix(".pt").removesuffix(".safetensors")
     return (
         f"{pipeline.gpt_name}-{checkpoint}-size-{pipeline.image_size}-size-{args.image_size_eval}-"
         f"{pipeline.vq_name}-topk-{args.top_k}-topp-{args.top_p}-temperature-{args.temperature}-"
@@ -60,57 +69,52 @@ def sample_name(args: Namespace, pipeline: Pipeline) -> str:
     )
 
 
-def generate_chunks(
-    args: Namespace, pipeline: Pipeline, chunks: list[int]
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """For each chunk number: its images uint8 (b, S, S, 3) and labels int64 (b,)."""
-    order, device = pipeline.gpt.order, pipeline.device
-    for chunk in chunks:
-        first = chunk * args.per_proc_batch_size
-        indices = range(first, min(first + args.per_proc_batch_size, args.num_fid_samples))
-        num_classes = pipeline.gpt.config.num_classes
-        labels, uniforms = image_randomness(args.global_seed, indices, num_classes, order.num_tokens)
-        cond = torch.from_numpy(labels).to(device)  # (b,)
-        codes = generate(pipeline.gpt, cond, torch.from_numpy(uniforms).to(device), pipeline.options)  # (b, T)
-        images = pipeline.decode(codes)  # (b, 3, H, W)
-        yield chunk, to_uint8(images, args.image_size_eval).cpu().numpy(), labels
+def class_ids(args: Namespace, indices: range, num_classes: int) -> np.ndarray:
+    """Class ids (b,) int64 of images ``indices``: drawn from (seed, index), or each class equally often, in turn."""
+    if args.class_protocol == "balanced":
+        return np.array(indices, dtype=np.int64) % num_classes
+    return image_randomness(args.global_seed, indices, num_classes, 1)[0]
 
 
 def main() -> None:
-    """Make every chunk that is missing, then pack them."""
+    """Make every chunk that is missing, then give the file its name."""
     args = parse_args()
     world = init_distributed()
     logger = create_logger(world)
-    pipeline = load_pipeline(args, world.device)
+    pipeline = load_pipeline(args, world.device, compiled=True)
     name = sample_name(args, pipeline)
     npz = prepare_folder(args.sample_dir, "--sample-dir") / f"{name}.npz"
     # chunks of another batch size, number or checkpoint of the same name must not mix with these
     fingerprint = pipeline.fingerprint(args)
-    folder = npz.with_name(f"{name}.{fingerprint}.chunks")
-    num_chunks = -(-args.num_fid_samples // args.per_proc_batch_size)
-    paths = [folder / f"{c:06d}.npz" for c in range(num_chunks)]
+    size, order = args.image_size_eval, pipeline.gpt.order
+    file = SampleFile(npz, fingerprint, (args.num_fid_samples, size, size, 3), args.per_proc_batch_size)
     if npz.exists():
         check_finished(npz, fingerprint)
+        file.clean()
         logger.info(f"{npz} is there already, made with these options")
     else:
-        missing = [c for c, path in enumerate(paths) if not path.exists()]
+        if world.is_main:
+            file.create()
+        world.barrier()
+        missing = file.missing()
         world.barrier()  # every rank has listed before any rank writes
         logger.info(
-            f"{pipeline.gpt_name}, n = {pipeline.gpt.order.n}, {len(pipeline.gpt.order.schedule)} forward calls a "
-            f"batch; {len(missing)} of {num_chunks} batches of {args.per_proc_batch_size} to make on {world.size} x "
-            f"{world.device}"
+            f"{pipeline.gpt_name}, n = {order.n}, {len(order.schedule)} forward calls a batch; {len(missing)} of "
+            f"{file.num_chunks} batches of {args.per_proc_batch_size} to make on {world.size} x {world.device}"
         )
-        make_chunks(args, world, pipeline, paths, missing[world.rank :: world.size])
+        started = time.perf_counter()
+        make_chunks(args, world, pipeline, file, missing[world.rank :: world.size])
         world.barrier()
-    if world.is_main:
-        if not npz.exists():
-            write_options(npz.with_suffix(".json"), args, fingerprint=fingerprint, **pipeline.facts())
-            pack_chunks(npz, paths, progress(world, "packing", num_chunks, unit="batches"))
-            logger.info(f"{args.num_fid_samples:,} images in {npz}")
-        if args.png:
-            write_pngs(npz, world)
-        if folder.exists():
-            shutil.rmtree(folder)  # with what killed processes may have left in it
+        seconds = time.perf_counter() - started
+        if world.is_main:
+            made = sum(len(file.images_of(c)) for c in missing)
+            speed = {"images": made, "seconds": seconds, "images_per_second": made / seconds}
+            write_options(npz.with_suffix(".json"), args, fingerprint=fingerprint, speed=speed, **pipeline.facts())
+            labels = class_ids(args, range(args.num_fid_samples), pipeline.gpt.config.num_classes)
+            file.finish(labels, progress(world, "checksum", args.num_fid_samples, unit="images"))
+            logger.info(f"{args.num_fid_samples:,} images in {npz}; {made:,} made now, {made / seconds:.3g} images/s")
+    if world.is_main and args.png:
+        write_pngs(npz, world)
 
 
 def check_finished(npz: Path, fingerprint: str) -> None:
@@ -124,14 +128,36 @@ def check_finished(npz: Path, fingerprint: str) -> None:
         )
 
 
-def make_chunks(args: Namespace, world: World, pipeline: Pipeline, paths: list[Path], chunks: list[int]) -> None:
-    """Generate and write ``chunks``; the last of all may be shorter than the batch size."""
-    size, total = args.per_proc_batch_size, args.num_fid_samples
-    with progress(world, "sampling", sum(min(size, total - c * size) for c in chunks), unit="images") as bar:
-        for chunk, images, labels in generate_chunks(args, pipeline, chunks):
-            remove_temporary(paths[chunk])
-            write_chunk(paths[chunk], images, labels)
-            bar.update(len(images))
+def make_chunks(args: Namespace, world: World, pipeline: Pipeline, file: SampleFile, chunks: list[int]) -> None:
+    """Generate and write ``chunks``; on CUDA the images of one are decoded and written while the next is generated."""
+    generator = Generator(pipeline.gpt, pipeline.options, args.per_proc_batch_size, args.compile)
+    num_classes, num_tokens = pipeline.gpt.config.num_classes, pipeline.gpt.order.num_tokens
+    device = world.device
+    stream = torch.cuda.Stream() if device.type == "cuda" else None
+
+    def write(chunk: int, codes: torch.Tensor, generated: torch.cuda.Event | None) -> int:
+        with torch.cuda.stream(stream) if stream else nullcontext():
+            if stream:
+                stream.wait_event(generated)
+            images = to_uint8(pipeline.decode(codes), args.image_size_eval).cpu().numpy()  # (b, S, S, 3)
+        file.write(chunk, images)
+        return len(images)
+
+    total = sum(len(file.images_of(c)) for c in chunks)
+    with ThreadPoolExecutor(1) as thread, progress(world, "sampling", total, unit="images") as bar:
+        under_way: deque[Future] = deque()
+        for chunk in chunks:
+            indices = file.images_of(chunk)
+            _, uniforms = image_randomness(args.global_seed, indices, num_classes, num_tokens)
+            cond = torch.from_numpy(class_ids(args, indices, num_classes)).to(device)  # (b,)
+            codes = generator(cond, torch.from_numpy(uniforms).to(device))  # (b, T)
+            generated = torch.cuda.current_stream().record_event() if stream else None
+            under_way.append(thread.submit(write, chunk, codes, generated))
+            # cores of a CPU are busy already: two things at once would only be in each other's way
+            while len(under_way) > (1 if stream else 0):
+                bar.update(under_way.popleft().result())
+        for written in under_way:
+            bar.update(written.result())
 
 
 def write_pngs(npz: Path, world: World) -> None:

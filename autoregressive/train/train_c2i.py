@@ -367,7 +367,7 @@ def build(args: Namespace, world: World) -> Run:
     same = {k: getattr(args, k) for k in fixed} | {k: codes.meta.get(k) for k in CODES_FACTS}
     same |= {"config": asdict(model.config), "images": len(codes), "crops": codes.num_crops}
     facts = dict(gpt_model=args.gpt_model, config=asdict(model.config), run=json.loads(json.dumps(same)))
-    facts["tokenizer_sha256"] = codes.meta.get("tokenizer_sha256")
+    facts |= {k: codes.meta.get(k) for k in ("tokenizer_sha256", "classes")}
     name = f"{args.gpt_model}-{args.ar_token_num}x-{args.image_size}"
     places = (args.results_dir, args.cloud_save_path, args.no_local_save, args.keep_last, args.keep_every)
     folder = RunFolder.of(world, name, *places)

@@ -1,0 +1,205 @@
+"""Sampling against the published decoding: seconds a batch, images/s, what bounds them, in one run.
+
+Published: the same model decoded with a mask over the padded length, all positions of the cache read at every step,
+every step's probabilities kept, softmax and multinomial over the whole vocabulary, guidance on logits. Ours: Generator.
+Random weights, guidance on, no image decoding. Each figure is from a process of its own, all under the allocator
+settings of scripts/launch.sh. Bytes are those that must be read (weights, once a call, and the keys and values there
+are), FLOPs those of the products; the ceilings beside them are a long sum and a matrix product, measured in the same
+process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import SUPPRESS, Namespace
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import nn
+
+from autoregressive.models.generate import Generator, SamplingOptions
+from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from utils.distributed import AUTOCAST_DTYPE, init_distributed
+from utils.files import write_json
+from utils.options import make_parser, positive_int, run
+from utils.performance import peak_flops, peak_memory
+
+CFG_SCALE = 1.5
+
+
+class PublishedRMSNorm(nn.Module):
+    """x / rms(x) * weight in separate operations, normalised in float32."""
+
+    def __init__(self, weight: nn.Parameter, eps: float):
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)  # (B, T, D)
+        return y.type_as(x) * self.weight  # (B, T, D)
+
+
+class PublishedCache:
+    """Keys and values over the whole padded length, whatever is filled of it."""
+
+    def __init__(self, config: GPTConfig, batch: int, slots: int, dtype: torch.dtype, device: torch.device):
+        shape = (config.n_layer, 2, batch, config.kv_heads, slots, config.head_dim)
+        self.store = torch.zeros(shape, dtype=dtype, device=device)  # (L, 2, B, Hkv, T, hd)
+
+    def update(self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.store[layer]  # (B, Hkv, T, hd)
+        keys[:, :, start : start + k.shape[2]] = k
+        values[:, :, start : start + k.shape[2]] = v
+        return keys, values  # (B, Hkv, T, hd)
+
+
+@torch.inference_mode()
+def published_generate(model: GPT, cond: torch.Tensor) -> torch.Tensor:
+    """Codes (B, T) in region order by the published procedure."""
+    batch, slots = len(cond), model.order.num_tokens
+    padded = -(-slots // 8) * 8
+    labels = torch.cat([cond, torch.full_like(cond, model.config.num_classes)])  # (2B,)
+    mask = torch.zeros(2 * batch, padded, padded, dtype=torch.bool, device=cond.device)  # (2B, Tp, Tp)
+    mask[:, :slots, :slots] = model.mask
+    cache = PublishedCache(model.config, 2 * batch, padded, model.output.weight.dtype, cond.device)
+    tokens, probabilities = cond.new_zeros(2 * batch, slots), []  # (2B, T)
+    for start, stop in model.order.schedule:
+        x = model.embed_slots(tokens, labels, start, stop)  # (2B, t, D)
+        logits = model.output(model.trunk(x, start, mask[:, None, start:stop], cache))  # (2B, t, V)
+        conditional, unconditional = logits.chunk(2)  # (B, t, V)
+        logits = unconditional + (conditional - unconditional) * CFG_SCALE  # (B, t, V)
+        probabilities.append(logits.float().softmax(-1))  # (B, t, V)
+        drawn = torch.multinomial(probabilities[-1].flatten(0, 1), 1).view(batch, -1)  # (B, t)
+        tokens[:, start:stop] = drawn.repeat(2, 1)  # (2B, t)
+    return tokens[:batch]  # (B, T)
+
+
+def make_published(model: GPT) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model with the published norm, decoded the published way."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.RMSNorm):
+                setattr(module, name, PublishedRMSNorm(child.weight, child.eps))
+    return lambda cond: published_generate(model, cond)
+
+
+def make_ours(model: GPT, batch: int, compiled: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """generate() as the samplers call it."""
+    generator = Generator(model, SamplingOptions(cfg_scale=CFG_SCALE), batch, compiled)
+    uniforms = torch.rand(batch, model.order.num_tokens, device=model.mask.device)
+    return lambda cond: generator(cond, uniforms)
+
+
+def work_of(model: GPT, batch: int) -> tuple[float, float]:
+    """Bytes that must be read and FLOPs of products, for one guided batch."""
+    config, order = model.config, model.order
+    size, rows = model.output.weight.element_size(), 2 * batch
+    block = config.dim * (config.n_head + 2 * config.kv_heads) * config.head_dim
+    block += config.dim**2 + 3 * config.dim * config.ffn_dim
+    weights, head = config.n_layer * block, config.dim * config.vocab_size
+    bytes_read, flops = 0, 0
+    for start, stop in order.schedule:
+        cached = config.n_layer * 2 * rows * config.kv_heads * stop * config.head_dim
+        bytes_read += size * (weights + head + cached)
+        attention = 4 * config.n_layer * rows * (stop - start) * stop * config.dim
+        flops += 2 * (stop - start) * (rows * weights + batch * head) + attention
+    return bytes_read, flops
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes a second of a sum over 512 MiB."""
+    x = torch.zeros(1 << 27, device=device)
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        x.sum().item()
+        seconds.append(time.perf_counter() - started)
+    return x.nbytes / min(seconds)
+
+
+def measure(args: Namespace, work: Path) -> None:
+    """Time one way, the best of ``args.repeats`` batches after one to warm up; figures go to a JSON in ``work``."""
+    device, precision = init_distributed().device, args.precision[0]
+    n, batch = args.ar_token_num[0], args.batch[0]
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**GPT_models[args.gpt_model], ar_token_num=n))
+    model.init_weights()
+    nn.init.normal_(model.output.weight, std=0.02)
+    model = model.cast_weights(AUTOCAST_DTYPE[precision] or torch.float32).to(device).eval()
+    sample = make_published(model) if args.way == "published" else make_ours(model, batch, "compiled" in args.way)
+    cond = torch.arange(batch, device=device)
+    seconds = []
+    for i in range(args.repeats + 1):
+        started = time.perf_counter()
+        sample(cond).cpu()
+        seconds.append(time.perf_counter() - started)
+        if i == 0:
+            first = seconds.pop()
+    best = min(seconds)
+    bytes_read, flops = work_of(model, batch)
+    figures = {"seconds": best, "first batch": first, "images/s": batch / best, "calls": len(model.order.schedule)}
+    figures |= {
+        "GB/s": bytes_read / best / 1e9,
+        "TFLOP/s": flops / best / 1e12,
+        "peak GiB": peak_memory(device) / 2**30,
+    }
+    figures |= {
+        "ceiling GB/s": read_bandwidth(device) / 1e9,
+        "ceiling TFLOP/s": peak_flops(device, precision)[0] / 1e12,
+    }
+    write_json(work / "figures.json", figures)
+
+
+def main() -> None:
+    """Measure each way in a process of its own, print, write JSON."""
+    parser = make_parser(
+        __doc__, "python3 scripts/benchmarks/sampling.py --ar-token-num 4 16 --batch 1 8 --output s.json"
+    )
+    parser.add_argument("--gpt-model", choices=list(GPT_models), default="GPT-B", help="size")
+    parser.add_argument("--ar-token-num", type=positive_int, nargs="+", default=[4, 16, 1], help="tokens at once, n")
+    parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 8], help="images at once")
+    parser.add_argument("--precision", choices=["none", "bf16"], nargs="+", default=["none", "bf16"], help="of weights")
+    parser.add_argument("--repeats", type=positive_int, default=2, help="batches timed, of which the fastest counts")
+    parser.add_argument("--compile", action="store_true", help="measure the compiled decoder too (minutes to compile)")
+    parser.add_argument("--output", default="sampling.json", help="JSON to write")
+    parser.add_argument("--way", help=SUPPRESS)  # one way, for the processes that this starts
+    parser.add_argument("--work", help=SUPPRESS)
+    args = parser.parse_args()
+    if args.way:
+        measure(args, Path(args.work))
+        return
+    environment = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    ways = ["published", "ours"] + ["ours, compiled"] * args.compile
+    results = []
+    for n, batch, precision in product(args.ar_token_num, args.batch, args.precision):
+        for way in ways:
+            with tempfile.TemporaryDirectory(prefix="par-sampling-") as work:
+                words = [sys.executable, __file__, "--way", way, "--work", work, "--precision", precision]
+                words += ["--gpt-model", args.gpt_model, "--ar-token-num", n, "--batch", batch]
+                words += ["--repeats", args.repeats]
+                subprocess.run([str(w) for w in words], env=environment, check=True)
+                f = json.loads((Path(work) / "figures.json").read_text())
+            results.append({"n": n, "batch": batch, "precision": precision, "way": way, **f})
+            if way == "published":
+                published = f["seconds"]
+            print(
+                f"n {n:2}  batch {batch:2}  {precision:5} {way:15} {f['seconds']:7.2f} s {f['images/s']:7.3f} images/s "
+                f"{published / f['seconds']:5.2f}x  {f['calls']} calls  "
+                f"{f['GB/s']:6.1f} of {f['ceiling GB/s']:.0f} GB/s  "
+                f"{f['TFLOP/s']:.3f} of {f['ceiling TFLOP/s']:.2f} TFLOP/s  {f['peak GiB']:.2f} GiB",
+                flush=True,
+            )
+    write_json(args.output, {"options": vars(args), "results": results, "threads": torch.get_num_threads()})
+
+
+if __name__ == "__main__":
+    run(main)
