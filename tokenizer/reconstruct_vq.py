@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
+import uuid
 from argparse import Namespace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from utils.files import prepare_folder
 from utils.images import image_grid, save_png, to_uint8
 from utils.logger import progress
 from utils.options import add_retired, count, make_parser, positive_int, run, write_options
-from utils.samples import pack_chunks, write_chunk
+from utils.samples import SampleFile
 
 
 def parse_args() -> Namespace:
@@ -75,19 +75,21 @@ def main() -> None:
     workers = min(args.num_workers, os.cpu_count() or 1)
     loader = DataLoader(files, args.per_proc_batch_size, sampler=keys, num_workers=workers)
     output = Path(args.sample_dir) / f"{name}-{Path(args.vq_ckpt).stem}-size-{args.image_size}"
-    paths, pairs, decibels = [], [], []
-    for pixels, labels, _ in progress(world, "reconstructing", len(loader), unit="batches", items=loader):
+    shape = (len(samples), args.image_size_eval, args.image_size_eval, 3)
+    file = SampleFile(Path(f"{output}.npz"), uuid.uuid4().hex[:8], shape, args.per_proc_batch_size)
+    file.create()
+    all_labels, pairs, decibels = [], [], []
+    batches = progress(world, "reconstructing", len(loader), unit="batches", items=loader)
+    for batch, (pixels, labels, _) in enumerate(batches):
         images = to_model_range(pixels, world.device)  # (B, 3, S, S)
         made = to_uint8(vq.decode_code(vq.encode(images)), args.image_size_eval).cpu().numpy()  # (B, E, E, 3)
         real = to_uint8(images, args.image_size_eval).cpu().numpy()  # (B, E, E, 3)
         decibels.append(psnr(real, made))
-        paths.append(Path(f"{output}.chunks") / f"{len(paths):06d}.npz")
-        write_chunk(paths[-1], made, labels.numpy())
-        step = max(1, len(loader) // 20)
-        if (len(paths) - 1) % step == 0:
+        all_labels.append(labels.numpy())
+        file.write(batch, made)
+        if batch % max(1, len(loader) // 20) == 0:
             pairs += [real[0], made[0]]
-    pack_chunks(f"{output}.npz", paths, progress(world, "packing", len(paths), unit="batches"))
-    shutil.rmtree(f"{output}.chunks")
+    file.finish(np.concatenate(all_labels), progress(world, "checksum", len(samples), unit="images"))
     save_png(f"{output}.png", image_grid(np.stack(pairs), columns=10))
     mean = float(np.concatenate(decibels).mean())
     write_options(f"{output}.json", args, psnr=mean, images=len(samples))
