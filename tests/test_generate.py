@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from autoregressive.models.cpu_linear import FewRowsLinear, pack_linears
 from autoregressive.models.generate import (
     Generator,
     SamplingOptions,
@@ -31,6 +32,32 @@ def test_greedy_tokens_are_golden(golden, n, scale):
     codes = generate(model, cond, uniforms, SamplingOptions(cfg_scale=scale, **GREEDY))
     assert np.array_equal(codes.numpy(), file[f"greedy_raster_cfg{scale}"])
     assert np.array_equal(codes[:, model.order.permutation].numpy(), file[f"greedy_region_cfg{scale}"])
+
+
+@pytest.mark.parametrize("n", [4, 9, 16])
+def test_greedy_tokens_with_packed_weights_are_golden(golden, n):
+    """The layout of the weights that the samplers use on the CPU, in float32."""
+    file = golden(f"gpt_tiny_n{n}.npz")
+    model, cond = tiny_gpt(file), torch.from_numpy(file["cond"][:-1])
+    pack_linears(model, 2 * len(cond) * n)
+    assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
+    uniforms = torch.zeros(len(cond), model.order.num_tokens)
+    codes = generate(model, cond, uniforms, SamplingOptions(cfg_scale=1.75, **GREEDY))
+    assert np.array_equal(codes.numpy(), file["greedy_raster_cfg1.75"])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (2, 5, 24), (70, 24)])
+def test_packed_products_are_those_of_the_linear_layer(monkeypatch, dtype, tolerance, shape):
+    """Any shape of input, other numbers of rows than packed for, and without oneDNN's operator."""
+    weight, x = torch.randn(40, 24).to(dtype), torch.randn(shape).to(dtype)
+    expected = (x.double() @ weight.double().T).float()
+    for operator in (True, False):
+        if not operator:
+            monkeypatch.setattr("autoregressive.models.cpu_linear._pack", lambda *_: None)
+        y = FewRowsLinear(weight, rows=8)(x if len(shape) > 1 else x[None])
+        assert y.dtype == dtype and y.shape[-1] == 40
+        torch.testing.assert_close(y.float().view(expected.shape), expected, atol=tolerance * 8, rtol=tolerance)
 
 
 def greedy_without_cache(model: GPT, cond: torch.Tensor, scale) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
-from autoregressive.sample import sample_c2i_ddp
+from autoregressive.sample import sample_c2i, sample_c2i_ddp
 from autoregressive.train import extract_codes_c2i, train_c2i
 from tests.conftest import (
     EXTRACT,
@@ -461,3 +461,34 @@ def test_samples_of_another_tokenizer_are_refused(work, trained, tmp_path):
     torch.save({"model": other.state_dict(), "vq_model": "VQ-4", "config": asdict(other.config)}, tmp_path / "vq.pt")
     done = run_command(*SAMPLE, "--vq-ckpt", tmp_path / "vq.pt", "--gpt-ckpt", trained, check=False)
     assert done.returncode == 2 and "is not the tokenizer whose codes" in done.stderr
+
+
+NAMES = ["tench, Tinca tinca", "golden retriever", "hen", "flat-coated retriever", "hen-of-the-woods, hen of the woods"]
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["0", "3"], [0, 3]),
+        (["0, 3 2", "1"], [0, 3, 2, 1]),
+        (["golden", "retriever,", "0"], [1, 0]),
+        (["Tinca Tinca, hen"], [0, 2]),  # a whole name goes before parts of others
+        (["golden"], [1]),
+    ],
+)
+def test_classes_are_found_by_id_and_name(words, expected):
+    assert sample_c2i.find_classes(words, NAMES) == expected
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["5"], "--classes 5: the checkpoint has classes 0 to 4"),
+        (["retriever"], r"which of 1 \(golden retriever\), 3 \(flat-coated retriever\)\?"),
+        (["unicorn"], "--classes unicorn: the checkpoint has no class of this name"),
+        (["-1"], "--classes -1: the checkpoint has no class"),
+    ],
+)
+def test_classes_that_are_not_there(words, message):
+    with pytest.raises(ValueError, match=message):
+        sample_c2i.find_classes(words, NAMES)

@@ -120,7 +120,7 @@ class Generator:
         self.scales = [options.scale(start, order.num_tokens) for start, _ in order.schedule]
         self.guided_steps = max((i + 1 for i, s in enumerate(self.scales) if s != 1.0), default=0)
         rows = 2 * batch if self.guided_steps else batch
-        self.cache = KVCache(model.config, rows, order.num_tokens, device, model.output.weight.dtype)
+        self.cache = KVCache(model.config, rows, order.num_tokens, device, model.tok_embeddings.weight.dtype)
         self.tokens = torch.zeros(rows, order.num_tokens, dtype=torch.int64, device=device)  # (R, T)
         self.labels = torch.full((rows,), model.config.num_classes, device=device)  # (R,), null from ``batch`` on
         self.trunk = torch.compile(model.trunk, dynamic=True) if compiled else model.trunk

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from autoregressive.models.cpu_linear import pack_linears
 from autoregressive.models.generate import CFG_SCHEDULES, SamplingOptions
 from autoregressive.models.gpt import GPT, GPT_models, load_gpt
 from autoregressive.models.region_order import resolve_parallelism
@@ -105,10 +106,11 @@ class Pipeline:
         return {"sha256": self.hashes, **configs}
 
 
-def load_pipeline(args: Namespace, device: torch.device, compiled: bool) -> Pipeline:
+def load_pipeline(args: Namespace, device: torch.device, compiled: bool, batch: int) -> Pipeline:
     """Load both checkpoints and check that they and the options fit each other; ``ValueError`` where not.
 
-    Options that were left out are set in ``args`` to what the checkpoints say; ``compiled``: --compile's on CUDA.
+    Options that were left out are set in ``args`` to what the checkpoints say. ``compiled``: --compile's default on
+    CUDA; ``batch``: images at a time.
     """
     guidance = (args.cfg_scale, args.cfg_interval, args.cfg_schedule, args.cfg_power)
     options = SamplingOptions(*guidance, args.temperature, args.top_k, args.top_p)
@@ -148,6 +150,8 @@ def load_pipeline(args: Namespace, device: torch.device, compiled: bool) -> Pipe
     gpt = gpt.to(device) if dtype is None else gpt.cast_weights(dtype).to(device)
     if args.quantize != "none":
         quantize(gpt, args.quantize)
+    elif device.type == "cpu":
+        pack_linears(gpt, batch * (1 if options.cfg_scale == 1.0 else 2) * gpt.order.n)
     if args.compile is None:
         args.compile = compiled and device.type == "cuda"
     image_size = gpt.order.grid[0] * downsample

@@ -116,7 +116,7 @@ def main() -> None:
     if args.trace and args.compile:
         raise ValueError("--trace looks at every step, which --compile makes one of; leave --compile out")
     world = init_distributed()
-    pipeline = load_pipeline(args, world.device, compiled=False)
+    pipeline = load_pipeline(args, world.device, compiled=False, batch=args.images_per_class)
     names = class_names(pipeline)
     args.classes = find_classes(args.classes, names)
     prepare_folder(output.parent, "--output")

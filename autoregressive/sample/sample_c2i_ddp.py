@@ -81,7 +81,7 @@ def main() -> None:
     args = parse_args()
     world = init_distributed()
     logger = create_logger(world)
-    pipeline = load_pipeline(args, world.device, compiled=True)
+    pipeline = load_pipeline(args, world.device, compiled=True, batch=args.per_proc_batch_size)
     name = sample_name(args, pipeline)
     npz = prepare_folder(args.sample_dir, "--sample-dir") / f"{name}.npz"
     # chunks of another batch size, number or checkpoint of the same name must not mix with these

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoregressive.models import gpt
+from autoregressive.models.cpu_linear import pack_linears
 from autoregressive.models.generate import Generator, SamplingOptions
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from utils.distributed import AUTOCAST_DTYPE, init_distributed
@@ -102,6 +103,8 @@ def make_published(model: GPT) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def make_ours(model: GPT, batch: int, compiled: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     """generate() as the samplers call it."""
+    if model.mask.device.type == "cpu":
+        pack_linears(model, 2 * batch * model.order.n)
     generator = Generator(model, SamplingOptions(cfg_scale=CFG_SCALE), batch, compiled)
     uniforms = torch.rand(batch, model.order.num_tokens, device=model.mask.device)
     return lambda cond: generator(cond, uniforms)
@@ -110,7 +113,7 @@ def make_ours(model: GPT, batch: int, compiled: bool) -> Callable[[torch.Tensor]
 def work_of(model: GPT, batch: int) -> tuple[float, float]:
     """Bytes that must be read and FLOPs of products, for one guided batch."""
     config, order = model.config, model.order
-    size, rows = model.output.weight.element_size(), 2 * batch
+    size, rows = model.tok_embeddings.weight.element_size(), 2 * batch
     block = config.dim * (config.n_head + 2 * config.kv_heads) * config.head_dim
     block += config.dim**2 + 3 * config.dim * config.ffn_dim
     weights, head = config.n_layer * block, config.dim * config.vocab_size
