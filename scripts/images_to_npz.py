@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
+import uuid
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -13,13 +13,14 @@ import numpy as np
 from dataset.augmentation import center_crop
 from dataset.imagenet import list_images, open_image
 from utils.distributed import init_distributed
+from utils.files import prepare_folder
 from utils.logger import progress
 from utils.options import make_parser, positive_int, run
-from utils.samples import pack_chunks, write_chunk
+from utils.samples import SampleFile
 
 
 def main() -> None:
-    """Crop in chunks of 1,024 images and pack them."""
+    """Crop image by image, write chunk by chunk."""
     parser = make_parser(__doc__, "python3 scripts/images_to_npz.py --data-path IMAGENET/val --output val256.npz")
     parser.add_argument("--data-path", required=True, help="folder with one sub-folder of images per class")
     parser.add_argument("--image-size", type=positive_int, default=256, help="side of the crops, pixels")
@@ -27,17 +28,17 @@ def main() -> None:
     args = parser.parse_args()
     output, world = Path(args.output), init_distributed()
     samples = list_images(args.data_path).samples
-    bar = progress(world, "cropping", len(samples), unit="images")
-    chunks = []
-    for first in range(0, len(samples), 1024):
-        part = samples[first : first + 1024]
-        pixels = np.stack([center_crop(open_image(path), args.image_size) for path, _ in part])
-        chunks.append(output.with_name(f"{output.stem}.chunks") / f"{first:07d}.npz")
-        write_chunk(chunks[-1], pixels, np.array([label for _, label in part], np.int64))
-        bar.update(len(part))
-    bar.close()
-    pack_chunks(output, chunks, progress(world, "packing", len(chunks), unit="chunks"))
-    shutil.rmtree(chunks[0].parent)
+    prepare_folder(output.parent, "--output")
+    shape = (len(samples), args.image_size, args.image_size, 3)
+    file = SampleFile(output, uuid.uuid4().hex[:8], shape, chunk=256)
+    file.create()
+    with progress(world, "cropping", len(samples), unit="images") as bar:
+        for chunk in range(file.num_chunks):
+            part = [samples[i][0] for i in file.images_of(chunk)]
+            file.write(chunk, np.stack([center_crop(open_image(path), args.image_size) for path in part]))
+            bar.update(len(part))
+    labels = np.array([label for _, label in samples], np.int64)
+    file.finish(labels, progress(world, "checksum", len(samples), unit="images"))
 
 
 if __name__ == "__main__":

@@ -319,6 +319,13 @@ def test_dry_run_forecasts_and_writes_nothing(work, monkeypatch, capfd, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_too_few_held_out_images_are_refused(work, tmp_path):
+    options = ("--val-code-path", work / "codes", "--val-images", 1)
+    done = train(work, tmp_path / "out", *options, nproc=2, check=False)
+    assert done.returncode != 0 and "--val-images 1: take at least one for each of the 2 processes" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_pictures_and_validation_while_training(work, monkeypatch, capfd, tmp_path):
     """The same with weights sharded, which every rank must gather to generate; they change nothing of the training."""
     base = ("--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS, "--mixed-precision", "none")

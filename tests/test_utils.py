@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import logging
 import os
 import pickle
+import re
 import shutil
 import time
 import zipfile
@@ -335,6 +337,45 @@ def test_old_checkpoints_are_removed(tmp_path):
         assert sorted(p.name for p in place.iterdir()) == ["0000004", "0000008", "0000009"]
 
 
+def test_damaged_checkpoints_do_not_count_among_those_kept(tmp_path):
+    """A newer one that is damaged was passed over; the one just saved must not be pruned for it."""
+    folder = run_folder(tmp_path, keep_last=1, no_local_save=True)
+    folder.make()
+    folder.save(9, small_state(9.0), {"run": {}})
+    (folder.wait() / "meta.json").unlink()
+    for step in (3, 5):
+        folder.save(step, small_state(float(step)), {"run": {}})
+        assert folder.wait().name == f"{step:07d}"
+    assert folder.resume(small_state(0.0), {}) == 5
+    assert sorted(p.name for p in folder.checkpoint_folders[0].iterdir()) == ["0000005", "0000009"]
+
+
+def test_a_place_that_lost_its_checkpoints_gets_them_again(tmp_path):
+    folder = run_folder(tmp_path)
+    folder.make()
+    folder.save(3, small_state(3.0), {"run": {}})
+    folder.wait()
+    local, cloud = folder.checkpoint_folders
+    shutil.rmtree(cloud)
+    again = run_folder(tmp_path)
+    assert again.resume(small_state(0.0), {}) == 3
+    again.make()
+    assert (cloud / "0000003" / "meta.json").read_bytes() == (local / "0000003" / "meta.json").read_bytes()
+    again.finish(3, False, "safetensors", logging.getLogger("test"))
+    assert (local / "0000003-ema.safetensors").exists() and (cloud / "0000003.safetensors").exists()
+
+
+def test_an_export_of_an_earlier_run_is_replaced(tmp_path):
+    folder = run_folder(tmp_path, no_local_save=True)
+    folder.make()
+    for value in (1.0, 2.0):
+        folder.save(3, small_state(value), {"run": {}})
+        folder.finish(3, False, "pt", logging.getLogger("test"))
+        path = folder.checkpoint_folders[0] / "0000003.pt"
+        assert load_checkpoint(path, "")["model"]["weight"][0, 0].item() == value
+        os.utime(path, (0, 0))
+
+
 def test_a_failed_write_leaves_the_checkpoints_before_it(tmp_path, monkeypatch):
     folder = run_folder(tmp_path)
     folder.make()
@@ -365,8 +406,9 @@ def test_a_checkpoint_folder_cannot_run_code_or_point_outside(tmp_path, monkeypa
         meta = json.loads((path / "meta.json").read_text())
         meta["files"][".metadata"] = len(hostile)
         (path / "meta.json").write_text(json.dumps(meta))
-        with pytest.raises(ValueError, match="0000001 is no (readable .*: it names|checkpoint folder of)"):
-            folder.resume(small_state(0.0), {})
+        folder.notes.clear()
+        assert folder.resume(small_state(0.0), {}) == 0
+        assert re.search("0000001 is no (readable .*: it names|checkpoint folder of)", folder.notes[0])
     assert not (tmp_path / "hacked").exists()
 
 
@@ -397,6 +439,6 @@ def test_speed_is_that_of_the_time_not_paused():
     with window.paused():
         time.sleep(1.0)
     figures = window.read(images=8)
-    assert figures["loss"] == 2.0  # the nan counts as nothing
+    assert figures["loss"] == pytest.approx(8 / 3)  # the nan is left out
     assert 0.05 <= figures["seconds/step"] < 0.2
     assert figures["images/s"] == pytest.approx(8 / figures["seconds/step"])

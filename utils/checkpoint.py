@@ -119,9 +119,12 @@ def export_checkpoint(folder: Path, output: Path, ema: bool | None = None) -> No
     weights = read_sharded(folder, "ema." if ema else "model.")
     if not weights:
         raise ValueError(f"--ema: {folder} holds no moving average; train with --ema to keep one")
-    if output.suffix == ".safetensors":
-        with atomic_path(output) as temporary:
-            save_file(weights, temporary, metadata={"format": "pt", "facts": json.dumps(facts)})
-        return
     averages = read_sharded(folder, "ema.") if ema is None else {}
-    save_checkpoint({"model": weights, **({"ema": averages} if averages else {}), **facts}, output)
+    try:
+        if output.suffix == ".safetensors":
+            with atomic_path(output) as temporary:
+                save_file(weights, temporary, metadata={"format": "pt", "facts": json.dumps(facts)})
+        else:
+            save_checkpoint({"model": weights, **({"ema": averages} if averages else {}), **facts}, output)
+    except Exception as error:  # each writer has its own for a full disk
+        raise ValueError(f"{output} could not be written: {error}; {folder} is untouched") from error

@@ -9,6 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+TIMEOUT = timedelta(hours=2)  # others wait while rank 0 copies a checkpoint, tens of GB for the largest models
+
 
 @dataclass(frozen=True)
 class World:
@@ -65,8 +67,7 @@ def init_distributed(connect: bool = True, alone: bool = False) -> World:
     else:
         device = torch.device("cpu")
     if size > 1 and connect:
-        # others wait while rank 0 writes a checkpoint, tens of GB for the largest models
-        dist.init_process_group(_backend(device), timeout=timedelta(hours=2))
+        dist.init_process_group(_backend(device), timeout=TIMEOUT)
     elif alone:
         dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
     return World(rank, size, device)

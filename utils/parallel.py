@@ -34,7 +34,7 @@ def replicate(world: World, model: nn.Module, grad_dtype: torch.dtype = torch.fl
     if world.size == 1:
         return model
     device_ids = [world.device.index] if world.device.type == "cuda" else None
-    ddp = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False)
     if grad_dtype in _COMPRESS_HOOK:
         ddp.register_comm_hook(None, _COMPRESS_HOOK[grad_dtype])
     return ddp

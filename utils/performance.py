@@ -51,13 +51,15 @@ class Window:
 
     def __init__(self, names: Sequence[str], device: torch.device):
         self.names = names
-        self._sums, self._steps = torch.zeros(len(names), device=device), 0
+        self._sums, self._counts = torch.zeros(2, len(names), device=device).unbind()  # (K,) each
+        self._steps = 0
         self._started = time.perf_counter()
 
     def add(self, *values: torch.Tensor) -> None:
-        """Add one step's scalars, in the order of ``names``; steps with a value that is no number are left out."""
+        """Add one step's scalars, in the order of ``names``; what is not a finite number is left out."""
         values = torch.stack(values)  # (K,)
         self._sums += values.nan_to_num(0.0, 0.0, 0.0)
+        self._counts += values.isfinite()
         self._steps += 1
 
     @contextmanager
@@ -69,8 +71,9 @@ class Window:
 
     def read(self, images: int) -> dict[str, float]:
         """Means, ``images/s`` at ``images`` a step and ``seconds/step`` since the last reading."""
-        means = (self._sums / self._steps).tolist()  # waits for the device
+        means = (self._sums / self._counts).tolist()  # waits for the device
         seconds = (time.perf_counter() - self._started) / self._steps
         self._sums.zero_()
+        self._counts.zero_()
         self._steps, self._started = 0, time.perf_counter()
         return dict(zip(self.names, means, strict=True)) | {"images/s": images / seconds, "seconds/step": seconds}

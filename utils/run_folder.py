@@ -16,8 +16,8 @@ from typing import Any
 import torch.distributed as dist
 
 from utils.checkpoint import export_checkpoint
-from utils.distributed import World
-from utils.files import prepare_folder, write_json
+from utils.distributed import TIMEOUT, World
+from utils.files import prepare_folder, remove_temporary, write_json
 from utils.options import git_revision
 from utils.parallel import local
 from utils.performance import peak_memory
@@ -81,8 +81,10 @@ class RunFolder:
         if self.world.is_main:
             for folder in self.checkpoint_folders:
                 (folder / f".{token}").unlink()
+            if newest := self.newest():
+                self._mirror(newest)
         if dist.is_initialized():
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def newest(self) -> Path | None:
         """The whole checkpoint of the highest step in any of the folders; damaged ones are noted and left alone."""
@@ -91,9 +93,11 @@ class RunFolder:
         for path in sorted((p for p in found if CHECKPOINT_NAME.fullmatch(p.name)), key=lambda p: -int(p.name)):
             try:
                 read_meta(path)
+                read_contents(path)
                 return path
             except ValueError as error:
-                self.notes.append(f"{error}; an older one is taken")
+                if (note := f"{error}; an older one is taken") not in self.notes:
+                    self.notes.append(note)
         return None
 
     def resume(self, state: TrainingState, run: dict[str, Any], start: Path | None = None) -> int:
@@ -107,8 +111,10 @@ class RunFolder:
         meta = read_meta(path)
         check_same_run(meta.get("run"), run, path)
         tensors = state.tensors()
-        stored = read_contents(path)
-        without_average = state.ema is not None and not any(k.startswith("ema.") for k in stored)
+        has_average = any(k.startswith("ema.") for k in read_contents(path))
+        without_average = state.ema is not None and not has_average
+        if has_average and state.ema is None:
+            self.notes.append(f"{path} holds a moving average, which ends here: --ema keeps it")
         load_sharded(path, {k: v for k, v in tensors.items() if not (without_average and k.startswith("ema."))})
         if without_average:
             state.ema.start(state.model)
@@ -135,12 +141,9 @@ class RunFolder:
             upload.result()
             sizes = {p.name: p.stat().st_size for p in temporary.iterdir()}
             write_json(temporary / "meta.json", facts | {"files": sizes})
-            first, *others = (folder / temporary.stem for folder in self.checkpoint_folders)
+            first = temporary.with_suffix("")
             _replace(temporary, first)
-            for other in others:
-                aside = other.with_suffix(".tmp")
-                shutil.copytree(first, aside, copy_function=_copy_durably)
-                _replace(aside, other)
+            self._mirror(first)
         except BaseException:
             for folder in self.checkpoint_folders:
                 shutil.rmtree(folder / temporary.name, ignore_errors=True)
@@ -148,8 +151,18 @@ class RunFolder:
         for folder in self.checkpoint_folders:
             self._prune(folder)
 
+    def _mirror(self, checkpoint: Path) -> None:
+        """Copy a whole checkpoint to the places that lack it."""
+        for folder in self.checkpoint_folders:
+            if not _is_whole(folder / checkpoint.name):
+                aside = folder / f"{checkpoint.name}.tmp"
+                shutil.copytree(checkpoint, aside, copy_function=_copy_durably)
+                _replace(aside, folder / checkpoint.name)
+
     def _prune(self, folder: Path) -> None:
-        steps = sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and CHECKPOINT_NAME.fullmatch(p.name))
+        found = [p for p in folder.iterdir() if p.is_dir() and CHECKPOINT_NAME.fullmatch(p.name)]
+        # damaged ones do not count, and stay: the run makes them again when it comes to their step
+        steps = sorted(int(p.name) for p in found if _is_whole(p))
         for step in steps[: -self.keep_last]:
             if not (self.keep_every and step % self.keep_every == 0):
                 aside = folder / f"{step:07d}.tmp"
@@ -165,7 +178,7 @@ class RunFolder:
             pending.result()
         except BaseException as error:  # torch wraps each rank's reason in an exception of its own
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            places = [f"{p} ({shutil.disk_usage(p).free / 2**30:.1f} GiB free)" for p in self.checkpoint_folders]
+            places = [f"{p} ({_free(p)})" for p in self.checkpoint_folders]
             raise ValueError(
                 f"a checkpoint could not be written to {' and '.join(places)}: {reason}; the ones before it are "
                 f"untouched, the same command resumes from them"
@@ -180,10 +193,15 @@ class RunFolder:
             logger.info("stopped by a signal; the same command carries on from there")
         elif self.world.is_main and export != "none":
             for place in self.checkpoint_folders:
-                path = place / f"{last_step:07d}.{export}"
-                if not path.exists():
-                    export_checkpoint(place / path.stem, path)
-                    logger.info(f"weights: {path}")
+                checkpoint = place / f"{last_step:07d}"
+                files = {place / f"{checkpoint.name}.{export}": None if export == "pt" else False}
+                if export != "pt" and any(k.startswith("ema.") for k in read_contents(checkpoint)):
+                    files[place / f"{checkpoint.name}-ema.{export}"] = True
+                for path, ema in files.items():
+                    if not (path.exists() and path.stat().st_mtime >= (checkpoint / "meta.json").stat().st_mtime):
+                        remove_temporary(path)
+                        export_checkpoint(checkpoint, path, ema)
+                        logger.info(f"weights: {path}")
 
     def forecast(self, state: TrainingState, steps: int, seconds: float, logger: logging.Logger) -> None:
         """Say what a dry run found: memory, and time for ``steps`` of ``seconds`` each."""
@@ -196,6 +214,21 @@ class RunFolder:
             f"peak {peak:.2f} GiB; {seconds:.3g} s a step, {time_left} for the {steps:,} steps to do; "
             f"nothing was written"
         )
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        read_meta(checkpoint)
+    except ValueError:
+        return False
+    return True
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB free"
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _copy_durably(source: str, target: str) -> None:

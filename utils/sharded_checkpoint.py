@@ -99,7 +99,7 @@ def load_sharded(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         dcp.load(tensors, checkpoint_id=str(folder), no_dist=True)
     except Exception as error:  # a damaged file may break the reader in any way
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise ValueError(f"{folder} cannot be read: {reason}") from error
+        raise ValueError(f"{folder} cannot be read: {reason}; delete it to resume from the one before it") from error
 
 
 def read_sharded(folder: Path, prefix: str) -> dict[str, torch.Tensor]:

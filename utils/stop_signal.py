@@ -11,7 +11,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from utils.distributed import World
+from utils.distributed import TIMEOUT, World
 
 GRACE = 120.0  # seconds for the step under way
 
@@ -25,8 +25,8 @@ class StopSignal:
 
     def __init__(self, world: World):
         self.received = False
-        self._asked, self._steps, self._ended = torch.zeros(1), 0, threading.Event()
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._asked, self._steps, self._in_step, self._ended = torch.zeros(1), 0, False, threading.Event()
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
         self._work: dist.Work | None = None
         self._watched, wakeup = socket.socketpair()
         wakeup.setblocking(False)
@@ -44,13 +44,13 @@ class StopSignal:
             pass
         while not self._ended.is_set():
             before = self._steps
-            if not self._ended.wait(GRACE) and self._steps == before:
+            if not self._ended.wait(GRACE) and self._in_step and self._steps == before:
                 os.write(2, b"error: the step did not end after the signal; has another rank died?\n")
                 os._exit(1)
 
     def ask(self) -> None:
         """Start asking all ranks whether one was signalled: between hosts, so that no device is waited for."""
-        self._steps += 1
+        self._steps, self._in_step = self._steps + 1, True
         self._asked.fill_(float(self.received))
         if self._group is not None:
             self._work = dist.all_reduce(self._asked, dist.ReduceOp.MAX, self._group, async_op=True)
@@ -59,6 +59,7 @@ class StopSignal:
         """Whether a rank had been signalled when asked: the same answer on all of them."""
         if self._work is not None:
             self._work.wait()
+        self._in_step = False
         if stop := bool(self._asked.item()):
             self._ended.set()
         return stop

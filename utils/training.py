@@ -38,7 +38,10 @@ def add_optimizer_options(parser: ArgumentParser) -> None:
         help="skip a step whose loss is this far above its running mean, as if it were not a number; 0: never",
     )
     group.add_argument(
-        "--max-skipped-steps", type=positive_int, default=20, help="stop after so many skipped steps in a row"
+        "--max-skipped-steps",
+        type=positive_int,
+        default=20,
+        help="stop when a log line finds so many skipped in a row",
     )
     group.add_argument("--global-seed", type=count, default=0, help="weights, data order, crops, dropout")
 
@@ -173,7 +176,8 @@ class TrainingState:
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
         # the fused optimizer itself looks at this flag, on the device: a step that is skipped changes nothing
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, self.guard.judge(loss, norm)
+        skip = self.guard.judge(loss, norm).to(next(self.model.parameters()).device)  # the host's, if offloaded
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, skip
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

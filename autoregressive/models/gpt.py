@@ -271,6 +271,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         # the rate grows linearly with depth, from 0 at the first block
+        self.recompute: Callable[..., torch.Tensor] | None = None  # torch's checkpoint(), see GPT
         self.drop_path = DropPath(config.drop_path_rate * layer / max(config.n_layer - 1, 1))
 
     def forward(
@@ -281,12 +282,21 @@ class TransformerBlock(nn.Module):
         cache: KVCache | None,
         start: int,
     ) -> torch.Tensor:
+        if self.recompute is not None and self.training:
+            return self.recompute(self.compute, x, freqs_cis, mask, cache, start)  # (B, T, D)
+        return self.compute(x, freqs_cis, mask, cache, start)  # (B, T, D)
+
+    def compute(
+        self,
+        x: torch.Tensor,
+        freqs_cis: torch.Tensor,
+        mask: Mask,
+        cache: KVCache | None,
+        start: int,
+    ) -> torch.Tensor:
+        """The block itself: (B, T, D) -> (B, T, D)."""
         x = x + self.drop_path(self.attention(self.attention_norm(x), freqs_cis, mask, cache, start))  # (B, T, D)
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))  # (B, T, D)
-
-
-def _run_block(block: nn.Module, *inputs: object) -> torch.Tensor:
-    return block(*inputs)  # (B, T, D)
 
 
 _KEPT_BY_SELECTIVE = [
@@ -315,7 +325,6 @@ class GPT(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.block_mask: BlockMask | None = None
-        self.run_block = _run_block
         # built on the CPU also where parameters are on the meta device, so that they are never lost
         with torch.device("cpu"):
             freqs_cis = rotary_table(self.order.slot_positions, config.head_dim, config.rope_base)
@@ -380,13 +389,12 @@ class GPT(nn.Module):
 
         full keeps only the input of each block; selective also keeps the results of its matrix products and attention.
         """
-        if what == "none":
-            self.run_block = _run_block
-        elif what == "full":
-            self.run_block = partial(checkpoint, use_reentrant=False)
-        else:
+        recompute = None if what == "none" else partial(checkpoint, use_reentrant=False)
+        if what == "selective":
             contexts = partial(create_selective_checkpoint_contexts, _KEPT_BY_SELECTIVE)
-            self.run_block = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+            recompute = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+        for block in self.layers:
+            block.recompute = recompute  # inside what is compiled, so that the compiler sees it
 
     def flops_per_image(self) -> int:
         """Floating-point operations of forward and backward over one image, recomputation not counted.
@@ -445,11 +453,10 @@ class GPT(nn.Module):
 
     def trunk(self, x: torch.Tensor, start: int, mask: Mask = None, cache: KVCache | None = None) -> torch.Tensor:
         """Blocks and final norm over slots [start, start + t): (B, t, D) -> (B, t, D)."""
-        run_block = self.run_block if self.training else _run_block
         freqs_cis = self.freqs_cis[start : start + x.shape[1]]  # (t, hd/2, 2)
         x = self.tok_dropout(x)  # (B, t, D)
         for layer in self.layers:
-            x = run_block(layer, x, freqs_cis, mask, cache, start)  # (B, t, D)
+            x = layer(x, freqs_cis, mask, cache, start)  # (B, t, D)
         return self.norm(x)  # (B, t, D)
 
 

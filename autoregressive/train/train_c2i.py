@@ -258,7 +258,7 @@ def spread(args: Namespace, model: GPT, world: World) -> nn.Module:
     )
 
 
-def open_held_out(args: Namespace, codes: Codes) -> Codes | None:
+def open_held_out(args: Namespace, codes: Codes, world: World) -> Codes | None:
     """The codes of ``--val-code-path``, of the same kind as those to train on."""
     if args.val_code_path is None:
         return None
@@ -268,6 +268,10 @@ def open_held_out(args: Namespace, codes: Codes) -> Codes | None:
             raise ValueError(f"--val-code-path {args.val_code_path}: its {what} differs from that of --code-path")
     if held_out.num_tokens != codes.num_tokens:
         raise ValueError(f"--val-code-path holds {held_out.num_tokens} codes a crop, --code-path {codes.num_tokens}")
+    if held_out.labels.max() >= args.num_classes:
+        raise ValueError(f"--val-code-path has label {held_out.labels.max()}, but --num-classes is {args.num_classes}")
+    if min(args.val_images, len(held_out)) < world.size:
+        raise ValueError(f"--val-images {args.val_images}: take at least one for each of the {world.size} processes")
     return held_out
 
 
@@ -342,7 +346,7 @@ def build(args: Namespace, world: World) -> Run:
     if args.mix_code_path is not None:
         codes = MixedCodes(codes, open_codes(args.mix_code_path, "--mix-code-path"), args.mix_weight)
     describe_codes(args, codes)
-    held_out, vq = open_held_out(args, codes), open_tokenizer(args, codes, world)
+    held_out, vq = open_held_out(args, codes, world), open_tokenizer(args, codes, world)
     batches = CodeBatches(codes, args.vocab_size, args.global_batch_size, args.global_seed)
     steps_per_epoch = batches.order.steps_per_epoch
     total_steps = args.epochs * steps_per_epoch
@@ -365,6 +369,7 @@ def build(args: Namespace, world: World) -> Run:
 
     fixed = ("epochs", "global_batch_size", "global_seed", "lr_schedule", "warmup_epochs")
     same = {k: getattr(args, k) for k in fixed} | {k: codes.meta.get(k) for k in CODES_FACTS}
+    same |= {"mix_weight": args.mix_weight if args.mix_code_path is not None else None}
     same |= {"config": asdict(model.config), "images": len(codes), "crops": codes.num_crops}
     facts = dict(gpt_model=args.gpt_model, config=asdict(model.config), run=json.loads(json.dumps(same)))
     facts |= {k: codes.meta.get(k) for k in ("tokenizer_sha256", "classes")}
@@ -459,15 +464,15 @@ def main() -> None:
             curves.write(done, figures)
             state.guard.check(done, figures["lr"], last)
         with window.paused():
-            if r.held_out is not None and (done % args.val_every == 0 or last):
+            if folder is not None and (done % args.ckpt_every == 0 or last) and state.guard.sound:
+                r.folder.save(done, state, r.facts)
+            if r.held_out is not None and (done % args.val_every == 0 or last) and not stopping:
                 figures = validate(forward, model, r.held_out, args.val_images, micro_batch, world, precision)
                 logger.info(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
                 curves.write(done, figures)
-            if folder is not None and r.vq is not None and (done % args.sample_every == 0 or last):
+            if folder is not None and r.vq is not None and (done % args.sample_every == 0 or last) and not stopping:
                 picture = folder / "samples" / f"{done:07d}.png"
                 draw_samples(model, r.vq, picture, world, precision, sharded)
-            if folder is not None and (done % args.ckpt_every == 0 or last) and state.guard.sound:
-                r.folder.save(done, state, r.facts)
         if stopping:
             break
     bar.close()
