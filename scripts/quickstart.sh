@@ -43,7 +43,7 @@ step "6/9 1,000 samples" $SAMPLES \
     --per-proc-batch-size 100 --sample-dir $Q/samples
 step "7/9 picture of samples, a row per class" $Q/samples.png \
     python autoregressive/sample/sample_c2i.py --vq-ckpt $VQ --gpt-ckpt $GPT --classes 0 1 2 3 4 5 6 7 8 9 \
-    --images-per-class 16 --cfg-scale 2.0 --top-k 0 --top-p 0.9 --output $Q/samples.png
+    --images-per-class 16 --cfg-scale 2.0 --top-k 0 --top-p 0.9 --output $Q/samples.png --trace
 step "8/9 digit classifier, the feature network of the metrics" $Q/classifier.pt \
     python evaluations/c2i/train_classifier.py --data-path $Q/digits/train --test-path $Q/digits/test \
     --output $Q/classifier.pt --image-size 32

@@ -46,8 +46,7 @@ class SampleFile:
         free = shutil.disk_usage(self.npz.parent).free
         if free < self._size:
             raise ValueError(
-                f"--sample-dir: {self.npz.parent} has {free / 2**30:.1f} GiB free, the samples need "
-                f"{self._size / 2**30:.1f} GiB"
+                f"{self.npz.parent} has {free / 2**30:.1f} GiB free, {self.npz.name} needs {self._size / 2**30:.1f} GiB"
             )
         self.record.write_bytes(bytes(self.num_chunks))
         with open(self.partial, "wb") as f:

@@ -132,7 +132,8 @@ def main() -> None:
         rows.append(to_uint8(pipeline.decode(codes)).cpu().numpy())  # (b, S, S, 3)
         if trace:
             traces.append(trace.frames)
-    labels = [f"{label} {names[label].split(',')[0]}" for label in args.classes]
+    first_names = [name.split(",")[0] for name in names]
+    labels = [f"{i} {first_names[i]}" if first_names[i] != str(i) else str(i) for i in args.classes]
     save_png(output, labelled_rows(np.stack(rows), labels))
     write_options(output.with_suffix(".json"), args, class_names=labels, **pipeline.facts())
     print(f"{output}: a row each of {', '.join(labels)}")
