@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
 from autoregressive.train.train_c2i import CodeBatches
 from dataset.codes import (
@@ -23,6 +24,7 @@ from dataset.codes import (
     write_shard,
 )
 from dataset.epochs import EpochOrder
+from utils.distributed import World
 
 
 def make_plan(**changes) -> CodesPlan:
@@ -282,8 +284,9 @@ def test_mixing_weight_says_which_crops_are_drawn(weight, expected):
         def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
             return np.repeat(crops[:, None] + self.first, 4, axis=1)
 
+    alone = World(0, 1, torch.device("cpu"))
     batches = CodeBatches(MixedCodes(Numbered(0), Numbered(10), weight), vocab_size=20, batch=32, seed=0)
-    drawn = {int(c) for step in range(20) for c in batches.rank_slice(step, 0, 1)[0][:, 0]}
+    drawn = {int(c) for step in range(20) for c in batches.rank_slice(step, alone)[0][:, 0]}
     assert drawn == set(expected)
 
 
