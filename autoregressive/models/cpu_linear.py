@@ -25,17 +25,23 @@ class FewRowsLinear(nn.Module):
         if self.transposed:
             y = (self.weight @ rows.T).T  # (R, out)
         elif self.packed is not None:
-            y = torch.ops.mkldnn._linear_pointwise(rows, self.packed, None, "none", [], "")  # (R, out)
+            y = _packed_product(rows, self.packed)  # (R, out)
         else:
             y = rows @ self.weight.T  # (R, out)
         return y.view(*x.shape[:-1], self.out_features)  # (..., out)
+
+
+@torch.compiler.disable  # the packed layout cannot go through torch.compile
+def _packed_product(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    """x (R, in) times packed weights of (out, in): (R, out)."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 def _pack(weight: torch.Tensor, rows: int) -> torch.Tensor | None:
     """``weight`` in oneDNN's own layout, tried on one row; None where torch has no such (private) operator."""
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-        torch.ops.mkldnn._linear_pointwise(weight.new_zeros(1, weight.shape[1]), packed, None, "none", [], "")
+        _packed_product(weight.new_zeros(1, weight.shape[1]), packed)
     except (AttributeError, RuntimeError, NotImplementedError):
         return None
     return packed

@@ -109,8 +109,8 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, options: SamplingOption
 class Generator:
     """Class ids -> codes, batch after batch, with one model; cache and buffers are allocated here, once.
 
-    ``batch``: images at most at a time. ``compiled``: the blocks go through torch.compile and, on CUDA, the whole
-    schedule into one CUDA graph, so that a batch costs one launch. The model must be in ``eval()`` mode.
+    ``batch``: images at most at a time. ``compiled``: the model's blocks go through torch.compile and, on CUDA, the
+    whole schedule into one CUDA graph, so that a batch costs one launch. The model must be in ``eval()`` mode.
     """
 
     def __init__(self, model: GPT, options: SamplingOptions, batch: int, compiled: bool = False):
@@ -123,7 +123,8 @@ class Generator:
         self.cache = KVCache(model.config, rows, order.num_tokens, device, model.tok_embeddings.weight.dtype)
         self.tokens = torch.zeros(rows, order.num_tokens, dtype=torch.int64, device=device)  # (R, T)
         self.labels = torch.full((rows,), model.config.num_classes, device=device)  # (R,), null from ``batch`` on
-        self.trunk = torch.compile(model.trunk, dynamic=True) if compiled else model.trunk
+        if compiled:
+            model.compile_for_decoding()
         self.graph: torch.cuda.CUDAGraph | None = None
         if compiled and device.type == "cuda":
             self._capture()
@@ -163,7 +164,7 @@ class Generator:
             if guided and i == self.guided_steps:  # from here on the unconditional half rests
                 guided, cache, tokens, labels = False, cache.first_rows(batch), tokens[:batch], labels[:batch]
             scale = self.scales[i] if guided else None
-            logits = model.decode_step(tokens, labels, start, stop, cache, scale, self.trunk)  # (B, t, V)
+            logits = model.decode_step(tokens, labels, start, stop, cache, scale)  # (B, t, V)
             drawn = sample(logits, uniforms[:, start:stop], self.options)  # (B, t)
             tokens.view(-1, batch, tokens.shape[1])[:, :, start:stop] = drawn  # (2 or 1, B, t)
             if on_step is not None:

@@ -2,7 +2,9 @@
 
 Published: the same model decoded with a mask over the padded length, all positions of the cache read at every step,
 every step's probabilities kept, softmax and multinomial over the whole vocabulary, guidance on logits. Ours: Generator.
-Random weights, guidance on, no image decoding. Each figure is from a process of its own, all under the allocator
+Random weights, guidance on, no image decoding. Where ours is not exact (half precision, compiled, quantised), also the
+share of greedy tokens equal to those of uncompiled float32 after the same tokens, and the difference of the logits.
+Each figure is from a process of its own, all under the allocator
 settings of scripts/launch.sh. Bytes are those that must be read (weights, once a call, and the keys and values there
 are), FLOPs those of the products; the ceilings beside them are a long sum and a matrix product, measured in the same
 process.
@@ -10,6 +12,7 @@ process.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -30,13 +33,19 @@ from torch import nn
 from autoregressive.models import gpt
 from autoregressive.models.cpu_linear import pack_linears
 from autoregressive.models.generate import Generator, SamplingOptions
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.gpt import GPT, GPT_models, GPTConfig, KVCache
+from autoregressive.sample.pipeline import quantize
 from utils.distributed import AUTOCAST_DTYPE, init_distributed
 from utils.files import write_json
 from utils.options import make_parser, positive_int, run
 from utils.performance import peak_flops, peak_memory
 
 CFG_SCALE = 1.5
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 
 class PublishedRMSNorm(nn.Module):
@@ -101,13 +110,40 @@ def make_published(model: GPT) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda cond: published_generate(model, cond)
 
 
-def make_ours(model: GPT, batch: int, compiled: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """generate() as the samplers call it."""
-    if model.mask.device.type == "cpu":
+def make_ours(model: GPT, batch: int, way: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The Generator as the samplers have it, uncompiled or as ``way`` says."""
+    if way in ("int8", "fp8"):
+        quantize(model, way)
+    elif model.mask.device.type == "cpu":
         pack_linears(model, 2 * batch * model.order.n)
+    compiled = way == "compiled"
     generator = Generator(model, SamplingOptions(cfg_scale=CFG_SCALE), batch, compiled)
     uniforms = torch.rand(batch, model.order.num_tokens, device=model.mask.device)
     return lambda cond: generator(cond, uniforms)
+
+
+@torch.inference_mode()
+def step_logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
+    """Guided logits (T, V) float32 of one image of class 0, each step after the region-ordered ``tokens`` (T,)."""
+    device, dtype = model.mask.device, model.tok_embeddings.weight.dtype
+    cache = KVCache(model.config, 2, len(tokens), device, dtype)
+    labels = torch.tensor([0, model.config.num_classes], device=device)  # (2,)
+    both = tokens.expand(2, -1)  # (2, T)
+    steps = [model.decode_step(both, labels, *step, cache, CFG_SCALE)[0] for step in model.order.schedule]
+    return torch.cat(steps).float()  # (T, V)
+
+
+def agreement(model: GPT, reference: GPT) -> dict[str, float]:
+    """Share of greedy tokens that are those of ``reference`` after the same tokens; distance of the logits."""
+    cond = torch.zeros(1, dtype=torch.int64, device=model.mask.device)
+    uniforms = torch.zeros(1, model.order.num_tokens, device=cond.device)
+    greedy = SamplingOptions(cfg_scale=CFG_SCALE, temperature=0.0)
+    tokens = Generator(reference, greedy, 1)(cond, uniforms)[0, model.order.permutation]  # (T,)
+    expected, logits = step_logits(reference, tokens), step_logits(model, tokens)  # (T, V)
+    return {
+        "equal tokens": (logits.argmax(-1) == tokens).float().mean().item(),
+        "logit error": ((logits - expected).square().mean() / expected.square().mean()).sqrt().item(),
+    }
 
 
 def work_of(model: GPT, batch: int) -> tuple[float, float]:
@@ -145,8 +181,10 @@ def measure(args: Namespace, work: Path) -> None:
     model = GPT(GPTConfig(**GPT_models[args.gpt_model], ar_token_num=n))
     model.init_weights()
     nn.init.normal_(model.output.weight, std=0.02)
-    model = model.cast_weights(AUTOCAST_DTYPE[precision] or torch.float32).to(device).eval()
-    sample = make_published(model) if args.way == "published" else make_ours(model, batch, "compiled" in args.way)
+    model = model.to(device).eval()
+    reference = copy.deepcopy(model) if args.way != "published" and (precision, args.way) != ("none", "ours") else None
+    model = model.cast_weights(AUTOCAST_DTYPE[precision] or torch.float32)
+    sample = make_published(model) if args.way == "published" else make_ours(model, batch, args.way)
     cond = torch.arange(batch, device=device)
     seconds = []
     for i in range(args.repeats + 1):
@@ -167,6 +205,8 @@ def measure(args: Namespace, work: Path) -> None:
         "ceiling GB/s": read_bandwidth(device) / 1e9,
         "ceiling TFLOP/s": peak_flops(device, precision)[0] / 1e12,
     }
+    if reference is not None:
+        figures |= agreement(model, reference)
     write_json(work / "figures.json", figures)
 
 
@@ -181,6 +221,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=["none", "bf16"], nargs="+", default=["none", "bf16"], help="of weights")
     parser.add_argument("--repeats", type=positive_int, default=2, help="batches timed, of which the fastest counts")
     parser.add_argument("--compile", action="store_true", help="measure the compiled decoder too (minutes to compile)")
+    parser.add_argument(
+        "--quantize", choices=["int8", "fp8"], nargs="+", default=[], help="measure these weights too (needs torchao)"
+    )
     parser.add_argument("--output", default="sampling.json", help="JSON to write")
     parser.add_argument("--way", help=SUPPRESS)  # one way, for the processes that this starts
     parser.add_argument("--work", help=SUPPRESS)
@@ -188,8 +231,8 @@ def main() -> None:
     if args.way:
         measure(args, Path(args.work))
         return
-    environment = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-    ways = ["published", "ours"] + ["ours, compiled"] * args.compile
+    environment = os.environ | ALLOCATOR
+    ways = ["published", "ours"] + ["compiled"] * args.compile + args.quantize
     results = []
     for n, batch, precision in product(args.ar_token_num, args.batch, args.precision):
         for way in ways:
@@ -202,11 +245,14 @@ def main() -> None:
             results.append({"n": n, "batch": batch, "precision": precision, "way": way, **f})
             if way == "published":
                 published = f["seconds"]
+            agreed = ""
+            if "equal tokens" in f:
+                agreed = f"  {f['equal tokens']:.1%} of greedy tokens equal, logits off by {f['logit error']:.1e}"
             print(
-                f"n {n:2}  batch {batch:2}  {precision:5} {way:15} {f['seconds']:7.2f} s {f['images/s']:7.3f} images/s "
+                f"n {n:2}  batch {batch:2}  {precision:5} {way:9} {f['seconds']:7.2f} s {f['images/s']:7.3f} images/s "
                 f"{published / f['seconds']:5.2f}x  {f['calls']} calls  "
                 f"{f['GB/s']:6.1f} of {f['ceiling GB/s']:.0f} GB/s  "
-                f"{f['TFLOP/s']:.3f} of {f['ceiling TFLOP/s']:.2f} TFLOP/s  {f['peak GiB']:.2f} GiB",
+                f"{f['TFLOP/s']:.3f} of {f['ceiling TFLOP/s']:.2f} TFLOP/s  {f['peak GiB']:.2f} GiB{agreed}",
                 flush=True,
             )
     write_json(args.output, {"options": vars(args), "results": results, "threads": torch.get_num_threads()})
