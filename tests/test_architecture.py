@@ -15,7 +15,7 @@ ALLOWED = {
     "tokenizer": {"tokenizer", "dataset", "utils"},
     "autoregressive/models": {"autoregressive.models", "utils"},
     "autoregressive": {"autoregressive", "tokenizer", "dataset", "utils"},
-    "evaluations": {"evaluations", "utils"},
+    "evaluations": {"evaluations", "dataset", "utils"},
 }
 OURS = ("utils", "dataset", "tokenizer", "autoregressive", "evaluations")
 SOURCES = sorted(p.relative_to(ROOT) for top in OURS for p in (ROOT / top).rglob("*.py"))

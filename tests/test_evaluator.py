@@ -84,7 +84,7 @@ def test_end_to_end_is_the_published_evaluator(golden, tmp_path):
 
 def test_without_weights_nothing_starts(sets, evaluate, monkeypatch, capsys):
     monkeypatch.setattr(evaluator, "PRETRAINED_MODELS", sets / "pretrained_models")
-    with pytest.raises(ValueError, match="no Inception weights: expected pt_inception") as error:
+    with pytest.raises(ValueError, match="no Inception weights: expected classify_image") as error:
         evaluate(sets, network=())
     assert "\n" not in str(error.value)
     assert "activations" not in capsys.readouterr().out

@@ -2,40 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
-from functools import cache
-
 import numpy as np
 import pytest
 import torch
 
 from evaluations.c2i import inception
-
-
-@cache
-def recipe_constants(use_gamma: bool) -> dict[str, np.ndarray]:
-    """The constants of the golden file's recipe; without ``use_gamma`` batch norms do not scale (case B)."""
-    shapes = {k: tuple(v.shape) for k, v in inception.Inception2015().state_dict().items()}
-    constants = {}
-
-    def random(name: str) -> np.random.RandomState:
-        return np.random.RandomState(zlib.crc32(name.encode()))
-
-    for module, scope in inception.TENSORFLOW_SCOPES.items():
-        out, fan, height, width = shapes[f"{module}.conv.weight"]
-        name = f"{scope}/conv2d_params"
-        std = np.sqrt(2 / (height * width * fan))
-        constants[name] = random(name).standard_normal((height, width, fan, out)) * std
-        for constant in ("beta", "moving_mean"):
-            name = f"{scope}/batchnorm/{constant}"
-            constants[name] = random(name).standard_normal(out) * 0.1
-        name = f"{scope}/batchnorm/moving_variance"
-        constants[name] = 0.5 + random(name).random_sample(out)
-        name = f"{scope}/batchnorm/gamma"
-        constants[name] = 0.8 + 0.4 * random(name).random_sample(out) if use_gamma else np.ones(out)
-    constants["softmax/weights"] = random("softmax/weights").standard_normal((2048, 1008)) * 0.05
-    constants["softmax/biases"] = random("softmax/biases").standard_normal(1008) * 0.5
-    return {k: v.astype(np.float32) for k, v in constants.items()}
+from evaluations.c2i.self_check import recipe_constants
 
 
 def recipe_state(use_gamma: bool = True) -> dict[str, torch.Tensor]:
@@ -99,7 +71,7 @@ def test_a_file_of_another_network_is_refused(tmp_path):
 
 
 def test_missing_weights_are_described(tmp_path):
-    published = inception.PUBLISHED_WEIGHTS[0]
+    published = inception.PUBLISHED_WEIGHTS[1]
     with pytest.raises(ValueError, match="no Inception weights") as missing:
         inception.find_weights(None, tmp_path, allow_unknown=False)
     with pytest.raises(ValueError, match="does not exist") as elsewhere:

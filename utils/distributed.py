@@ -38,6 +38,14 @@ class World:
             x /= self.size
         return x
 
+    def gather(self, value: object) -> list | None:
+        """Every rank's ``value`` (anything that can be pickled), in order, on rank 0; None elsewhere."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values)
+        return values
+
     def broadcast(self, value: object) -> object:
         """Rank 0's ``value`` (anything that can be pickled) on every rank."""
         values = [value]

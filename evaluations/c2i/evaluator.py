@@ -1,99 +1,101 @@
 """FID, sFID, Inception Score, Precision and Recall of generated images against a reference set.
 
-Two .npz files in: each holds images (arr_0, uint8 N x H x W x 3), stored statistics (mu, sigma and mu_s, sigma_s),
-or both. Numbers out: to the screen, to a .txt and to a .metrics.json beside the samples.
+REF and each SAMPLES: an .npz with images (arr_0, uint8 N x H x W x 3), stored statistics (mu, sigma and mu_s,
+sigma_s), or both; or a folder of images. Numbers out: to the screen, to a .txt and to a .metrics.json beside the
+samples. Under torchrun the images are shared among the processes.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
 from evaluations.c2i.classifier import load_classifier
-from evaluations.c2i.features import FeatureNetwork, Features, ImageFeatures, extract_features
-from evaluations.c2i.image_archive import ImageArchive, open_archive
-from evaluations.c2i.inception import find_weights, load_inception
+from evaluations.c2i.extra_metrics import (
+    class_frechet,
+    frechet_interval,
+    kernel_distance,
+    load_dinov2,
+    paired_quality,
+)
+from evaluations.c2i.features import FeatureNetwork, Features
+from evaluations.c2i.image_archive import ImageSet, open_images
+from evaluations.c2i.inception import download_weights, find_weights, load_inception
+from evaluations.c2i.measured_set import MeasuredSet, measure_reference, measure_set, reference_hashes
 from evaluations.c2i.metrics import (
     PrecisionRecall,
-    Statistics,
     class_accuracy,
     frechet_distance,
     inception_score,
-    mean_and_covariance,
     precision_recall,
     require_labels,
 )
+from evaluations.c2i.report import markdown, settings_of, text_lines, warnings_after, warnings_before
+from evaluations.c2i.self_check import compare_with_published, self_check
 from utils.distributed import World, init_distributed
 from utils.files import atomic_path, prepare_folder, require_file, sha256_file
 from utils.logger import progress
 from utils.options import make_parser, positive_int, run, write_options
 
 PRETRAINED_MODELS = Path(__file__).resolve().parents[2] / "pretrained_models"
-PUBLISHED_SAMPLES = 50_000
 NEIGHBOURS = 3
-TITLES = {
-    "inception_score": "Inception Score",
-    "fid": "FID",
-    "sfid": "sFID",
-    "precision": "Precision",
-    "recall": "Recall",
-    "class_accuracy": "Class accuracy",
-}
-
-
-class SetStatistics(NamedTuple):
-    """What one file comes down to: statistics of pool and spatial features (None: there are none)."""
-
-    pool: Statistics
-    spatial: Statistics | None
 
 
 def main() -> None:
     """Read options and files, extract features, print and write the numbers."""
     args = parse_args()
-    reference, samples = open_archive(args.reference, "REF"), open_archive(args.samples, "SAMPLES")
-    text_path = text_path_beside(samples.path)
-    output = Path(args.output or samples.path.with_suffix(".metrics.json"))
-    prepare_folder(output.parent, "--output")
-    if output.is_dir():
-        raise ValueError(f"--output: {output} is a folder; give the name of a .json file")
-    world = World(0, 1, choose_device(args.device))
-    use_reference, use_samples = reference_needs_images(reference, samples), samples.count > 0
-    network, network_file = load_network(args, world) if use_reference or use_samples else (None, None)
-    check_files(reference, samples, network, args, world)
-    print_notes(reference, samples)
+    if args.self_check:
+        self_check(args.inception_weights, PRETRAINED_MODELS, args.allow_unknown_weights)
+        if args.reference is None:
+            return
+    if args.reference is None or not args.samples:
+        raise ValueError("REF and SAMPLES are required (see --help)")
+    reference = open_images(args.reference, "REF")
+    sets = [open_images(path, "SAMPLES") for path in args.samples]
+    outputs = [output_paths(s, args) for s in sets]
+    world = choose_world(args.device)
+    needed = any(s.count for s in sets), any(reference_needs_images(reference, s) for s in sets)
+    network, network_file = load_network(args, world) if any(needed) else (None, None)
+    for samples in sets:
+        check_files(reference, samples, network, args, world)
+    dino = load_dinov2(require_file(args.dinov2, "--dinov2")).to(world.device) if args.dinov2 else None
 
-    print("computing reference batch activations...", flush=True)
-    ref_features = features_of(reference, network, "reference", args, world) if use_reference else None
-    print("computing/reading reference batch statistics...", flush=True)
-    ref_statistics = statistics_of(reference, ref_features)
-    print("computing sample batch activations...", flush=True)
-    features = features_of(samples, network, "samples", args, world) if use_samples else None
-    print("computing/reading sample batch statistics...", flush=True)
-    statistics = statistics_of(samples, features)
-
-    print("Computing evaluations...", flush=True)
-    metrics = compare_statistics(ref_statistics, statistics)
-    distances = None
-    if features:
-        metrics["inception_score"] = inception_score(features.probabilities)
-        if args.feature_network and samples.labels is not None:
-            metrics["class_accuracy"] = class_accuracy(features.probabilities, samples.labels)
-    if features and ref_features:
-        result = precision_recall(ref_features.pool, features.pool, NEIGHBOURS, args.exact_distances, world.device)
-        metrics |= {"precision": result.precision, "recall": result.recall}
-        distances = describe_distances(result, args.exact_distances)
-    report(metrics, distances, text_path)
-    counts = {"reference_images": reference.count, "sample_images": samples.count}
-    write_options(output, args, metrics=metrics, **counts, distances=distances, network=network_file)
+    say(world, "computing reference batch activations...")
+    hashes = reference_hashes(reference, network_file["sha256"] if network_file else "", world)
+    keep, batch = not args.no_cache, args.batch_size
+    measured = measure_reference(reference, network if needed[1] else None, hashes, keep, batch, world)
+    say(world, "computing/reading reference batch statistics...")
+    dino_hashes = [hashes[0], sha256_file(args.dinov2)] if dino else []
+    dino_reference = (
+        measure_reference(reference.without_statistics(), dino, dino_hashes, keep, batch, world) if dino else None
+    )
+    results = []
+    for samples, (text, output) in zip(sets, outputs, strict=True):
+        for line in warnings_before(reference, samples) if world.is_main else []:
+            print(line, file=sys.stderr)
+        result = evaluate(reference, measured, samples, network, args, world)
+        if dino is not None and samples.count:
+            found = measure_set(samples.without_statistics(), dino, "DINOv2", batch, world)
+            if world.is_main:
+                result["metrics"]["fd_dinov2"] = frechet_distance(*found.pool, *dino_reference.pool, args.frechet)
+        if world.is_main:
+            finish(result, text)
+            table = compare_with_published(samples.path.name, result["metrics"]) if args.self_check else None
+            if table:
+                print(table)
+            write_options(output, args, **result, reference_images=reference.count, network=network_file)
+        results.append(result)
+    if args.markdown and world.is_main:
+        with atomic_path(args.markdown) as temporary:
+            temporary.write_text(markdown(results))
+        print(f"writing to {args.markdown}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -101,46 +103,91 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(
         __doc__, "python3 evaluations/c2i/evaluator.py VIRTUAL_imagenet256_labeled.npz samples/samples.npz"
     )
-    parser.add_argument("reference", metavar="REF", help="reference .npz")
-    parser.add_argument("samples", metavar="SAMPLES", help="sample .npz; the .txt is written beside it")
-    parser.add_argument(
+    parser.add_argument("reference", metavar="REF", nargs="?", help="reference .npz or folder of images")
+    parser.add_argument("samples", metavar="SAMPLES", nargs="*", help="sample .npz or folder; one or several")
+    group = parser.add_argument_group("feature network")
+    group.add_argument(
         "--inception-weights",
         metavar="FILE",
-        help="weights of the 2015 Inception (else looked for in pretrained_models/)",
+        help="weights of the 2015 Inception, .pb or .pth (else looked for in pretrained_models/)",
     )
-    parser.add_argument("--allow-unknown-weights", action="store_true", help="take weights of any sha256")
-    parser.add_argument(
+    group.add_argument("--allow-unknown-weights", action="store_true", help="take weights of any size and sha256")
+    group.add_argument("--download", action="store_true", help="fetch the weights once if they are not there")
+    group.add_argument(
         "--feature-network", metavar="FILE", help="classifier of train_classifier.py to use instead of Inception"
     )
-    parser.add_argument(
+    group.add_argument(
+        "--self-check",
+        action="store_true",
+        help="check weights, resize, network and formulas against stored numbers; REF and SAMPLES may be left out",
+    )
+    group = parser.add_argument_group("how the published numbers are computed")
+    group.add_argument(
         "--exact-distances", action="store_true", help="float32 distances for Precision and Recall, not float16"
     )
-    parser.add_argument("--batch-size", type=positive_int, default=64, help="images a forward pass")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (else the best there is)")
-    parser.add_argument(
+    group.add_argument(
+        "--frechet",
+        choices=["symmetric", "sqrtm"],
+        default="symmetric",
+        help="trace of FID by eigenvalues, or by scipy's matrix square root as published (slower, equal to 1e-9)",
+    )
+    group = parser.add_argument_group("further numbers, off by default")
+    group.add_argument("--kid", action="store_true", help="kernel distance, mean and deviation over 100 subsets")
+    group.add_argument("--dinov2", metavar="FILE", help="FD-DINOv2, with timm's weights of its ViT-L/14")
+    group.add_argument("--class-fid", action="store_true", help="FID within each class; both sets need labels")
+    group.add_argument(
+        "--bootstrap", type=positive_int, metavar="DRAWS", help="95%% interval of FID over resampled images"
+    )
+    group.add_argument(
+        "--paired",
+        action="store_true",
+        help="PSNR and SSIM of image i of SAMPLES with image i of REF, for tokenizers (FID is then rFID)",
+    )
+    group = parser.add_argument_group("running")
+    group.add_argument("--batch-size", type=positive_int, default=64, help="images a forward pass")
+    group.add_argument("--device", help="cpu, cuda, cuda:1 or mps (else the best there is)")
+    group.add_argument(
+        "--no-cache", action="store_true", help="do not keep the reference's features in a file beside it"
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument(
         "--output", metavar="JSON", help="numbers, options and environment (default: SAMPLES.metrics.json)"
     )
+    group.add_argument("--markdown", metavar="FILE", help="write a Markdown table, one row for each SAMPLES")
     return parser.parse_args()
 
 
-def text_path_beside(samples: Path) -> Path:
-    """``x.npz`` -> ``x.txt``; another name is refused, for its text could replace the file itself."""
-    if samples.suffix != ".npz":
-        raise ValueError(f"SAMPLES: the name of {samples} does not end in .npz, so the .txt beside it has no name")
-    return samples.with_suffix(".txt")
+def output_paths(samples: ImageSet, args: argparse.Namespace) -> tuple[Path, Path]:
+    """Where text and JSON go, checked: ``x.npz`` -> ``x.txt``, ``x.metrics.json``; the same beside a folder ``x``.
+
+    A file of another name is refused, for its text could replace the file itself.
+    """
+    if not samples.path.is_dir() and samples.path.suffix != ".npz":
+        raise ValueError(f"SAMPLES: the name of {samples.path} does not end in .npz, so the .txt beside it has no name")
+    if args.output and len(args.samples) > 1:
+        raise ValueError("--output names one file; leave it out where there are several SAMPLES")
+    place = samples.path.resolve() if samples.path.is_dir() else samples.path.with_suffix("")
+    text = place.with_name(f"{place.name}.txt")
+    output = Path(args.output or place.with_name(f"{place.name}.metrics.json"))
+    for path, option in ((output, "--output"), (Path(args.markdown or output), "--markdown")):
+        prepare_folder(path.parent, option)
+        if path.is_dir():
+            raise ValueError(f"{option}: {path} is a folder; give the name of a file")
+    return text, output
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name, tried out, or the best there is."""
+def choose_world(name: str | None) -> World:
+    """This process among its peers, on the device of that name, tried out, or on the best there is."""
+    world = init_distributed()
     if name is None:
-        return init_distributed().device
+        return world
     try:
-        return torch.empty(0, device=name).device
+        return World(world.rank, world.size, torch.empty(0, device=name).device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def reference_needs_images(reference: ImageArchive, samples: ImageArchive) -> bool:
+def reference_needs_images(reference: ImageSet, samples: ImageSet) -> bool:
     """Whether the reference images are needed: for Precision and Recall, or for statistics that are not stored."""
     stored = reference.pool is not None and reference.spatial is not None
     return reference.count > 0 and (samples.count > 0 or not stored)
@@ -152,34 +199,37 @@ def load_network(args: argparse.Namespace, world: World) -> tuple[FeatureNetwork
         path = require_file(args.feature_network, "--feature-network")
         network = load_classifier(path, "--feature-network")[0]
     else:
+        if args.download and not args.inception_weights and world.is_main:
+            download_weights(PRETRAINED_MODELS)
+        world.barrier()
         path = find_weights(args.inception_weights, PRETRAINED_MODELS, args.allow_unknown_weights)
         network = load_inception(path)
-    print(f"features by {path} on {world.device}", flush=True)
+    say(world, f"features by {path} on {world.device}")
     return network.to(world.device), {"path": str(path), "sha256": sha256_file(path)}
 
 
 def check_files(
-    reference: ImageArchive,
-    samples: ImageArchive,
+    reference: ImageSet,
+    samples: ImageSet,
     network: FeatureNetwork | None,
     args: argparse.Namespace,
     world: World,
 ) -> None:
     """Find what would end in an error later on, by the first image of each file."""
     sizes: dict[str, set[int]] = {"pool": set(), "spatial": set()}
-    for archive in (reference, samples):
-        for kind, stored in (("pool", archive.pool), ("spatial", archive.spatial)):
+    for images in (reference, samples):
+        for kind, stored in (("pool", images.pool), ("spatial", images.spatial)):
             if stored is not None:
                 sizes[kind].add(len(stored.mu))
-        if network is None or not archive.count:
+        if network is None or not images.count:
             continue
-        if archive.count <= NEIGHBOURS:
-            raise ValueError(f"{archive.path} holds {archive.count} images, at least {NEIGHBOURS + 1} are needed")
-        first = first_features(archive, network, world)
+        if images.count <= NEIGHBOURS:
+            raise ValueError(f"{images.path} holds {images.count} images, at least {NEIGHBOURS + 1} are needed")
+        first = first_features(images, network, world)
         sizes["pool"].add(first.pool.shape[1])
         if first.spatial is not None:
             sizes["spatial"].add(first.spatial.shape[1])
-        if args.feature_network and archive is samples and samples.labels is not None:
+        if args.feature_network and images is samples and samples.labels is not None:
             require_labels(samples.labels, samples.count, first.probabilities.shape[1])
     for kind, found in sizes.items():
         if len(found) > 1:
@@ -187,61 +237,87 @@ def check_files(
             raise ValueError(
                 f"stored statistics and network do not belong together: {kind} features of {numbers} values"
             )
+    for option, wanted in (("--kid", args.kid), ("--dinov2", args.dinov2)):
+        if wanted and not (reference.count and samples.count):
+            raise ValueError(f"{option} needs the images of REF and SAMPLES, not statistics alone")
+    if args.bootstrap and not samples.count:
+        raise ValueError(f"--bootstrap needs the images of SAMPLES; {samples.path} holds statistics alone")
+    if args.class_fid and (reference.labels is None or samples.labels is None):
+        raise ValueError("--class-fid needs labels of REF and SAMPLES (an array `labels` in each .npz)")
+    if args.paired and (reference.shape != samples.shape or not samples.count):
+        raise ValueError(f"--paired: REF holds {reference.shape}, SAMPLES {samples.shape}; expected the same images")
 
 
 @torch.inference_mode()
-def first_features(archive: ImageArchive, network: FeatureNetwork, world: World) -> Features:
+def first_features(images: ImageSet, network: FeatureNetwork, world: World) -> Features:
     """Features of the first image alone."""
-    return network(next(archive.batches(1)).to(world.device))
+    return network(next(images.batches(1)).to(world.device))
 
 
-def print_notes(reference: ImageArchive, samples: ImageArchive) -> None:
-    """Say what the user should know about the numbers before they come."""
-    lines = []
-    if not samples.count:
-        lines.append(f"note: {samples.path} holds statistics alone: FID and sFID only")
-    elif samples.count < PUBLISHED_SAMPLES:
-        lines.append(
-            f"warning: {samples.count:,} sample images; published figures take {PUBLISHED_SAMPLES:,}, "
-            "and fewer give a higher FID"
-        )
-    if samples.count and not reference.count:
-        lines.append(f"note: {reference.path} holds statistics alone: no Precision, no Recall")
-    for line in lines:
-        print(line, file=sys.stderr)
+def evaluate(
+    reference: ImageSet,
+    ref: MeasuredSet,
+    samples: ImageSet,
+    network: FeatureNetwork | None,
+    args: argparse.Namespace,
+    world: World,
+) -> dict[str, Any]:
+    """All numbers of one set of samples, and how they were come by; numbers on rank 0 only."""
+    say(world, "computing sample batch activations...")
+    measured = measure_set(samples, network if samples.count else None, "samples", args.batch_size, world)
+    say(world, "computing/reading sample batch statistics...")
+    result = {"samples": str(samples.path), "sample_images": samples.count, "made_with": settings_of(samples.path)}
+    result |= {"metrics": {}, "distances": None, "warnings": warnings_before(reference, samples)}
+    if not world.is_main:
+        return result
+    say(world, "Computing evaluations...")
+    metrics, features = result["metrics"], measured.features
+    metrics["fid"] = frechet_distance(*measured.pool, *ref.pool, args.frechet)
+    if ref.spatial is not None and measured.spatial is not None:
+        metrics["sfid"] = frechet_distance(*measured.spatial, *ref.spatial, args.frechet)
+    if features is not None:
+        metrics["inception_score"] = inception_score(features.probabilities)
+        if args.feature_network and samples.labels is not None:
+            metrics["class_accuracy"] = class_accuracy(features.probabilities, samples.labels)
+        for line in warnings_after(samples, features):
+            result["warnings"].append(line)
+            print(line, file=sys.stderr)
+    if features is not None and ref.features is not None:
+        found = precision_recall(ref.features.pool, features.pool, NEIGHBOURS, args.exact_distances, world.device)
+        metrics |= {"precision": found.precision, "recall": found.recall}
+        result["distances"] = describe_distances(found, args.exact_distances)
+    further_metrics(result, reference, ref, samples, measured, args, world)
+    return result
 
 
-def features_of(
-    archive: ImageArchive, network: FeatureNetwork, name: str, args: argparse.Namespace, world: World
-) -> ImageFeatures:
-    """Features of all images of a file, with a progress bar."""
-    with progress(world, name, archive.count, unit="image") as bar:
-        return extract_features(network, count_up(archive.batches(args.batch_size), bar), world.device)
-
-
-def count_up(batches: Iterator[torch.Tensor], bar: tqdm) -> Iterator[torch.Tensor]:
-    """The same batches; the bar moves on by their images."""
-    for batch in batches:
-        yield batch
-        bar.update(len(batch))
-
-
-def statistics_of(archive: ImageArchive, features: ImageFeatures | None) -> SetStatistics:
-    """Stored statistics where the file has them, computed ones otherwise."""
-    pool, spatial = archive.pool, archive.spatial
-    if pool is None:
-        pool = mean_and_covariance(features.pool)
-    if spatial is None and features is not None and features.spatial is not None:
-        spatial = mean_and_covariance(features.spatial)
-    return SetStatistics(pool, spatial)
-
-
-def compare_statistics(reference: SetStatistics, samples: SetStatistics) -> dict[str, float]:
-    """FID, and sFID where both sets have spatial statistics."""
-    metrics = {"fid": frechet_distance(*samples.pool, *reference.pool)}
-    if reference.spatial is not None and samples.spatial is not None:
-        metrics["sfid"] = frechet_distance(*samples.spatial, *reference.spatial)
-    return metrics
+def further_metrics(
+    result: dict[str, Any],
+    reference: ImageSet,
+    ref: MeasuredSet,
+    samples: ImageSet,
+    measured: MeasuredSet,
+    args: argparse.Namespace,
+    world: World,
+) -> None:
+    """What the options ask for beside the published numbers, into ``result``."""
+    metrics = result["metrics"]
+    if args.kid:
+        mean, deviation = kernel_distance(ref.features.pool, measured.features.pool)
+        metrics |= {"kid": mean, "kid_std": deviation}
+    if args.bootstrap:
+        low, high = frechet_interval(ref.pool, measured.features.pool, args.bootstrap, world)
+        metrics |= {"fid_low": low, "fid_high": high}
+    if args.class_fid:
+        by_class = class_frechet(ref.features.pool, reference.labels, measured.features.pool, samples.labels)
+        if not by_class:
+            raise ValueError("--class-fid: no class has two images in REF and in SAMPLES")
+        metrics["class_fid"] = float(np.mean(list(by_class.values())))
+        result["fid_of_class"] = by_class
+    if args.paired:
+        batches = zip(reference.batches(args.batch_size), samples.batches(args.batch_size), strict=True)
+        count = -(-samples.count // args.batch_size)
+        pairs = progress(world, "PSNR and SSIM", count, unit="batch", items=batches)
+        metrics["psnr"], metrics["ssim"] = paired_quality(pairs)
 
 
 def describe_distances(result: PrecisionRecall, exact: bool) -> str:
@@ -254,15 +330,21 @@ def describe_distances(result: PrecisionRecall, exact: bool) -> str:
     return text
 
 
-def report(metrics: dict[str, float], distances: str | None, text_path: Path) -> None:
+def finish(result: dict[str, Any], text_path: Path) -> None:
     """Print the numbers, write them to ``text_path``."""
-    lines = [f"{title}: {metrics[name]}" for name, title in TITLES.items() if name in metrics]
-    print("\n".join(lines))
-    if distances:
-        print(f"distances: {distances}")
+    lines = text_lines(result["metrics"])
+    print(lines, end="")
+    if result["distances"]:
+        print(f"distances: {result['distances']}")
     print(f"writing to {text_path}")
     with atomic_path(text_path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+        temporary.write_text(lines)
+
+
+def say(world: World, line: str) -> None:
+    """Print on rank 0, at once."""
+    if world.is_main:
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

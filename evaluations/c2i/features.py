@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+
+from utils.distributed import World
 
 
 class Features(NamedTuple):
@@ -30,25 +34,33 @@ class FeatureNetwork(Protocol):
 
 
 class ImageFeatures(NamedTuple):
-    """``Features`` of a whole set of N images, as numpy arrays."""
+    """``Features`` of a whole set of N images as numpy arrays, and a hash of each image's pixels (N,) uint64."""
 
     pool: np.ndarray
     spatial: np.ndarray | None
     probabilities: np.ndarray
+    hashes: np.ndarray
 
 
 @torch.inference_mode()
-def extract_features(network: FeatureNetwork, batches: Iterable[torch.Tensor], device: torch.device) -> ImageFeatures:
-    """Run every batch (B, H, W, 3) through ``network`` on ``device`` and join the results in order."""
-    pool, spatial, probabilities = [], [], []
+def extract_features(network: FeatureNetwork, batches: Iterable[torch.Tensor], world: World) -> ImageFeatures | None:
+    """Run every batch (B, H, W, 3) through ``network`` and join the results in order, on rank 0; None elsewhere.
+
+    ``batches`` are those of this rank, which must be each ``world.size``-th one of the whole set.
+    """
+    parts = []
     # cudnn's default rounds the inputs of a float32 convolution to 10 bits
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for images in batches:
-            features = network(images.to(device))
-            pool.append(features.pool.cpu().numpy())
-            probabilities.append(features.probabilities.cpu().numpy())
-            if features.spatial is not None:
-                spatial.append(features.spatial.cpu().numpy())
-    return ImageFeatures(
-        np.concatenate(pool), np.concatenate(spatial) if spatial else None, np.concatenate(probabilities)
-    )
+            found = [None if x is None else x.cpu().numpy() for x in network(images.to(world.device))]
+            parts.append((*found, _hashes(images)))
+    ranks = world.gather(parts)
+    if ranks is None:
+        return None
+    in_order = [part for row in zip_longest(*ranks) for part in row if part is not None]
+    return ImageFeatures(*(None if x[0] is None else np.concatenate(x) for x in zip(*in_order, strict=True)))
+
+
+def _hashes(images: torch.Tensor) -> np.ndarray:
+    digests = b"".join(hashlib.blake2b(image.numpy(), digest_size=8).digest() for image in images)
+    return np.frombuffer(digests, np.uint64)

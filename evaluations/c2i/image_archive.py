@@ -1,4 +1,4 @@
-"""The ``.npz`` files that the evaluator reads: images as a stream, statistics and labels whole, nothing unpickled."""
+"""What the evaluator reads, ``.npz`` or folder: images as a stream, statistics and labels whole, nothing unpickled."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import torch
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from dataset.imagenet import open_image
 from evaluations.c2i.metrics import Statistics
 from utils.files import require_file
 
@@ -42,24 +44,78 @@ class ImageArchive:
         """Number of images; 0 if the file holds statistics alone."""
         return self.shape[0] if self.shape else 0
 
-    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+    def without_statistics(self) -> ImageArchive:
+        """The same images alone."""
+        return replace(self, pool=None, spatial=None)
+
+    def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[torch.Tensor]:
         """The images in file order: (B, H, W, 3) uint8, or float32 for a file of floats, values 0-255.
 
-        Holds one batch at a time. Raises ``ValueError`` for a damaged file and for floats outside 0-255.
+        Only batches ``rank``, ``rank + size``, ... are handed out. Holds one batch at a time. Raises ``ValueError`` for
+        a damaged file and for floats outside 0-255.
         """
         with _readable(self.path), zipfile.ZipFile(self.path) as archive:
             member = _open_member(archive, IMAGES, self.path)
             whole = member.read(member.shape) if member.fortran_order else None
             peak = 255.0 if member.dtype == np.uint8 else 0.0
-            for start in range(0, self.count, batch_size):
-                size = min(batch_size, self.count - start)
-                batch = member.read((size, *member.shape[1:])) if whole is None else whole[start : start + size]
+            for index, start in enumerate(range(0, self.count, batch_size)):
+                shape = (min(batch_size, self.count - start), *member.shape[1:])
+                batch = member.read(shape) if whole is None else whole[start : start + batch_size]
+                if index % size != rank:
+                    continue
                 if member.dtype != np.uint8:
                     batch = batch.astype(np.float32)
                     peak = max(peak, _highest_pixel(batch, self.path))
                 yield torch.from_numpy(np.ascontiguousarray(batch))
-        if peak <= 1:
+        if rank < -(-self.count // batch_size) and peak <= 1:
             raise ValueError(f"{self.path}: arr_0 has no value above {peak:g}, expected values in 0..255")
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """A folder of images of one size, in the order of their names, in place of an ``ImageArchive``."""
+
+    path: Path
+    shape: tuple[int, int, int, int]
+    files: tuple[Path, ...]
+    pool: None = None
+    spatial: None = None
+    labels: None = None
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return len(self.files)
+
+    def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[torch.Tensor]:
+        """As of ``ImageArchive``; ``ValueError`` for a file that is no image or has another size than the first."""
+        for start in range(rank * batch_size, self.count, size * batch_size):
+            yield torch.stack([self._read(file) for file in self.files[start : start + batch_size]])
+
+    def without_statistics(self) -> ImageFiles:
+        """The same: a folder stores none."""
+        return self
+
+    def _read(self, file: Path) -> torch.Tensor:
+        pixels = np.array(open_image(file))  # (H, W, 3) uint8
+        if pixels.shape != self.shape[1:]:
+            found, others = (f"{s[1]}x{s[0]}" for s in (pixels.shape, self.shape[1:]))
+            raise ValueError(f"{file} has {found} pixels, the first image of {self.path} has {others}")
+        return torch.from_numpy(pixels)
+
+
+ImageSet: TypeAlias = ImageArchive | ImageFiles
+
+
+def open_images(path: str | Path, name: str) -> ImageSet:
+    """A folder of images or an ``.npz``; ``name`` is what messages call it. ``ValueError`` for anything else."""
+    if not Path(path).is_dir():
+        return open_archive(path, name)
+    files = tuple(sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS))
+    if not files:
+        raise ValueError(f"{name}: no images in {path}")
+    height, width, channels = np.array(open_image(files[0])).shape
+    return ImageFiles(Path(path), (len(files), height, width, channels), files)
 
 
 def open_archive(path: str | Path, name: str) -> ImageArchive:

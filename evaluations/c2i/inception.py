@@ -27,6 +27,7 @@ from torchvision.models.inception import (
 )
 
 from evaluations.c2i.features import Features
+from evaluations.c2i.graphdef import Node, read_graphdef
 from utils.checkpoint import load_checkpoint, load_strictly
 from utils.files import require_file, sha256_file
 
@@ -48,14 +49,26 @@ class WeightsFile:
         return f"{self.name} ({self.size:,} bytes, sha256 {self.sha256}, from {self.source})"
 
 
+_PTH = (95_628_359, "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")
 PUBLISHED_WEIGHTS = (
     WeightsFile(
+        "classify_image_graph_def.pb",
+        95_673_916,
+        "009d6814d1bc560d4e7b236e170e9b2d5ca6f4b57bd8037f6db05776204415c6",
+        "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/classify_image_graph_def.pb",
+    ),
+    WeightsFile(
         "pt_inception-2015-12-05-6726825d.pth",
-        95_628_359,
-        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-        "the releases page of mseitzer/pytorch-fid on GitHub",
+        *_PTH,
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+    ),
+    WeightsFile(
+        "weights-inception-2015-12-05-6726825d.pth",
+        *_PTH,
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
     ),
 )
+DOWNLOADED = PUBLISHED_WEIGHTS[1]
 
 
 class Inception2015(nn.Module):
@@ -191,12 +204,32 @@ def _resize_grid(length: int, size: int, device: torch.device) -> tuple[torch.Te
 
 
 def load_inception(path: str | Path) -> Inception2015:
-    """The network with the weights of a ``.pth`` file in pytorch-fid's names, on the CPU, ready to evaluate.
+    """The network with the weights of a TensorFlow graph (``.pb``) or of a state dict in pytorch-fid's names (any other
+    name), on the CPU, ready to evaluate.
 
     Raises ``ValueError`` if the file is not such a file.
     """
-    state = load_checkpoint(path, "--inception-weights")
-    return build_inception(state, path)
+    if Path(path).suffix == ".pb":
+        try:
+            return build_inception(state_of_graph(read_graphdef(Path(path).read_bytes())), path)
+        except ValueError as error:
+            raise ValueError(f"--inception-weights: {path} is not the Inception graph of 2015: {error}") from error
+    return build_inception(load_checkpoint(path, "--inception-weights"), path)
+
+
+def state_of_graph(nodes: Mapping[str, Node]) -> dict[str, torch.Tensor]:
+    """Our state dict of the nodes of the 2015 graph; ``ValueError`` if a constant is missing.
+
+    A batch norm whose ``scale_after_normalization`` is off does not use its gamma.
+    """
+    constants = {name: node.value for name, node in nodes.items() if node.value is not None}
+    for name, node in nodes.items():
+        if node.op == "BatchNormWithGlobalNormalization" and not node.switches.get("scale_after_normalization", False):
+            constants[f"{name}/gamma"] = np.ones_like(constants[f"{name}/beta"])
+    try:
+        return state_from_tensorflow(constants)
+    except KeyError as error:
+        raise ValueError(f"it has no constant {error}") from error
 
 
 def build_inception(state: Mapping[str, torch.Tensor], source: str | Path) -> Inception2015:
@@ -223,12 +256,28 @@ def find_weights(path: str | Path | None, folder: Path, allow_unknown: bool) -> 
         if path is None:
             raise ValueError(f"no Inception weights: {wanted}")
     path = require_file(path, "--inception-weights", wanted)
-    if not allow_unknown and sha256_file(path) not in {w.sha256 for w in PUBLISHED_WEIGHTS}:
-        raise ValueError(
-            f"--inception-weights: {path} ({path.stat().st_size:,} bytes) is not a published file by its sha256: "
-            f"{wanted}; --allow-unknown-weights takes it as it is"
-        )
-    return path
+    if allow_unknown:
+        return path
+    size = path.stat().st_size
+    of_size = {w.sha256 for w in PUBLISHED_WEIGHTS if w.size == size}
+    if of_size and sha256_file(path) in of_size:
+        return path
+    how = "sha256" if of_size else "size"
+    raise ValueError(
+        f"--inception-weights: {path} ({size:,} bytes) is not a published file by its {how}: {wanted}; "
+        "--allow-unknown-weights takes it as it is"
+    )
+
+
+def download_weights(folder: Path) -> None:
+    """Fetch a published file into ``folder``, unless one is there; its sha256 is checked before it gets its name."""
+    if any((folder / w.name).is_file() for w in PUBLISHED_WEIGHTS):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(DOWNLOADED.source, str(folder / DOWNLOADED.name), DOWNLOADED.sha256)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"--download: {DOWNLOADED.source} cannot be fetched into {folder}: {error}") from error
 
 
 # The 2015 graph's scopes of each block's convolutions: torchvision's name -> TensorFlow's, below the block's own.
@@ -316,7 +365,7 @@ TENSORFLOW_CONSTANTS = {
 def state_from_tensorflow(constants: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """The 2015 graph's constants by name (kernels HWIO, ``softmax/weights`` (2048, 1008)) -> our state dict."""
     state = {
-        f"{module}.{parameter}": torch.as_tensor(constants[f"{scope}/{constant}"])
+        f"{module}.{parameter}": torch.tensor(constants[f"{scope}/{constant}"])
         for module, scope in TENSORFLOW_SCOPES.items()
         for parameter, constant in TENSORFLOW_CONSTANTS.items()
     }

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy import linalg
 from scipy.special import rel_entr
 
 # Nearest-neighbour distances are decided upon in blocks of this many rows and columns: the overflow of one
@@ -46,20 +47,65 @@ def mean_and_covariance(features: np.ndarray) -> Statistics:
     return Statistics(features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False)))
 
 
-def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+def frechet_distance(
+    mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray, method: str = "symmetric"
+) -> float:
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))  (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
 
-    With S1 = A A^T and S2 = B B^T the last trace is the sum of the singular values of A^T B: symmetric in its
-    arguments and exact for covariances without full rank, where a matrix square root of S1 S2 is not.
-    Means (D,), covariances (D, D), any float dtype. Raises ``ValueError`` when the sizes differ.
+    With S1 = L L^T the last trace is the sum of the square roots of the eigenvalues of L^T S2 L. Without full rank,
+    where these lose half their digits, factors S1 = A A^T and S2 = B B^T are taken and the singular values of A^T B.
+    Both are symmetric in their arguments, where a matrix square root of S1 S2 is not. ``method`` "sqrtm" takes that
+    one, as the TensorFlow evaluator does. Means (D,), covariances (D, D), any float dtype. Raises ``ValueError`` when
+    the sizes differ.
     """
     size = np.size(mu1)
     if not (np.shape(mu1) == np.shape(mu2) == (size,) and np.shape(sigma1) == np.shape(sigma2) == (size, size)):
         shapes = ", ".join(str(np.shape(x)) for x in (mu1, sigma1, mu2, sigma2))
         raise ValueError(f"statistics of different sizes cannot be compared: mu, sigma, mu, sigma are {shapes}")
     difference = np.subtract(mu1, mu2).astype(np.float64)
-    cross = np.linalg.svd(_factor(sigma1).T @ _factor(sigma2), compute_uv=False).sum()
-    return float(difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+    trace = _trace_by_sqrtm if method == "sqrtm" else _trace_of_root
+    return float(difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * trace(sigma1, sigma2))
+
+
+def frechet_distance_of_few(first: np.ndarray, second: np.ndarray) -> float:
+    """``frechet_distance`` of the statistics of two sets of features (N, D) and (M, D), quick where N, M << D.
+
+    The singular values of A^T B are those of an N x M matrix when A and B are the centred features themselves.
+    """
+    centred = []
+    for x in (first, second):
+        _require_features(x, "features", least=2)
+        x = x.astype(np.float64)
+        centred.append((x - x.mean(axis=0)) / np.sqrt(len(x) - 1))  # (N, D), covariance A A^T of A = its transpose
+    difference = first.mean(axis=0, dtype=np.float64) - second.mean(axis=0, dtype=np.float64)
+    cross = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
+    spread = sum(np.square(x).sum() for x in centred)
+    return float(difference @ difference + spread - 2 * cross)
+
+
+def _trace_of_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
+    """tr((S1 S2)^(1/2)). By torch, whose LAPACK took 2.3 s at D = 2048 where numpy's takes 9 (2 cores)."""
+    first, second = (torch.from_numpy(np.array(s, np.float64)) for s in (sigma1, sigma2))
+    lower, full = _cholesky(first)
+    if full and _cholesky(second)[1]:
+        return torch.linalg.eigvalsh(lower.T @ second @ lower).clamp(min=0).sqrt().sum().item()
+    return torch.linalg.svdvals(_factor(first).T @ _factor(second)).sum().item()
+
+
+def _cholesky(sigma: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Lower factor of a covariance (D, D), and whether it has full rank by a wide margin."""
+    lower, failed = torch.linalg.cholesky_ex(sigma)
+    pivots = lower.diagonal().square()
+    return lower, not failed.item() and (pivots.min() > 1e-12 * pivots.max()).item()
+
+
+def _trace_by_sqrtm(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
+    """tr((S1 S2)^(1/2)) by the Schur method; a diagonal of 1e-6 is added where that fails, as published."""
+    root = linalg.sqrtm(np.dot(sigma1, sigma2))
+    if not np.isfinite(root).all():
+        offset = np.eye(len(sigma1)) * 1e-6
+        root = linalg.sqrtm((sigma1 + offset) @ (sigma2 + offset))
+    return float(np.trace(root).real)
 
 
 def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
@@ -209,11 +255,11 @@ def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
         yield slice(begin, min(begin + size, stop))
 
 
-def _factor(sigma: np.ndarray) -> np.ndarray:
+def _factor(sigma: torch.Tensor) -> torch.Tensor:
     """A (D, rank) with A A^T = sigma; eigenvalues within rounding of zero are left out."""
-    values, vectors = np.linalg.eigh(np.asarray(sigma, np.float64))
-    kept = values > values.max() * len(values) * np.finfo(np.float64).eps
-    return vectors[:, kept] * np.sqrt(values[kept])
+    values, vectors = torch.linalg.eigh(sigma)
+    kept = values > values.max() * len(values) * torch.finfo(torch.float64).eps
+    return vectors[:, kept] * values[kept].sqrt()
 
 
 def _require_features(x: np.ndarray, what: str, least: int) -> None:

@@ -1,0 +1,167 @@
+"""TensorFlow's frozen graphs without TensorFlow: the constants and the switches of nodes in a GraphDef ``.pb``.
+
+Only the protobuf wire format and the few messages on the way to a constant are read (graph.proto, node_def.proto,
+attr_value.proto, tensor.proto, tensor_shape.proto of TensorFlow); all other fields are stepped over. Nothing in the
+file is executed.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+# of a field's key: its lowest three bits say how the value is written
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+# the DataType enum's numeric members -> numpy's, with the field of TensorProto that lists values of the type
+DTYPES: dict[int, tuple[str, int]] = {
+    1: ("<f4", 5),
+    2: ("<f8", 6),
+    3: ("<i4", 7),
+    4: ("|u1", 7),
+    5: ("<i2", 7),
+    6: ("|i1", 7),
+    9: ("<i8", 10),
+    10: ("|b1", 11),
+    17: ("<u2", 7),
+    19: ("<f2", 13),
+    22: ("<u4", 16),
+    23: ("<u8", 17),
+}
+SHAPE, CONTENT = 2, 4  # fields of TensorProto
+MOST_VALUES = 1 << 26  # a repeated last value may stand for this many: more is no weight of a network
+
+
+class Node(NamedTuple):
+    """One operation: its kind, its constant (of a ``Const`` of numbers, else None) and its boolean attributes."""
+
+    op: str
+    value: np.ndarray | None
+    switches: dict[str, bool]
+
+
+def read_graphdef(data: bytes) -> dict[str, Node]:
+    """Nodes of a serialised GraphDef by name; ``ValueError`` for anything else."""
+    nodes = {}
+    try:
+        for field, value in _fields(memoryview(data)):
+            if field == 1:
+                name, node = _node(_message(value))
+                nodes[name] = node
+    except (IndexError, struct.error, UnicodeDecodeError) as error:
+        raise ValueError(f"no GraphDef: {error}") from error
+    if not nodes:
+        raise ValueError("no GraphDef: it has no nodes")
+    return nodes
+
+
+def _node(data: memoryview) -> tuple[str, Node]:
+    name, op, value, switches = "", "", None, {}
+    for field, content in _fields(data):
+        if field == 1:
+            name = str(_message(content), "utf-8")
+        elif field == 2:
+            op = str(_message(content), "utf-8")
+        elif field == 5:  # an entry of the map of attributes: 1 is the key, 2 the AttrValue
+            entry = dict(_fields(_message(content)))
+            attribute = dict(_fields(_message(entry.get(2, memoryview(b"")))))
+            key = str(_message(entry.get(1, memoryview(b""))), "utf-8")
+            if 5 in attribute:
+                switches[key] = bool(attribute[5])
+            elif key == "value" and 8 in attribute:
+                value = _tensor(_message(attribute[8]))
+    return name, Node(op, value if op == "Const" else None, switches)
+
+
+def _tensor(data: memoryview) -> np.ndarray | None:
+    """A TensorProto: its bytes, or its list of values, whose last stands for all that are left out."""
+    fields: dict[int, list[int | memoryview]] = {}
+    for field, content in _fields(data):
+        fields.setdefault(field, []).append(content)
+    kind = fields.get(1, [0])[-1]
+    if kind not in DTYPES:
+        return None  # strings and such
+    dtype, listed = np.dtype(DTYPES[kind][0]), DTYPES[kind][1]
+    shape = _shape(_message(fields[SHAPE][-1])) if SHAPE in fields else ()
+    count = math.prod(shape)
+    if CONTENT in fields:
+        values = np.frombuffer(_message(fields[CONTENT][-1]), dtype)
+    else:
+        values = np.concatenate([_values(x, dtype) for x in fields.get(listed, [])] or [np.zeros(1, dtype)])
+        if 0 < len(values) < count <= MOST_VALUES:
+            values = np.concatenate([values, np.full(count - len(values), values[-1])])
+    if len(values) != count:
+        raise ValueError(f"no GraphDef: a tensor of shape {shape} has {len(values)} values")
+    return values.reshape(shape)
+
+
+def _values(content: int | memoryview, dtype: np.dtype) -> np.ndarray:
+    """Values of one field of a TensorProto: packed or a single one, as ``dtype``."""
+    if isinstance(content, int):
+        words = np.array([content], np.uint64)
+    elif dtype.kind == "f" and dtype.itemsize > 2:
+        return np.frombuffer(content, dtype)
+    else:
+        words = np.array(list(_varints(content)), np.uint64)
+    if dtype == np.float16:  # its bits, as an integer
+        return words.astype(np.uint16).view(dtype)
+    if dtype.kind == "f":  # a single value: the bits of a fixed32 or fixed64
+        return words.astype(f"<u{dtype.itemsize}").view(dtype)
+    return words.astype(np.int64).astype(dtype)  # negative integers are written as 64-bit two's complement
+
+
+def _shape(data: memoryview) -> tuple[int, ...]:
+    sizes = [dict(_fields(_message(content))).get(1, 0) for field, content in _fields(data) if field == 2]
+    if any(not 0 <= s < 1 << 31 for s in sizes):
+        raise ValueError(f"no GraphDef: a tensor of shape {sizes}")
+    return tuple(sizes)
+
+
+def _message(content: int | memoryview) -> memoryview:
+    if isinstance(content, int):
+        raise ValueError("no GraphDef: a number where a message should be")
+    return content
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Field numbers and values of one message: numbers as unsigned integers (their bits), the rest as bytes."""
+    position = 0
+    while position < len(data):
+        key, position = _varint(data, position)
+        field, kind = key >> 3, key & 7
+        if kind == VARINT:
+            value, position = _varint(data, position)
+            yield field, value
+            continue
+        if kind == BYTES:
+            length, position = _varint(data, position)
+        elif kind in (FIXED32, FIXED64):
+            length = 4 if kind == FIXED32 else 8
+        else:
+            raise ValueError(f"no GraphDef: unknown kind of field {kind}")
+        content, position = data[position : position + length], position + length
+        if position > len(data):
+            raise ValueError("no GraphDef: it ends within a field")
+        yield field, content if kind == BYTES else int.from_bytes(content, "little")
+
+
+def _varints(data: memoryview) -> Iterator[int]:
+    position = 0
+    while position < len(data):
+        value, position = _varint(data, position)
+        yield value
+
+
+def _varint(data: memoryview, position: int) -> tuple[int, int]:
+    """An integer of 7 bits a byte, lowest first, and where the next field begins."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & 0xFFFFFFFFFFFFFFFF, position
+    raise ValueError("no GraphDef: a number of more than 64 bits")
