@@ -10,8 +10,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from evaluations.c2i import evaluator
+from evaluations.c2i import evaluator, report, self_check
 from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier, save_classifier
 from evaluations.c2i.image_archive import open_archive
 from evaluations.c2i.metrics import mean_and_covariance
@@ -23,7 +24,7 @@ FIVE = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
 
 def numbers(text: str) -> dict[str, float]:
     """``title: value`` lines as a dict."""
-    return {k: float(v) for k, v in re.findall(r"^([A-Za-z ]+): ([-+.\de]+)$", text, re.MULTILINE)}
+    return {k: float(v) for k, v in re.findall(r"^([A-Za-z0-9% ]+): ([-+.\de]+)$", text, re.MULTILINE)}
 
 
 @pytest.fixture
@@ -293,3 +294,158 @@ def test_unusable_device_and_files_are_named(sets, evaluate):
         evaluate(sets, ref="nowhere.npz")
     with pytest.raises(ValueError, match="--feature-network: none.pt does not exist"):
         evaluate(sets, network=("--feature-network", "none.pt"))
+
+
+# several sets, folders, processes, the kept reference
+
+
+def save_images(folder, images: np.ndarray) -> None:
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:03}.png")
+
+
+def test_a_folder_of_images_is_a_set(sets, evaluate):
+    images = np.load(sets / "sam.npz")["arr_0"]
+    np.savez(sets / "sam.npz", arr_0=images)  # without labels, as a folder has none
+    evaluate(sets)
+    before = (sets / "sam.txt").read_text()
+    save_images(sets / "pictures", images)
+    evaluate(sets, sam="pictures")
+    assert (sets / "pictures.txt").read_text() == before
+    Image.fromarray(images[0, :4]).save(sets / "pictures" / "zzz.png")
+    with pytest.raises(ValueError, match="zzz.png has 8x4 pixels, the first image of .*pictures has 8x8"):
+        evaluate(sets, sam="pictures")
+    (sets / "empty").mkdir()
+    with pytest.raises(ValueError, match="SAMPLES: no images in empty"):
+        evaluate(sets, sam="empty")
+
+
+def test_several_sets_are_the_single_ones_and_a_table(sets, evaluate):
+    np.savez(sets / "more.npz", arr_0=np.load(sets / "ref.npz")["arr_0"][:20, ::-1])
+    (sets / "sam.json").write_text(json.dumps({"options": {"gpt_model": "GPT-B", "cfg_scale": 1.75}}))
+    single = {}
+    for name in ("sam", "more"):
+        evaluate(sets, sam=f"{name}.npz")
+        single[name] = (sets / f"{name}.txt").read_text()
+        (sets / f"{name}.txt").unlink()
+    evaluate(sets, "--markdown", "table.md", sam="sam.npz", network=("more.npz", "--feature-network", "net.pt"))
+    assert {n: (sets / f"{n}.txt").read_text() for n in single} == single
+    table = [[c.strip() for c in line.strip("|\n").split("|")] for line in (sets / "table.md").read_text().splitlines()]
+    assert [row[0] for row in table] == ["Samples", "---", "sam.npz", "more.npz"]
+    fid = table[0].index("FID")
+    assert float(table[2][fid]) == pytest.approx(numbers(single["sam"])["FID"], abs=1e-4)
+    assert table[2][-1] == "gpt_model GPT-B, cfg_scale 1.75"
+    assert json.loads((sets / "sam.metrics.json").read_text())["made_with"]["cfg_scale"] == 1.75
+    with pytest.raises(ValueError, match="--output names one file"):
+        evaluate(sets, "--output", "x.json", network=("more.npz", "--feature-network", "net.pt"))
+
+
+def test_the_kept_reference_gives_the_same_numbers(sets, evaluate, monkeypatch):
+    first = evaluate(sets).out
+    before = (sets / "sam.txt").read_text()
+    kept = list(sets.glob("ref.npz.*.features.npz"))
+    assert len(kept) == 1
+    read = evaluate(sets).out
+    assert "read from" in read
+    assert "read from" not in first
+    assert (sets / "sam.txt").read_text() == before
+    kept[0].write_bytes(kept[0].read_bytes()[:1000])
+    assert "is not whole" in evaluate(sets).err
+    assert (sets / "sam.txt").read_text() == before
+    kept[0].unlink()
+    evaluate(sets, "--no-cache")
+    assert not list(sets.glob("*.features.npz"))
+    evaluate(sets)
+    images = np.load(sets / "ref.npz")["arr_0"]
+    np.savez(sets / "ref.npz", arr_0=images[::-1, ::-1])  # another file of that name is another reference
+    assert "read from" not in evaluate(sets).out
+
+
+def test_two_processes_give_the_numbers_of_one(sets, evaluate):
+    evaluate(sets, "--batch-size", 4)
+    before = (sets / "sam.txt").read_text()
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words += [evaluator.__file__, sets / "ref.npz", sets / "sam.npz", "--feature-network", sets / "net.pt"]
+    done = run_command(*words, "--batch-size", "4", "--no-cache", "--device", "cpu", OMP_NUM_THREADS="1")
+    assert (sets / "sam.txt").read_text() == before
+    assert done.stdout.count("computing sample batch activations...") == 1
+
+
+# warnings
+
+
+def test_warnings_that_matter(sets, evaluate):
+    images = np.load(sets / "sam.npz")["arr_0"]
+    np.savez(sets / "sam.npz", arr_0=np.concatenate([images, images[:3]]), labels=np.arange(28) // 10)
+    err = evaluate(sets).err
+    assert "3 of 28 images of sam.npz are copies" in err
+    assert "samples are sorted by class" in err
+    warnings = json.loads((sets / "sam.metrics.json").read_text())["warnings"]
+    assert len(warnings) == 3  # and few images
+    assert "sorted" not in evaluate(sets, sam="ref.npz").err
+
+
+def test_other_sizes_are_said(sets):
+    reference, samples = (open_archive(sets / "ref.npz", "REF") for _ in range(2))
+    assert report.warnings_before(reference, samples)[1:] == []
+    np.savez(sets / "small.npz", arr_0=np.zeros((5, 4, 6, 3), np.uint8))
+    small = open_archive(sets / "small.npz", "SAMPLES")
+    assert "sample images are 6x4, the reference's 8x8" in " ".join(report.warnings_before(reference, small))
+
+
+# further numbers
+
+
+def test_further_numbers_are_asked_for_and_written(sets, evaluate):
+    np.savez(sets / "ref.npz", **{k: v[:25] for k, v in np.load(sets / "ref.npz").items()})
+    evaluate(sets)
+    plain = numbers((sets / "sam.txt").read_text())
+    evaluate(sets, "--kid", "--class-fid", "--bootstrap", 5, "--paired", "--frechet", "sqrtm")
+    found = numbers((sets / "sam.txt").read_text())
+    assert found.keys() - plain.keys() == {
+        *("KID", "KID standard deviation", "FID 95% low", "FID 95% high", "Mean FID per class", "PSNR", "SSIM")
+    }
+    assert found["FID"] == pytest.approx(plain["FID"], rel=1e-3)  # 25 images: the square root is not exact
+    written = json.loads((sets / "sam.metrics.json").read_text())
+    assert set(written["fid_of_class"]) == {"0", "1", "2"}
+    assert written["metrics"]["fid_low"] < written["metrics"]["fid_high"]
+    assert found["PSNR"] == pytest.approx(7.75, abs=0.3)  # independent uniform pixels: 255^2 / 6
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--kid", "--kid needs the images"),
+        ("--class-fid", "--class-fid needs labels"),
+        ("--paired", "--paired: REF holds"),
+    ],
+)
+def test_further_numbers_without_what_they_need_are_refused(sets, evaluate, option, message):
+    np.savez(sets / "ref.npz", **stored(1))
+    with pytest.raises(ValueError, match=message):
+        evaluate(sets, option)
+
+
+# self-check
+
+
+def test_self_check_passes_and_notices_a_change(tmp_path, monkeypatch, capsys):
+    torch.save(recipe_state(), tmp_path / "recipe.pth")
+    monkeypatch.setattr(sys, "argv", ["evaluator.py", "--self-check", "--allow-unknown-weights"])
+    sys.argv += ["--inception-weights", str(tmp_path / "recipe.pth")]
+    evaluator.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert all(" ok " in line for line in lines)
+    resize = self_check.inception.resize_tf1
+    monkeypatch.setattr(self_check.inception, "resize_tf1", lambda *a: resize(*a).nextafter(torch.tensor(1e9)))
+    with pytest.raises(ValueError, match="failed: resize$"):
+        evaluator.main()
+
+
+def test_openai_samples_are_compared_with_their_published_figures():
+    measured = dict(inception_score=215.8, fid=3.9, sfid=6.1, precision=0.8, recall=0.5)
+    table = self_check.compare_with_published("admnet_guided_upsampled_imagenet256.npz", measured)
+    assert "fid                 3.942557    3.900000 -1.08e-02" in table
+    assert self_check.compare_with_published("samples.npz", measured) is None

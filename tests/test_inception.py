@@ -96,3 +96,28 @@ def test_weights_of_published_hash_are_found_in_the_folder(tmp_path, monkeypatch
     monkeypatch.setattr(inception, "PUBLISHED_WEIGHTS", (inception.WeightsFile("w.pth", 3, sha256, "nowhere"),))
     (tmp_path / "w.pth").write_bytes(b"abc")
     assert inception.find_weights(None, tmp_path, allow_unknown=False) == tmp_path / "w.pth"
+
+
+def test_a_file_of_another_size_is_refused_without_reading_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(inception, "sha256_file", lambda _: pytest.fail("hashed"))
+    (tmp_path / "w.pth").write_bytes(b"abc")
+    with pytest.raises(ValueError, match=r"w.pth \(3 bytes\) is not a published file by its size"):
+        inception.find_weights(tmp_path / "w.pth", tmp_path, allow_unknown=False)
+
+
+def test_weights_are_fetched_once_and_checked(tmp_path, monkeypatch):
+    """From a file:// address; a file of another hash does not get the name."""
+    source = tmp_path / "home.pth"
+    source.write_bytes(b"abc")
+    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    published = inception.WeightsFile("w.pth", 3, sha256, source.as_uri())
+    monkeypatch.setattr(inception, "DOWNLOADED", published)
+    monkeypatch.setattr(inception, "PUBLISHED_WEIGHTS", (published,))
+    inception.download_weights(tmp_path / "models")
+    assert inception.find_weights(None, tmp_path / "models", allow_unknown=False).read_bytes() == b"abc"
+    source.unlink()
+    inception.download_weights(tmp_path / "models")  # nothing is fetched again
+    source.write_bytes(b"abd")
+    with pytest.raises(ValueError, match="--download: file.*cannot be fetched"):
+        inception.download_weights(tmp_path / "others")
+    assert not list((tmp_path / "others").glob("*"))
