@@ -6,13 +6,14 @@ import json
 import re
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from evaluations.c2i import evaluator, report, self_check
+from evaluations.c2i import evaluator, image_archive, report, self_check, sweep
 from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier, save_classifier
 from evaluations.c2i.image_archive import open_archive
 from evaluations.c2i.metrics import mean_and_covariance
@@ -440,8 +441,9 @@ def test_self_check_passes_and_notices_a_change(tmp_path, monkeypatch, capsys):
     assert all(" ok " in line for line in lines)
     resize = self_check.inception.resize_tf1
     monkeypatch.setattr(self_check.inception, "resize_tf1", lambda *a: resize(*a).nextafter(torch.tensor(1e9)))
-    with pytest.raises(ValueError, match="failed: resize$"):
-        evaluator.main()
+    monkeypatch.setattr(self_check, "check_network", lambda: "")
+    with pytest.raises(ValueError, match="failed: weights, resize$"):
+        self_check.self_check(None, tmp_path, True)
 
 
 def test_openai_samples_are_compared_with_their_published_figures():
@@ -449,3 +451,59 @@ def test_openai_samples_are_compared_with_their_published_figures():
     table = self_check.compare_with_published("admnet_guided_upsampled_imagenet256.npz", measured)
     assert "fid                 3.942557    3.900000 -1.08e-02" in table
     assert self_check.compare_with_published("samples.npz", measured) is None
+
+
+def test_a_zip_bomb_is_not_unpacked(sets, evaluate, monkeypatch):
+    """Statistics are read whole, so their size is bounded before; 200 kB on disk say they are 200 MB here."""
+    monkeypatch.setattr(image_archive, "LARGEST_WHOLE", 100_000_000)
+    np.savez_compressed(sets / "sam.npz", mu=np.zeros(5000), sigma=np.zeros((5000, 5000)))
+    with pytest.raises(ValueError, match="sigma would take 200,000,000 bytes of memory"):
+        evaluate(sets)
+
+
+# the sweep over guidance scales
+
+
+@pytest.fixture
+def swept(sets, monkeypatch):
+    """``swept(*options)`` runs a sweep whose sampler makes noise of a scale's strength, the evaluator in-process."""
+
+    def call(words, what):
+        words = [str(w) for w in words]
+        if what == "evaluation":
+            monkeypatch.setattr(sys, "argv", [str(w) for w in words[1:]])
+            evaluator.main()
+            return
+        scale, folder = float(words[words.index("--cfg-scale") + 1]), Path(words[words.index("--sample-dir") + 1])
+        assert words[2:4] == ["--gpt-ckpt", "my gpt.pt"]
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(5).integers(0, int(100 * scale), (25, 8, 8, 3))
+        np.savez(folder / f"samples-{scale}.npz", arr_0=noise.astype(np.uint8))
+
+    def run_sweep(*options):
+        monkeypatch.setattr(sweep, "call", call)
+        words = ["sweep.py", str(sets / "ref.npz"), "--sample", "--gpt-ckpt 'my gpt.pt'", *options]
+        words += ["--evaluate", f"--feature-network {sets / 'net.pt'} --device cpu", "--output", str(sets / "out")]
+        monkeypatch.setattr(sys, "argv", words)
+        sweep.main()
+
+    return run_sweep
+
+
+def test_a_sweep_names_the_best_scale(sets, swept, capsys):
+    """The reference is noise up to 255: 2.55 comes closest."""
+    swept("--cfg-scales", "2.55", "1", "1.7")
+    assert "best FID" in capsys.readouterr().out.splitlines()[-1]
+    written = json.loads((sets / "out" / "sweep.json").read_text())
+    assert written["scales"] == [1.0, 1.7, 2.55]
+    fids = [m["fid"] for m in written["metrics"]]
+    assert fids == sorted(fids, reverse=True)
+    assert len((sets / "out" / "sweep.md").read_text().splitlines()) == 5
+    picture = np.asarray(Image.open(sets / "out" / "sweep.png").convert("RGB"))
+    assert picture.shape == (600, 900, 3)
+    assert ((picture == (31, 119, 180)).all(-1)).sum() > 300  # a line in the first colour
+
+
+def test_a_failed_step_ends_the_sweep(sets):
+    with pytest.raises(ValueError, match="the sampling failed with status 3, see above"):
+        sweep.call([sys.executable, "-c", "raise SystemExit(3)"], "sampling")

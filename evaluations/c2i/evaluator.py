@@ -65,6 +65,8 @@ def main() -> None:
     network, network_file = load_network(args, world) if any(needed) else (None, None)
     for samples in sets:
         check_files(reference, samples, network, args, world)
+    if args.compile and network is not None:
+        network.compile()
     dino = load_dinov2(require_file(args.dinov2, "--dinov2")).to(world.device) if args.dinov2 else None
 
     say(world, "computing reference batch activations...")
@@ -145,6 +147,9 @@ def parse_args() -> argparse.Namespace:
     )
     group = parser.add_argument_group("running")
     group.add_argument("--batch-size", type=positive_int, default=64, help="images a forward pass")
+    group.add_argument(
+        "--compile", action="store_true", help="torch.compile the feature network; pays from some 10,000 images on"
+    )
     group.add_argument("--device", help="cpu, cuda, cuda:1 or mps (else the best there is)")
     group.add_argument(
         "--no-cache", action="store_true", help="do not keep the reference's features in a file beside it"

@@ -22,6 +22,7 @@ from evaluations.c2i.metrics import Statistics
 from utils.files import require_file
 
 IMAGES, LABELS = "arr_0", "labels"
+LARGEST_WHOLE = 1 << 30  # bytes of an array that is read at once: 8 times the statistics of 4096 features
 HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -215,6 +216,9 @@ def _read_labels(
 
 def _read_whole(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
     member = _open_member(archive, name, path)
+    size = math.prod(member.shape) * member.dtype.itemsize
+    if size > LARGEST_WHOLE:
+        raise ValueError(f"{path}: {name} would take {size:,} bytes of memory, at most {LARGEST_WHOLE:,} are read")
     return member.read(member.shape)
 
 

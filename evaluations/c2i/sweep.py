@@ -1,0 +1,100 @@
+"""A checkpoint at several guidance scales: sample, evaluate, plot FID and Inception Score, name the best.
+
+Samples go to OUTPUT/cfg-SCALE/, where a sweep that was cut off goes on; numbers to OUTPUT/sweep.json and sweep.md, the
+plot to OUTPUT/sweep.png.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws into files, needs no display
+from matplotlib import pyplot
+
+from utils.files import atomic_path, prepare_folder
+from utils.options import make_parser, run, write_options
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> None:
+    """Sample at each scale, evaluate all in one call, write numbers and plot."""
+    args = parse_args()
+    if not Path(args.reference).exists():
+        raise ValueError(f"REF: {args.reference} does not exist")
+    output = prepare_folder(args.output, "--output")
+    scales = sorted(set(args.cfg_scales))
+    files = [sample(scale, output / f"cfg-{scale}", shlex.split(args.sample)) for scale in scales]
+    evaluator = [sys.executable, ROOT / "evaluations/c2i/evaluator.py", args.reference, *files]
+    call([*evaluator, "--markdown", output / "sweep.md", *shlex.split(args.evaluate)], "evaluation")
+    metrics = [json.loads(f.with_suffix(".metrics.json").read_text())["metrics"] for f in files]
+    write_options(output / "sweep.json", args, scales=scales, metrics=metrics)
+    plot(scales, metrics, output / "sweep.png")
+    best = min(range(len(scales)), key=lambda i: metrics[i]["fid"])
+    print((output / "sweep.md").read_text(), end="")
+    print(f"best FID {metrics[best]['fid']:.4f} at --cfg-scale {scales[best]}; plot: {output / 'sweep.png'}")
+
+
+def parse_args() -> Namespace:
+    """The command line."""
+    parser = make_parser(
+        __doc__,
+        "python3 evaluations/c2i/sweep.py VIRTUAL_imagenet256_labeled.npz --cfg-scales 1.35 1.5 1.65 \\\n"
+        '    --sample "--gpt-ckpt GPT.pt --vq-ckpt VQ.pt --image-size-eval 256" --output sweep',
+    )
+    parser.add_argument("reference", metavar="REF", help="reference of the evaluator")
+    parser.add_argument("--cfg-scales", type=float, nargs="+", required=True, help="guidance scales to try")
+    parser.add_argument("--sample", required=True, metavar="OPTIONS", help="of scripts/autoregressive/sample_c2i.sh")
+    parser.add_argument("--evaluate", default="", metavar="OPTIONS", help="of evaluator.py")
+    parser.add_argument("--output", default="sweep", help="folder for samples, numbers and plot")
+    return parser.parse_args()
+
+
+def sample(scale: float, folder: Path, options: list[str]) -> Path:
+    """The .npz of samples at ``scale``, which the sampler keeps if an earlier sweep has made it."""
+    script = ROOT / "scripts/autoregressive/sample_c2i.sh"
+    call(["bash", script, *options, "--cfg-scale", scale, "--sample-dir", folder], f"sampling at --cfg-scale {scale}")
+    files = list(folder.glob("*.npz"))
+    if len(files) != 1:
+        raise ValueError(
+            f"{folder} holds {len(files)} .npz files, expected the one of this sweep; give another --output"
+        )
+    return files[0]
+
+
+def call(words: list[object], what: str) -> None:
+    """Run a command in the open; ``ValueError`` if it fails, after it has said why."""
+    done = subprocess.run([str(w) for w in words], check=False)
+    if done.returncode:
+        raise ValueError(f"the {what} failed with status {done.returncode}, see above")
+
+
+def plot(scales: list[float], metrics: list[dict[str, float]], path: Path) -> None:
+    """FID (left axis) and Inception Score (right) against the guidance scale, as a PNG."""
+    figure, left = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    right = left.twinx()
+    for axis, name, title, style in (
+        (left, "fid", "FID", "C0o-"),
+        (right, "inception_score", "Inception Score", "C1s--"),
+    ):
+        axis.plot(scales, [m[name] for m in metrics], style, label=title)
+        axis.set_ylabel(title, color=style[:2])
+        axis.tick_params(axis="y", labelcolor=style[:2])
+    left.set_xlabel("guidance scale")
+    left.grid(alpha=0.3)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    run(main)
