@@ -16,6 +16,7 @@ from autoregressive.models.generate import (
     sample,
 )
 from autoregressive.models.gpt import GPT
+from autoregressive.sample.pipeline import quantize
 from tests.conftest import fill_from_names
 from tests.test_gpt import random_codes, small_config, tiny_gpt
 
@@ -44,6 +45,45 @@ def test_greedy_tokens_with_packed_weights_are_golden(golden, n):
     uniforms = torch.zeros(len(cond), model.order.num_tokens)
     codes = generate(model, cond, uniforms, SamplingOptions(cfg_scale=1.75, **GREEDY))
     assert np.array_equal(codes.numpy(), file["greedy_raster_cfg1.75"])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_greedy_tokens_of_compiled_blocks_are_golden(golden, monkeypatch, packed):
+    """What torch.compile traces, run by its backend without code generation; all blocks share two compilations."""
+    calls = []
+    compile_really = torch.compile
+
+    def trace_only(function):
+        def backend(graph, _inputs):
+            calls.append(function.__name__)
+            return graph.forward
+
+        return compile_really(function, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", trace_only)
+    torch._dynamo.reset()
+    file = golden("gpt_tiny_n4.npz")
+    model, cond = tiny_gpt(file), torch.from_numpy(file["cond"][:-1])
+    if packed:
+        pack_linears(model, 2 * len(cond) * 4)
+    uniforms = torch.zeros(len(cond), model.order.num_tokens)
+    generator = Generator(model, SamplingOptions(cfg_scale=1.75, **GREEDY), len(cond), compiled=True)
+    assert np.array_equal(generator(cond, uniforms).numpy(), file["greedy_raster_cfg1.75"])
+    if not packed:  # packed weights break the graph into pieces
+        assert set(calls) == {"before_attention", "after_attention"}
+        assert len(calls) <= 4  # one token and n tokens at a time, whatever the depth
+
+
+@pytest.mark.parametrize("what", ["int8", "fp8"])
+def test_quantised_weights_are_near(golden, what):
+    pytest.importorskip("torchao")
+    file = golden("gpt_tiny_n4.npz")
+    model, rounded = tiny_gpt(file), tiny_gpt(file)
+    quantize(rounded, what)
+    codes = torch.from_numpy(file["raster_tokens"]).long()
+    logits, found = (m.logits(codes, torch.from_numpy(file["cond"])) for m in (model, rounded))
+    error = ((found - logits).square().mean() / logits.square().mean()).sqrt().item()
+    assert 1e-4 < error < {"int8": 0.05, "fp8": 0.2}[what]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
