@@ -200,7 +200,7 @@ def test_randomness_is_a_function_of_seed_and_index():
     assert abs(uniforms.mean() - 0.5) < 0.02
 
 
-def generate_in_batches(model: GPT, batch: int, count: int = 24) -> torch.Tensor:
+def generate_in_batches(model: GPT, batch: int, count: int = 11) -> torch.Tensor:
     codes = []
     for first in range(0, count, batch):
         labels, uniforms = image_randomness(3, range(first, min(first + batch, count)), 3, 64)

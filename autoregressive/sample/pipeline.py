@@ -15,7 +15,7 @@ from autoregressive.models.gpt import GPT, GPT_models, load_gpt
 from autoregressive.models.region_order import resolve_parallelism
 from tokenizer.vq_model import VQ_models, VQModel, load_vq
 from utils.checkpoint import state_sha256
-from utils.distributed import AUTOCAST_DTYPE
+from utils.distributed import AUTOCAST_DTYPE, has_bfloat16
 from utils.files import require_file, sha256_file
 from utils.options import positive_int
 
@@ -58,7 +58,11 @@ def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int, c
     group.add_argument("--temperature", type=float, default=1.0, help="of the softmax; 0 is greedy")
     group.add_argument("--top-k", type=int, default=top_k, help="draw from the k likeliest tokens; 0 is all")
     group.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this total")
-    group.add_argument("--precision", choices=["none", "fp16", "bf16"], default="bf16", help="of the GPT's weights")
+    group.add_argument(
+        "--precision",
+        choices=["none", "fp16", "bf16"],
+        help="of the GPT's weights (default: bf16; none, float32, on a CPU without instructions for it)",
+    )
     group.add_argument(
         "--quantize",
         choices=["none", "int8", "fp8"],
@@ -146,6 +150,8 @@ def load_pipeline(args: Namespace, device: torch.device, compiled: bool, batch: 
         raise ValueError(
             f"--vq-ckpt {args.vq_ckpt} is not the tokenizer whose codes --gpt-ckpt {args.gpt_ckpt} learned"
         )
+    if args.precision is None:
+        args.precision = "bf16" if has_bfloat16(device) else "none"
     dtype = AUTOCAST_DTYPE[args.precision]
     gpt = gpt.to(device) if dtype is None else gpt.cast_weights(dtype).to(device)
     if args.quantize != "none":
