@@ -217,6 +217,10 @@ IMAGES = np.full((5, 8, 8, 3), 9, np.uint8)
         ({"arr_0": IMAGES[:3]}, "holds 3 images, at least 4"),
         ({"arr_0": IMAGES - 20.0}, r"values in -11..-11, expected 0..255"),
         ({"arr_0": IMAGES / 255.0}, "no value above .*expected values in 0..255"),
+        ({"arr_0": IMAGES // 9}, "first images have no value above 1, expected values in 0..255"),
+        ({"arr_0": np.broadcast_to(np.uint8(3), (4, 9000, 9000, 3))[:1]}, "images of 9000x9000 pixels are larger"),
+        ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "sigma is no covariance"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 9.0], [0.0, 1.0]])}, "sigma is no covariance"),
         ({"arr_0": IMAGES * np.nan}, "values in nan"),
         ({"arr_0": IMAGES[:, :4, :4]}, "trained on 8x8x3 images, these are 4x4x3"),
         ({"arr_0": IMAGES, "labels": np.zeros(4, int)}, "labels are .*expected 5 integers"),
@@ -354,7 +358,17 @@ def test_the_kept_reference_gives_the_same_numbers(sets, evaluate, monkeypatch):
     kept[0].write_bytes(kept[0].read_bytes()[:1000])
     assert "is not whole" in evaluate(sets).err
     assert (sets / "sam.txt").read_text() == before
-    kept[0].unlink()
+    arrays = dict(np.load(kept[0]))
+    for name, value in (("pool", arrays["pool"][:10]), ("key", np.array("0 a b")), ("pool", np.zeros((), np.float32))):
+        np.savez(kept[0], **{**arrays, name: value})
+        assert "is made again" in evaluate(sets).err
+        assert (sets / "sam.txt").read_text() == before
+    torch.manual_seed(1)  # another network keeps its own
+    save_classifier(sets / "other.pt", SmallClassifier(ClassifierConfig(8, 3)), ["a", "b", "c"])
+    assert "read from" not in evaluate(sets, network=("--feature-network", "other.pt")).out
+    assert len(list(sets.glob("*.features.npz"))) == 2
+    for path in sets.glob("*.features.npz"):
+        path.unlink()
     evaluate(sets, "--no-cache")
     assert not list(sets.glob("*.features.npz"))
     evaluate(sets)
@@ -399,7 +413,11 @@ def test_other_sizes_are_said(sets):
 
 
 def test_further_numbers_are_asked_for_and_written(sets, evaluate):
-    np.savez(sets / "ref.npz", **{k: v[:25] for k, v in np.load(sets / "ref.npz").items()})
+    rng = np.random.default_rng(1)
+    for name in ("ref", "sam"):
+        images = rng.integers(0, 256, (25, 12, 12, 3), np.uint8)
+        np.savez(sets / f"{name}.npz", arr_0=images, labels=np.arange(25) % 3)
+    save_classifier(sets / "net.pt", SmallClassifier(ClassifierConfig(12, 3)), ["a", "b", "c"])
     evaluate(sets)
     plain = numbers((sets / "sam.txt").read_text())
     evaluate(sets, "--kid", "--class-fid", "--bootstrap", 5, "--paired", "--frechet", "sqrtm")
@@ -410,8 +428,52 @@ def test_further_numbers_are_asked_for_and_written(sets, evaluate):
     assert found["FID"] == pytest.approx(plain["FID"], rel=1e-3)  # 25 images: the square root is not exact
     written = json.loads((sets / "sam.metrics.json").read_text())
     assert set(written["fid_of_class"]) == {"0", "1", "2"}
-    assert written["metrics"]["fid_low"] < written["metrics"]["fid_high"]
+    assert written["metrics"]["fid_low"] < written["metrics"]["fid"] < written["metrics"]["fid_high"]
     assert found["PSNR"] == pytest.approx(7.75, abs=0.3)  # independent uniform pixels: 255^2 / 6
+
+
+@pytest.mark.parametrize("options", [("--output", "sam.npz"), ("--markdown", "ref.npz"), ("--markdown", "sam.txt")])
+def test_nothing_is_written_over(sets, evaluate, options):
+    before = {p.name: p.read_bytes() for p in sets.iterdir()}
+    with pytest.raises(ValueError, match=f"{options[1]} would be written over"):
+        evaluate(sets, *options)
+    assert {p.name: p.read_bytes() for p in sets.iterdir()} == before
+    with pytest.raises(ValueError, match="sam.txt would be written over"):
+        evaluate(sets, network=("sam.npz", "--feature-network", "net.pt"))
+
+
+def test_frechet_method_and_compile_are_used(sets, evaluate, monkeypatch):
+    used = []
+    compute = evaluator.frechet_distance
+    monkeypatch.setattr(evaluator, "frechet_distance", lambda *a: used.append(a[-1]) or compute(*a))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: used.append("compiled"))
+    evaluate(sets, "--frechet", "sqrtm")
+    evaluate(sets, "--compile")
+    assert used == ["sqrtm", "compiled", "symmetric"]
+
+
+def test_images_below_the_window_of_ssim_are_refused(sets, evaluate):
+    np.savez(sets / "ref.npz", arr_0=np.load(sets / "sam.npz")["arr_0"])
+    with pytest.raises(ValueError, match="--paired: images of sam.npz are smaller than SSIM's window of 11"):
+        evaluate(sets, "--paired")
+
+
+def test_labels_of_guided_diffusion_are_found(sets):
+    images = np.zeros((5, 8, 8, 3), np.uint8)
+    np.savez(sets / "a.npz", images, np.arange(5))
+    np.savez(sets / "b.npz", images, np.zeros((5, 2)))
+    assert open_archive(sets / "a.npz", "REF").labels.tolist() == [0, 1, 2, 3, 4]
+    assert open_archive(sets / "b.npz", "REF").labels is None
+
+
+def test_names_are_ordered_by_number_and_settings_found_beside_a_folder(sets):
+    save_images(sets / "cfg-1.75-seed-0", np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(3, 3))
+    for i in range(12):
+        (sets / "cfg-1.75-seed-0" / f"{i:03}.png").rename(sets / "cfg-1.75-seed-0" / f"{i}.png")
+    images = image_archive.open_images(sets / "cfg-1.75-seed-0", "SAMPLES")
+    assert torch.cat(list(images.batches(5)))[:, 0, 0, 0].tolist() == list(range(12))
+    (sets / "cfg-1.75-seed-0.json").write_text(json.dumps({"options": {"cfg_scale": 1.75}}))
+    assert report.settings_of(images.path) == {"cfg_scale": 1.75}
 
 
 @pytest.mark.parametrize(
@@ -450,6 +512,8 @@ def test_openai_samples_are_compared_with_their_published_figures():
     measured = dict(inception_score=215.8, fid=3.9, sfid=6.1, precision=0.8, recall=0.5)
     table = self_check.compare_with_published("admnet_guided_upsampled_imagenet256.npz", measured)
     assert "fid                 3.942557    3.900000 -1.08e-02" in table
+    del measured["sfid"]
+    assert "nan" in self_check.compare_with_published("admnet_guided_upsampled_imagenet256.npz", measured)
     assert self_check.compare_with_published("samples.npz", measured) is None
 
 
@@ -471,7 +535,7 @@ def swept(sets, monkeypatch):
     def call(words, what):
         words = [str(w) for w in words]
         if what == "evaluation":
-            monkeypatch.setattr(sys, "argv", [str(w) for w in words[1:]])
+            monkeypatch.setattr(sys, "argv", words[2:])
             evaluator.main()
             return
         scale, folder = float(words[words.index("--cfg-scale") + 1]), Path(words[words.index("--sample-dir") + 1])

@@ -38,6 +38,13 @@ def test_kid_of_whole_sets_is_the_unbiased_mmd():
     assert deviation < 1e-4 * mean
 
 
+def test_kid_draws_a_hundred_subsets_of_a_thousand(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(extra_metrics, "poly_mmd", lambda x, y: drawn.append((len(x), len(y))) or torch.zeros(()))
+    extra_metrics.kernel_distance(features(1500, 4, 0), features(1200, 4, 1))
+    assert drawn == [(1000, 1000)] * 100
+
+
 def test_kid_takes_subsets_of_a_thousand(monkeypatch):
     monkeypatch.setattr(extra_metrics, "KID_SUBSETS", 10)
     x, y = features(1500, 4, 0), features(1200, 4, 1)
@@ -62,12 +69,14 @@ def test_classes_are_compared_with_themselves():
     assert extra_metrics.class_frechet(x, labels_x, y, labels_y + 10) == {}
 
 
-def test_bootstrap_interval_holds_the_distance_of_large_sets():
-    """FID of N(0, 1) and N(0.5, 1) in 3 dimensions is 0.75."""
-    x, y = features(20000, 3, 0), features(4000, 3, 1, shift=0.5)
-    low, high = extra_metrics.frechet_interval(mean_and_covariance(x), y, 60, ALONE)
-    assert low < 0.75 < high
-    assert 0.02 < high - low < 0.3
+def test_bootstrap_interval_is_as_wide_as_independent_sets_spread():
+    """Around the distance of its own set, also where features are many for the images and FID is biased."""
+    reference = np.zeros(20), np.eye(20)
+    sets = [features(400, 20, seed, shift=0.1) for seed in range(60)]
+    distances = [frechet_distance(*mean_and_covariance(x), *reference) for x in sets]
+    low, high = extra_metrics.frechet_interval(reference, sets[0], distances[0], 200, ALONE)
+    assert low < distances[0] < high
+    assert high - low == pytest.approx(3.92 * np.std(distances), rel=0.3)
 
 
 def test_psnr_and_ssim_of_pairs():

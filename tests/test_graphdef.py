@@ -119,6 +119,23 @@ def test_damaged_graphs_are_a_value_error_or_read():
     assert refused > 200
 
 
+def test_constants_are_bounded_together():
+    """Each of them a small message that says 16 million values."""
+    tensor = field(1, 1) + field(2, field(2, field(1, 1 << 24))) + field(5, struct.pack("<f", 1))
+    node = field(1, field(1, b"x") + field(2, b"Const") + attribute("value", field(8, tensor)))
+    with pytest.raises(ValueError, match="constants take more than"):
+        read_graphdef(node * 8)
+
+
+def test_an_empty_constant_and_a_misplaced_message():
+    empty = field(1, 1) + field(2, field(2, field(1, 0)))
+    node = field(1, field(1, b"x") + field(2, b"Const") + attribute("value", field(8, empty)))
+    assert read_graphdef(node)["x"].value.shape == (0,)
+    wrong = field(1, 1) + field(2, field(2, field(1, b"ab")))
+    with pytest.raises(ValueError, match="no GraphDef"):
+        read_graphdef(field(1, field(1, b"x") + field(2, b"Const") + attribute("value", field(8, wrong))))
+
+
 def test_a_huge_shape_is_not_filled():
     tensor = field(1, 1) + field(2, field(2, field(1, 1 << 30)) * 3) + field(5, struct.pack("<f", 1))
     node = field(1, field(1, b"x") + field(2, b"Const") + attribute("value", field(8, tensor)))

@@ -19,6 +19,7 @@ import torch
 
 from evaluations.c2i.classifier import load_classifier
 from evaluations.c2i.extra_metrics import (
+    SSIM_WINDOW,
     class_frechet,
     frechet_interval,
     kernel_distance,
@@ -51,8 +52,13 @@ NEIGHBOURS = 3
 def main() -> None:
     """Read options and files, extract features, print and write the numbers."""
     args = parse_args()
+    world = choose_world(args.device)
+    if args.download and not args.inception_weights and world.is_main:
+        download_weights(PRETRAINED_MODELS)
+    world.barrier()
     if args.self_check:
-        self_check(args.inception_weights, PRETRAINED_MODELS, args.allow_unknown_weights)
+        if world.is_main:
+            self_check(args.inception_weights, PRETRAINED_MODELS, args.allow_unknown_weights)
         if args.reference is None:
             return
     if args.reference is None or not args.samples:
@@ -60,7 +66,7 @@ def main() -> None:
     reference = open_images(args.reference, "REF")
     sets = [open_images(path, "SAMPLES") for path in args.samples]
     outputs = [output_paths(s, args) for s in sets]
-    world = choose_world(args.device)
+    check_outputs([path for pair in outputs for path in pair], args)
     needed = any(s.count for s in sets), any(reference_needs_images(reference, s) for s in sets)
     network, network_file = load_network(args, world) if any(needed) else (None, None)
     for samples in sets:
@@ -181,13 +187,26 @@ def output_paths(samples: ImageSet, args: argparse.Namespace) -> tuple[Path, Pat
     return text, output
 
 
+def check_outputs(outputs: list[Path], args: argparse.Namespace) -> None:
+    """Refuse to write over what is read, or to write two results to one place."""
+    read = (args.reference, *args.samples, args.inception_weights, args.feature_network, args.dinov2)
+    taken = {Path(p).resolve() for p in read if p}
+    for path in [*outputs, *([Path(args.markdown)] if args.markdown else [])]:
+        if path.resolve() in taken:
+            raise ValueError(f"{path} would be written over: it is read or written already; give another name")
+        taken.add(path.resolve())
+
+
 def choose_world(name: str | None) -> World:
     """This process among its peers, on the device of that name, tried out, or on the best there is."""
     world = init_distributed()
     if name is None:
         return world
     try:
-        return World(world.rank, world.size, torch.empty(0, device=name).device)
+        device = torch.empty(0, device=name).device
+        if world.size > 1 and device.type == "cuda":
+            raise ValueError(f"--device {name}: {world.size} processes take a GPU each; leave it out")
+        return World(world.rank, world.size, device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from error
 
@@ -204,9 +223,6 @@ def load_network(args: argparse.Namespace, world: World) -> tuple[FeatureNetwork
         path = require_file(args.feature_network, "--feature-network")
         network = load_classifier(path, "--feature-network")[0]
     else:
-        if args.download and not args.inception_weights and world.is_main:
-            download_weights(PRETRAINED_MODELS)
-        world.barrier()
         path = find_weights(args.inception_weights, PRETRAINED_MODELS, args.allow_unknown_weights)
         network = load_inception(path)
     say(world, f"features by {path} on {world.device}")
@@ -230,6 +246,7 @@ def check_files(
             continue
         if images.count <= NEIGHBOURS:
             raise ValueError(f"{images.path} holds {images.count} images, at least {NEIGHBOURS + 1} are needed")
+        check_values(images, args.batch_size)
         first = first_features(images, network, world)
         sizes["pool"].add(first.pool.shape[1])
         if first.spatial is not None:
@@ -251,6 +268,15 @@ def check_files(
         raise ValueError("--class-fid needs labels of REF and SAMPLES (an array `labels` in each .npz)")
     if args.paired and (reference.shape != samples.shape or not samples.count):
         raise ValueError(f"--paired: REF holds {reference.shape}, SAMPLES {samples.shape}; expected the same images")
+    if args.paired and samples.shape and min(samples.shape[1:3]) < SSIM_WINDOW:
+        raise ValueError(f"--paired: images of {samples.path} are smaller than SSIM's window of {SSIM_WINDOW} pixels")
+
+
+def check_values(images: ImageSet, batch_size: int) -> None:
+    """Refuse images in [0, 1]: nothing of a whole batch is brighter."""
+    peak = next(images.batches(batch_size)).max().item()
+    if peak <= 1:
+        raise ValueError(f"{images.path}: the first images have no value above {peak:g}, expected values in 0..255")
 
 
 @torch.inference_mode()
@@ -310,7 +336,7 @@ def further_metrics(
         mean, deviation = kernel_distance(ref.features.pool, measured.features.pool)
         metrics |= {"kid": mean, "kid_std": deviation}
     if args.bootstrap:
-        low, high = frechet_interval(ref.pool, measured.features.pool, args.bootstrap, world)
+        low, high = frechet_interval(ref.pool, measured.features.pool, metrics["fid"], args.bootstrap, world)
         metrics |= {"fid_low": low, "fid_high": high}
     if args.class_fid:
         by_class = class_frechet(ref.features.pool, reference.labels, measured.features.pool, samples.labels)
@@ -322,7 +348,7 @@ def further_metrics(
         batches = zip(reference.batches(args.batch_size), samples.batches(args.batch_size), strict=True)
         count = -(-samples.count // args.batch_size)
         pairs = progress(world, "PSNR and SSIM", count, unit="batch", items=batches)
-        metrics["psnr"], metrics["ssim"] = paired_quality(pairs)
+        metrics["psnr"], metrics["ssim"] = paired_quality(pairs, world.device)
 
 
 def describe_distances(result: PrecisionRecall, exact: bool) -> str:

@@ -24,6 +24,7 @@ from utils.distributed import World
 from utils.logger import progress
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+SSIM_WINDOW = 11  # pixels
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIZE = 224
 
@@ -38,7 +39,9 @@ def kernel_distance(reference: np.ndarray, samples: np.ndarray, seed: int = 0) -
     size = min(KID_SUBSET_SIZE, len(reference), len(samples))
     values = []
     for _ in range(KID_SUBSETS):
-        real, fake = (torch.from_numpy(x[rng.choice(len(x), size, replace=False)]) for x in (reference, samples))
+        real, fake = (
+            torch.from_numpy(x[rng.choice(len(x), size, replace=False)]).double() for x in (reference, samples)
+        )
         values.append(poly_mmd(real, fake).item())
     return float(np.mean(values)), float(np.std(values))
 
@@ -56,32 +59,43 @@ def class_frechet(
 
 
 def frechet_interval(
-    reference: tuple[np.ndarray, np.ndarray], samples: np.ndarray, draws: int, world: World, seed: int = 0
+    reference: tuple[np.ndarray, np.ndarray],
+    samples: np.ndarray,
+    distance: float,
+    draws: int,
+    world: World,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """95% interval of FID over ``draws`` bootstrap resamplings of the sample features (M, D); statistics (mu, sigma).
+    """95% interval around ``distance``, the FID of the sample features (M, D) to the statistics (mu, sigma).
 
-    Percentiles 2.5 and 97.5. Resampled sets repeat images, so the interval lies a little above the FID of the set.
+    Percentiles 2.5 and 97.5 of ``draws`` bootstrap resamplings, moved by their mean's difference to ``distance``:
+    resampled sets repeat images, which raises FID by as much again as the finite set does, far more than the interval
+    is wide. What is left is the noise of drawing M samples, not FID's bias at M.
     """
     rng = np.random.default_rng(seed)
     values = []
     for _ in progress(world, "bootstrap", draws, unit="draw", items=range(draws)):
         drawn = samples[rng.integers(len(samples), size=len(samples))]
         values.append(frechet_distance(*mean_and_covariance(drawn), *reference))
-    low, high = np.percentile(values, [2.5, 97.5])
+    low, high = np.percentile(values, [2.5, 97.5]) - np.mean(values) + distance
     return float(low), float(high)
 
 
-def paired_quality(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
-    """PSNR in dB and SSIM, each the mean over images, of pairs of batches (B, H, W, 3) in 0-255.
+def paired_quality(
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device | str = "cpu"
+) -> tuple[float, float]:
+    """PSNR in dB and SSIM, each the mean over images, of pairs of batches (B, H, W, 3) in 0-255, H and W at least 11.
 
     Identical images count as 100 dB. SSIM with an 11 x 11 Gaussian window (Wang et al. 2004) on RGB.
     """
     psnr, ssim = [], []
     for first, second in pairs:
-        x, y = (b.permute(0, 3, 1, 2).float() for b in (first, second))  # (B, 3, H, W)
+        x, y = (b.to(device).permute(0, 3, 1, 2).float() for b in (first, second))  # (B, 3, H, W)
         found = peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))  # (B,)
         psnr.append(found.clamp(max=100.0))
-        ssim.append(structural_similarity_index_measure(x, y, data_range=255.0, reduction="none"))  # (B,)
+        ssim.append(
+            structural_similarity_index_measure(x, y, data_range=255.0, kernel_size=SSIM_WINDOW, reduction="none")
+        )  # (B,)
     return torch.cat(psnr).mean().item(), torch.cat(ssim).mean().item()
 
 

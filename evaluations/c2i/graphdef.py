@@ -8,7 +8,6 @@ file is executed.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -32,7 +31,7 @@ DTYPES: dict[int, tuple[str, int]] = {
     23: ("<u8", 17),
 }
 SHAPE, CONTENT = 2, 4  # fields of TensorProto
-MOST_VALUES = 1 << 26  # a repeated last value may stand for this many: more is no weight of a network
+LARGEST = 1 << 28  # bytes of all constants, where a repeated last value may stand for many
 
 
 class Node(NamedTuple):
@@ -45,13 +44,16 @@ class Node(NamedTuple):
 
 def read_graphdef(data: bytes) -> dict[str, Node]:
     """Nodes of a serialised GraphDef by name; ``ValueError`` for anything else."""
-    nodes = {}
+    nodes, size = {}, 0
     try:
         for field, value in _fields(memoryview(data)):
             if field == 1:
                 name, node = _node(_message(value))
                 nodes[name] = node
-    except (IndexError, struct.error, UnicodeDecodeError) as error:
+                size += 0 if node.value is None else node.value.nbytes
+                if size > LARGEST:
+                    raise ValueError(f"no GraphDef of ours: its constants take more than {LARGEST:,} bytes")
+    except (IndexError, TypeError, OverflowError, MemoryError, UnicodeDecodeError) as error:
         raise ValueError(f"no GraphDef: {error}") from error
     if not nodes:
         raise ValueError("no GraphDef: it has no nodes")
@@ -90,8 +92,8 @@ def _tensor(data: memoryview) -> np.ndarray | None:
     if CONTENT in fields:
         values = np.frombuffer(_message(fields[CONTENT][-1]), dtype)
     else:
-        values = np.concatenate([_values(x, dtype) for x in fields.get(listed, [])] or [np.zeros(1, dtype)])
-        if 0 < len(values) < count <= MOST_VALUES:
+        values = np.concatenate([_values(x, dtype) for x in fields.get(listed, [])] or [np.zeros(min(count, 1), dtype)])
+        if len(values) < count <= LARGEST // dtype.itemsize:
             values = np.concatenate([values, np.full(count - len(values), values[-1])])
     if len(values) != count:
         raise ValueError(f"no GraphDef: a tensor of shape {shape} has {len(values)} values")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
 import math
+import re
 import struct
 import tokenize
 import zipfile
@@ -21,7 +23,8 @@ from dataset.imagenet import open_image
 from evaluations.c2i.metrics import Statistics
 from utils.files import require_file
 
-IMAGES, LABELS = "arr_0", "labels"
+IMAGES, LABELS = "arr_0", ("labels", "arr_1")  # guided-diffusion saves labels as a second positional array
+LARGEST_IMAGE = 1 << 26  # values of one image
 LARGEST_WHOLE = 1 << 30  # bytes of an array that is read at once: 8 times the statistics of 4096 features
 HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -57,8 +60,7 @@ class ImageArchive:
         """
         with _readable(self.path), zipfile.ZipFile(self.path) as archive:
             member = _open_member(archive, IMAGES, self.path)
-            whole = member.read(member.shape) if member.fortran_order else None
-            peak = 255.0 if member.dtype == np.uint8 else 0.0
+            whole = _read_whole(archive, IMAGES, self.path) if member.fortran_order else None
             for index, start in enumerate(range(0, self.count, batch_size)):
                 shape = (min(batch_size, self.count - start), *member.shape[1:])
                 batch = member.read(shape) if whole is None else whole[start : start + batch_size]
@@ -66,15 +68,13 @@ class ImageArchive:
                     continue
                 if member.dtype != np.uint8:
                     batch = batch.astype(np.float32)
-                    peak = max(peak, _highest_pixel(batch, self.path))
+                    _check_range(batch, self.path)
                 yield torch.from_numpy(np.ascontiguousarray(batch))
-        if rank < -(-self.count // batch_size) and peak <= 1:
-            raise ValueError(f"{self.path}: arr_0 has no value above {peak:g}, expected values in 0..255")
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """A folder of images of one size, in the order of their names, in place of an ``ImageArchive``."""
+    """A folder of images of one size in place of an ``ImageArchive``, ordered by name, 2.png before 10.png."""
 
     path: Path
     shape: tuple[int, int, int, int]
@@ -112,7 +112,8 @@ def open_images(path: str | Path, name: str) -> ImageSet:
     """A folder of images or an ``.npz``; ``name`` is what messages call it. ``ValueError`` for anything else."""
     if not Path(path).is_dir():
         return open_archive(path, name)
-    files = tuple(sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS))
+    found = [p for p in Path(path).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS]
+    files = tuple(sorted(found, key=lambda p: [w.zfill(20) if w.isdigit() else w for w in re.split(r"(\d+)", str(p))]))
     if not files:
         raise ValueError(f"{name}: no images in {path}")
     height, width, channels = np.array(open_image(files[0])).shape
@@ -163,10 +164,14 @@ def _open_member(archive: zipfile.ZipFile, name: str, path: Path) -> _Member:
     stream = archive.open(info)
     try:
         version = np.lib.format.read_magic(stream)
+        if version not in HEADER_READERS:
+            raise ValueError(f"written in version {version} of the format")
         shape, fortran_order, dtype = HEADER_READERS[version](stream)
     except (ValueError, KeyError, IndexError, SyntaxError, tokenize.TokenError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: {name} is no readable array: {reason}") from error
+    if any(type(side) is not int or side < 0 for side in shape):
+        raise ValueError(f"{path}: {name} is no readable array: its shape is {shape}")
     if dtype.hasobject:
         raise ValueError(f"{path}: {name} holds Python objects, which are never loaded; expected numbers")
     expected, present = math.prod(shape) * dtype.itemsize, info.file_size - stream.tell()
@@ -181,6 +186,8 @@ def _image_shape(member: _Member, path: Path) -> tuple[int, int, int, int]:
         raise ValueError(f"{path}: {member.name} has the shape {shape}, expected images (N, H, W, 3)")
     if dtype != np.uint8 and dtype.kind != "f":
         raise ValueError(f"{path}: {member.name} is {dtype}, expected uint8 (or floats) with values 0-255")
+    if math.prod(shape[1:]) > LARGEST_IMAGE:
+        raise ValueError(f"{path}: images of {shape[2]}x{shape[1]} pixels are larger than any that fit in memory by 64")
     return shape
 
 
@@ -200,15 +207,21 @@ def _read_statistics(
         )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError(f"{path}: {mu_name} or {sigma_name} holds values that are not finite")
+    if (sigma.diagonal() < 0).any() or not np.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-6 * abs(sigma).max()):
+        raise ValueError(f"{path}: {sigma_name} is no covariance: not symmetric, or a variance is negative")
     return Statistics(mu, sigma)
 
 
 def _read_labels(
     archive: zipfile.ZipFile, shape: tuple[int, ...] | None, found: list[str], path: Path
 ) -> np.ndarray | None:
-    if LABELS not in found or shape is None:
+    name = next((n for n in LABELS if n in found), None)
+    if name is None or shape is None:
         return None
-    labels = _read_whole(archive, LABELS, path)
+    member = _open_member(archive, name, path)
+    if name != LABELS[0] and (member.shape != shape[:1] or member.dtype.kind not in "iu"):
+        return None  # a second positional array of something else
+    labels = member.read(member.shape) if member.shape == shape[:1] else np.zeros(member.shape[:0])
     if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
         raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}, expected {shape[0]} integers")
     return labels
@@ -222,11 +235,10 @@ def _read_whole(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
     return member.read(member.shape)
 
 
-def _highest_pixel(batch: np.ndarray, path: Path) -> float:
+def _check_range(batch: np.ndarray, path: Path) -> None:
     low, high = float(batch.min()), float(batch.max())
     if not (low >= 0 and high <= 255):
         raise ValueError(f"{path}: arr_0 has values in {low:g}..{high:g}, expected 0..255")
-    return high
 
 
 @contextmanager
@@ -237,6 +249,8 @@ def _readable(path: Path) -> Iterator[None]:
     except (
         zipfile.BadZipFile,
         zlib.error,
+        lzma.LZMAError,
+        MemoryError,
         EOFError,
         struct.error,
         NotImplementedError,

@@ -225,7 +225,8 @@ def state_of_graph(nodes: Mapping[str, Node]) -> dict[str, torch.Tensor]:
     constants = {name: node.value for name, node in nodes.items() if node.value is not None}
     for name, node in nodes.items():
         if node.op == "BatchNormWithGlobalNormalization" and not node.switches.get("scale_after_normalization", False):
-            constants[f"{name}/gamma"] = np.ones_like(constants[f"{name}/beta"])
+            shape = np.shape(constants.get(f"{name}/beta", ()))
+            constants[f"{name}/gamma"] = np.ones(shape, np.float32)
     try:
         return state_from_tensorflow(constants)
     except KeyError as error:
@@ -370,6 +371,6 @@ def state_from_tensorflow(constants: Mapping[str, np.ndarray]) -> dict[str, torc
         for parameter, constant in TENSORFLOW_CONSTANTS.items()
     }
     state = {k: v.permute(3, 2, 0, 1) if v.ndim == 4 else v for k, v in state.items()}  # HWIO -> OIHW
-    state["fc.weight"] = torch.as_tensor(constants["softmax/weights"]).T
-    state["fc.bias"] = torch.as_tensor(constants["softmax/biases"])
+    state["fc.weight"] = torch.tensor(constants["softmax/weights"]).T
+    state["fc.bias"] = torch.tensor(constants["softmax/biases"])
     return state

@@ -12,11 +12,13 @@ import torch
 from tqdm import tqdm
 
 from evaluations.c2i.features import FeatureNetwork, ImageFeatures, extract_features
-from evaluations.c2i.image_archive import ImageArchive, ImageSet
+from evaluations.c2i.image_archive import ImageArchive, ImageSet, open_archive
 from evaluations.c2i.metrics import Statistics, mean_and_covariance
 from utils.distributed import World
 from utils.files import atomic_path, sha256_file
 from utils.logger import progress
+
+VERSION = 1  # of what is kept on disk: to be raised when resize, network or statistics change
 
 
 class MeasuredSet(NamedTuple):
@@ -63,12 +65,13 @@ def measure_reference(
     """
     keep = keep and network is not None and isinstance(images, ImageArchive)
     path = images.path.with_name(f"{images.path.name}.{'-'.join(h[:8] for h in hashes)}.features.npz")
-    cached = world.broadcast(_read(path) if keep and world.is_main else None)
-    if cached is not None:
-        return cached
+    key = f"{VERSION} {' '.join(hashes)}"
+    cached = _read(path, key, images) if keep and world.is_main else None
+    if world.broadcast(cached is not None):
+        return cached or MeasuredSet(None, None, None)
     measured = measure_set(images, network, "reference", batch_size, world)
     if keep and world.is_main:
-        _write(path, measured)
+        _write(path, key, measured)
     return measured
 
 
@@ -78,30 +81,31 @@ def reference_hashes(images: ImageSet, network_hash: str, world: World) -> list[
     return [own, network_hash]
 
 
-def _read(path: Path) -> MeasuredSet | None:
-    """What ``_write`` wrote; None if it is not there or not whole."""
+def _read(path: Path, key: str, images: ImageSet) -> MeasuredSet | None:
+    """What ``_write`` wrote under ``key``; None if it is not there, not whole or of something else."""
     if not path.exists():
         return None
     try:
+        statistics = open_archive(path, "kept features")
         with np.load(path, allow_pickle=False) as z:
-            arrays = dict(z)
-        pool = arrays["pool"]
-        statistics = [Statistics(arrays[m], arrays[s]) if m in arrays else None for m, s in (_POOL, _SPATIAL)]
+            pool, written = z["pool"], str(z["key"])
+        if written != key or statistics.pool is None or len(statistics.pool.mu) != pool.shape[1]:
+            raise ValueError("it belongs to something else")
+        if len(pool) != images.count or pool.dtype != np.float32 or not np.isfinite(pool).all():
+            raise ValueError(f"it holds features {pool.dtype} {pool.shape}")
     except Exception as error:  # a damaged file may break the reader in any way
         print(f"note: {path} is not whole ({error}) and is made again", file=sys.stderr)
         return None
     print(f"features of the reference are read from {path}")
     none = np.zeros((len(pool), 0), np.float32)
-    return MeasuredSet(ImageFeatures(pool, None, none, np.zeros(0, np.uint64)), *statistics)
+    features = ImageFeatures(pool, None, none, np.zeros(0, np.uint64))
+    return MeasuredSet(features, statistics.pool, statistics.spatial)
 
 
-_POOL, _SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")
-
-
-def _write(path: Path, measured: MeasuredSet) -> None:
+def _write(path: Path, key: str, measured: MeasuredSet) -> None:
     """Keep pool features and statistics; a folder where nothing can be written is no error."""
-    arrays = {"pool": measured.features.pool}
-    for names, statistics in ((_POOL, measured.pool), (_SPATIAL, measured.spatial)):
+    arrays = {"pool": measured.features.pool, "key": np.array(key)}
+    for names, statistics in ((("mu", "sigma"), measured.pool), (("mu_s", "sigma_s"), measured.spatial)):
         if statistics is not None:
             arrays |= dict(zip(names, statistics, strict=True))
     try:

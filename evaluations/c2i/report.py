@@ -75,7 +75,8 @@ def warnings_after(samples: ImageSet, features: ImageFeatures) -> list[str]:
 def settings_of(samples: Path) -> dict[str, Any] | None:
     """The options in the JSON that the sampler wrote beside the samples; None if there is none to read."""
     try:
-        options = json.loads(samples.with_suffix(".json").read_text())["options"]
+        place = samples.resolve() if samples.is_dir() else samples.with_suffix("")
+        options = json.loads(place.with_name(f"{place.name}.json").read_text())["options"]
         return options if isinstance(options, dict) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

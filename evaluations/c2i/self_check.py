@@ -123,7 +123,7 @@ def compare_with_published(name: str, metrics: dict[str, float]) -> str | None:
         return None
     lines = [f"{name}: published, measured, relative difference"]
     for metric, published in PUBLISHED[name].items():
-        found = metrics[metric]
+        found = metrics.get(metric, np.nan)
         lines.append(f"  {metric:16} {published:11.6f} {found:11.6f} {found / published - 1:+.2e}")
     return "\n".join(lines)
 

@@ -20,6 +20,7 @@ import matplotlib
 matplotlib.use("Agg")  # draws into files, needs no display
 from matplotlib import pyplot
 
+from evaluations.c2i.report import markdown
 from utils.files import atomic_path, prepare_folder
 from utils.options import make_parser, run, write_options
 
@@ -27,16 +28,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
-    """Sample at each scale, evaluate all in one call, write numbers and plot."""
+    """Sample and evaluate at each scale, write numbers and plot."""
     args = parse_args()
     if not Path(args.reference).exists():
         raise ValueError(f"REF: {args.reference} does not exist")
     output = prepare_folder(args.output, "--output")
     scales = sorted(set(args.cfg_scales))
-    files = [sample(scale, output / f"cfg-{scale}", shlex.split(args.sample)) for scale in scales]
-    evaluator = [sys.executable, ROOT / "evaluations/c2i/evaluator.py", args.reference, *files]
-    call([*evaluator, "--markdown", output / "sweep.md", *shlex.split(args.evaluate)], "evaluation")
-    metrics = [json.loads(f.with_suffix(".metrics.json").read_text())["metrics"] for f in files]
+    evaluate = ["bash", ROOT / "scripts/launch.sh", "evaluations/c2i/evaluator.py", Path(args.reference).resolve()]
+    results = []
+    for scale in scales:
+        samples = sample(scale, output / f"cfg-{scale}", shlex.split(args.sample)).resolve()
+        numbers = samples.with_suffix(".metrics.json")
+        call([*evaluate, samples, *shlex.split(args.evaluate), "--output", numbers], "evaluation")
+        results.append(json.loads(numbers.read_text()))
+    metrics = [r["metrics"] for r in results]
+    with atomic_path(output / "sweep.md") as temporary:
+        temporary.write_text(markdown(results))
     write_options(output / "sweep.json", args, scales=scales, metrics=metrics)
     plot(scales, metrics, output / "sweep.png")
     best = min(range(len(scales)), key=lambda i: metrics[i]["fid"])
