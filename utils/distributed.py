@@ -38,6 +38,14 @@ class World:
             x /= self.size
         return x
 
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` of every rank, of one shape, joined along the first dimension in the order of ranks."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
     def broadcast(self, value: object) -> object:
         """Rank 0's ``value`` (anything that can be pickled) on every rank."""
         values = [value]
