@@ -49,16 +49,17 @@ def test_psnr_and_ssim_closed_forms():
 
 
 def slow_ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Wang et al. 2004, equation 13, at every place of one colour whose window of 11 x 11 is inside (H, W)."""
+    """Wang et al. 2004, equation 13, around every pixel of one colour (H, W), mirrored at its borders."""
     x = np.arange(11) - 5
     window = np.exp(-(x[:, None] ** 2 + x[None] ** 2) / (2 * 1.5**2))
     window /= window.sum()
+    a, b = np.pad(a, 5, "reflect"), np.pad(b, 5, "reflect")
     c1, c2, values = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
     for i in range(a.shape[0] - 10):
         for j in range(a.shape[1] - 10):
             p, q = (m[i : i + 11, j : j + 11].astype(float) for m in (a, b))
             mp, mq = (window * p).sum(), (window * q).sum()
-            vp, vq, cov = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum(), 0.0
+            vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
             cov = (window * (p - mp) * (q - mq)).sum()
             values.append((2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
     return float(np.mean(values))

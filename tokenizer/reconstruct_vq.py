@@ -79,7 +79,7 @@ def psnr(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
 
 def ssim(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
     """Structural similarity (Wang et al. 2004: Gaussian window of 11, sigma 1.5) of each pair of uint8 (N, H, W, 3):
-    (N,), 1 for equal ones; the mean of the colours'."""
+    (N,), 1 for equal ones; the mean over colours and pixels, mirrored at the borders."""
     pair = (torch.from_numpy(x).permute(0, 3, 1, 2).float() for x in (reconstructions, images))  # (N, 3, H, W) each
     return structural_similarity_index_measure(*pair, data_range=255.0, reduction="none").reshape(-1).numpy()
 
