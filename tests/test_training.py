@@ -53,6 +53,7 @@ def quietly(capfd, monkeypatch, *options: object, main=train_c2i.main) -> str:
     except SystemExit:
         pass
     finally:
+        signal.set_wakeup_fd(-1)  # the run's socket is closed by now
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
     return "".join(capfd.readouterr())
