@@ -26,7 +26,7 @@ step "1/9 digits: 400 of each class to train on, 100 held out" $Q/digits/test/9/
 step "2/9 tokenizer: 32x32 images <-> 8x8 codes" $VQ \
     bash scripts/tokenizer/train_vq.sh --data-path $Q/digits/train --cloud-save-path $Q/tokenizer --no-local-save \
     --vq-model VQ-4 --image-size 32 --no-flip --epochs 5 --global-batch-size 32 --lr 1e-3 --lr-schedule cosine \
-    --num-workers 1
+    --perceptual-weight 0 --disc-weight 0 --num-workers 1
 step "3/9 reconstructions of held-out digits" $Q/reconstructions/VQ-4-0000625-size-32.npz \
     bash scripts/tokenizer/reconstruction_vq.sh --data-path $Q/digits/test --vq-ckpt $VQ \
     --image-size 32 --image-size-eval 32 --sample-dir $Q/reconstructions --num-workers 0

@@ -21,6 +21,9 @@ from tokenizer.vq_model import VQModel, make_vq_config
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = (ROOT.parent / "shared" / "golden", ROOT / "tests" / "golden")
 
+# widths of VGG16's convolutions, 0: pooling
+VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
+
 # one test process may not take the whole machine from the processes it starts
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
@@ -73,6 +76,7 @@ def run_command(
 
 EXTRACT = ("bash", "scripts/autoregressive/extract_codes_c2i.sh")
 TRAIN = ("bash", "scripts/autoregressive/train_c2i.sh")
+TRAIN_VQ = ("bash", "scripts/tokenizer/train_vq.sh")
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +93,22 @@ def work(tmp_path_factory) -> Path:
     torch.save({"model": vq.state_dict(), "vq_model": "VQ-4", "config": asdict(vq.config)}, folder / "vq.pt")
     extract(folder, folder / "codes")
     return folder
+
+
+@pytest.fixture(scope="session")
+def vgg(tmp_path_factory) -> Path:
+    """Random weights under the names of torchvision's VGG16, without the classifier."""
+    path, channels, place = tmp_path_factory.mktemp("vgg") / "vgg16.pth", 3, 0
+    generator, state = torch.Generator().manual_seed(0), {}
+    for width in VGG16:
+        if width:
+            std = math.sqrt(2 / (9 * channels))
+            state[f"features.{place}.weight"] = std * torch.randn(width, channels, 3, 3, generator=generator)
+            state[f"features.{place}.bias"] = 0.1 * torch.randn(width, generator=generator)
+            channels, place = width, place + 1  # ReLU
+        place += 1
+    torch.save(state, path)
+    return path
 
 
 def extract(work: Path, codes: Path, *options: object, nproc: int = 1):

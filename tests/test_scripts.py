@@ -29,7 +29,6 @@ from tests.conftest import (
     fill_from_names,
     kill,
     run_command,
-    same_tensors,
     start,
     train,
 )
@@ -37,7 +36,6 @@ from tokenizer.vq_model import VQModel, make_vq_config
 from utils.options import run
 
 SAMPLE = ("bash", "scripts/autoregressive/sample_c2i.sh")
-TRAIN_VQ = ("bash", "scripts/tokenizer/train_vq.sh")
 
 
 def digest(path: Path) -> str:
@@ -329,33 +327,6 @@ def test_released_checkpoints_sample_with_and_without_flags(work, tmp_path, n, k
     assert f"n = {n}, {n + 64 // n - 1} forward calls" in log
     (npz,) = tmp_path.glob("GPT-T-PAR-T-size-32-size-24-VQ-4-*-seed-0.npz")
     assert np.load(npz)["arr_0"].shape == (2, 24, 24, 3)
-
-
-def test_tokenizer_training_resumes_bit_for_bit(work, tmp_path):
-    def train_vq(cloud: Path, *options: object):
-        base = ("--data-path", work / "images", "--cloud-save-path", cloud, "--no-local-save", "--vq-model", "VQ-4")
-        base += ("--codebook-size", 32, "--image-size", 32, "--global-batch-size", 8, "--epochs", 2, "--log-every", 1)
-        base += ("--mixed-precision", "none", "--num-workers", 0, "--ema", "--lr-schedule", "cosine", *options)
-        return run_command(*TRAIN_VQ, *base).stdout
-
-    train_vq(tmp_path / "whole", "--ckpt-every", 2)
-    first = tmp_path / "whole/VQ-4-32/checkpoints"
-    resumed = tmp_path / "resumed/VQ-4-32/checkpoints"
-    resumed.mkdir(parents=True)
-    shutil.copytree(first / "0000002", resumed / "0000002")
-    assert "at step 2" in train_vq(tmp_path / "resumed", "--ckpt-every", 2)
-    expected = torch.load(first / "0000006.pt", weights_only=True)
-    ours = torch.load(resumed / "0000006.pt", weights_only=True)
-    assert same_tensors(ours["model"], expected["model"]) and same_tensors(ours["ema"], expected["ema"])
-
-
-def test_reconstructions(work, tmp_path):
-    options = ("--data-path", work / "images", "--vq-ckpt", work / "vq.pt", "--image-size", 32, "--num-workers", 0)
-    options += ("--image-size-eval", 32, "--sample-dir", tmp_path, "--per-proc-batch-size", 5)
-    assert "PSNR" in run_command("bash", "scripts/tokenizer/reconstruction_vq.sh", *options).stdout
-    with np.load(tmp_path / "VQ-4-vq-size-32.npz") as npz:
-        assert npz["arr_0"].shape == (24, 32, 32, 3)
-        assert npz["labels"].tolist() == [0] * 8 + [1] * 8 + [2] * 8
 
 
 def test_samples_of_other_options_are_not_taken_for_these(work, trained, sampled):

@@ -45,14 +45,15 @@ def curve(cloud: Path, what: str = "loss") -> list[float]:
     return [v[what] for v in map(json.loads, lines) if what in v]
 
 
-def quietly(capfd, monkeypatch, *options: object) -> str:
+def quietly(capfd, monkeypatch, *options: object, main=train_c2i.main) -> str:
     """Train in this process, as starting one for each option takes minutes; what it prints, also if it stops."""
-    monkeypatch.setattr(sys, "argv", ["train_c2i.py", *map(str, options)])
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
     try:
-        run(train_c2i.main)
+        run(main)
     except SystemExit:
         pass
     finally:
+        signal.set_wakeup_fd(-1)  # the run's socket is closed by now
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
     return "".join(capfd.readouterr())

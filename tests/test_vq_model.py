@@ -103,3 +103,62 @@ def test_usage_is_a_window_of_the_latest_codes():
     before = model.quantize.codebook_used.clone()
     model.eval()(torch.zeros(1, 3, 8, 8))
     assert torch.equal(model.quantize.codebook_used, before)
+
+
+def test_perplexity_of_the_window_against_counting():
+    """While the window fills, only codes seen so far count; then the last 65,536, whatever came in which parts."""
+    quantizer = VQModel(tiny_config(codebook_size=10)).quantize
+    assert quantizer.usage() == 0
+    seen, generator = [], torch.Generator().manual_seed(0)
+    for size in (7, 1000, 60_000, 9_000):
+        codes = torch.randint(0, 10, (size,), generator=generator).square() // 10
+        quantizer.record_usage(codes.view(1, -1))
+        seen += codes.tolist()
+        window = seen[-USAGE_WINDOW:]
+        shares = [window.count(c) / len(window) for c in set(window)]
+        assert quantizer.perplexity() == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)), rel=1e-6)
+        assert quantizer.usage() == pytest.approx(len(shares) / 10)
+        expected = [c not in window for c in range(10)] if len(seen) >= USAGE_WINDOW else [False] * 10
+        assert quantizer.dead().tolist() == expected
+
+
+def test_entropy_loss_in_chunks_has_the_gradient_of_the_whole():
+    quantizer = fill_from_names(VQModel(tiny_config(entropy_loss_ratio=0.3))).quantize
+    z = torch.nn.functional.normalize(torch.randn(50, 4), dim=1).requires_grad_()
+    p = (-(z[:, None] - quantizer.codebook()[None]).square().sum(-1) / 0.01).softmax(-1)
+    whole = 0.3 * (-(p * (p + 1e-30).log()).sum(-1).mean() + (p.mean(0) * (p.mean(0) + 1e-5).log()).sum())
+    chunked = quantizer.entropy_loss(z, chunk=16)
+    assert chunked.item() == pytest.approx(whole.item(), rel=1e-4)
+    expected = torch.autograd.grad(whole, (z, quantizer.embedding.weight))
+    for found, want in zip(torch.autograd.grad(chunked, (z, quantizer.embedding.weight)), expected, strict=True):
+        torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_k_means_finds_clusters_and_data_takes_latents(l2_norm):
+    """Eleven tight clusters: k-means ends nearer to the latents than its start; every data entry is one of them."""
+    quantizer = VQModel(tiny_config(codebook_l2_norm=l2_norm)).quantize
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(11, 4, generator=generator)
+    latents = (centres[:, None] + 0.01 * torch.randn(11, 40, 4, generator=generator)).flatten(0, 1)
+    z = latents / latents.norm(dim=1, keepdim=True) if l2_norm else latents
+
+    def error() -> float:
+        return torch.cdist(z, quantizer.embedding.weight).min(1).values.square().mean().item()
+
+    quantizer.fit(latents, 0, torch.Generator().manual_seed(1))
+    assert torch.cdist(quantizer.embedding.weight, z).min(1).values.max() < 1e-3
+    assert len(quantizer.embedding.weight.unique(dim=0)) == 11
+    at_first = error()
+    quantizer.fit(latents, 10, torch.Generator().manual_seed(1))
+    assert error() < at_first / 2
+
+
+def test_dead_entries_move_to_latents_and_others_stay():
+    quantizer = fill_from_names(VQModel(tiny_config(codebook_l2_norm=False))).quantize
+    before, latents = quantizer.embedding.weight.detach().clone(), torch.randn(20, 4)
+    dead = torch.arange(11) % 3 == 0
+    quantizer.move(dead, latents, torch.Generator().manual_seed(0))
+    after = quantizer.embedding.weight.detach()
+    assert torch.equal(after[~dead], before[~dead])
+    assert all((row == latents).all(1).any() for row in after[dead])

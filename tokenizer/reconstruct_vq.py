@@ -1,10 +1,16 @@
-"""Images -> reconstructions in one .npz, their PSNR, and a picture of both side by side."""
+"""Images -> reconstructions and the images themselves in one .npz each, PSNR, SSIM, LPIPS, codebook usage, a picture.
+
+The evaluator makes rFID of the two files. Images are dealt out in chunks of the batch size, so any number of processes,
+interrupted or not, ends in the same files and figures.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 import sys
-import uuid
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,16 +18,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from dataset.imagenet import CenterCrop, ImageFiles, list_images, to_model_range
-from tokenizer.vq_model import VQ_models, load_vq
-from utils.distributed import init_distributed
-from utils.files import prepare_folder
+from tokenizer.vq_loss import find_vgg, load_lpips
+from tokenizer.vq_model import VQ_models, VQModel, load_vq
+from utils.checkpoint import state_sha256
+from utils.distributed import World, init_distributed
+from utils.files import atomic_path, prepare_folder
 from utils.images import image_grid, save_png, to_uint8
-from utils.logger import progress
+from utils.logger import create_logger, progress
 from utils.options import add_retired, count, make_parser, positive_int, run, write_options
 from utils.samples import SampleFile
+
+SHOWN = {
+    "psnr": "PSNR {:.2f} dB",
+    "ssim": "SSIM {:.4f}",
+    "lpips": "LPIPS {:.4f}",
+    "codebook_used": "codebook used {:.1%}",
+    "perplexity": "perplexity {:.4g}",
+}
 
 
 def parse_args() -> Namespace:
@@ -41,6 +59,8 @@ def parse_args() -> Namespace:
     parser.add_argument("--sample-dir", default="reconstructions", help="folder to write to")
     parser.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images at once")
     parser.add_argument("--num-workers", type=count, default=4, help="decoding processes, at most one per core")
+    parser.add_argument("--vgg-weights", help="vgg16-397923af.pth, for LPIPS (default: torch.hub's copy, if any)")
+    parser.add_argument("--pairs", type=positive_int, default=20, help="images in the picture")
     add_retired(
         parser,
         {
@@ -57,43 +77,152 @@ def psnr(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
     return 10 * np.log10(255.0**2 / np.maximum(error, 1e-10))
 
 
+def ssim(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
+    """Structural similarity (Wang et al. 2004: Gaussian window of 11, sigma 1.5) of each pair of uint8 (N, H, W, 3):
+    (N,), 1 for equal ones; the mean over colours and pixels, mirrored at the borders."""
+    pair = (torch.from_numpy(x).permute(0, 3, 1, 2).float() for x in (reconstructions, images))  # (N, 3, H, W) each
+    return structural_similarity_index_measure(*pair, data_range=255.0, reduction="none").reshape(-1).numpy()
+
+
+class Reconstructor:
+    """Makes and measures the chunks of two files: reconstructions and images, both uint8 (N, E, E, 3)."""
+
+    def __init__(self, args: Namespace, world: World, vq: VQModel, lpips: nn.Module | None, name: str):
+        self.args, self.world, self.vq, self.lpips = args, world, vq, lpips
+        self.samples = list_images(args.data_path).samples
+        self.images = ImageFiles(self.samples, CenterCrop(args.image_size))
+        self.fingerprint = self._fingerprint()
+        base = Path(args.sample_dir) / name
+        shape = (len(self.samples), args.image_size_eval, args.image_size_eval, 3)
+        paths = (Path(f"{base}.npz"), Path(f"{base}-inputs.npz"))
+        self.files = [SampleFile(p, self.fingerprint, shape, args.per_proc_batch_size) for p in paths]
+        self.figures, self.picture = Path(f"{base}.json"), Path(f"{base}.png")
+        self.scores = Path(f"{base}.{self.fingerprint}.scores")  # a small .npz a chunk, until all are there
+
+    def _fingerprint(self) -> str:
+        """Short hash of everything that the files and figures depend on."""
+        args = self.args
+        options = [args.image_size, args.image_size_eval, args.per_proc_batch_size, self.lpips is not None]
+        text = json.dumps([state_sha256(self.vq.weights()), options, self.samples])
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def finished(self) -> list[bool]:
+        """Which of the two files are there; ``ValueError`` if one of other options or weights has its name."""
+        there = [file.npz.exists() for file in self.files]
+        if any(there):
+            before = json.loads(self.figures.read_text()) if self.figures.is_file() else {}
+            if before.get("fingerprint") != self.fingerprint:
+                raise ValueError(
+                    f"--sample-dir: {self.files[there.index(True)].npz} is there, made with other options, images or "
+                    f"weights (see {self.figures.name} beside it); move it away or give another folder"
+                )
+        return there
+
+    def make(self, chunks: list[int]) -> None:
+        """Reconstruct, measure and write ``chunks``; the scores come first: a written chunk is never made again."""
+        keys = [[(i, 0) for i in self.files[0].images_of(chunk)] for chunk in chunks]
+        workers = min(self.args.num_workers, os.cpu_count() or 1)
+        loader = DataLoader(self.images, batch_sampler=keys, num_workers=workers)
+        batches = progress(self.world, "reconstructing", len(chunks), unit="batches", items=loader)
+        for chunk, (pixels, labels, _) in zip(chunks, batches, strict=True):
+            images = to_model_range(pixels, self.world.device)  # (B, 3, S, S)
+            real, made, codes = self.pairs(images)  # (B, E, E, 3) twice, (B, h, w)
+            scores = {"psnr": psnr(real, made), "ssim": ssim(real, made)}  # (B,) each
+            if self.lpips is not None:
+                both = (to_model_range(torch.from_numpy(x), self.world.device) for x in (real, made))
+                scores["lpips"] = self.lpips(*both).flatten().cpu().numpy()  # (B,)
+            with atomic_path(self.scores / f"{chunk:07d}.npz") as temporary, open(temporary, "wb") as f:
+                np.savez(f, codes=codes.astype(np.uint32), labels=labels.numpy(), **scores)
+            for file, content in zip(self.files, (made, real), strict=True):
+                if file.partial.exists():
+                    file.write(chunk, content)
+
+    def pairs(self, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Images (B, 3, S, S) in [-1, 1] and their reconstructions as uint8 (B, E, E, 3), codes (B, h, w)."""
+        size = self.args.image_size_eval
+        codes = self.vq.encode(images)  # (B, h, w)
+        made = to_uint8(self.vq.decode_code(codes), size)  # (B, E, E, 3)
+        return to_uint8(images, size).cpu().numpy(), made.cpu().numpy(), codes.cpu().numpy()
+
+    def summarise(self) -> tuple[dict[str, float], np.ndarray]:
+        """Means over all images, usage and perplexity of the codebook; and the labels (N,)."""
+        chunks: dict[str, list[np.ndarray]] = {}
+        for path in sorted(self.scores.iterdir()):
+            with np.load(path) as npz:
+                for key in npz.files:
+                    chunks.setdefault(key, []).append(npz[key])
+        scores = {k: np.concatenate(v) for k, v in chunks.items()}
+        labels, codes = scores.pop("labels"), scores.pop("codes")  # (N,), (N, h, w)
+        p = np.bincount(codes.reshape(-1), minlength=self.vq.config.codebook_size) / codes.size  # (V,)
+        figures = {k: float(v.astype(np.float64).mean()) for k, v in scores.items()}
+        figures |= {"codebook_used": float((p > 0).mean())}
+        return figures | {"perplexity": float(np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()))}, labels
+
+    def draw(self) -> None:
+        """The picture: images, spread over the set, each beside its reconstruction."""
+        chosen = np.linspace(0, len(self.samples) - 1, min(self.args.pairs, len(self.samples)), dtype=int)
+        pixels = torch.stack([self.images[int(i), 0][0] for i in chosen])  # (N, S, S, 3)
+        real, made, _ = self.pairs(to_model_range(pixels, self.world.device))  # (N, E, E, 3) each
+        save_png(self.picture, image_grid(np.stack([real, made], 1).reshape(-1, *real.shape[1:]), columns=10))
+
+    def finish(self) -> dict[str, float]:
+        """Figures and picture, then the files get their names; one process only."""
+        figures, labels = self.summarise()
+        vgg = find_vgg(self.args.vgg_weights) if self.lpips is not None else None
+        facts = {"fingerprint": self.fingerprint, "lpips_backbone": vgg, "images": len(self.samples)}
+        write_options(self.figures, self.args, **figures, **facts)
+        self.draw()
+        for file in self.files:
+            if file.partial.exists():
+                file.finish(labels, progress(self.world, "checksum", len(self.samples), unit="images"))
+        shutil.rmtree(self.scores)
+        return figures
+
+
+def open_lpips(args: Namespace) -> nn.Module | None:
+    """LPIPS if the weights are there; ``ValueError`` if ``--vgg-weights`` names none."""
+    return load_lpips(args.vgg_weights) if find_vgg(args.vgg_weights) is not None else None
+
+
 @torch.inference_mode()
 def main() -> None:
-    """Encode and decode every image once, in order, on one process."""
+    """Make every chunk that is missing, then figures, picture and files."""
     args = parse_args()
     world = init_distributed()
+    logger = create_logger(world)
     vq, name = load_vq(
         args.vq_ckpt, args.vq_model, codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim
     )
     if args.image_size % vq.config.downsample:
         raise ValueError(f"--image-size {args.image_size} is no multiple of {name}'s {vq.config.downsample}")
+    lpips = open_lpips(args)
+    if lpips is None:
+        logger.info("no VGG16 weights (see --vgg-weights): without LPIPS")
+    else:
+        lpips.to(world.device)
     prepare_folder(args.sample_dir, "--sample-dir")
     vq.to(world.device, memory_format=torch.channels_last)
-    samples = list_images(args.data_path).samples
-    files = ImageFiles(samples, CenterCrop(args.image_size))
-    keys = [(i, 0) for i in range(len(samples))]
-    workers = min(args.num_workers, os.cpu_count() or 1)
-    loader = DataLoader(files, args.per_proc_batch_size, sampler=keys, num_workers=workers)
-    output = Path(args.sample_dir) / f"{name}-{Path(args.vq_ckpt).stem}-size-{args.image_size}"
-    shape = (len(samples), args.image_size_eval, args.image_size_eval, 3)
-    file = SampleFile(Path(f"{output}.npz"), uuid.uuid4().hex[:8], shape, args.per_proc_batch_size)
-    file.create()
-    all_labels, pairs, decibels = [], [], []
-    batches = progress(world, "reconstructing", len(loader), unit="batches", items=loader)
-    for batch, (pixels, labels, _) in enumerate(batches):
-        images = to_model_range(pixels, world.device)  # (B, 3, S, S)
-        made = to_uint8(vq.decode_code(vq.encode(images)), args.image_size_eval).cpu().numpy()  # (B, E, E, 3)
-        real = to_uint8(images, args.image_size_eval).cpu().numpy()  # (B, E, E, 3)
-        decibels.append(psnr(real, made))
-        all_labels.append(labels.numpy())
-        file.write(batch, made)
-        if batch % max(1, len(loader) // 20) == 0:
-            pairs += [real[0], made[0]]
-    file.finish(np.concatenate(all_labels), progress(world, "checksum", len(samples), unit="images"))
-    save_png(f"{output}.png", image_grid(np.stack(pairs), columns=10))
-    mean = float(np.concatenate(decibels).mean())
-    write_options(f"{output}.json", args, psnr=mean, images=len(samples))
-    print(f"PSNR {mean:.2f} dB over {len(samples):,} images; {output}.npz, {output}.png (image, reconstruction, ...)")
+    r = Reconstructor(args, world, vq, lpips, f"{name}-{Path(args.vq_ckpt).stem}-size-{args.image_size}")
+    finished = r.finished()
+    world.barrier()  # every rank has looked before any file gets its name
+    if not all(finished):
+        unfinished = [file for file, done in zip(r.files, finished, strict=True) if not done]
+        if world.is_main:
+            for file in unfinished:
+                file.create()
+            r.scores.mkdir(exist_ok=True)
+        world.barrier()
+        missing = sorted(set().union(*(file.missing() for file in unfinished)))
+        world.barrier()  # every rank has listed before any rank writes
+        r.make(missing[world.rank :: world.size])
+        world.barrier()
+    if world.is_main:
+        if not all(finished):
+            r.finish()
+        figures = json.loads(r.figures.read_text())
+        logger.info(", ".join(form.format(figures[k]) for k, form in SHOWN.items() if k in figures))
+        logger.info(f"over {figures['images']:,} images; {r.picture} (image, reconstruction, ...)")
+        logger.info(f"rFID: python3 evaluations/c2i/evaluator.py {r.files[1].npz} {r.files[0].npz}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from utils.checkpoint import find_state_dict, load_checkpoint, load_strictly, resolve
+from utils.sharded_checkpoint import read_meta, read_sharded
 
 USAGE_WINDOW = 65536  # codes over which codebook usage is counted; the size is part of released checkpoints
 
@@ -221,8 +223,8 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_embed_dim)
-        # the latest codes of training, oldest first; float32 and this size in released checkpoints
-        self.register_buffer("codebook_used", torch.zeros(USAGE_WINDOW))
+        # the latest codes of training, oldest first, -1: none yet; float32 and this size in released checkpoints
+        self.register_buffer("codebook_used", torch.full((USAGE_WINDOW,), -1.0))
 
     def codebook(self) -> torch.Tensor:
         """(V, C) entries, unit length when ``codebook_l2_norm``."""
@@ -244,6 +246,11 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             return torch.cat([F.linear(rows, codebook, bias).argmax(-1) for rows in z.split(chunk)])  # (N,)
 
+    @staticmethod
+    def rows(z: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) -> (B*h*w, C) float32."""
+        return z.permute(0, 2, 3, 1).flatten(0, 2).float()  # (N, C)
+
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, QuantizerLoss, torch.Tensor]:
         """Quantize (B, C, h, w): quantized (B, C, h, w) with z's gradient, losses, codes (B, h, w) int64."""
         z = self._normalize(z.permute(0, 2, 3, 1).float())  # (B, h, w, C)
@@ -255,30 +262,71 @@ class VectorQuantizer(nn.Module):
             commitment=self.config.commit_loss_beta * F.mse_loss(z, quantized.detach()),
             entropy=self.entropy_loss(z) if self.config.entropy_loss_ratio else z.new_zeros(()),
         )
-        if self.training:
-            self.record_usage(codes)
         quantized = z + (quantized - z).detach()  # (B, h, w, C)
         return quantized.permute(0, 3, 1, 2), losses, codes
 
-    def entropy_loss(self, z: torch.Tensor, temperature: float = 0.01) -> torch.Tensor:
-        """ratio * (mean entropy per latent - entropy of the mean assignment); small when each latent is sure and
-        all entries are used (MaskGIT's tokenizer, Chang et al. 2022). Affinity is -|z - e|^2."""
+    def entropy_loss(self, z: torch.Tensor, temperature: float = 0.01, chunk: int = 4096) -> torch.Tensor:
+        """ratio * (mean entropy per latent - entropy of the mean assignment) of latents (..., C): a scalar, small when
+        each latent is sure and all entries are used (MaskGIT's tokenizer, Chang et al. 2022).
+
+        Affinity is -|z - e|^2. ``chunk`` latents at a time, computed again in backward, so that at most chunk x V
+        probabilities exist at once.
+        """
         codebook, z = self.codebook(), z.flatten(0, -2)  # (V, C), (N, C)
-        log_p = (-torch.cdist(z, codebook).square() / temperature).log_softmax(-1)  # (N, V)
-        p = log_p.exp()  # (N, V)
-        mean_p = p.mean(0)  # (V,)
-        per_latent = -(p * log_p).sum(-1).mean()
+
+        def sums(rows: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            log_p = (-torch.cdist(rows, codebook).square() / temperature).log_softmax(-1)  # (chunk, V)
+            return log_p.exp().sum(0), -(log_p.exp() * log_p).sum()  # (V,), ()
+
+        parts = [recompute(sums, rows, codebook, use_reentrant=False) for rows in z.split(chunk)]
+        mean_p, per_latent = (sum(part) / len(z) for part in zip(*parts, strict=True))  # (V,), ()
         return self.config.entropy_loss_ratio * (per_latent + (mean_p * (mean_p + 1e-5).log()).sum())
 
     @torch.no_grad()
     def record_usage(self, codes: torch.Tensor) -> None:
-        """Shift the newest codes into the usage window."""
+        """Shift the newest codes, of any shape, into the usage window."""
         codes = codes.flatten()[-USAGE_WINDOW:].to(self.codebook_used.dtype)  # (N,)
         self.codebook_used.copy_(torch.cat([self.codebook_used, codes])[-USAGE_WINDOW:])
 
+    def window_counts(self) -> torch.Tensor:
+        """How often each entry occurs in the window of the latest training codes: (V,) int64."""
+        recorded = self.codebook_used[self.codebook_used >= 0].long()  # (N,)
+        return recorded.bincount(minlength=self.config.codebook_size)  # (V,)
+
     def usage(self) -> float:
-        """Fraction of the codebook that occurs in the window of the latest training codes."""
-        return self.codebook_used.unique().numel() / self.config.codebook_size
+        """Fraction of the codebook that occurs in the window."""
+        return (self.window_counts() > 0).double().mean().item()
+
+    def perplexity(self) -> float:
+        """exp(entropy) of the codes in the window: entries used if all were used equally often; V at most."""
+        counts = self.window_counts()  # (V,)
+        p = counts / counts.sum().clamp(min=1)  # (V,)
+        return torch.special.entr(p.double()).sum().exp().item()
+
+    def dead(self) -> torch.Tensor:
+        """Entries that a full window does not hold, (V,) bool; none while it is filling."""
+        return (self.window_counts() == 0) & (self.codebook_used >= 0).all()  # (V,)
+
+    @torch.no_grad()
+    def move(self, entries: torch.Tensor, latents: torch.Tensor, generator: torch.Generator) -> None:
+        """Put ``entries``, (V,) bool, at latents drawn from (N, C); ``generator`` is on the CPU."""
+        drawn = torch.randint(len(latents), (int(entries.sum()),), generator=generator)  # (D,)
+        self.embedding.weight[entries] = self._normalize(latents)[drawn.to(latents.device)]
+
+    @torch.no_grad()
+    def fit(self, latents: torch.Tensor, iterations: int, generator: torch.Generator) -> None:
+        """Put the entries at V of the latents (N, C), then move them by ``iterations`` of k-means (Lloyd 1982).
+
+        Entries that no latent is nearest to go to random latents. N must be at least V.
+        """
+        z, weight = self._normalize(latents), self.embedding.weight  # (N, C), (V, C)
+        weight.copy_(z[torch.randperm(len(z), generator=generator)[: len(weight)].to(z.device)])
+        for _ in range(iterations):
+            codes = self.search(z)  # (N,)
+            counts = codes.bincount(minlength=len(weight))  # (V,)
+            sums = torch.zeros_like(weight).index_add_(0, codes, z)  # (V, C)
+            weight.copy_(self._normalize(sums / counts.clamp(min=1)[:, None]))
+            self.move(counts == 0, latents, generator)
 
 
 class VQModel(nn.Module):
@@ -347,13 +395,18 @@ def make_vq_config(vq_model: str, **written: object) -> VQConfig:
 
 
 def load_vq(path: str | Path | None, vq_model: str | None, **written: object) -> tuple[VQModel, str]:
-    """Tokenizer of a checkpoint, in ``eval()`` mode on the CPU, and the name of its size.
+    """Tokenizer of a checkpoint file or of a training checkpoint's folder, in ``eval()`` mode on the CPU, and the name
+    of its size.
 
     Our own checkpoints carry their config; for released ones it is that of ``vq_model`` (default VQ-16) with the
     fields ``written`` (None: not written by the user). Raises ``ValueError`` where the two contradict, or where
     names or shapes do not fit.
     """
-    checkpoint = load_checkpoint(path, "--vq-ckpt")
+    if path is not None and (Path(path) / "meta.json").is_file():
+        checkpoint = read_meta(Path(path)) | {"model": read_sharded(Path(path), "model.")}
+        checkpoint |= {"ema": average} if (average := read_sharded(Path(path), "ema.")) else {}
+    else:
+        checkpoint = load_checkpoint(path, "--vq-ckpt")
     own = checkpoint.get("config")
     if own is not None:
         known = {f.name for f in fields(VQConfig)}

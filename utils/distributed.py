@@ -38,13 +38,21 @@ class World:
             x /= self.size
         return x
 
-    def gather(self, value: object) -> list | None:
+    def gather_objects(self, value: object) -> list | None:
         """Every rank's ``value`` (anything that can be pickled), in order, on rank 0; None elsewhere."""
         if self.size == 1:
             return [value]
         values = [None] * self.size if self.is_main else None
         dist.gather_object(value, values)
         return values
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` of every rank, of one shape, joined along the first dimension in the order of ranks."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
 
     def broadcast(self, value: object) -> object:
         """Rank 0's ``value`` (anything that can be pickled) on every rank."""

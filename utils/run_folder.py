@@ -206,7 +206,7 @@ class RunFolder:
     def forecast(self, state: TrainingState, steps: int, seconds: float, logger: logging.Logger) -> None:
         """Say what a dry run found: memory, and time for ``steps`` of ``seconds`` each."""
         # each parameter has a gradient as well
-        held = sum(local(t).nbytes for t in (*state.tensors().values(), *state.model.parameters())) / 2**30
+        held = sum(local(t).nbytes for t in (*state.tensors().values(), *state.parameters())) / 2**30
         peak = peak_memory(self.world.device) / 2**30
         time_left = timedelta(seconds=round(steps * seconds))
         logger.info(

@@ -184,6 +184,10 @@ class TrainingState:
         if self.ema:
             self.ema.update(self.model, step)
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that has gradients."""
+        return list(self.model.parameters())
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Weights, moving average and moments under names that do not depend on how they are spread over ranks."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}

@@ -54,7 +54,7 @@ def extract_features(network: FeatureNetwork, batches: Iterable[torch.Tensor], w
         for images in batches:
             found = [None if x is None else x.cpu().numpy() for x in network(images.to(world.device))]
             parts.append((*found, _hashes(images)))
-    ranks = world.gather(parts)
+    ranks = world.gather_objects(parts)
     if ranks is None:
         return None
     in_order = [part for row in zip_longest(*ranks) for part in row if part is not None]

@@ -1,0 +1,313 @@
+"""Tokenizer training as a user runs it: killed, resumed, over processes, fine-tuned, exported, and its options."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import TRAIN_VQ, kill, run_command, same_tensors, start
+from tests.test_architecture import declared_options
+from tests.test_training import newest, quietly, wait_for
+from tokenizer import train_vq, vq_model
+from tokenizer.vq_model import VQConfig, VQModel, load_vq
+from utils.checkpoint import state_sha256
+from utils.sharded_checkpoint import read_sharded
+from utils.training import Guard
+
+NAME = "VQ-4-24"
+NO_GAN = ("--perceptual-weight", 0, "--disc-weight", 0)
+GAN = ("--disc-weight", 0.5, "--disc-start", 2)
+SMALL = ("--vq-model", "VQ-4", "--codebook-size", 64, "--image-size", 24, "--global-batch-size", 8, "--lr", 1e-3)
+SMALL += ("--num-workers", 0, "--mixed-precision", "none", "--log-every", 1, "--epochs", 1)
+
+
+def words(work: Path, cloud: Path, *options: object) -> list[object]:
+    return ["--data-path", work / "images", "--cloud-save-path", cloud, "--no-local-save", *SMALL, *NO_GAN, *options]
+
+
+@pytest.fixture
+def train(work, capfd, monkeypatch):
+    def trained(cloud: Path, *options: object) -> str:
+        return quietly(capfd, monkeypatch, *words(work, cloud, *options), main=train_vq.main)
+
+    return trained
+
+
+def tensors(cloud: Path, step: int) -> dict[str, torch.Tensor]:
+    return read_sharded(cloud / NAME / "checkpoints" / f"{step:07d}", "")
+
+
+def curve(cloud: Path, what: str) -> list[float]:
+    return [json.loads(line)[what] for line in (cloud / NAME / "metrics.jsonl").read_text().splitlines()]
+
+
+LIVELY = (*GAN, "--disc-adaptive-weight", "--ema", "--epochs", 3, "--dropout-p", 0.1, "--entropy-loss-ratio", 0.1)
+
+
+@pytest.fixture(scope="module")
+def whole(work, tmp_path_factory):
+    """9 steps of everything at once, that nothing disturbed."""
+    cloud = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_vq.py", *map(str, words(work, cloud, *LIVELY, "--ckpt-every", 4))])
+        train_vq.main()
+    return cloud
+
+
+def test_killed_and_resumed_ends_in_the_same_bits(work, whole, train, tmp_path):
+    """SIGKILL of a run under way; weights, average, discriminator, both optimizers, usage window."""
+    folder = tmp_path / NAME / "checkpoints"
+    command = [*TRAIN_VQ, *words(work, tmp_path, *LIVELY, "--ckpt-every", 1)]
+    process = start(command, OMP_NUM_THREADS=str(torch.get_num_threads()))
+    wait_for(lambda: newest(folder) >= 4, process)
+    time.sleep(0.02)
+    kill(process)
+    assert 4 <= newest(folder) < 9
+    assert "resumed at step" in train(tmp_path, *LIVELY)
+    found, expected = tensors(tmp_path, 9), tensors(whole, 9)
+    assert {k.split(".")[0] for k in found} == {"model", "ema", "optimizer", "discriminator"}
+    assert "discriminator.optimizer.conv_in.weight.exp_avg_sq" in found
+    assert same_tensors(found, expected)
+
+
+def test_resuming_from_a_folder_elsewhere_or_from_its_weights_alone(whole, train, tmp_path):
+    """--vq-ckpt FOLDER goes on at its step and ends in the same bits; with --finetune it starts at step 0."""
+    folder = whole / NAME / "checkpoints" / "0000004"
+    assert "resumed at step 4" in train(tmp_path / "on", *LIVELY, "--vq-ckpt", folder)
+    assert same_tensors(tensors(tmp_path / "on", 9), tensors(whole, 9))
+    still = ("--vq-ckpt", folder, "--finetune", "--lr", 0, "--epochs", 1)
+    assert "new run" in train(tmp_path / "anew", *LIVELY, *still)
+    before, after = tensors(whole, 4), tensors(tmp_path / "anew", 3)
+    taken = [k for k in before if k.startswith("discriminator.model.")]
+    assert taken and all(torch.equal(after[k], before[k]) for k in taken)
+    assert torch.equal(after["model.decoder.conv_out.weight"], before["ema.decoder.conv_out.weight"])
+
+
+def test_gan_loss_starts_exactly_at_disc_start(train, tmp_path):
+    """Until then every weight is that of a run without a discriminator; at that step weight and weights differ."""
+    train(tmp_path / "without", "--ckpt-every", 1)
+    train(tmp_path / "with", "--ckpt-every", 1, "--disc-weight", 0.5, "--disc-start", 3)
+    assert curve(tmp_path / "with", "adversarial_weight") == [0.0, 0.0, 0.5]
+    assert curve(tmp_path / "with", "discriminator")[:2] == [0.0, 0.0] != curve(tmp_path / "with", "logits_real")[2:]
+    for step, same in ((2, True), (3, False)):
+        pair = [tensors(tmp_path / k, step) for k in ("with", "without")]
+        assert all(torch.equal(pair[0][k], pair[1][k]) for k in pair[1]) is same
+    told = [tensors(tmp_path / "with", k)["discriminator.model.conv_in.weight"] for k in (1, 2, 3)]
+    assert torch.equal(told[0], told[1]) and not torch.equal(told[1], told[2])
+
+
+def test_two_processes_see_the_losses_of_one(work, train, tmp_path):
+    """To rounding while there is no GAN loss, whose batch norm sees each process's images; then every part works."""
+    options = ("--disc-weight", 0.5, "--disc-start", 4, "--disc-adaptive-weight", "--epochs", 2)
+    options += ("--codebook-init", "kmeans", "--revive-dead-codes", 2)
+    train(tmp_path / "one", *options, "--gradient-accumulation-steps", 2)
+    run_command(*TRAIN_VQ, *words(work, tmp_path / "two", *options), nproc=2)
+    for what in ("loss", "grad_norm", "codebook_used", "perplexity"):
+        one, two = (curve(tmp_path / k, what) for k in ("one", "two"))
+        assert two[:3] == pytest.approx(one[:3], rel=1e-3), what
+    assert len(two) == 6 and min(curve(tmp_path / "two", "adversarial_weight")[3:]) > 0
+
+
+def test_fine_tuning_the_released_file_and_exporting_it(work, tmp_path):
+    """train_vq_finetune.sh on a small file in the released format; what comes out loads as the released one does."""
+    config = VQConfig(**vq_model.VQ_models["VQ-4"])
+    torch.manual_seed(0)
+    model = VQModel(config)
+    model.quantize.codebook_used.zero_()
+    torch.save({"model": model.state_dict()}, tmp_path / "released.pt")
+    options = words(work, tmp_path, "--vq-ckpt", tmp_path / "released.pt", "--lr", 0, "--codebook-size", 256)
+    log = run_command("bash", "scripts/tokenizer/train_vq_finetune.sh", *options, "--disc-weight", 0.5).stdout
+    assert "patchgan: 2,765,633 parameters, from step 0" in log
+    assert min(curve(tmp_path, "adversarial_weight")) == 0.5
+    assert curve(tmp_path, "codebook_used")[0] <= 8 * 36 / 256
+    exported, name = load_vq(tmp_path / NAME / "checkpoints" / "0000003.pt", None)
+    assert name == "VQ-4" and same_tensors(exported.weights(), model.weights())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--perceptual-weight", 1), "needs VGG16's weights: vgg16-397923af.pth"),
+        (("--finetune",), "--finetune needs --vq-ckpt"),
+        (("--codebook-init", "data", "--vq-ckpt", "x.pt"), "--codebook-init data makes a new codebook"),
+        (("--compile", "--disc-adaptive-weight"), "--disc-adaptive-weight takes gradients apart"),
+        (("--disc-weight", 1, "--disc-type", "stylegan"), "--image-size 24 is no power of 2"),
+        (("--codebook-init", "kmeans", "--codebook-size", 1024), "24 images have 864 latents for 1024 entries"),
+    ],
+)
+def test_mistakes_are_one_line_before_work_starts(train, tmp_path, monkeypatch, options, message):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    log = train(tmp_path / "out", *options)
+    assert message in log and log.startswith("error: ") and log.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_resuming_with_another_discriminator_is_refused(whole, train, tmp_path):
+    (tmp_path / NAME / "checkpoints").mkdir(parents=True)
+    shutil.copytree(whole / NAME / "checkpoints" / "0000004", tmp_path / NAME / "checkpoints" / "0000004")
+    assert "another disc_type (disc_type: patchgan there, None now)" in train(tmp_path, *LIVELY, "--disc-weight", 0)
+
+
+# option -> (value, what it must change: weights, discriminator, average, files, what is printed, calls)
+EFFECTS = {
+    "data_face_path": ("{work}/images", "files"),
+    "image_size": (12, "files"),
+    "no_flip": (None, "model"),
+    "num_workers": (1, "loader"),
+    "vq_model": ("VQ-8", "printed of --vq-ckpt {work}/vq.pt"),
+    "vq_ckpt": ("{work}/vq.pt", "model"),
+    "finetune": (None, "printed of --vq-ckpt {folder} --epochs 3 --disc-weight 0.5 --image-size 24"),
+    "codebook_size": (32, "model"),
+    "codebook_embed_dim": (4, "model"),
+    "codebook_l2_norm": (None, "model"),
+    "dropout_p": (0.5, "model"),
+    "codebook_init": ("kmeans", "model"),
+    "revive_dead_codes": (1, "model"),
+    "reconstruction_loss": ("l1", "model"),
+    "reconstruction_weight": (0.5, "model"),
+    "codebook_weight": (0.5, "model"),
+    "commit_loss_beta": (0.5, "model"),
+    "entropy_loss_ratio": (0.1, "model"),
+    "perceptual_weight": (0.5, "model of --image-size 16 --vgg-weights {vgg}"),
+    "vgg_weights": ("{vgg}", "printed of --image-size 16 --perceptual-weight 0.5"),
+    "disc_weight": (0.5, "model of --disc-start 2 --image-size 24"),
+    "disc_start": (3, "model of --disc-weight 0.5 --disc-start 2 --image-size 24"),
+    "disc_type": ("stylegan", "printed of --disc-weight 0.5 --dry-run"),
+    "disc_loss": ("vanilla", "discriminator of --disc-weight 0.5 --disc-start 2 --image-size 24"),
+    "gen_loss": ("non-saturating", "model of --disc-weight 0.5 --disc-start 2 --image-size 24"),
+    "disc_adaptive_weight": (None, "model of --disc-weight 0.5 --disc-start 2 --image-size 24"),
+    "epochs": (2, "files"),
+    "global_batch_size": (12, "files"),
+    "lr": (1e-2, "model"),
+    "lr_schedule": ("cosine", "model"),
+    "mixed_precision": ("bf16", "model"),
+    "compile": (None, "compiles"),
+    "weight_decay": (0.9, "model"),
+    "beta1": (0.5, "model"),
+    "beta2": (0.5, "model"),
+    "max_grad_norm": (1e-3, "model"),
+    "gradient_accumulation_steps": (3, "printed"),
+    "ema": (None, "ema"),
+    "ema_decay": (0.01, "ema of --ema"),
+    "max_loss_spike": (0, "guard"),
+    "global_seed": (1, "model"),
+    "log_every": (1, "printed"),
+    "ckpt_every": (1, "files"),
+    "dry_run": (None, "files"),
+}
+# read by helpers that both trainers call, where the loop has no part in it
+TESTED_WITH_THE_GPT = {"keep_last", "keep_every", "wandb_project", "no_wandb", "max_skipped_steps", "no_local_save"}
+TESTED_WITH_THE_GPT |= {"results_dir"}
+RECORDED = {
+    "compiles": (torch.nn.Module, "compile", None),
+    "guard": (train_vq, "Guard", Guard),
+    "loader": (train_vq, "DataLoader", train_vq.DataLoader),
+}
+
+
+def test_the_table_of_effects_names_every_option():
+    paths = (Path("tokenizer/train_vq.py"), Path("utils/training.py"))
+    required = {"data_path", "cloud_save_path"}
+    assert set().union(*map(declared_options, paths)) == set(EFFECTS) | required | TESTED_WITH_THE_GPT
+
+
+@pytest.fixture(scope="module")
+def known(work, vgg, tmp_path_factory) -> dict:
+    """Where things are, and what came out without the option, by the options around it."""
+    return {"work": work, "vgg": vgg, "place": tmp_path_factory.mktemp("effects"), "without": {}}
+
+
+@pytest.mark.parametrize("option", EFFECTS)
+def test_every_option_has_an_effect(known, whole, tmp_path, monkeypatch, capfd, option):
+    """Trained in this process with the option and, once for all options of a kind, without."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(train_vq, "revive_dead_codes", revive_all_but_one)
+    value, effect = EFFECTS[option]
+    what, _, context = effect.partition(" of ")
+    calls: list[str] = []
+    if what in RECORDED:
+        owner, name, real = RECORDED[what]
+
+        def record(*args: object, **named: object) -> object:
+            calls.append(f"{[a for a in args if isinstance(a, float)]} {named.get('num_workers')}")
+            return real(*args, **named) if real else None
+
+        monkeypatch.setattr(owner, name, record)
+
+    def outcome(place: Path, *options: object) -> object:
+        base = [
+            "--data-path",
+            "{work}/images",
+            "--cloud-save-path",
+            "{place}/cloud",
+            "--results-dir",
+            "{place}/results",
+        ]
+        base += [*SMALL, *NO_GAN, "--log-every", 2, "--image-size", 8, *context.split(), *options]
+        places = {"work": known["work"], "vgg": known["vgg"], "place": place}
+        places["folder"] = whole / NAME / "checkpoints" / "0000004"
+        printed = quietly(capfd, monkeypatch, *(str(w).format(**places) for w in base), main=train_vq.main)
+        if what == "printed":
+            printed = re.findall(r"error: .*|step \d+.*?loss [0-9.]+|gan: .*|new run|resumed at .*", printed)
+            return [line.replace(str(place), "") for line in printed]
+        if what in ("model", "ema", "discriminator"):
+            newest_one = max(place.glob("cloud/*/checkpoints/*/"))
+            return state_sha256(read_sharded(newest_one, f"{what}."))
+        return calls if what in RECORDED else sorted(str(p.relative_to(place)) for p in place.rglob("*"))
+
+    flag = f"--{option.replace('_', '-')}" if option != "codebook_l2_norm" else "--no-codebook-l2-norm"
+    with_option = outcome(tmp_path / "with", flag, *([value] * (value is not None)))
+    calls = []
+    key = (what, context)
+    if key not in known["without"]:
+        known["without"][key] = outcome(known["place"] / str(len(known["without"])))
+    assert with_option != known["without"][key]
+
+
+def revive_all_but_one(r: train_vq.Run, images: torch.Tensor, step: int) -> None:
+    """The real thing waits for 65,536 codes: here a few are enough to tell the dead."""
+    window = r.model.quantize.codebook_used.clone()
+    r.model.quantize.codebook_used.fill_(3)
+    REVIVE(r, images, step)
+    r.model.quantize.codebook_used.copy_(window)
+
+
+REVIVE = train_vq.revive_dead_codes
+
+
+def test_reviving_moves_dead_entries_of_weights_and_average(work, train, tmp_path, monkeypatch):
+    """All entries but 3 are dead, so both end at unit latents and are equal, and entry 3 differs."""
+    monkeypatch.setattr(train_vq, "revive_dead_codes", revive_all_but_one)
+    train(tmp_path, "--revive-dead-codes", 3, "--ema")
+    state = tensors(tmp_path, 3)
+    same = (state["model.quantize.embedding.weight"] == state["ema.quantize.embedding.weight"]).all(1)
+    assert same.tolist() == [i != 3 for i in range(64)]
+    moved = state["model.quantize.embedding.weight"][same]
+    torch.testing.assert_close(moved.norm(dim=1), torch.ones(63))
+
+
+def test_dry_run_counts_the_discriminator_and_writes_nothing(train, tmp_path):
+    log = train(tmp_path / "out", "--disc-weight", 0.5, "--dry-run")
+    assert "adversarial" in log and "nothing was written" in log and not (tmp_path / "out").exists()
+
+
+def test_a_signal_saves_both(train, tmp_path, monkeypatch):
+    """SIGUSR1 in the second step: saved after it or the next, and the run ends."""
+    seed_step = train_vq.seed_step
+
+    def step(seed: int, step: int, rank: int) -> None:
+        seed_step(seed, step, rank)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(train_vq, "seed_step", step)
+    assert "stopped by a signal" in train(tmp_path, *GAN, "--epochs", 3)
+    last = newest(tmp_path / NAME / "checkpoints")
+    assert 2 <= last < 9 and "discriminator.model.conv_in.weight" in tensors(tmp_path, last)

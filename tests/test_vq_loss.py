@@ -1,0 +1,216 @@
+"""Losses of tokenizer training against closed forms and slow versions; the discriminators."""
+
+import math
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchmetrics.functional.image import lpips as torchmetrics_lpips
+
+from tests.conftest import VGG16
+from tokenizer import vq_loss
+from tokenizer.discriminator import PatchGAN, StyleGAN, make_discriminator
+from tokenizer.vq_loss import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, Adversary, Supervised, adaptive_weight, load_lpips
+from tokenizer.vq_model import QuantizerLoss
+from utils.distributed import World
+
+CPU = World(0, 1, torch.device("cpu"))
+
+
+def options(**changes) -> Namespace:
+    base = dict(reconstruction_loss="l2", reconstruction_weight=1.0, perceptual_weight=0.0, codebook_weight=1.0)
+    base |= dict(vgg_weights=None, disc_type="patchgan", disc_weight=0.5, disc_start=3, disc_loss="hinge")
+    base |= dict(gen_loss="hinge", disc_adaptive_weight=False, image_size=32, mixed_precision="none", lr=1e-3)
+    return Namespace(**base | dict(weight_decay=0.0, beta1=0.5, beta2=0.9, max_skipped_steps=20) | changes)
+
+
+def adversary(**changes) -> Adversary:
+    torch.manual_seed(0)
+    return Adversary(options(**changes), CPU, torch.contiguous_format)
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2"])
+def test_supervised_loss_is_the_weighted_sum(kind):
+    images, made = torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.5)
+    quantizer = QuantizerLoss(*torch.tensor([0.2, 0.05, -0.1]))
+    supervised = Supervised(
+        options(reconstruction_loss=kind, reconstruction_weight=2.0, codebook_weight=3.0),
+        CPU.device,
+        torch.contiguous_format,
+    )
+    loss, decoded, terms = supervised(images, made, quantizer)
+    pixel = 0.5 if kind == "l1" else 0.25
+    assert decoded.item() == pytest.approx(2 * pixel)
+    assert loss.item() == pytest.approx(2 * pixel + 3 * 0.15)
+    expected = {"loss": loss.item(), "reconstruction": pixel, "perceptual": 0, "codebook": 0.15, "entropy": -0.1}
+    assert dict(zip(Supervised.names, terms.tolist(), strict=True)) == pytest.approx(expected)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize(
+    "kind, each_real, each_fake",
+    [
+        ("hinge", lambda x: max(0.0, 1 - x), lambda x: max(0.0, 1 + x)),
+        ("vanilla", lambda x: -math.log(sigmoid(x)), lambda x: -math.log(1 - sigmoid(x))),
+        ("non-saturating", lambda x: -math.log(sigmoid(x)), lambda x: -math.log(1 - sigmoid(x))),
+    ],
+)
+def test_discriminator_losses(kind, each_real, each_fake):
+    real, fake = [-2.0, -0.3, 0.0, 0.9, 3.0], [-1.5, -0.2, 0.4, 2.0]
+    expected = (sum(map(each_real, real)) / 5 + sum(map(each_fake, fake)) / 4) / 2
+    found = DISCRIMINATOR_LOSSES[kind](torch.tensor(real), torch.tensor(fake))
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind, each", [("hinge", lambda x: -x), ("non-saturating", lambda x: -math.log(sigmoid(x)))])
+def test_generator_losses_fall_as_the_logits_rise(kind, each):
+    """The published non-saturating loss swaps its arguments: its gradient would be that of mean -x, whatever x."""
+    logits = [-2.0, 0.3, 4.0]
+    x = torch.tensor(logits, requires_grad=True)
+    loss = GENERATOR_LOSSES[kind](x)
+    loss.backward()
+    assert loss.item() == pytest.approx(sum(map(each, logits)) / 3, rel=1e-6)
+    slope = [(each(v + 1e-4) - each(v - 1e-4)) / 2e-4 / 3 for v in logits]
+    assert x.grad.tolist() == pytest.approx(slope, rel=1e-3) and max(slope) < 0
+
+
+def slow_lpips(weights: Path, a: torch.Tensor, b: torch.Tensor) -> list[float]:
+    """Zhang et al. 2018, equation 1, from VGG16's table of layers."""
+    state = torch.load(weights, weights_only=True)
+    folder = Path(torchmetrics_lpips.__file__).parent
+    linear = torch.load(folder / "lpips_models" / "vgg.pth", map_location="cpu", weights_only=True)
+    shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).view(2, 3, 1, 1)
+    distance, place, stage = torch.zeros(len(a)), 0, 0
+    x = torch.cat([(a - shift) / scale, (b - shift) / scale])
+    for width in VGG16:
+        if width == 0:
+            one, other = (h / h.square().sum(1, keepdim=True).add(1e-8).sqrt() for h in x.chunk(2))
+            weight = linear[f"lin{stage}.model.1.weight"].view(1, -1, 1, 1)
+            distance += ((one - other).square() * weight).sum(1).mean((1, 2))
+            x, stage = F.max_pool2d(x, 2), stage + 1
+        else:
+            x = F.conv2d(x, state[f"features.{place}.weight"], state[f"features.{place}.bias"], padding=1).relu()
+            place += 1
+        place += 1
+    return distance.tolist()
+
+
+def test_lpips_against_a_slow_version(vgg):
+    a, b = torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    model = load_lpips(str(vgg))
+    b.requires_grad_()
+    distance = model(b, a).flatten()
+    assert distance.tolist() == pytest.approx(slow_lpips(vgg, a, b.detach()), rel=1e-4)
+    assert model(a, a).flatten().tolist() == [0, 0]
+    distance.sum().backward()
+    assert b.grad.abs().sum() > 0 and not any(p.requires_grad for p in model.parameters())
+
+
+def test_lpips_without_weights_says_where_it_looked(vgg, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=f"vgg16-397923af.pth .* is not in {tmp_path}/hub/checkpoints; .*weight 0"):
+        load_lpips(None)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth").symlink_to(vgg)
+    assert load_lpips(None) is not None
+    torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth does not hold torchvision's VGG16: see features.0.bias"):
+        load_lpips(str(tmp_path / "other.pth"))
+
+
+def test_adaptive_weight_is_the_ratio_of_gradients():
+    """supervised = 3 |w|^2 / 2 and adversarial = c.w: the gradients are 3 w and c; clamped where c vanishes."""
+    w, c = torch.tensor([3.0, 4.0], requires_grad=True), torch.tensor([0.0, 5.0])
+    supervised = 1.5 * w.square().sum()
+    for scale in (1.0, 1024.0):
+        assert adaptive_weight(supervised, c @ w, w, CPU, scale).item() == pytest.approx(15 / 5.0001, rel=1e-6)
+    assert adaptive_weight(1e3 * supervised, 0 * (c @ w), w, CPU).item() == 1e4
+    assert w.grad is None
+
+
+def test_adversarial_weight_and_gradients():
+    """The generator's loss leaves the discriminator's gradients alone, and the other way round."""
+    it, images = adversary(gen_loss="non-saturating"), torch.rand(4, 3, 32, 32)
+    layer = torch.ones((), requires_grad=True)
+    made = layer * torch.rand(4, 3, 32, 32)
+    loss, weight = it.generator_loss(made, made.sum(), layer, 1.0)
+    loss.backward()
+    assert weight.item() == 0.5 and layer.grad.abs() > 0
+    assert all(p.grad is None for p in it.model.parameters())
+    expected = F.binary_cross_entropy_with_logits(it.model(made), torch.ones_like(it.model(made)))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+    before = layer.grad.clone()
+    told, real, fake = it.discriminator_loss(images, layer * torch.rand(4, 3, 32, 32))
+    told.backward()
+    assert torch.equal(layer.grad, before) and all(p.grad is not None for p in it.model.parameters())
+    assert real.item() == pytest.approx(it.model(images).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("start, step, active", [(0, 1, True), (3, 2, False), (3, 3, True), (3, 4, True)])
+def test_adversary_starts_exactly_at_disc_start(start, step, active):
+    assert adversary(disc_start=start).active(step) is active
+
+
+@pytest.mark.parametrize("loss", ["hinge", "non-saturating"])
+def test_a_discriminator_learns_to_tell(loss):
+    """Real: smooth gradients; made: the same with noise. After 15 steps new batches are told apart: at a third of the
+    loss of one who cannot tell, which is 1 (hinge) or log 2."""
+    it = adversary(disc_loss=loss, disc_weight=1.0, lr=2e-4)
+    generator = torch.Generator().manual_seed(0)
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        slopes = torch.rand(8, 3, 1, 1, generator=generator)
+        real = slopes * torch.linspace(-1, 1, 24).view(1, 1, 24, 1).expand(8, 3, 24, 24)
+        return real, real + 0.5 * torch.randn(real.shape, generator=generator)
+
+    for step in range(15):
+        told, _, _ = it.discriminator_loss(*batch())
+        told.backward()
+        it.state.update(step, told.detach(), it.state.gradient_norm(), 0)
+    for _ in range(5):
+        told, real, fake = it.discriminator_loss(*batch())
+        assert real > fake + 1 and told < {"hinge": 1, "non-saturating": math.log(2)}[loss] / 3
+
+
+def test_discriminators_are_the_published_ones():
+    """Parameters counted from the papers' tables; 70 pixels reach each logit of PatchGAN."""
+    with torch.device("meta"):
+        patch, style = PatchGAN(), StyleGAN(256)
+    convs = [(3, 64), (64, 128), (128, 256), (256, 512), (512, 1)]
+    expected = sum(16 * a * b for a, b in convs) + 64 + 1 + 2 * (128 + 256 + 512)
+    assert sum(p.numel() for p in patch.parameters()) == expected == 2_765_633
+    widths = [64, 128, 256, 512, 512, 512, 512]  # at sides 256 ... 4
+    blocks = sum(a * b + b + 9 * a * b + b + 2 * (9 * b * b + b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+    ends = 27 * 64 + 64 + 9 * 512 * 512 + 512 + 16 * 512 * 512 + 512 + 512 + 1
+    assert sum(p.numel() for p in style.parameters()) == blocks + ends
+    assert patch(torch.zeros(2, 3, 256, 256, device="meta")).shape == (2, 1, 30, 30)
+    assert style(torch.zeros(2, 3, 256, 256, device="meta")).shape == (2, 1)
+
+    images = torch.zeros(1, 3, 128, 128, requires_grad=True)
+    patch = make_discriminator("patchgan", 128)
+    for norm in patch.norms:  # statistics over the whole image would reach further
+        norm.forward = lambda x: x
+    patch(images)[0, 0, 7, 7].backward()
+    rows = images.grad.abs().sum((0, 1, 3)).nonzero().flatten()
+    assert rows[-1] - rows[0] + 1 == 70
+
+
+def test_style_blur_is_binomial():
+    x = torch.zeros(1, 16, 5, 5)
+    x[..., 2, 2] = 16.0
+    from tokenizer.discriminator import StyleBlock
+
+    expected = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]])
+    assert torch.equal(StyleBlock(4, 16).blur(x)[0, 3, 1:4, 1:4], expected)
+
+
+@pytest.mark.parametrize("kind, size", [("patchgan", 16), ("stylegan", 48), ("stylegan", 4)])
+def test_sizes_no_discriminator_takes_are_refused(kind, size):
+    with pytest.raises(ValueError, match=f"--disc-type {kind}.*--image-size {size}"):
+        vq_loss.make_discriminator(kind, size)

@@ -1,0 +1,177 @@
+"""Losses of tokenizer training (VQGAN, Esser et al. 2021, section 3.1, as LlamaGen weighs them).
+
+    loss   = w_r reconstruction + w_p LPIPS + w_c (codebook + commitment + entropy)
+    total  = loss + w_d a GAN loss of the generator, from step --disc-start on; a = 1, or the adaptive weight
+
+Images and reconstructions are float (B, 3, H, W), about [-1, 1]; every loss is a scalar.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+from tokenizer.discriminator import make_discriminator
+from tokenizer.vq_model import QuantizerLoss
+from utils.checkpoint import load_checkpoint
+from utils.distributed import World
+from utils.parallel import replicate
+from utils.training import Guard, TrainingState, make_adamw
+
+VGG_FILE = "vgg16-397923af.pth"  # torchvision's name for it, under which torch.hub keeps it
+MAX_ADAPTIVE_WEIGHT = 1e4
+
+
+def find_vgg(path: str | None) -> Path | None:
+    """The file of VGG16's weights: ``path``, or torch.hub's copy if there is one; nothing is downloaded."""
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
+    return Path(path) if path is not None else cached if cached.is_file() else None
+
+
+def load_lpips(path: str | None) -> nn.Module:
+    """LPIPS on VGG16 (Zhang et al. 2018), frozen: (B, 3, H, W) twice, in [-1, 1] -> (B, 1, 1, 1) distances.
+
+    The linear layers come with torchmetrics; the backbone is torchvision's state dict, from ``path`` or torch.hub's
+    cache. ``ValueError`` if it is in neither or is of another network.
+    """
+    file = find_vgg(path)
+    if file is None:
+        raise ValueError(
+            f"--perceptual-weight above 0 needs VGG16's weights: {VGG_FILE} (from torchvision's model page) is not in "
+            f"{Path(torch.hub.get_dir()) / 'checkpoints'}; name it by --vgg-weights, or go without by "
+            f"--perceptual-weight 0"
+        )
+    from torchmetrics.functional.image import lpips  # takes seconds, only where it is needed
+
+    backbone = load_checkpoint(file, "--vgg-weights")
+    linear = torch.load(Path(lpips.__file__).parent / "lpips_models" / "vgg.pth", map_location="cpu", weights_only=True)
+    with torch.device("meta"):  # VGG16 has 120M parameters that LPIPS does not use
+        model = lpips._LPIPS(pretrained=False, net="vgg", pnet_rand=True, use_dropout=False)
+    model.scaling_layer = lpips.ScalingLayer()
+    state = {f"lin{i}.model.0.weight": linear[f"lin{i}.model.1.weight"] for i in range(len(model.chns))}
+    for name, parameter in model.net.named_parameters():  # slice1.0.weight is the backbone's features.0.weight
+        given = backbone.get(f"features.{name.partition('.')[2]}")
+        if not isinstance(given, torch.Tensor) or given.shape != parameter.shape:
+            raise ValueError(f"--vgg-weights: {file} does not hold torchvision's VGG16: see features.{name[7:]}")
+        state[f"net.{name}"] = given.float()
+    model.load_state_dict(state, strict=False, assign=True)  # lins.* are the lin* once more
+    return model.eval().requires_grad_(False)
+
+
+def discriminator_hinge(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """(mean max(0, 1 - real) + mean max(0, 1 + fake)) / 2 of logits (Lim & Ye 2017)."""
+    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+
+
+def discriminator_logistic(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """(mean -log sigmoid(real) + mean -log(1 - sigmoid(fake))) / 2 of logits (Goodfellow et al. 2014)."""
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+def generator_hinge(fake: torch.Tensor) -> torch.Tensor:
+    """-mean logit."""
+    return -fake.mean()
+
+
+def generator_non_saturating(fake: torch.Tensor) -> torch.Tensor:
+    """mean -log sigmoid(logit) (Goodfellow et al. 2014, section 3)."""
+    return F.softplus(-fake).mean()
+
+
+# "non-saturating" is a way to train the generator: its discriminator's loss is the vanilla one
+DISCRIMINATOR_LOSSES = {
+    "hinge": discriminator_hinge,
+    "vanilla": discriminator_logistic,
+    "non-saturating": discriminator_logistic,
+}
+GENERATOR_LOSSES = {"hinge": generator_hinge, "non-saturating": generator_non_saturating}
+PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
+
+
+def adaptive_weight(
+    supervised: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor, world: World, scale: float = 1.0
+) -> torch.Tensor:
+    """|d supervised / d last layer| / (|d adversarial / d last layer| + 1e-4), at most 1e4: a scalar without gradient.
+
+    VQGAN's equation 7. Gradients are averaged over the ranks first, so that all weigh alike. ``scale``: factor that
+    keeps the gradients of half precision from vanishing.
+    """
+    norms = [
+        world.mean(torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0]).norm() / scale  # ()
+        for loss in (supervised, adversarial)
+    ]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(max=MAX_ADAPTIVE_WEIGHT)  # ()
+
+
+class Supervised:
+    """What needs no discriminator: pixels, LPIPS and the quantizer's losses."""
+
+    names = ("loss", "reconstruction", "perceptual", "codebook", "entropy")
+
+    def __init__(self, args: Namespace, device: torch.device, memory_format: torch.memory_format):
+        self.args, self.lpips = args, None
+        if args.perceptual_weight:
+            self.lpips = load_lpips(args.vgg_weights).to(device, memory_format=memory_format)
+
+    def __call__(
+        self, images: torch.Tensor, reconstruction: torch.Tensor, quantizer: QuantizerLoss
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The loss; the part of it that reaches the decoder, which adaptive weights compare; ``names`` in a row."""
+        args, codebook = self.args, sum(quantizer)  # ()
+        pixel = PIXEL_LOSSES[args.reconstruction_loss](reconstruction, images)  # ()
+        perceptual = self.lpips(reconstruction, images).float().mean() if self.lpips else torch.zeros_like(pixel)  # ()
+        decoded = args.reconstruction_weight * pixel + args.perceptual_weight * perceptual  # ()
+        loss = decoded + args.codebook_weight * codebook  # ()
+        return loss, decoded, torch.stack([loss, pixel, perceptual, codebook, quantizer.entropy]).detach()  # -, -, (5,)
+
+
+class Adversary:
+    """The discriminator, its optimizer, and what it adds to either update."""
+
+    names = ("adversarial", "adversarial_weight", "discriminator", "logits_real", "logits_fake")
+
+    def __init__(self, args: Namespace, world: World, memory_format: torch.memory_format):
+        self.args, self.world = args, world
+        self.model = make_discriminator(args.disc_type, args.image_size)
+        self.model.to(world.device, memory_format=memory_format).train()
+        optimizer = make_adamw(self.model, args.lr, args.weight_decay, (args.beta1, args.beta2))
+        scaler = torch.amp.GradScaler(world.device.type, enabled=args.mixed_precision == "fp16")
+        # a loss that two models fight over has no mean to keep near: only what is not a number is skipped
+        guard = Guard(world.device, 0.0, args.max_skipped_steps)
+        self.state = TrainingState(self.model, optimizer, scaler, None, guard)
+        self.forward: nn.Module = self.model
+
+    def replicate(self) -> None:
+        """Average gradients over the ranks from now on; once weights are made or resumed."""
+        self.forward = replicate(self.world, self.model)
+
+    def active(self, step: int) -> bool:
+        """Whether update ``step``, the first being 1 as in the log, is adversarial: from ``--disc-start`` on."""
+        return step >= self.args.disc_start
+
+    def generator_loss(
+        self, reconstruction: torch.Tensor, decoded: torch.Tensor, last_layer: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """GAN loss of reconstructions under the discriminator as it is, and its weight; two scalars.
+
+        The discriminator's parameters get no gradient from it. ``decoded``, ``last_layer``, ``scale``: see
+        ``adaptive_weight``.
+        """
+        frozen = {k: p.detach() for k, p in self.model.named_parameters()}
+        logits = functional_call(self.model, frozen, (reconstruction,)).float()  # (B, ...)
+        adversarial = GENERATOR_LOSSES[self.args.gen_loss](logits)  # ()
+        weight = torch.full_like(adversarial, self.args.disc_weight, requires_grad=False)  # ()
+        if self.args.disc_adaptive_weight:
+            weight = weight * adaptive_weight(decoded, adversarial, last_layer, self.world, scale)  # ()
+        return adversarial, weight
+
+    def discriminator_loss(self, images: torch.Tensor, reconstruction: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Its own loss, times ``--disc-weight`` as published, and the mean logits of real and made images."""
+        real, fake = self.forward(images).float(), self.forward(reconstruction.detach()).float()  # (B, ...) each
+        loss = self.args.disc_weight * DISCRIMINATOR_LOSSES[self.args.disc_loss](real, fake)  # ()
+        return loss, real.detach().mean(), fake.detach().mean()
