@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from timm.layers import DropPath
 
 from autoregressive.models.cpu_linear import FewRowsLinear, pack_linears
 from autoregressive.models.generate import (
@@ -64,6 +65,8 @@ def test_greedy_tokens_of_compiled_blocks_are_golden(golden, monkeypatch, packed
     torch._dynamo.reset()
     file = golden("gpt_tiny_n4.npz")
     model, cond = tiny_gpt(file), torch.from_numpy(file["cond"][:-1])
+    for i, block in enumerate(model.layers):  # as of a model trained with stochastic depth
+        block.drop_path = DropPath(0.01 * (i + 1)).eval()
     if packed:
         pack_linears(model, 2 * len(cond) * 4)
     uniforms = torch.zeros(len(cond), model.order.num_tokens)
@@ -221,7 +224,15 @@ def test_batch_size_changes_nothing_but_rounding():
 
 @pytest.mark.parametrize(
     "option, value",
-    [("cfg_scale", 0.5), ("cfg_interval", -2), ("temperature", -1), ("top_k", -1), ("top_p", 0)],
+    [
+        ("cfg_scale", 0.5),
+        ("cfg_scale", 1e38),
+        ("temperature", 1e-42),
+        ("cfg_interval", -2),
+        ("temperature", -1),
+        ("top_k", -1),
+        ("top_p", 0),
+    ],
 )
 def test_impossible_options_are_named(option, value):
     with pytest.raises(ValueError, match="--" + option.replace("_", "-")):
@@ -244,6 +255,16 @@ def test_guidance_schedules(schedule, scale):
     codes = generate(model, cond, torch.zeros(3, 64), options)
     assert torch.equal(codes, expected)
     assert not torch.equal(codes, generate(model, cond, torch.zeros(3, 64), SamplingOptions(4.0, temperature=0.0)))
+
+
+def test_the_unconditional_half_rests_once_guidance_is_over(monkeypatch):
+    model = fill_from_names(GPT(small_config(grid_height=8, grid_width=8))).eval()
+    rows = []
+    decode = model.decode_step
+    monkeypatch.setattr(model, "decode_step", lambda tokens, *a: rows.append(len(tokens)) or decode(tokens, *a))
+    generate(model, torch.tensor([0, 1]), torch.rand(2, 64), SamplingOptions(cfg_scale=2.0, cfg_interval=20))
+    decoded = [start for start, _ in model.order.schedule]
+    assert rows == [4 if d <= 20 else 2 for d in decoded]
 
 
 def test_a_generator_is_used_again_and_for_shorter_batches():

@@ -458,6 +458,7 @@ def test_classes_are_found_by_id_and_name(words, expected):
         (["retriever"], r"which of 1 \(golden retriever\), 3 \(flat-coated retriever\)\?"),
         (["unicorn"], "--classes unicorn: the checkpoint has no class of this name"),
         (["-1"], "--classes -1: the checkpoint has no class"),
+        ([""], "--classes names no class"),
     ],
 )
 def test_classes_that_are_not_there(words, message):

@@ -6,7 +6,9 @@ import logging
 import os
 import pickle
 import re
+import resource
 import shutil
+import signal
 import time
 import zipfile
 
@@ -456,3 +458,30 @@ def test_speed_is_that_of_the_time_not_paused():
 def test_bfloat16_is_the_default_where_it_is_quick(monkeypatch, device, capabilities, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert has_bfloat16(torch.device(device)) is expected
+
+
+def test_a_record_of_another_length_starts_samples_anew(tmp_path):
+    """As a disk may leave it after a power cut: the file has its full length, and nothing says what is in it."""
+    file = SampleFile(tmp_path / "s.npz", "f", (5, 2, 2, 3), chunk=2)
+    file.create()
+    file.write(1, np.ones((2, 2, 2, 3), np.uint8))
+    assert file.missing() == [0, 2]
+    file.create()
+    assert file.missing() == [0, 2]
+    file.record.write_bytes(b"")
+    file.create()
+    assert file.missing() == [0, 1, 2]
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
+    file = SampleFile(tmp_path / "s.npz", "f", (4, 2, 2, 3), chunk=2)
+    file.create()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150, hard))
+    try:
+        with pytest.raises(ValueError, match="s.npz.f.partial cannot be written: File too large"):
+            file.write(1, np.ones((2, 2, 2, 3), np.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file.missing() == [0, 1]

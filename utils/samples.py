@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from utils.files import atomic_path
+
 BLOCK = 1 << 24  # bytes read at a time for the checksum
 _LARGE = 0xFFFFFFFF  # in a zip's field: the value stands in the zip64 extra field
 _DATE = 0x21  # 1980-01-01, so that equal images are equal bytes
@@ -41,17 +43,20 @@ class SampleFile:
 
     def create(self) -> None:
         """Make the file, or keep what an earlier run has done of it; only one process calls this."""
-        if self.record.exists() and self.partial.exists() and self.partial.stat().st_size >= self._end:
-            return
+        if self.record.exists() and self.partial.exists():
+            whole = self.partial.stat().st_size >= self._end and self.record.stat().st_size == self.num_chunks
+            if whole:
+                return
         free = shutil.disk_usage(self.npz.parent).free
         if free < self._size:
             raise ValueError(
                 f"{self.npz.parent} has {free / 2**30:.1f} GiB free, {self.npz.name} needs {self._size / 2**30:.1f} GiB"
             )
-        self.record.write_bytes(bytes(self.num_chunks))
         with open(self.partial, "wb") as f:
             f.write(_local_header(b"arr_0.npy", 0, self._size) + self._npy_header)
             f.truncate(self._end)
+        with atomic_path(self.record) as temporary:  # last, as it is what says that there is a file to go on with
+            temporary.write_bytes(bytes(self.num_chunks))
 
     def missing(self) -> list[int]:
         """Chunks that are still to be made."""
@@ -64,8 +69,13 @@ class SampleFile:
     def write(self, chunk: int, images: np.ndarray) -> None:
         """Write the images (b, H, W, 3) of one chunk."""
         assert images.shape == (len(self.images_of(chunk)), *self.shape[1:]) and images.dtype == np.uint8
-        _write_at(self.partial, self._start + chunk * self.chunk * self._image_bytes, images.tobytes())
-        _write_at(self.record, chunk, b"\1")
+        try:
+            _write_at(self.partial, self._start + chunk * self.chunk * self._image_bytes, images.tobytes())
+            _write_at(self.record, chunk, b"\1")
+        except OSError as error:
+            raise ValueError(
+                f"{self.partial} cannot be written: {error.strerror}; the same command goes on from here"
+            ) from error
 
     def finish(self, labels: np.ndarray, bar: tqdm) -> None:
         """Checksum, labels, table of contents; then the file gets its name. Only one process calls this."""

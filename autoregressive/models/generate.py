@@ -34,16 +34,16 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, (self.cfg_scale, self.temperature))):
             raise ValueError(f"--cfg-scale {self.cfg_scale} and --temperature {self.temperature} must be finite")
-        if self.cfg_scale < 1.0:
-            raise ValueError(f"--cfg-scale {self.cfg_scale} must be at least 1 (1 is no guidance)")
+        if not 1.0 <= self.cfg_scale <= 1e3:
+            raise ValueError(f"--cfg-scale {self.cfg_scale} must be in [1, 1000] (1 is no guidance)")
         if self.cfg_interval < -1:
             raise ValueError(f"--cfg-interval {self.cfg_interval} must be a token count, or -1 for all tokens")
         if self.cfg_schedule not in CFG_SCHEDULES:
             raise ValueError(f"--cfg-schedule {self.cfg_schedule} must be one of {', '.join(CFG_SCHEDULES)}")
         if not 0.0 < self.cfg_power < math.inf:
             raise ValueError(f"--cfg-power {self.cfg_power} must be a finite number above 0")
-        if self.temperature < 0.0:
-            raise ValueError(f"--temperature {self.temperature} must not be negative (0 is greedy)")
+        if self.temperature != 0.0 and not 1e-3 <= self.temperature <= 1e3:
+            raise ValueError(f"--temperature {self.temperature} must be 0 (greedy) or in [0.001, 1000]")
         if self.top_k < 0:
             raise ValueError(f"--top-k {self.top_k} must not be negative (0 is off)")
         if not 0.0 < self.top_p <= 1.0:

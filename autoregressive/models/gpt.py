@@ -419,6 +419,7 @@ class GPT(nn.Module):
         before = torch.compile(TransformerBlock.before_attention)
         after = torch.compile(TransformerBlock.after_attention)
         for block in self.layers:
+            block.drop_path = nn.Identity()  # it drops nothing now, and its rate would make a block of its own of each
             block.before_attention, block.after_attention = partial(before, block), partial(after, block)
 
     def flops_per_image(self) -> int:

@@ -101,6 +101,7 @@ class Pipeline:
         names = ("precision", "quantize", "gpt_ema", "image_size_eval", "per_proc_batch_size", "num_fid_samples")
         names += ("global_seed", "class_protocol")
         values = [getattr(args, n) for n in names]
+        values += [args.compile, self.device.type, torch.__version__]  # other kernels round otherwise
         text = json.dumps([sorted(self.hashes.items()), values, asdict(self.options)])
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 

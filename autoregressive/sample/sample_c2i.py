@@ -68,6 +68,8 @@ def find_classes(words: list[str], names: list[str]) -> list[int]:
             found += map(int, item.split())
         else:
             found.append(find_name(item, names))
+    if not found:
+        raise ValueError("--classes names no class")
     if bad := [i for i in found if i >= len(names)]:
         raise ValueError(f"--classes {bad[0]}: the checkpoint has classes 0 to {len(names) - 1}")
     return found

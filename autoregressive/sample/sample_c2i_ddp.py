@@ -110,8 +110,9 @@ def main() -> None:
             made = sum(len(file.images_of(c)) for c in missing)
             speed = {"images": made, "seconds": seconds, "images_per_second": made / seconds}
             write_options(npz.with_suffix(".json"), args, fingerprint=fingerprint, speed=speed, **pipeline.facts())
-            labels = class_ids(args, range(args.num_fid_samples), pipeline.gpt.config.num_classes)
-            file.finish(labels, progress(world, "checksum", args.num_fid_samples, unit="images"))
+            classes = pipeline.gpt.config.num_classes
+            labels = [class_ids(args, file.images_of(c), classes) for c in range(file.num_chunks)]
+            file.finish(np.concatenate(labels), progress(world, "checksum", args.num_fid_samples, unit="images"))
             logger.info(f"{args.num_fid_samples:,} images in {npz}; {made:,} made now, {made / seconds:.3g} images/s")
     if world.is_main and args.png:
         write_pngs(npz, world)
@@ -130,6 +131,8 @@ def check_finished(npz: Path, fingerprint: str) -> None:
 
 def make_chunks(args: Namespace, world: World, pipeline: Pipeline, file: SampleFile, chunks: list[int]) -> None:
     """Generate and write ``chunks``; on CUDA the images of one are decoded and written while the next is generated."""
+    if not chunks:
+        return
     generator = Generator(pipeline.gpt, pipeline.options, args.per_proc_batch_size, args.compile)
     num_classes, num_tokens = pipeline.gpt.config.num_classes, pipeline.gpt.order.num_tokens
     device = world.device

@@ -12,7 +12,6 @@ process.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import subprocess
@@ -100,6 +99,15 @@ def published_generate(model: GPT, cond: torch.Tensor) -> torch.Tensor:
     return tokens[:batch]  # (B, T)
 
 
+def random_model(gpt_model: str, n: int) -> GPT:
+    """The same weights at every call, float32, on the CPU."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**GPT_models[gpt_model], ar_token_num=n))
+    model.init_weights()
+    nn.init.normal_(model.output.weight, std=0.02)
+    return model.eval()
+
+
 def make_published(model: GPT) -> Callable[[torch.Tensor], torch.Tensor]:
     """The model with the published norm, decoded the published way."""
     gpt.attend = published_attend
@@ -146,8 +154,8 @@ def agreement(model: GPT, reference: GPT) -> dict[str, float]:
     }
 
 
-def work_of(model: GPT, batch: int) -> tuple[float, float]:
-    """Bytes that must be read and FLOPs of products, for one guided batch."""
+def work_of(model: GPT, batch: int, way: str) -> tuple[float, float]:
+    """Bytes that must be read and FLOPs of products, for one guided batch; int8 and fp8 weights are a byte each."""
     config, order = model.config, model.order
     size, rows = model.tok_embeddings.weight.element_size(), 2 * batch
     block = config.dim * (config.n_head + 2 * config.kv_heads) * config.head_dim
@@ -156,7 +164,7 @@ def work_of(model: GPT, batch: int) -> tuple[float, float]:
     bytes_read, flops = 0, 0
     for start, stop in order.schedule:
         cached = config.n_layer * 2 * rows * config.kv_heads * stop * config.head_dim
-        bytes_read += size * (weights + head + cached)
+        bytes_read += (1 if way in ("int8", "fp8") else size) * (weights + head) + size * cached
         attention = 4 * config.n_layer * rows * (stop - start) * stop * config.dim
         flops += 2 * (stop - start) * (rows * weights + batch * head) + attention
     return bytes_read, flops
@@ -177,13 +185,7 @@ def measure(args: Namespace, work: Path) -> None:
     """Time one way, the best of ``args.repeats`` batches after one to warm up; figures go to a JSON in ``work``."""
     device, precision = init_distributed().device, args.precision[0]
     n, batch = args.ar_token_num[0], args.batch[0]
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**GPT_models[args.gpt_model], ar_token_num=n))
-    model.init_weights()
-    nn.init.normal_(model.output.weight, std=0.02)
-    model = model.to(device).eval()
-    reference = copy.deepcopy(model) if args.way != "published" and (precision, args.way) != ("none", "ours") else None
-    model = model.cast_weights(AUTOCAST_DTYPE[precision] or torch.float32)
+    model = random_model(args.gpt_model, n).cast_weights(AUTOCAST_DTYPE[precision] or torch.float32).to(device)
     sample = make_published(model) if args.way == "published" else make_ours(model, batch, args.way)
     cond = torch.arange(batch, device=device)
     seconds = []
@@ -194,7 +196,7 @@ def measure(args: Namespace, work: Path) -> None:
         if i == 0:
             first = seconds.pop()
     best = min(seconds)
-    bytes_read, flops = work_of(model, batch)
+    bytes_read, flops = work_of(model, batch, args.way)
     figures = {"seconds": best, "first batch": first, "images/s": batch / best, "calls": len(model.order.schedule)}
     figures |= {
         "GB/s": bytes_read / best / 1e9,
@@ -205,8 +207,8 @@ def measure(args: Namespace, work: Path) -> None:
         "ceiling GB/s": read_bandwidth(device) / 1e9,
         "ceiling TFLOP/s": peak_flops(device, precision)[0] / 1e12,
     }
-    if reference is not None:
-        figures |= agreement(model, reference)
+    if args.way != "published" and (precision, args.way) != ("none", "ours"):
+        figures |= agreement(model, random_model(args.gpt_model, n).to(device))
     write_json(work / "figures.json", figures)
 
 
