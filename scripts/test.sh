@@ -4,5 +4,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements-dev.txt
 set -x
 ruff check .
 ruff format --check .
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # a core for each of the two workers
-python -m pytest -n 2 --dist loadfile "$@"
+python -m pytest "$@"
