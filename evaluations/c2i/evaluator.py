@@ -76,8 +76,8 @@ def main() -> None:
     dino = load_dinov2(require_file(args.dinov2, "--dinov2")).to(world.device) if args.dinov2 else None
 
     say(world, "computing reference batch activations...")
-    hashes = reference_hashes(reference, network_file["sha256"] if network_file else "", world)
-    keep, batch = not args.no_cache, args.batch_size
+    keep, batch = needed[1] and not args.no_cache, args.batch_size
+    hashes = reference_hashes(reference, network_file["sha256"] if network_file else "", keep and world.is_main)
     measured = measure_reference(reference, network if needed[1] else None, hashes, keep, batch, world)
     say(world, "computing/reading reference batch statistics...")
     dino_hashes = [hashes[0], sha256_file(args.dinov2)] if dino else []
@@ -86,8 +86,6 @@ def main() -> None:
     )
     results = []
     for samples, (text, output) in zip(sets, outputs, strict=True):
-        for line in warnings_before(reference, samples) if world.is_main else []:
-            print(line, file=sys.stderr)
         result = evaluate(reference, measured, samples, network, args, world)
         if dino is not None and samples.count:
             found = measure_set(samples.without_statistics(), dino, "DINOv2", batch, world)
@@ -294,11 +292,14 @@ def evaluate(
     world: World,
 ) -> dict[str, Any]:
     """All numbers of one set of samples, and how they were come by; numbers on rank 0 only."""
+    warnings = warnings_before(reference, samples)
+    for line in warnings if world.is_main else []:
+        print(line, file=sys.stderr)
     say(world, "computing sample batch activations...")
     measured = measure_set(samples, network if samples.count else None, "samples", args.batch_size, world)
     say(world, "computing/reading sample batch statistics...")
     result = {"samples": str(samples.path), "sample_images": samples.count, "made_with": settings_of(samples.path)}
-    result |= {"metrics": {}, "distances": None, "warnings": warnings_before(reference, samples)}
+    result |= {"metrics": {}, "distances": None, "warnings": warnings}
     if not world.is_main:
         return result
     say(world, "Computing evaluations...")
@@ -311,7 +312,7 @@ def evaluate(
         if args.feature_network and samples.labels is not None:
             metrics["class_accuracy"] = class_accuracy(features.probabilities, samples.labels)
         for line in warnings_after(samples, features):
-            result["warnings"].append(line)
+            warnings.append(line)
             print(line, file=sys.stderr)
     if features is not None and ref.features is not None:
         found = precision_recall(ref.features.pool, features.pool, NEIGHBOURS, args.exact_distances, world.device)

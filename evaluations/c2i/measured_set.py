@@ -75,9 +75,9 @@ def measure_reference(
     return measured
 
 
-def reference_hashes(images: ImageSet, network_hash: str, world: World) -> list[str]:
-    """SHA-256 of the reference file and of the network's; of a folder, which is not kept, the first is empty."""
-    own = sha256_file(images.path) if world.is_main and images.path.is_file() else ""
+def reference_hashes(images: ImageSet, network_hash: str, wanted: bool) -> list[str]:
+    """SHA-256 of the reference file and of the network's; the first is empty unless ``wanted``, and of a folder."""
+    own = sha256_file(images.path) if wanted and images.path.is_file() else ""
     return [own, network_hash]
 
 
