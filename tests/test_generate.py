@@ -1,13 +1,14 @@
 """Decoding: golden tokens, cached = teacher-forced, sampling filters, randomness per image."""
 
 import math
+import platform
 
 import numpy as np
 import pytest
 import torch
-from timm.layers import DropPath
 
-from autoregressive.models.cpu_linear import FewRowsLinear, pack_linears
+from autoregressive.models import cpu_decoding
+from autoregressive.models.cpu_decoding import why_not
 from autoregressive.models.generate import (
     Generator,
     SamplingOptions,
@@ -36,45 +37,98 @@ def test_greedy_tokens_are_golden(golden, n, scale):
     assert np.array_equal(codes[:, model.order.permutation].numpy(), file[f"greedy_region_cfg{scale}"])
 
 
+@pytest.fixture(params=["this processor", "no tiles", "AVX2"])
+def kernels(request, monkeypatch):
+    """The kernels as built for this processor, and as for lesser ones; skips what cannot be built here."""
+    flags = {"this processor": "", "no tiles": "-mno-amx-bf16 -mno-amx-tile", "AVX2": "-mno-avx512f"}[request.param]
+    if request.param != "this processor" and platform.machine() != "x86_64":
+        pytest.skip("flags of x86")
+    monkeypatch.setenv("CXXFLAGS", flags)
+    cpu_decoding._load.cache_clear()
+    yield request.param
+    cpu_decoding._load.cache_clear()
+
+
+def skip_without_kernels(dtype=torch.float32):
+    if (reason := why_not(dtype)) is not None:
+        pytest.skip(reason)
+
+
 @pytest.mark.parametrize("n", [4, 9, 16])
-def test_greedy_tokens_with_packed_weights_are_golden(golden, n):
-    """The layout of the weights that the samplers use on the CPU, in float32."""
+def test_greedy_tokens_by_kernels_are_golden(golden, kernels, n):
+    """What the samplers decode with on a CPU, in float32."""
+    skip_without_kernels()
     file = golden(f"gpt_tiny_n{n}.npz")
     model, cond = tiny_gpt(file), torch.from_numpy(file["cond"][:-1])
-    pack_linears(model, 2 * len(cond) * n)
-    assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
-    uniforms = torch.zeros(len(cond), model.order.num_tokens)
-    codes = generate(model, cond, uniforms, SamplingOptions(cfg_scale=1.75, **GREEDY))
-    assert np.array_equal(codes.numpy(), file["greedy_raster_cfg1.75"])
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_greedy_tokens_of_compiled_blocks_are_golden(golden, monkeypatch, packed):
-    """What torch.compile traces, run by its backend without code generation; all blocks share two compilations."""
-    calls = []
-    compile_really = torch.compile
-
-    def trace_only(function):
-        def backend(graph, _inputs):
-            calls.append(function.__name__)
-            return graph.forward
-
-        return compile_really(function, backend=backend)
-
-    monkeypatch.setattr(torch, "compile", trace_only)
-    torch._dynamo.reset()
-    file = golden("gpt_tiny_n4.npz")
-    model, cond = tiny_gpt(file), torch.from_numpy(file["cond"][:-1])
-    for i, block in enumerate(model.layers):  # as of a model trained with stochastic depth
-        block.drop_path = DropPath(0.01 * (i + 1)).eval()
-    if packed:
-        pack_linears(model, 2 * len(cond) * 4)
     uniforms = torch.zeros(len(cond), model.order.num_tokens)
     generator = Generator(model, SamplingOptions(cfg_scale=1.75, **GREEDY), len(cond), compiled=True)
     assert np.array_equal(generator(cond, uniforms).numpy(), file["greedy_raster_cfg1.75"])
-    if not packed:  # packed weights break the graph into pieces
-        assert set(calls) == {"before_attention", "after_attention"}
-        assert len(calls) <= 4  # one token and n tokens at a time, whatever the depth
+
+
+# width of a head and of the feed-forward no multiple of 16, grouped heads, a vocabulary that ends within a panel
+ODD = dict(dim=72, n_head=6, n_kv_head=2, multiple_of=20, vocab_size=301, grid_height=8, grid_width=12)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("n", [1, 4, 16])
+@pytest.mark.parametrize("shape", [{}, ODD, dict(dim=200, n_head=2)])
+def test_kernels_give_the_logits_of_the_model(kernels, shape, n, dtype, tolerance):
+    """Each step, against float64 and torch's operators, after the same tokens; 35 rows are in no block whole."""
+    skip_without_kernels(dtype)
+    config = (
+        small_config(**shape, ar_token_num=n) if shape is ODD else small_config(grid_height=8, grid_width=8, **shape)
+    )
+    reference = fill_from_names(GPT(config)).double().eval()
+    model = fill_from_names(GPT(config)).eval().cast_weights(dtype)
+    model.compile_for_decoding()
+    tokens = torch.randint(config.vocab_size, (35, model.order.num_tokens))
+    cond = torch.arange(35) % (config.num_classes + 1)
+    caches = [reference.new_cache(35), model.new_cache(35)]
+    with torch.no_grad():
+        for step in model.order.schedule:
+            expected, found = (
+                m.decode_step(tokens, cond, *step, c).double() for m, c in zip((reference, model), caches, strict=True)
+            )
+            assert found.shape == expected.shape
+            assert (found - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_round_alike_in_any_batch_and_on_any_number_of_threads(kernels, dtype):
+    skip_without_kernels(dtype)
+    options, threads = SamplingOptions(cfg_scale=1.5, cfg_interval=20), torch.get_num_threads()
+    config = small_config(grid_height=8, grid_width=8, vocab_size=301, dim=64)
+    model = fill_from_names(GPT(config)).eval().cast_weights(dtype)
+    generator = Generator(model, options, 20, compiled=True)
+    labels, uniforms = map(torch.from_numpy, image_randomness(3, range(20), 3, 64))
+    together = generator(labels, uniforms)
+    assert together.unique().numel() > 100
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for first, stop in ((0, 1), (1, 12), (12, 20)):
+                alone = generator(labels[first:stop], uniforms[first:stop])
+                assert torch.equal(alone, together[first:stop])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("compiler, reason", [("no-such-compiler", "no C\\+\\+ compiler"), ("false", "compiler")])
+def test_without_a_compiler_there_are_no_kernels(monkeypatch, tmp_path, compiler, reason):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu_decoding._load.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=reason):
+            fill_from_names(GPT(small_config())).eval().compile_for_decoding()
+    finally:
+        cpu_decoding._load.cache_clear()
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_no_kernels_for_float16():
+    skip_without_kernels()
+    assert "float16" in why_not(torch.float16)
 
 
 @pytest.mark.parametrize("what", ["int8", "fp8"])
@@ -87,20 +141,6 @@ def test_quantised_weights_are_near(golden, what):
     logits, found = (m.logits(codes, torch.from_numpy(file["cond"])) for m in (model, rounded))
     error = ((found - logits).square().mean() / logits.square().mean()).sqrt().item()
     assert 1e-4 < error < {"int8": 0.05, "fp8": 0.2}[what]
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("shape", [(24,), (1, 24), (2, 5, 24), (70, 24)])
-def test_packed_products_are_those_of_the_linear_layer(monkeypatch, dtype, tolerance, shape):
-    """Any shape of input, other numbers of rows than packed for, and without oneDNN's operator."""
-    weight, x = torch.randn(40, 24).to(dtype), torch.randn(shape).to(dtype)
-    expected = (x.double() @ weight.double().T).float()
-    for operator in (True, False):
-        if not operator:
-            monkeypatch.setattr("autoregressive.models.cpu_linear._pack", lambda *_: None)
-        y = FewRowsLinear(weight, rows=8)(x if len(shape) > 1 else x[None])
-        assert y.dtype == dtype and y.shape[-1] == 40
-        torch.testing.assert_close(y.float().view(expected.shape), expected, atol=tolerance * 8, rtol=tolerance)
 
 
 def greedy_without_cache(model: GPT, cond: torch.Tensor, scale) -> torch.Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from autoregressive.models.gpt import GPT, KVCache
+from autoregressive.models.gpt import GPT
 
 CFG_SCHEDULES = ("constant", "linear", "power-cosine")
 
@@ -109,8 +109,9 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, options: SamplingOption
 class Generator:
     """Class ids -> codes, batch after batch, with one model; cache and buffers are allocated here, once.
 
-    ``batch``: images at most at a time. ``compiled``: the model's blocks go through torch.compile and, on CUDA, the
-    whole schedule into one CUDA graph, so that a batch costs one launch. The model must be in ``eval()`` mode.
+    ``batch``: images at most at a time. ``compiled``: by kernels made for it, see ``GPT.compile_for_decoding``, and on
+    CUDA with the whole schedule in one CUDA graph, so that a batch costs one launch. The model must be in ``eval()``
+    mode.
     """
 
     def __init__(self, model: GPT, options: SamplingOptions, batch: int, compiled: bool = False):
@@ -120,11 +121,11 @@ class Generator:
         self.scales = [options.scale(start, order.num_tokens) for start, _ in order.schedule]
         self.guided_steps = max((i + 1 for i, s in enumerate(self.scales) if s != 1.0), default=0)
         rows = 2 * batch if self.guided_steps else batch
-        self.cache = KVCache(model.config, rows, order.num_tokens, device, model.tok_embeddings.weight.dtype)
         self.tokens = torch.zeros(rows, order.num_tokens, dtype=torch.int64, device=device)  # (R, T)
         self.labels = torch.full((rows,), model.config.num_classes, device=device)  # (R,), null from ``batch`` on
         if compiled:
             model.compile_for_decoding()
+        self.cache = model.new_cache(rows)
         self.graph: torch.cuda.CUDAGraph | None = None
         if compiled and device.type == "cuda":
             self._capture()

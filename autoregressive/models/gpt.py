@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from autoregressive.models.cpu_decoding import CPUDecoder, PackedCache
 from autoregressive.models.linear_cross_entropy import linear_cross_entropy
 from autoregressive.models.region_order import RegionOrder
 from utils.checkpoint import find_state_dict, load_checkpoint, load_strictly, resolve
@@ -339,6 +340,7 @@ class GPT(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.block_mask: BlockMask | None = None
+        self.kernels: CPUDecoder | None = None  # what decodes on a CPU, see compile_for_decoding
         # built on the CPU also where parameters are on the meta device, so that they are never lost
         with torch.device("cpu"):
             freqs_cis = rotary_table(self.order.slot_positions, config.head_dim, config.rope_base)
@@ -411,11 +413,14 @@ class GPT(nn.Module):
             block.recompute = recompute  # inside what is compiled, so that the compiler sees it
 
     def compile_for_decoding(self) -> None:
-        """torch.compile what stands before and after each block's attention, with one compilation for all blocks.
+        """For ``decode_step`` alone from now on: on a CPU by ``CPUDecoder``, else through torch.compile.
 
-        Attention and cache stay as they are: compiled whole, with lengths that grow, the blocks ran four times slower
-        on the CPU than uncompiled, for each write into the cache became a copy of it.
+        torch.compile gets what stands before and after each block's attention, with one compilation for all blocks;
+        attention and cache stay as they are, whose growing lengths it would turn into copies of the cache.
         """
+        if self.permutation.device.type == "cpu":
+            self.kernels = self.kernels or CPUDecoder(self)
+            return
         before = torch.compile(TransformerBlock.before_attention)
         after = torch.compile(TransformerBlock.after_attention)
         for block in self.layers:
@@ -435,28 +440,36 @@ class GPT(nn.Module):
         visible = int(self.order.mask().sum())
         return 6 * slots * weights + 12 * config.n_layer * config.dim * visible
 
+    def new_cache(self, batch: int) -> KVCache | PackedCache:
+        """An empty cache for ``decode_step`` of at most ``batch`` rows."""
+        if self.kernels is not None:
+            return self.kernels.new_cache(batch)
+        weight = self.tok_embeddings.weight
+        return KVCache(self.config, batch, self.order.num_tokens, weight.device, weight.dtype)
+
     def decode_step(
         self,
         tokens: torch.Tensor,
         cond: torch.Tensor,
         start: int,
         stop: int,
-        cache: KVCache,
+        cache: KVCache | PackedCache,
         cfg_scale: float | None = None,
     ) -> torch.Tensor:
         """Logits (B, stop - start, V), float32 at least, of slots [start, stop), one entry of ``order.schedule``.
 
         tokens: (B, T) region-ordered codes, read only where already decoded; cond: (B,). Steps must come in the
-        schedule's order with one ``cache``. Every cached key is visible, so there is no mask. With ``cfg_scale`` the
-        rows are a conditional half and an unconditional one, and logits are uncond + cfg_scale (cond - uncond), which
-        is done to what the linear output layer sees: (B / 2, ...).
+        schedule's order with one cache of ``new_cache``. Every cached key is visible, so there is no mask. With
+        ``cfg_scale`` the rows are a conditional half and an unconditional one, and logits are uncond + cfg_scale (cond
+        - uncond), which is done to what the linear output layer sees: (B / 2, ...).
         """
         x = self.embed_slots(tokens, cond, start, stop)  # (B, t, D)
-        hidden = self.trunk(x, start, cache=cache)  # (B, t, D)
+        trunk, output = (self.trunk, self.output) if self.kernels is None else (self.kernels.trunk, self.kernels.head)
+        hidden = trunk(x, start, cache=cache)  # (B, t, D)
         if cfg_scale is not None:
             conditional, unconditional = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).chunk(2)
             hidden = torch.lerp(unconditional, conditional, cfg_scale).to(hidden.dtype)  # (B / 2, t, D)
-        logits = self.output(hidden)  # (B or B / 2, t, V)
+        logits = output(hidden)  # (B or B / 2, t, V)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def embed_slots(self, tokens: torch.Tensor, cond: torch.Tensor, start: int, stop: int) -> torch.Tensor:

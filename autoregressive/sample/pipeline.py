@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from autoregressive.models.cpu_linear import pack_linears
+from autoregressive.models.cpu_decoding import why_not
 from autoregressive.models.generate import CFG_SCHEDULES, SamplingOptions
 from autoregressive.models.gpt import GPT, GPT_models, load_gpt
 from autoregressive.models.region_order import resolve_parallelism
@@ -72,8 +72,9 @@ def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int, c
     group.add_argument(
         "--compile",
         action=BooleanOptionalAction,
-        help="torch.compile the GPT and, on CUDA, run the whole schedule as one CUDA graph (default: "
-        f"{'on CUDA, not on the CPU, where compiling takes minutes' if compiled else 'no'})",
+        help="on a CPU decode by our own kernels, built once in seconds (default: where there is a C++ compiler); on "
+        "CUDA torch.compile the GPT and run the schedule as one graph, which takes minutes to make (default: "
+        f"{'yes' if compiled else 'no'})",
     )
 
 
@@ -90,6 +91,7 @@ class Pipeline:
     device: torch.device
     hashes: dict[str, str]  # SHA-256 of both files
     classes: list[str] | None  # names, if the checkpoint has them
+    note: str | None  # what the user may want to know before long work
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Raster codes (B, T) -> images (B, 3, H, W), about [-1, 1], float32."""
@@ -111,11 +113,11 @@ class Pipeline:
         return {"sha256": self.hashes, **configs}
 
 
-def load_pipeline(args: Namespace, device: torch.device, compiled: bool, batch: int) -> Pipeline:
+def load_pipeline(args: Namespace, device: torch.device, compiled: bool) -> Pipeline:
     """Load both checkpoints and check that they and the options fit each other; ``ValueError`` where not.
 
     Options that were left out are set in ``args`` to what the checkpoints say. ``compiled``: --compile's default on
-    CUDA; ``batch``: images at a time.
+    CUDA.
     """
     guidance = (args.cfg_scale, args.cfg_interval, args.cfg_schedule, args.cfg_power)
     options = SamplingOptions(*guidance, args.temperature, args.top_k, args.top_p)
@@ -157,9 +159,15 @@ def load_pipeline(args: Namespace, device: torch.device, compiled: bool, batch: 
     gpt = gpt.to(device) if dtype is None else gpt.cast_weights(dtype).to(device)
     if args.quantize != "none":
         quantize(gpt, args.quantize)
-    elif device.type == "cpu":
-        pack_linears(gpt, batch * (1 if options.cfg_scale == 1.0 else 2) * gpt.order.n)
-    if args.compile is None:
+    note = None
+    if device.type == "cpu":
+        reason = why_not(gpt.tok_embeddings.weight.dtype) if args.quantize == "none" else f"not for {args.quantize}"
+        if args.compile and reason is not None:
+            raise ValueError(f"--compile: no kernels for decoding on this CPU: {reason}")
+        if args.compile is None:
+            args.compile = reason is None
+            note = reason and f"decoding by torch's operators, several times slower than by our kernels: {reason}"
+    elif args.compile is None:
         args.compile = compiled and device.type == "cuda"
     image_size = gpt.order.grid[0] * downsample
     resolved = dict(gpt_model=gpt_name, vq_model=vq_name, image_size=image_size, downsample_size=downsample)
@@ -169,7 +177,7 @@ def load_pipeline(args: Namespace, device: torch.device, compiled: bool, batch: 
     vq = vq.to(device, memory_format=torch.channels_last)
     hashes = {"gpt_ckpt": sha256_file(args.gpt_ckpt), "vq_ckpt": sha256_file(args.vq_ckpt)}
     classes = checkpoint.get("classes")
-    return Pipeline(gpt, vq, gpt_name, vq_name, image_size, options, device, hashes, classes)
+    return Pipeline(gpt, vq, gpt_name, vq_name, image_size, options, device, hashes, classes, note)
 
 
 def quantize(gpt: GPT, what: str) -> None:

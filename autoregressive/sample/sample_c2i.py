@@ -115,10 +115,12 @@ def main() -> None:
     output = Path(args.output)
     if output.suffix != ".png":
         raise ValueError(f"--output {output}: the picture's name must end in .png")
-    if args.trace and args.compile:
-        raise ValueError("--trace looks at every step, which --compile makes one of; leave --compile out")
     world = init_distributed()
-    pipeline = load_pipeline(args, world.device, compiled=False, batch=args.images_per_class)
+    if args.trace and args.compile and world.device.type == "cuda":
+        raise ValueError("--trace looks at every step, which --compile makes one of on CUDA; leave --compile out")
+    pipeline = load_pipeline(args, world.device, compiled=False)
+    if pipeline.note:
+        print(pipeline.note, file=sys.stderr)
     names = class_names(pipeline)
     args.classes = find_classes(args.classes, names)
     prepare_folder(output.parent, "--output")

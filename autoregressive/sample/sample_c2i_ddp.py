@@ -81,7 +81,7 @@ def main() -> None:
     args = parse_args()
     world = init_distributed()
     logger = create_logger(world)
-    pipeline = load_pipeline(args, world.device, compiled=True, batch=args.per_proc_batch_size)
+    pipeline = load_pipeline(args, world.device, compiled=True)
     name = sample_name(args, pipeline)
     npz = prepare_folder(args.sample_dir, "--sample-dir") / f"{name}.npz"
     # chunks of another batch size, number or checkpoint of the same name must not mix with these
@@ -102,6 +102,8 @@ def main() -> None:
             f"{pipeline.gpt_name}, n = {order.n}, {len(order.schedule)} forward calls a batch; {len(missing)} of "
             f"{file.num_chunks} batches of {args.per_proc_batch_size} to make on {world.size} x {world.device}"
         )
+        if pipeline.note:
+            logger.info(pipeline.note)
         started = time.perf_counter()
         make_chunks(args, world, pipeline, file, missing[world.rank :: world.size])
         world.barrier()

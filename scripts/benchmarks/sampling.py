@@ -1,13 +1,13 @@
 """Sampling against the published decoding: seconds a batch, images/s, what bounds them, in one run.
 
 Published: the same model decoded with a mask over the padded length, all positions of the cache read at every step,
-every step's probabilities kept, softmax and multinomial over the whole vocabulary, guidance on logits. Ours: Generator.
-Random weights, guidance on, no image decoding. Where ours is not exact (half precision, compiled, quantised), also the
-share of greedy tokens equal to those of uncompiled float32 after the same tokens, and the difference of the logits.
-Each figure is from a process of its own, all under the allocator
-settings of scripts/launch.sh. Bytes are those that must be read (weights, once a call, and the keys and values there
-are), FLOPs those of the products; the ceilings beside them are a long sum and a matrix product, measured in the same
-process.
+every step's probabilities kept, softmax and multinomial over the whole vocabulary, guidance on logits. Ours: Generator,
+eager by torch's operators, compiled by our kernels on a CPU, by torch.compile and one CUDA graph on CUDA. Random
+weights, guidance on, no image decoding. For all of ours but eager float32 also the share of greedy tokens equal to
+those of eager float32 after the same tokens, and the difference of the logits.
+Each figure is from a process of its own, all under the allocator settings of scripts/launch.sh. Bytes are those that
+must be read (weights, once a call, and the keys and values there are), FLOPs those of the products; the ceilings beside
+them are a long sum and a matrix product, measured in the same process.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoregressive.models import gpt
-from autoregressive.models.cpu_linear import pack_linears
 from autoregressive.models.generate import Generator, SamplingOptions
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig, KVCache
+from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.sample.pipeline import quantize
 from utils.distributed import AUTOCAST_DTYPE, init_distributed
 from utils.files import write_json
@@ -119,13 +118,10 @@ def make_published(model: GPT) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def make_ours(model: GPT, batch: int, way: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The Generator as the samplers have it, uncompiled or as ``way`` says."""
+    """The Generator as the samplers have it, ``eager``, ``compiled``, or eager with weights of ``int8`` or ``fp8``."""
     if way in ("int8", "fp8"):
         quantize(model, way)
-    elif model.mask.device.type == "cpu":
-        pack_linears(model, 2 * batch * model.order.n)
-    compiled = way == "compiled"
-    generator = Generator(model, SamplingOptions(cfg_scale=CFG_SCALE), batch, compiled)
+    generator = Generator(model, SamplingOptions(cfg_scale=CFG_SCALE), batch, compiled=way == "compiled")
     uniforms = torch.rand(batch, model.order.num_tokens, device=model.mask.device)
     return lambda cond: generator(cond, uniforms)
 
@@ -133,9 +129,8 @@ def make_ours(model: GPT, batch: int, way: str) -> Callable[[torch.Tensor], torc
 @torch.inference_mode()
 def step_logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
     """Guided logits (T, V) float32 of one image of class 0, each step after the region-ordered ``tokens`` (T,)."""
-    device, dtype = model.mask.device, model.tok_embeddings.weight.dtype
-    cache = KVCache(model.config, 2, len(tokens), device, dtype)
-    labels = torch.tensor([0, model.config.num_classes], device=device)  # (2,)
+    cache = model.new_cache(2)
+    labels = torch.tensor([0, model.config.num_classes], device=model.mask.device)  # (2,)
     both = tokens.expand(2, -1)  # (2, T)
     steps = [model.decode_step(both, labels, *step, cache, CFG_SCALE)[0] for step in model.order.schedule]
     return torch.cat(steps).float()  # (T, V)
@@ -207,7 +202,7 @@ def measure(args: Namespace, work: Path) -> None:
         "ceiling GB/s": read_bandwidth(device) / 1e9,
         "ceiling TFLOP/s": peak_flops(device, precision)[0] / 1e12,
     }
-    if args.way != "published" and (precision, args.way) != ("none", "ours"):
+    if args.way != "published" and (precision, args.way) != ("none", "eager"):
         figures |= agreement(model, random_model(args.gpt_model, n).to(device))
     write_json(work / "figures.json", figures)
 
@@ -222,9 +217,13 @@ def main() -> None:
     parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 8], help="images at once")
     parser.add_argument("--precision", choices=["none", "bf16"], nargs="+", default=["none", "bf16"], help="of weights")
     parser.add_argument("--repeats", type=positive_int, default=2, help="batches timed, of which the fastest counts")
-    parser.add_argument("--compile", action="store_true", help="measure the compiled decoder too (minutes to compile)")
+    ways = ["published", "eager", "compiled"]
     parser.add_argument(
-        "--quantize", choices=["int8", "fp8"], nargs="+", default=[], help="measure these weights too (needs torchao)"
+        "--ways",
+        choices=[*ways, "int8", "fp8"],
+        nargs="+",
+        default=ways,
+        help="what to measure; int8 and fp8 need torchao",
     )
     parser.add_argument("--output", default="sampling.json", help="JSON to write")
     parser.add_argument("--way", help=SUPPRESS)  # one way, for the processes that this starts
@@ -234,10 +233,10 @@ def main() -> None:
         measure(args, Path(args.work))
         return
     environment = os.environ | ALLOCATOR
-    ways = ["published", "ours"] + ["compiled"] * args.compile + args.quantize
     results = []
     for n, batch, precision in product(args.ar_token_num, args.batch, args.precision):
-        for way in ways:
+        published = None
+        for way in args.ways:
             with tempfile.TemporaryDirectory(prefix="par-sampling-") as work:
                 words = [sys.executable, __file__, "--way", way, "--work", work, "--precision", precision]
                 words += ["--gpt-model", args.gpt_model, "--ar-token-num", n, "--batch", batch]
@@ -247,12 +246,13 @@ def main() -> None:
             results.append({"n": n, "batch": batch, "precision": precision, "way": way, **f})
             if way == "published":
                 published = f["seconds"]
+            against = f"{published / f['seconds']:5.2f}x" if published else ""
             agreed = ""
             if "equal tokens" in f:
                 agreed = f"  {f['equal tokens']:.1%} of greedy tokens equal, logits off by {f['logit error']:.1e}"
             print(
                 f"n {n:2}  batch {batch:2}  {precision:5} {way:9} {f['seconds']:7.2f} s {f['images/s']:7.3f} images/s "
-                f"{published / f['seconds']:5.2f}x  {f['calls']} calls  "
+                f"{against}  {f['calls']} calls  "
                 f"{f['GB/s']:6.1f} of {f['ceiling GB/s']:.0f} GB/s  "
                 f"{f['TFLOP/s']:.3f} of {f['ceiling TFLOP/s']:.2f} TFLOP/s  {f['peak GiB']:.2f} GiB{agreed}",
                 flush=True,
