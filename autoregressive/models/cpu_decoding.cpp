@@ -45,7 +45,6 @@ namespace {
 
 constexpr int LANES = 16;       // outputs in a panel
 constexpr int UNIT_STEP = 16;   // units of a product come in multiples of this
-constexpr int ROW_STEP = 16;    // and its rows
 constexpr int ROW_BLOCK = 64;   // rows that a panel is applied to before the next
 constexpr int FETCH_AHEAD = 64; // units
 #ifdef __AVX512F__
@@ -197,8 +196,8 @@ void product(Panels w, int panels, int units, const uint32_t* x, size_t stride, 
     const int blocks = rows / ROWS, pace = 1024 / blocks;
     for (int p = 0, some; p < panels; p += some) {
         const int left = panels - p;
-        some = left >= STREAMS ? STREAMS : 1;
-        const auto kernel = some == 1 ? few_rows<W, 1> : few_rows<W, STREAMS>;
+        some = left == 4 ? 2 : left >= STREAMS ? STREAMS : left;
+        const auto kernel = some == 1 ? few_rows<W, 1> : some == 2 ? few_rows<W, 2> : few_rows<W, STREAMS>;
         for (int u = 0; u < units; u += FETCH_AHEAD) {
             const int depth = std::min(FETCH_AHEAD, units - u);
             const Panels then = u + depth < units ? w.from(p, u + depth) : left > some ? w.from(p + some) : next;
@@ -352,7 +351,7 @@ class Decoder {
     template <class F>
     void matmul(const uint32_t* w, int inputs, int outputs, const std::vector<uint32_t>& x, int rows, F write) {
         const int units = units_of<W>(inputs), panels = ceil_div(outputs, LANES);
-        const int group = sizeof(W) == 2 && tiled ? 4 : STREAMS;
+        const int group = row_step == 16 ? 4 : STREAMS;
         const Panels all = {w, (size_t)units * LANES};
         alignas(64) float out[ROW_BLOCK * 4 * LANES];
 #pragma omp for schedule(static)
@@ -360,7 +359,7 @@ class Decoder {
             const int p = g * group, some = std::min(group, panels - p), width = some * LANES;
             for (int r = 0; r < rows; r += ROW_BLOCK) {
                 const int block = std::min(ROW_BLOCK, rows - r);
-                product<W>(all.from(p), some, units, &x[(size_t)r * units], units, round_up(block, ROW_STEP), out, width,
+                product<W>(all.from(p), some, units, &x[(size_t)r * units], units, round_up(block, row_step), out, width,
                            all.from(p + some));
                 for (int i = 0; i < block; i++)
                     for (int c = 0; c < some; c++) write(r + i, (p + c) * LANES, out + i * width + c * LANES);
@@ -372,7 +371,7 @@ class Decoder {
     void attend(uint32_t* keys, int64_t head_stride, int row, int head, int t, int start) {
         const int hd = m.head_dim, channels = round_up(hd, LANES), group = m.n_head / m.kv_heads, stop = start + t;
         const int key_units = units_of<W>(hd), slot_units = units_of<W>(m.slots), used = units_of<W>(stop);
-        const int queries = group * t, rows = round_up(queries, ROW_STEP), length = slot_units * PER<W>;
+        const int queries = group * t, rows = round_up(queries, row_step), length = slot_units * PER<W>;
         uint32_t* values = keys + (size_t)length * key_units;
         Scratch& s = scratch[omp_get_thread_num()];
         s.queries.resize((size_t)rows * key_units);
@@ -438,6 +437,7 @@ class Decoder {
     }
 
     Model m;
+    const int row_step = sizeof(W) == 2 && tiled ? 16 : ROWS;  // rows of a product come in multiples of this
     std::vector<Layer> layers;
     const int qkv_width = (m.n_head + 2 * m.kv_heads) * m.head_dim;
     const int qkv_stride = round_up(qkv_width + LANES, LANES);  // a head's last 16 channels may be read past its end

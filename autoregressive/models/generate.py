@@ -99,7 +99,9 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, options: SamplingOption
     """
     if options.temperature == 0.0:
         return logits.argmax(-1)  # (B, t)
-    logits = filter_logits(logits / options.temperature, options.top_k, options.top_p)  # (B, t, V)
+    if options.temperature != 1.0:
+        logits = logits / options.temperature  # (B, t, V)
+    logits = filter_logits(logits, options.top_k, options.top_p)  # (B, t, V)
     cdf = logits.softmax(-1).cumsum(-1)  # (B, t, V)
     total = cdf[..., -1:]  # (B, t, 1), 1 up to rounding
     u = torch.minimum(uniforms[..., None] * total, total.nextafter(torch.zeros_like(total)))  # (B, t, 1)
