@@ -94,7 +94,7 @@ def test_kernels_give_the_logits_of_the_model(kernels, shape, n, dtype, toleranc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_round_alike_in_any_batch_and_on_any_number_of_threads(kernels, dtype):
+def test_kernels_round_alike_in_any_batch_after_any_other_and_on_any_number_of_threads(kernels, dtype):
     skip_without_kernels(dtype)
     options, threads = SamplingOptions(cfg_scale=1.5, cfg_interval=20), torch.get_num_threads()
     config = small_config(grid_height=8, grid_width=8, vocab_size=301, dim=64)
@@ -107,6 +107,7 @@ def test_kernels_round_alike_in_any_batch_and_on_any_number_of_threads(kernels, 
         for count in (1, 2):
             torch.set_num_threads(count)
             for first, stop in ((0, 1), (1, 12), (12, 20)):
+                generator.cache.store.fill_(0x7FC07FC0)  # NaN in both types, as a diverged batch leaves behind
                 alone = generator(labels[first:stop], uniforms[first:stop])
                 assert torch.equal(alone, together[first:stop])
     finally:

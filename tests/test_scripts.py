@@ -269,6 +269,17 @@ def test_two_processes_and_a_kill_give_the_same_bytes(work, trained, sampled, tm
     assert sorted(p.suffix for p in tmp_path.iterdir() if p.is_file()) == [".json", ".npz"]
 
 
+def test_sampling_without_a_compiler_is_said(work, trained, sampled, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "slower than by our kernels: no C++ compiler" in sample(work, trained, tmp_path).stdout
+    assert not json.loads((tmp_path / f"{SAMPLE_NAME}.json").read_text())["options"]["compile"]
+    with np.load(sampled) as by_kernels, np.load(tmp_path / f"{SAMPLE_NAME}.npz") as by_torch:
+        assert (by_kernels["arr_0"] == by_torch["arr_0"]).mean() > 0.99
+    base = ("--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--sample-dir", tmp_path / "none", "--compile")
+    refused = run_command(*SAMPLE, *base, check=False)
+    assert refused.returncode == 2 and "--compile: no kernels for decoding on this CPU" in refused.stderr
+
+
 def test_pngs_are_the_images(work, trained, sampled, tmp_path):
     sample(work, trained, tmp_path, "--png")
     pngs = sorted((tmp_path / SAMPLE_NAME).iterdir())

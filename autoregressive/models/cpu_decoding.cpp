@@ -379,6 +379,7 @@ class Decoder {
         s.scores.resize((size_t)rows * length);
         s.mixed.resize((size_t)rows * channels);
         s.sums.resize(queries);
+        if (start == 0) std::fill(keys, keys + head_stride, 0);  // what is yet to come counts 0 times, so must be finite
 
         for (int i = 0; i < t; i++) {
             const float* of_token = &qkv[(size_t)(row * t + i) * qkv_stride];

@@ -7,6 +7,7 @@ BF16 (and several times faster with AMX). Without a compiler decoding falls back
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import functools
@@ -121,7 +122,7 @@ def _units(elements: int, dtype: torch.dtype) -> int:
 def _pages(size: int) -> torch.Tensor:
     """``size`` zeroed bytes, in 2 MiB pages where the system gives them: small ones cost 5-10% of the speed."""
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    with contextlib.suppress(AttributeError, OSError):  # not every system has them
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     first = -whole.data_ptr() % HUGE_PAGE
