@@ -8,7 +8,6 @@ BF16 (and several times faster with AMX). Without a compiler decoding falls back
 from __future__ import annotations
 
 import contextlib
-import copy
 import ctypes
 import functools
 import hashlib
@@ -159,9 +158,7 @@ class PackedCache:
 
     def first_rows(self, batch: int) -> PackedCache:
         """A cache of the first ``batch`` rows that shares this one's memory."""
-        view = copy.copy(self)
-        view.store = self.store[:, :batch]
-        return view
+        return PackedCache(self.store[:, :batch])
 
 
 class CPUDecoder:
@@ -181,7 +178,7 @@ class CPUDecoder:
         matrices = [m for m in model.modules() if isinstance(m, nn.Linear)]
         # a matrix grows by at most 15 outputs and 15 units, and starts at a multiple of 64 bytes
         sizes = [(m.out_features + 16) * (_units(m.in_features, dtype) + 16) * UNIT_BYTES for m in matrices]
-        self._free = _pages(sum(sizes))
+        self._free = _pages(sum(sizes))  # what is not yet taken, which keeps all of it alive
         layers = (_Layer * config.n_layer)(*(self._pack_block(block) for block in model.layers))
         norm, rotary = model.norm.weight.float(), _rotary(model.freqs_cis, config.head_dim)
         head = self._pack(model.output.weight, model.output)
