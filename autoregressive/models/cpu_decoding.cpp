@@ -128,6 +128,7 @@ void configure_tiles() {
         uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
+    asm volatile("" ::"r"(&config) : "memory");  // or the compiler may drop what the intrinsic does not say it reads
     _tile_loadconfig(&config);
 }
 
