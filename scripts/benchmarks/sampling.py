@@ -1,10 +1,12 @@
 """Sampling against the published decoding: seconds a batch, images/s, what bounds them, in one run.
 
 Published: the same model decoded with a mask over the padded length, all positions of the cache read at every step,
-every step's probabilities kept, softmax and multinomial over the whole vocabulary, guidance on logits. Ours: Generator,
-eager by torch's operators, compiled by our kernels on a CPU, by torch.compile and one CUDA graph on CUDA. Random
-weights, guidance on, no image decoding. For all of ours but eager float32 also the share of greedy tokens equal to
-those of eager float32 after the same tokens, and the difference of the logits.
+every step's probabilities kept, softmax and multinomial over the whole vocabulary, guidance on logits; keys and values
+copied in every layer (repeat_interleave in LlamaGen's gpt.py) and attention by torch's plain operators, to which the
+published loop confines it (sdp_kernel in its generate.py, commit 5a50452). Fused: that without the copies and with
+torch's fused attention. Ours: Generator, eager by torch's operators, compiled by our kernels on a CPU, by torch.compile
+and one CUDA graph on CUDA. Random weights, guidance on, no image decoding. For all of ours but eager float32 also the
+share of greedy tokens equal to those of eager float32 after the same tokens, and the difference of the logits.
 Each figure is from a process of its own, all under the allocator settings of scripts/launch.sh. Bytes are those that
 must be read (weights, once a call, and the keys and values there are), FLOPs those of the products; the ceilings beside
 them are a long sum and a matrix product, measured in the same process.
@@ -28,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.models import gpt
 from autoregressive.models.generate import Generator, SamplingOptions
@@ -73,8 +76,14 @@ class PublishedCache:
 
 
 def published_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
-    """The fused attention of torch, with a mask."""
+    """By torch's plain operators over copies of keys and values, made even where there are as many as queries."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, T, hd)
     return F.scaled_dot_product_attention(q, k, v, mask, p)  # (B, H, t, hd)
+
+
+def fused_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
+    """By torch's fused attention, with a mask."""
+    return F.scaled_dot_product_attention(q, k, v, mask, p, enable_gqa=q.shape[1] != k.shape[1])  # (B, H, t, hd)
 
 
 @torch.inference_mode()
@@ -107,14 +116,20 @@ def random_model(gpt_model: str, n: int) -> GPT:
     return model.eval()
 
 
-def make_published(model: GPT) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The model with the published norm, decoded the published way."""
-    gpt.attend = published_attend
+def make_published(model: GPT, fused: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model with the published norm, decoded the published way but, if ``fused``, for its attention."""
+    gpt.attend = fused_attend if fused else published_attend
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION] if fused else []
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.RMSNorm):
                 setattr(module, name, PublishedRMSNorm(child.weight, child.eps))
-    return lambda cond: published_generate(model, cond)
+
+    def decode(cond: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel([*backends, SDPBackend.MATH]):
+            return published_generate(model, cond)
+
+    return decode
 
 
 def make_ours(model: GPT, batch: int, way: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -181,7 +196,8 @@ def measure(args: Namespace, work: Path) -> None:
     device, precision = init_distributed().device, args.precision[0]
     n, batch = args.ar_token_num[0], args.batch[0]
     model = random_model(args.gpt_model, n).cast_weights(AUTOCAST_DTYPE[precision] or torch.float32).to(device)
-    sample = make_published(model) if args.way == "published" else make_ours(model, batch, args.way)
+    ours = args.way not in ("published", "fused")
+    sample = make_ours(model, batch, args.way) if ours else make_published(model, args.way == "fused")
     cond = torch.arange(batch, device=device)
     seconds = []
     for i in range(args.repeats + 1):
@@ -202,7 +218,7 @@ def measure(args: Namespace, work: Path) -> None:
         "ceiling GB/s": read_bandwidth(device) / 1e9,
         "ceiling TFLOP/s": peak_flops(device, precision)[0] / 1e12,
     }
-    if args.way != "published" and (precision, args.way) != ("none", "eager"):
+    if ours and (precision, args.way) != ("none", "eager"):
         figures |= agreement(model, random_model(args.gpt_model, n).to(device))
     write_json(work / "figures.json", figures)
 
@@ -220,10 +236,10 @@ def main() -> None:
     ways = ["published", "eager", "compiled"]
     parser.add_argument(
         "--ways",
-        choices=[*ways, "int8", "fp8"],
+        choices=[*ways, "fused", "int8", "fp8"],
         nargs="+",
         default=ways,
-        help="what to measure; int8 and fp8 need torchao",
+        help="what to measure; fused is published but for its attention, int8 and fp8 need torchao",
     )
     parser.add_argument("--output", default="sampling.json", help="JSON to write")
     parser.add_argument("--way", help=SUPPRESS)  # one way, for the processes that this starts
