@@ -69,10 +69,11 @@ def test_greedy_tokens_by_kernels_are_golden(golden, kernels, n):
 ODD = dict(dim=72, n_head=6, n_kv_head=2, multiple_of=20, vocab_size=301, grid_height=8, grid_width=12)
 
 
+@pytest.mark.parametrize("rows", [5, 35])  # of float32, with tiles, the second have kernels of their own
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("n", [1, 4, 16])
 @pytest.mark.parametrize("shape", [{}, ODD, dict(dim=200, n_head=2)])
-def test_kernels_give_the_logits_of_the_model(kernels, shape, n, dtype, tolerance):
+def test_kernels_give_the_logits_of_the_model(kernels, shape, n, dtype, tolerance, rows):
     """Each step, against float64 and torch's operators, after the same tokens; 35 rows are in no block whole."""
     skip_without_kernels(dtype)
     config = (
@@ -80,10 +81,10 @@ def test_kernels_give_the_logits_of_the_model(kernels, shape, n, dtype, toleranc
     )
     reference = fill_from_names(GPT(config)).double().eval()
     model = fill_from_names(GPT(config)).eval().cast_weights(dtype)
-    model.compile_for_decoding()
-    tokens = torch.randint(config.vocab_size, (35, model.order.num_tokens))
-    cond = torch.arange(35) % (config.num_classes + 1)
-    caches = [reference.new_cache(35), model.new_cache(35)]
+    model.compile_for_decoding(rows)
+    tokens = torch.randint(config.vocab_size, (rows, model.order.num_tokens))
+    cond = torch.arange(rows) % (config.num_classes + 1)
+    caches = [reference.new_cache(rows), model.new_cache(rows)]
     with torch.no_grad():
         for step in model.order.schedule:
             expected, found = (
@@ -93,20 +94,21 @@ def test_kernels_give_the_logits_of_the_model(kernels, shape, n, dtype, toleranc
             assert (found - expected).norm() < tolerance * expected.norm()
 
 
+@pytest.mark.parametrize("n", [1, 4])  # 20 rows and 80, see above
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_round_alike_in_any_batch_after_any_other_and_on_any_number_of_threads(kernels, dtype):
+def test_kernels_round_alike_in_any_batch_after_any_other_and_on_any_number_of_threads(kernels, dtype, n):
     skip_without_kernels(dtype)
     options, threads = SamplingOptions(cfg_scale=1.5, cfg_interval=20), torch.get_num_threads()
-    config = small_config(grid_height=8, grid_width=8, vocab_size=301, dim=64)
+    config = small_config(grid_height=8, grid_width=8, vocab_size=301, dim=64, ar_token_num=n)
     model = fill_from_names(GPT(config)).eval().cast_weights(dtype)
-    generator = Generator(model, options, 20, compiled=True)
-    labels, uniforms = map(torch.from_numpy, image_randomness(3, range(20), 3, 64))
+    generator = Generator(model, options, 10, compiled=True)
+    labels, uniforms = map(torch.from_numpy, image_randomness(3, range(10), 3, 64))
     together = generator(labels, uniforms)
     assert together.unique().numel() > 100
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            for first, stop in ((0, 1), (1, 12), (12, 20)):
+            for first, stop in ((0, 1), (1, 6), (6, 10)):
                 generator.cache.store.fill_(0x7FC07FC0)  # NaN in both types, as a diverged batch leaves behind
                 alone = generator(labels[first:stop], uniforms[first:stop])
                 assert torch.equal(alone, together[first:stop])
@@ -121,7 +123,7 @@ def test_without_a_compiler_there_are_no_kernels(monkeypatch, tmp_path, compiler
     cpu_decoding._load.cache_clear()
     try:
         with pytest.raises(ValueError, match=reason):
-            fill_from_names(GPT(small_config())).eval().compile_for_decoding()
+            fill_from_names(GPT(small_config())).eval().compile_for_decoding(1)
     finally:
         cpu_decoding._load.cache_clear()
     assert not list(tmp_path.rglob("*.so"))

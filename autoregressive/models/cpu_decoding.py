@@ -32,7 +32,9 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-Wno-psabi", "-fopenmp", "-shared", "-fPIC"]
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 LANES = 16  # outputs in a panel
-UNIT_BYTES, UNIT_STEP = 4, 16  # a product sums over a multiple of so many units
+UNIT_BYTES = 4
+DEPTH = 32  # elements that a product sums over come in multiples of this
+MANY_ROWS = 32  # from here on float32 is bound by arithmetic, and faster as ``split``
 HUGE_PAGE = 1 << 21
 
 
@@ -96,7 +98,8 @@ def _load() -> ctypes.CDLL | str:
         return f"the C++ compiler fails: {first}"
     except (OSError, ValueError, RuntimeError) as error:
         return f"no C++ compiler (set CXX), or its result cannot be kept or loaded: {error}"
-    library.start()
+    library.start.restype = ctypes.c_bool
+    library.has_tiles = library.start()
     return library
 
 
@@ -115,7 +118,7 @@ def _round_up(x: int, to: int) -> int:
 
 
 def _units(elements: int, dtype: torch.dtype) -> int:
-    return _round_up(-(-elements * dtype.itemsize // UNIT_BYTES), UNIT_STEP)
+    return _round_up(elements, DEPTH) * dtype.itemsize // UNIT_BYTES
 
 
 def _pages(size: int) -> torch.Tensor:
@@ -129,11 +132,14 @@ def _pages(size: int) -> torch.Tensor:
 
 
 def _panels(weight: torch.Tensor) -> torch.Tensor:
-    """A matrix (out, in) as the kernels read it: (out / 16, units, 16, elements of a unit), padded with zeros."""
+    """A matrix (out, in) as the kernels read it: (out / 16, units, 16, elements of a unit).
+
+    Padded with zeros, to an even number of panels.
+    """
     per = UNIT_BYTES // weight.element_size()
     outputs, inputs = weight.shape
     units = _units(inputs, weight.dtype)
-    padded = F.pad(weight, (0, units * per - inputs, 0, _round_up(outputs, LANES) - outputs))
+    padded = F.pad(weight, (0, units * per - inputs, 0, _round_up(outputs, 2 * LANES) - outputs))
     return padded.view(-1, LANES, units, per).transpose(1, 2)  # (out / 16, units, 16, per)
 
 
@@ -164,11 +170,12 @@ class PackedCache:
 class CPUDecoder:
     """Blocks, final norm and output layer of a ``model`` in ``eval()`` mode, of float32 or bfloat16.
 
+    ``rows``: how many the largest step has, of all images and slots together; the kernels are chosen by it.
     Takes their weights: what the model's layers held is let go as it is copied, and they can no longer be used.
     ``ValueError`` if ``why_not`` has a reason.
     """
 
-    def __init__(self, model: GPT):
+    def __init__(self, model: GPT, rows: int):
         dtype = model.output.weight.dtype
         reason = why_not(dtype)
         if reason is not None:
@@ -176,8 +183,7 @@ class CPUDecoder:
         config, self.slots, self.dtype = model.config, model.order.num_tokens, dtype
         self.config, self._kept = config, []
         matrices = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        # a matrix grows by at most 15 outputs and 15 units, and starts at a multiple of 64 bytes
-        sizes = [(m.out_features + 16) * (_units(m.in_features, dtype) + 16) * UNIT_BYTES for m in matrices]
+        sizes = [(m.out_features + 2 * LANES) * _units(m.in_features, dtype) * UNIT_BYTES for m in matrices]
         self._free = _pages(sum(sizes))  # what is not yet taken, which keeps all of it alive
         layers = (_Layer * config.n_layer)(*(self._pack_block(block) for block in model.layers))
         norm, rotary = model.norm.weight.float(), _rotary(model.freqs_cis, config.head_dim)
@@ -186,8 +192,11 @@ class CPUDecoder:
         shape = (config.n_layer, config.dim, config.n_head, config.kv_heads, config.head_dim, config.ffn_dim)
         pointers = (norm.data_ptr(), rotary.data_ptr(), head.data_ptr())
         description = _Model(layers, *pointers, *shape, config.vocab_size, self.slots, config.norm_eps)
+        library, kernels = _load(), NAMES[dtype]
+        if dtype == torch.float32 and rows > MANY_ROWS and library.has_tiles:
+            kernels = "split"
         for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(_load(), f"{name}_{NAMES[dtype]}")
+            function = getattr(library, f"{name}_{kernels}")
             function.restype, function.argtypes = result, arguments
             setattr(self, f"_{name}", function)
         self._handle = self._create(ctypes.byref(description))
@@ -206,7 +215,7 @@ class CPUDecoder:
         """Copy ``weight`` into our memory as panels; ``modules`` let go of theirs."""
         panels = _panels(weight.detach())
         size = panels.numel() * panels.element_size()
-        packed, self._free = self._free[:size], self._free[_round_up(size, 64) :]
+        packed, self._free = self._free[:size], self._free[size:]
         packed.view(weight.dtype).view(panels.shape).copy_(panels)
         for module in modules:
             module.weight.data = weight.new_empty(0)

@@ -103,8 +103,7 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, options: SamplingOption
         logits = logits / options.temperature  # (B, t, V)
     logits = filter_logits(logits, options.top_k, options.top_p)  # (B, t, V)
     cdf = logits.softmax(-1).cumsum(-1)  # (B, t, V)
-    total = cdf[..., -1:]  # (B, t, 1), 1 up to rounding
-    u = torch.minimum(uniforms[..., None] * total, total.nextafter(torch.zeros_like(total)))  # (B, t, 1)
+    u = uniforms[..., None] * cdf[..., -1:]  # (B, t, 1), of 1 up to rounding; below it, as (1 - 2^-24) y rounds below y
     return torch.searchsorted(cdf, u, right=True).squeeze(-1)  # (B, t)
 
 
@@ -126,7 +125,7 @@ class Generator:
         self.tokens = torch.zeros(rows, order.num_tokens, dtype=torch.int64, device=device)  # (R, T)
         self.labels = torch.full((rows,), model.config.num_classes, device=device)  # (R,), null from ``batch`` on
         if compiled:
-            model.compile_for_decoding()
+            model.compile_for_decoding(rows)
         self.cache = model.new_cache(rows)
         self.graph: torch.cuda.CUDAGraph | None = None
         if compiled and device.type == "cuda":

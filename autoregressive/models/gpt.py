@@ -412,14 +412,15 @@ class GPT(nn.Module):
         for block in self.layers:
             block.recompute = recompute  # inside what is compiled, so that the compiler sees it
 
-    def compile_for_decoding(self) -> None:
+    def compile_for_decoding(self, batch: int) -> None:
         """For ``decode_step`` alone from now on: on a CPU by ``CPUDecoder``, else through torch.compile.
 
+        ``batch``: rows of tokens that it will be given, at most; on a CPU the first call's decides.
         torch.compile gets what stands before and after each block's attention, with one compilation for all blocks;
         attention and cache stay as they are, whose growing lengths it would turn into copies of the cache.
         """
         if self.permutation.device.type == "cpu":
-            self.kernels = self.kernels or CPUDecoder(self)
+            self.kernels = self.kernels or CPUDecoder(self, batch * self.config.ar_token_num)
             return
         before = torch.compile(TransformerBlock.before_attention)
         after = torch.compile(TransformerBlock.after_attention)
