@@ -335,7 +335,7 @@ void product(Panels w, int panels, int units, const uint32_t* x, size_t stride, 
     }
 }
 
-// The first ``count`` of v become elements from ``at`` on of a row of x, of ``inputs`` elements
+// Without a loop or a call for the two counts that a hot path has
 template <class T>
 void copy(const T* from, T* to, int count) {
     if (count == LANES)
@@ -346,6 +346,7 @@ void copy(const T* from, T* to, int count) {
         for (int l = 0; l < count; l++) to[l] = from[l];
 }
 
+// The first ``count`` of v become elements from ``at`` on of a row of x, of ``inputs`` elements
 void put(vec v, float* row, int, int at, int count) { copy((float*)&v, row + at, count); }
 #ifdef __AVX512BF16__
 void put(vec v, bf16* row, int, int at, int count) {

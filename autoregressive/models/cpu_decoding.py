@@ -34,7 +34,7 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 LANES = 16  # outputs in a panel
 UNIT_BYTES = 4
 DEPTH = 32  # elements that a product sums over come in multiples of this
-MANY_ROWS = 32  # from here on float32 is bound by arithmetic, and faster as ``split``
+MANY_ROWS = 32  # above, float32 is bound by arithmetic, and faster as ``split`` (see cpu_decoding.cpp)
 HUGE_PAGE = 1 << 21
 
 
