@@ -37,6 +37,17 @@ def test_greedy_tokens_are_golden(golden, n, scale):
     assert np.array_equal(codes[:, model.order.permutation].numpy(), file[f"greedy_region_cfg{scale}"])
 
 
+def test_largest_uniform_draws_a_token_that_can_be_drawn():
+    """Whatever the probabilities add up to in float32: 1 or, by rounding, a little more or less."""
+    torch.manual_seed(0)
+    logits = torch.randn(200, 10, 333)
+    logits[:, :, 300:] = -torch.inf
+    totals = logits.softmax(-1).cumsum(-1)[..., -1]
+    assert (totals < 1).any() and (totals == 1).any() and (totals > 1).any()
+    drawn = sample(logits, torch.full((200, 10), 1 - 2**-24), SamplingOptions())
+    assert drawn.max() < 300
+
+
 @pytest.fixture(params=["this processor", "no tiles", "AVX2"])
 def kernels(request, monkeypatch):
     """The kernels as built for this processor, and as for lesser ones; skips what cannot be built here."""
