@@ -1,11 +1,9 @@
 """Files that appear whole, untrusted checkpoints, pixels, EMA, shared training helpers."""
 
 import argparse
-import json
 import logging
 import os
 import pickle
-import re
 import resource
 import shutil
 import signal
@@ -394,24 +392,6 @@ def test_a_failed_write_leaves_the_checkpoints_before_it(tmp_path, monkeypatch):
     local, cloud = folder.checkpoint_folders
     assert [p.name for p in sorted(local.iterdir())] == ["0000001", "0000002"]
     assert [p.name for p in cloud.iterdir()] == ["0000001"]
-
-
-def test_a_checkpoint_folder_cannot_run_code_or_point_outside(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = run_folder(tmp_path, no_local_save=True)
-    folder.make()
-    folder.save(1, small_state(1.0), {"run": {}})
-    path = folder.wait()
-    contents = (path / ".metadata").read_bytes()
-    for hostile in (pickle.dumps(Hostile()), contents.replace(b"__0_0.distcp", b"../0_0.distc")):
-        (path / ".metadata").write_bytes(hostile)
-        meta = json.loads((path / "meta.json").read_text())
-        meta["files"][".metadata"] = len(hostile)
-        (path / "meta.json").write_text(json.dumps(meta))
-        folder.notes.clear()
-        assert folder.resume(small_state(0.0), {}) == 0
-        assert re.search("0000001 is no (readable .*: it names|checkpoint folder of)", folder.notes[0])
-    assert not (tmp_path / "hacked").exists()
 
 
 @pytest.mark.parametrize("ema", [False, True])
