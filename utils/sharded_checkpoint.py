@@ -114,7 +114,7 @@ def _check_place(record: Any, name: str, sizes: dict[str, int]) -> _StorageInfo:
     """Where a chunk lies, made anew of plain values: inside one of the folder's files, of these ``sizes``."""
     place = _fields(record, "_StorageInfo", f"the place of {name}")
     path, offset, length = (place[k] for k in ("relative_path", "offset", "length"))
-    if path not in sizes:
+    if type(path) is not str or path not in sizes:
         raise ValueError(f"{name} lies in {path!r}, which is not a file of the folder")
     if not (type(offset) is type(length) is int and 0 <= offset <= offset + length <= sizes[path]):
         raise ValueError(f"{name} lies at {offset!r}, {length!r} bytes, outside of {path}")
