@@ -5,8 +5,8 @@ import torch
 
 from autoregressive.models.generate import Generator, SamplingOptions
 from tests.test_gpt import tiny_gpt
-from utils.distributed import autocast
 from utils.performance import Window
+from utils.precision import autocast
 from utils.sharded_checkpoint import read_sharded, save_sharded
 from utils.training import Ema, Guard, TrainingState, make_adamw
 

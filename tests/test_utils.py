@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from tests.conftest import same_tensors
 from utils.checkpoint import export_checkpoint, find_state_dict, load_checkpoint, load_strictly, state_sha256
-from utils.distributed import World, has_bfloat16
+from utils.distributed import World
 from utils.files import atomic_path
 from utils.images import image_grid, to_uint8
 from utils.logger import progress
@@ -424,20 +424,6 @@ def test_speed_is_that_of_the_time_not_paused():
     assert figures["loss"] == pytest.approx(8 / 3)  # the nan is left out
     assert 0.05 <= figures["seconds/step"] < 0.2
     assert figures["images/s"] == pytest.approx(8 / figures["seconds/step"])
-
-
-@pytest.mark.parametrize(
-    ("device", "capabilities", "expected"),
-    [
-        ("cpu", {"avx2": True, "avx512_bf16": False}, False),
-        ("cpu", {"avx512_bf16": True}, True),
-        ("cpu", {"bf16": True}, True),
-        ("cuda", {}, True),
-    ],
-)
-def test_bfloat16_is_the_default_where_it_is_quick(monkeypatch, device, capabilities, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert has_bfloat16(torch.device(device)) is expected
 
 
 def test_a_record_of_another_length_starts_samples_anew(tmp_path):

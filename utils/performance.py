@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from utils.distributed import AUTOCAST_DTYPE
+from utils.precision import AUTOCAST_DTYPE
 
 # dense bf16 and fp16 matrix products, operations a second, from the data sheets; the first that fits the name counts
 DATA_SHEET = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H20": 148e12, "B200": 2250e12}

@@ -7,6 +7,7 @@ restarted, and a rerun makes only what is missing or damaged.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
 import time
@@ -14,7 +15,6 @@ from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
-from logging import Logger
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,10 +39,11 @@ from dataset.codes import (
 from dataset.imagenet import CenterCrop, ImageFiles, Unreadable, list_images, to_model_range
 from tokenizer.vq_model import VQ_models, VQModel, load_vq
 from utils.checkpoint import state_sha256
-from utils.distributed import World, autocast, init_distributed
+from utils.distributed import World, init_distributed
 from utils.files import prepare_folder
 from utils.logger import create_logger, progress
 from utils.options import add_retired, amount, count, make_parser, positive_int, run, write_options
+from utils.precision import autocast, is_emulated, resolve_precision
 
 
 def parse_args() -> Namespace:
@@ -68,9 +69,10 @@ def parse_args() -> Namespace:
     work = parser.add_argument_group("work")
     work.add_argument(
         "--precision",
-        choices=["none", "tf32", "bf16"],
-        default="none",
-        help="none: float32; tf32 and bf16 are faster and change some codes",
+        choices=["auto", "none", "tf32", "bf16"],
+        default="auto",
+        help="type of the encoder's products. auto is none, float32, on every machine, unlike in training: codes are "
+        "data, and tf32 and bf16, faster where the device has them, change some",
     )
     work.add_argument("--batch-size", type=positive_int, default=16, help="crops encoded at once by a process")
     work.add_argument("--shard-size", type=positive_int, default=1024, help="images of one shard file")
@@ -166,7 +168,7 @@ def collate(items: list[tuple[torch.Tensor, int, int] | Unreadable]) -> ImageBat
     return ImageBatch(pixels, labels, index, skipped)
 
 
-def check_shards(args: Namespace, world: World, plan: CodesPlan, logger: Logger) -> None:
+def check_shards(args: Namespace, world: World, plan: CodesPlan, logger: logging.Logger) -> None:
     """Delete, of this rank's share of the shards that are there, those that are damaged or, if asked, incomplete."""
     there = [s for s in range(plan.num_shards) if shard_path(args.code_path, s).exists()]
     mine = there[world.rank :: world.size]
@@ -182,7 +184,7 @@ def check_shards(args: Namespace, world: World, plan: CodesPlan, logger: Logger)
 
 
 def make_all_shards(
-    args: Namespace, world: World, vq: VQModel, plan: CodesPlan, samples: list[tuple[str, int]], logger: Logger
+    args: Namespace, world: World, vq: VQModel, plan: CodesPlan, samples: list[tuple[str, int]], logger: logging.Logger
 ) -> None:
     """Return when every shard is there: make what is free, wait for what others make, take over from the dead."""
     waiting = False
@@ -245,6 +247,11 @@ def main() -> None:
     args = parse_args()
     world = init_distributed(connect=False)
     logger = create_logger(world)
+    written = args.precision
+    args.precision, reason = resolve_precision("none" if written == "auto" else written, world.device)
+    if written == "auto":
+        reason = "none (float32), on every machine: codes are data, and bf16 changes some of them"
+    level = logging.WARNING if is_emulated(args.precision, world.device) else logging.INFO
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     listing = list_images(args.data_path)
     samples = listing.samples[:100] if args.debug else listing.samples
@@ -257,6 +264,7 @@ def main() -> None:
     start_codes(args.code_path, plan)
     if world.is_main:
         write_options(Path(args.code_path) / "options.json", args)
+    logger.log(level, f"--precision {reason}")
     check_shards(args, world, plan, logger)
     missing = sum(not shard_path(args.code_path, s).exists() for s in range(plan.num_shards))
     logger.info(
