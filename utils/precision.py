@@ -6,6 +6,7 @@ torch, oneDNN and MKL are held to these instructions. For tests and benchmarks.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from pathlib import Path
@@ -93,6 +94,11 @@ def is_emulated(precision: str, device: torch.device) -> bool:
     if precision == "fp16":
         return device.type == "cpu"
     return precision == "bf16" and device.type in ("cpu", "cuda") and not has_bfloat16(device)
+
+
+def log_level(precision: str, device: torch.device) -> int:
+    """Return the level at which to log the reason of ``resolve_precision``: a warning where it is emulated."""
+    return logging.WARNING if is_emulated(precision, device) else logging.INFO
 
 
 def resolve_precision(written: str, device: torch.device) -> tuple[str, str]:

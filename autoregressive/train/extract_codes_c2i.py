@@ -7,7 +7,6 @@ restarted, and a rerun makes only what is missing or damaged.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import sys
 import time
@@ -15,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
+from logging import Logger
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ from utils.distributed import World, init_distributed
 from utils.files import prepare_folder
 from utils.logger import create_logger, progress
 from utils.options import add_retired, amount, count, make_parser, positive_int, run, write_options
-from utils.precision import autocast, is_emulated, resolve_precision
+from utils.precision import autocast, log_level, resolve_precision
 
 
 def parse_args() -> Namespace:
@@ -168,7 +168,7 @@ def collate(items: list[tuple[torch.Tensor, int, int] | Unreadable]) -> ImageBat
     return ImageBatch(pixels, labels, index, skipped)
 
 
-def check_shards(args: Namespace, world: World, plan: CodesPlan, logger: logging.Logger) -> None:
+def check_shards(args: Namespace, world: World, plan: CodesPlan, logger: Logger) -> None:
     """Delete, of this rank's share of the shards that are there, those that are damaged or, if asked, incomplete."""
     there = [s for s in range(plan.num_shards) if shard_path(args.code_path, s).exists()]
     mine = there[world.rank :: world.size]
@@ -184,7 +184,7 @@ def check_shards(args: Namespace, world: World, plan: CodesPlan, logger: logging
 
 
 def make_all_shards(
-    args: Namespace, world: World, vq: VQModel, plan: CodesPlan, samples: list[tuple[str, int]], logger: logging.Logger
+    args: Namespace, world: World, vq: VQModel, plan: CodesPlan, samples: list[tuple[str, int]], logger: Logger
 ) -> None:
     """Return when every shard is there: make what is free, wait for what others make, take over from the dead."""
     waiting = False
@@ -251,7 +251,6 @@ def main() -> None:
     args.precision, reason = resolve_precision("none" if written == "auto" else written, world.device)
     if written == "auto":
         reason = "none (float32), on every machine: codes are data, and bf16 changes some of them"
-    level = logging.WARNING if is_emulated(args.precision, world.device) else logging.INFO
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     listing = list_images(args.data_path)
     samples = listing.samples[:100] if args.debug else listing.samples
@@ -264,7 +263,7 @@ def main() -> None:
     start_codes(args.code_path, plan)
     if world.is_main:
         write_options(Path(args.code_path) / "options.json", args)
-    logger.log(level, f"--precision {reason}")
+    logger.log(log_level(args.precision, world.device), f"--precision {reason}")
     check_shards(args, world, plan, logger)
     missing = sum(not shard_path(args.code_path, s).exists() for s in range(plan.num_shards))
     logger.info(

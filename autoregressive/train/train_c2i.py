@@ -35,7 +35,7 @@ from utils.logger import ScalarLog, create_logger, progress
 from utils.options import add_retired, amount, fraction, make_parser, positive_int, run, write_options
 from utils.parallel import DATA_PARALLEL, delay_sync, replicate, shard
 from utils.performance import Window, peak_flops, peak_memory
-from utils.precision import AUTO_HELP, AUTOCAST_DTYPE, autocast, is_emulated, resolve_precision
+from utils.precision import AUTOCAST_DTYPE, autocast, log_level, resolve_precision
 from utils.run_folder import RunFolder
 from utils.stop_signal import StopSignal
 from utils.training import (
@@ -44,6 +44,7 @@ from utils.training import (
     TrainingState,
     add_optimizer_options,
     add_output_options,
+    add_precision_option,
     make_adamw,
     prefetch,
     seed_step,
@@ -99,12 +100,7 @@ def parse_args() -> Namespace:
     )
     speed.add_argument("--shard-size", type=positive_int, help="processes that share weights under hsdp (a machine's)")
     speed.add_argument("--cpu-offload", action="store_true", help="sharded weights and optimizer in host memory")
-    speed.add_argument(
-        "--mixed-precision",
-        choices=["auto", *AUTOCAST_DTYPE],
-        default="auto",
-        help=f"type of matrix products; weights stay float32. {AUTO_HELP}, as is fp32; the paper trains in bf16",
-    )
+    add_precision_option(speed, AUTOCAST_DTYPE)
     speed.add_argument(
         "--grad-precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="gradients are summed over processes"
     )
@@ -426,7 +422,7 @@ def main() -> None:
     curves = ScalarLog(world, folder, None if args.no_wandb else args.wandb_project, vars(args))
     if world.is_main and folder is not None:
         write_options(folder / "options.json", args, config=asdict(model.config), steps=args.epochs * r.steps_per_epoch)
-    logger.log(logging.WARNING if is_emulated(precision, device) else logging.INFO, f"--mixed-precision {reason}")
+    logger.log(log_level(precision, device), f"--mixed-precision {reason}")
     peak = peak_flops(device, precision)
     r.notes += curves.notes
     introduce(r, logger, peak)
