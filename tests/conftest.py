@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from tokenizer.vq_model import VQModel, make_vq_config
+from utils.precision import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = (ROOT.parent / "shared" / "golden", ROOT / "tests" / "golden")
@@ -26,6 +27,10 @@ VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 5
 
 # one test process may not take the whole machine from the processes it starts
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_report_header() -> str:
+    return f"PAR_CPU: {cpu_name()}; torch uses {torch.backends.cpu.get_cpu_capability()}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

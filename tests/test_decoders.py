@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ BUILDS = {
 def kernels(request, monkeypatch):
     """The kernels as built for this processor, and for others; skips what cannot run here."""
     flags, needs = BUILDS[request.param]
-    if needs is not None and (platform.machine() != "x86_64" or needs not in open("/proc/cpuinfo").read()):
+    if needs is not None and (platform.machine() != "x86_64" or needs not in Path("/proc/cpuinfo").read_text()):
         pytest.skip(f"this processor has no {needs}")
     monkeypatch.setenv("CXXFLAGS", flags)
     build.load.cache_clear()

@@ -202,7 +202,8 @@ def test_guidance_schedules(schedule, scale):
         expected = greedy_without_cache(model, cond, scale)
     codes = generate(model, model.order, cond, torch.zeros(3, 64), options)
     assert torch.equal(codes, expected)
-    assert not torch.equal(codes, generate(model, model.order, cond, torch.zeros(3, 64), SamplingOptions(4.0, temperature=0.0)))
+    constant = SamplingOptions(4.0, temperature=0.0)
+    assert not torch.equal(codes, generate(model, model.order, cond, torch.zeros(3, 64), constant))
 
 
 def test_the_unconditional_half_rests_once_guidance_is_over(monkeypatch):
@@ -210,7 +211,8 @@ def test_the_unconditional_half_rests_once_guidance_is_over(monkeypatch):
     rows = []
     decode = model.decode_step
     monkeypatch.setattr(model, "decode_step", lambda tokens, *a: rows.append(len(tokens)) or decode(tokens, *a))
-    generate(model, model.order, torch.tensor([0, 1]), torch.rand(2, 64), SamplingOptions(cfg_scale=2.0, cfg_interval=20))
+    options = SamplingOptions(cfg_scale=2.0, cfg_interval=20)
+    generate(model, model.order, torch.tensor([0, 1]), torch.rand(2, 64), options)
     decoded = [start for start, _ in model.order.schedule]
     assert rows == [4 if d <= 20 else 2 for d in decoded]
 

@@ -15,6 +15,7 @@ import torch
 from tests.conftest import TRAIN_VQ, kill, run_command, same_tensors, start
 from tests.test_architecture import declared_options
 from tests.test_training import newest, quietly, wait_for
+from tests.test_utils import small_state, take_step
 from tokenizer import train_vq, vq_model
 from tokenizer.vq_model import VQConfig, VQModel, load_vq
 from utils.checkpoint import state_sha256
@@ -311,3 +312,34 @@ def test_a_signal_saves_both(train, tmp_path, monkeypatch):
     assert "stopped by a signal" in train(tmp_path, *GAN, "--epochs", 3)
     last = newest(tmp_path / NAME / "checkpoints")
     assert 2 <= last < 9 and "discriminator.model.conv_in.weight" in tensors(tmp_path, last)
+
+
+@pytest.mark.parametrize("before, after", [(False, True), (True, False), (True, True)])
+def test_loss_scales_of_both_models_survive_a_change_of_precision(before, after):
+    """As on another machine: fp16 (True) has a loss scale for each; bf16 and float32 have none."""
+
+    def state(fp16: bool) -> train_vq.VQState:
+        parts = [small_state(1.0, fp16=fp16) for _ in range(2)]
+        return train_vq.VQState(**vars(parts[0]), discriminator=parts[1])
+
+    saved, resumed = state(before), state(after)
+    for step in range(3):
+        take_step(saved, step, 1.0)
+        take_step(saved.discriminator, step, 1.0)
+    if before:
+        saved.discriminator.scaler.update(8.0)
+    start = resumed.scaler.get_scale()
+    resumed.load_scalars(json.loads(json.dumps(saved.scalars())))
+    assert resumed.guard.state.tolist() == saved.guard.state.tolist()
+    assert resumed.scaler.get_scale() == start
+    assert resumed.discriminator.scaler.get_scale() == (8.0 if before and after else start)
+    for part in (resumed, resumed.discriminator):
+        take_step(part, 3, 1.0)
+        assert part.guard.skipped == 0
+
+
+def test_auto_follows_the_machine(train, monkeypatch, tmp_path):
+    monkeypatch.setenv("PAR_CPU", "avx2")
+    log = train(tmp_path, "--mixed-precision", "auto")
+    assert "--mixed-precision none (float32): this CPU computes in bfloat16 only by emulation (PAR_CPU=avx2)" in log
+    assert json.loads((tmp_path / NAME / "options.json").read_text())["options"]["mixed_precision"] == "none"

@@ -29,11 +29,12 @@ from tokenizer.discriminator import DISCRIMINATORS
 from tokenizer.vq_loss import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, PIXEL_LOSSES, Adversary, Supervised
 from tokenizer.vq_model import VQ_models, VQModel, load_vq, make_vq_config
 from utils.checkpoint import resolve
-from utils.distributed import World, autocast, init_distributed
+from utils.distributed import World, init_distributed
 from utils.logger import ScalarLog, create_logger, progress
 from utils.options import add_retired, amount, count, fraction, make_parser, positive_int, run, write_options
 from utils.parallel import delay_sync, replicate
 from utils.performance import Window, peak_memory
+from utils.precision import autocast, log_level, resolve_precision
 from utils.run_folder import RunFolder
 from utils.sharded_checkpoint import read_sharded
 from utils.stop_signal import StopSignal
@@ -43,6 +44,7 @@ from utils.training import (
     TrainingState,
     add_optimizer_options,
     add_output_options,
+    add_precision_option,
     make_adamw,
     seed_step,
     split_batch,
@@ -130,7 +132,7 @@ def parse_args() -> Namespace:
     training.add_argument("--global-batch-size", type=positive_int, default=128, help="images a step, all processes")
     training.add_argument("--lr", type=amount, default=1e-4, help="learning rate")
     training.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine ends at 0")
-    training.add_argument("--mixed-precision", choices=["none", "fp16", "bf16"], default="bf16", help="autocast")
+    add_precision_option(training, ["none", "fp16", "bf16"])
     training.add_argument("--compile", action="store_true", help="torch.compile the model")
     add_optimizer_options(parser)
     add_output_options(parser, "results_tokenizer_image")
@@ -340,6 +342,7 @@ def main() -> None:
     args = parse_args()
     world = init_distributed()
     device = world.device
+    args.mixed_precision, reason = world.broadcast(resolve_precision(args.mixed_precision, device))
     micro_batch = split_batch(args.global_batch_size, world.size, args.gradient_accumulation_steps)
     stop = StopSignal(world)
     r = build(args, world)
@@ -352,6 +355,7 @@ def main() -> None:
     curves = ScalarLog(world, folder, None if args.no_wandb else args.wandb_project, vars(args))
     if world.is_main and folder is not None:
         write_options(folder / "options.json", args, config=asdict(model.config), steps=total_steps)
+    logger.log(log_level(args.mixed_precision, device), f"--mixed-precision {reason}")
     introduce(r, logger)
     names = Supervised.names + (Adversary.names if adversary else ())
     guards = [state.guard] + ([adversary.state.guard] if adversary else [])

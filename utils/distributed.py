@@ -91,21 +91,3 @@ def init_distributed(connect: bool = True, alone: bool = False) -> World:
 
 def _backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-
-
-# none, fp32 and tf32 compute in float32; tf32 lets CUDA round the factors of matrix products
-AUTOCAST_DTYPE = {"none": None, "fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is quick there: on a GPU, and on a CPU that says it has products in it (torch 2.10 or newer)."""
-    if device.type != "cpu":
-        return True
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast context for ``precision``, a key of ``AUTOCAST_DTYPE``; off in those that compute in float32."""
-    dtype = AUTOCAST_DTYPE[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from utils.files import write_json
+from utils.precision import cpu_name
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -136,6 +137,7 @@ def write_options(path: str | Path, args: argparse.Namespace, **facts: object) -
         "torch": torch.__version__,
         "git": git_revision(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "PAR_CPU": cpu_name(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
     write_json(path, {"options": vars(args), **facts, "environment": environment})

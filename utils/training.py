@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, _ArgumentGroup
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from torch import nn
 
 from utils.options import amount, count, fraction, positive_int
 from utils.parallel import gradient_norm, local
+from utils.precision import AUTO_HELP
 
 T = TypeVar("T")
 DOUBTFUL_STEPS = 3  # skipped in a row, weights are not saved
@@ -44,6 +45,16 @@ def add_optimizer_options(parser: ArgumentParser) -> None:
         help="stop when a log line finds so many skipped in a row",
     )
     group.add_argument("--global-seed", type=count, default=0, help="weights, data order, crops, dropout")
+
+
+def add_precision_option(group: _ArgumentGroup, choices: Iterable[str]) -> None:
+    """``--mixed-precision``, with ``auto`` before ``choices``, keys of ``AUTOCAST_DTYPE``."""
+    group.add_argument(
+        "--mixed-precision",
+        choices=["auto", *choices],
+        default="auto",
+        help=f"type of matrix products and convolutions; weights stay float32. {AUTO_HELP}; published runs are in bf16",
+    )
 
 
 def add_output_options(parser: ArgumentParser, results_dir: str) -> None:

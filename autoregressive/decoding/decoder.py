@@ -6,6 +6,7 @@ CUDA graph. Where a CPU has a choice, both ways are timed on it once and the fas
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -142,10 +143,8 @@ def measured_seconds(model: GPT, ways: list[Way], batch: int, guided: bool) -> t
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not measured yet, or the file is damaged
     seconds = {way: time_step(model, way, batch, guided) for way in ways}
-    try:
+    with contextlib.suppress(OSError):  # measured again next time
         write_json(path, {str(way): s for way, s in seconds.items()} | {"of": text})
-    except OSError:
-        pass  # measured again next time
     return seconds, True
 
 

@@ -67,9 +67,9 @@ def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int, c
         "--precision",
         choices=["auto", "none", "fp16", "bf16"],
         default="auto",
-        help="type of the GPT's weights and cache; none: float32; auto: bf16 on a GPU that computes in it (else fp16 on "
-        "CUDA, float32 elsewhere) and on any CPU that decodes by our own kernels, which only store it where the "
-        "processor does not multiply it; float32 on other CPUs",
+        help="type of the GPT's weights and cache, none: float32; auto: bf16 on CUDA 8.0 and newer and on CPUs that "
+        "decode by our own kernels, which only store it where the processor does not multiply it, fp16 on older CUDA, "
+        "else none",
     )
     group.add_argument(
         "--quantize",
@@ -80,9 +80,9 @@ def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int, c
     group.add_argument(
         "--compile",
         action=BooleanOptionalAction,
-        help="on a CPU: decode by our own kernels, which its C++ compiler builds in seconds (default: measured once per "
-        "machine and model size, the faster way is taken); on CUDA: torch.compile the GPT and run the schedule as one "
-        f"graph, which takes minutes to make (default there: {'yes' if compiled else 'no'})",
+        help="on a CPU: decode by our own kernels, which its C++ compiler builds in seconds (default: both ways are "
+        "timed once per machine and model size, the faster one is taken); on CUDA: torch.compile the GPT and run the "
+        f"schedule as one graph, which takes minutes to make (default there: {'yes' if compiled else 'no'})",
     )
 
 

@@ -39,10 +39,11 @@ from dataset.codes import (
 from dataset.imagenet import CenterCrop, ImageFiles, Unreadable, list_images, to_model_range
 from tokenizer.vq_model import VQ_models, VQModel, load_vq
 from utils.checkpoint import state_sha256
-from utils.distributed import World, autocast, init_distributed
+from utils.distributed import World, init_distributed
 from utils.files import prepare_folder
 from utils.logger import create_logger, progress
 from utils.options import add_retired, amount, count, make_parser, positive_int, run, write_options
+from utils.precision import autocast, log_level, resolve_precision
 
 
 def parse_args() -> Namespace:
@@ -68,9 +69,10 @@ def parse_args() -> Namespace:
     work = parser.add_argument_group("work")
     work.add_argument(
         "--precision",
-        choices=["none", "tf32", "bf16"],
-        default="none",
-        help="none: float32; tf32 and bf16 are faster and change some codes",
+        choices=["auto", "none", "tf32", "bf16"],
+        default="auto",
+        help="type of the encoder's products. auto is none, float32, on every machine, unlike in training: codes are "
+        "data, and tf32 and bf16, faster where the device has them, change some",
     )
     work.add_argument("--batch-size", type=positive_int, default=16, help="crops encoded at once by a process")
     work.add_argument("--shard-size", type=positive_int, default=1024, help="images of one shard file")
@@ -245,6 +247,10 @@ def main() -> None:
     args = parse_args()
     world = init_distributed(connect=False)
     logger = create_logger(world)
+    written = args.precision
+    args.precision, reason = resolve_precision("none" if written == "auto" else written, world.device)
+    if written == "auto":
+        reason = "none (float32), on every machine: codes are data, and bf16 changes some of them"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     listing = list_images(args.data_path)
     samples = listing.samples[:100] if args.debug else listing.samples
@@ -257,6 +263,7 @@ def main() -> None:
     start_codes(args.code_path, plan)
     if world.is_main:
         write_options(Path(args.code_path) / "options.json", args)
+    logger.log(log_level(args.precision, world.device), f"--precision {reason}")
     check_shards(args, world, plan, logger)
     missing = sum(not shard_path(args.code_path, s).exists() for s in range(plan.num_shards))
     logger.info(

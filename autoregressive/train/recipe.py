@@ -25,7 +25,7 @@ class Recipe:
     token_dropout_p: float = 0.1
     class_dropout_prob: float = 0.1
     epochs: int = 300
-    mixed_precision: str = "bf16"
+    mixed_precision: str = "bf16"  # of the paper; the option's default follows the device
 
 
 def make_recipe(name: str, gpt_model: str) -> Recipe:

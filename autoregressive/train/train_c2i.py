@@ -29,12 +29,13 @@ from dataset.codes import Codes, MixedCodes, open_codes
 from dataset.epochs import EpochOrder
 from tokenizer.vq_model import VQModel, load_vq
 from utils.checkpoint import resolve, state_sha256
-from utils.distributed import World, autocast, init_distributed
+from utils.distributed import World, init_distributed
 from utils.files import require_folder
 from utils.logger import ScalarLog, create_logger, progress
 from utils.options import add_retired, amount, fraction, make_parser, positive_int, run, write_options
 from utils.parallel import DATA_PARALLEL, delay_sync, replicate, shard
 from utils.performance import Window, peak_flops, peak_memory
+from utils.precision import AUTOCAST_DTYPE, autocast, log_level, resolve_precision
 from utils.run_folder import RunFolder
 from utils.stop_signal import StopSignal
 from utils.training import (
@@ -43,6 +44,7 @@ from utils.training import (
     TrainingState,
     add_optimizer_options,
     add_output_options,
+    add_precision_option,
     make_adamw,
     prefetch,
     seed_step,
@@ -98,11 +100,7 @@ def parse_args() -> Namespace:
     )
     speed.add_argument("--shard-size", type=positive_int, help="processes that share weights under hsdp (a machine's)")
     speed.add_argument("--cpu-offload", action="store_true", help="sharded weights and optimizer in host memory")
-    speed.add_argument(
-        "--mixed-precision",
-        choices=["none", "fp32", "tf32", "fp16", "bf16"],
-        help="of matrix products; weights are float32 (recipe: bf16; none and fp32 are the same)",
-    )
+    add_precision_option(speed, AUTOCAST_DTYPE)
     speed.add_argument(
         "--grad-precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="gradients are summed over processes"
     )
@@ -410,7 +408,9 @@ def main() -> None:
     args = parse_args()
     sharded = args.data_parallel != "ddp"
     world = init_distributed(alone=sharded)
-    device, precision = world.device, args.mixed_precision
+    device = world.device
+    precision, reason = world.broadcast(resolve_precision(args.mixed_precision, device))
+    args.mixed_precision = precision
     micro_batch = split_batch(args.global_batch_size, world.size, args.gradient_accumulation_steps)
     stop = StopSignal(world)
     r = build(args, world)
@@ -422,6 +422,7 @@ def main() -> None:
     curves = ScalarLog(world, folder, None if args.no_wandb else args.wandb_project, vars(args))
     if world.is_main and folder is not None:
         write_options(folder / "options.json", args, config=asdict(model.config), steps=args.epochs * r.steps_per_epoch)
+    logger.log(log_level(precision, device), f"--mixed-precision {reason}")
     peak = peak_flops(device, precision)
     r.notes += curves.notes
     introduce(r, logger, peak)

@@ -13,8 +13,9 @@ from autoregressive.decoding.sampling import SamplingOptions, image_randomness
 from autoregressive.models.gpt import GPT
 from dataset.codes import Codes
 from tokenizer.vq_model import VQModel
-from utils.distributed import World, autocast
+from utils.distributed import World
 from utils.images import image_grid, save_png, to_uint8
+from utils.precision import autocast
 
 PICTURE = 16  # images
 PICTURE_CFG_SCALE = 2.0

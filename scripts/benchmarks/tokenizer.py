@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from tokenizer.discriminator import DISCRIMINATORS, make_discriminator
 from tokenizer.vq_loss import Adversary, Supervised, discriminator_hinge, generator_hinge
 from tokenizer.vq_model import VectorQuantizer, VQ_models, VQModel, make_vq_config
-from utils.distributed import World, autocast, init_distributed
+from utils.distributed import World, init_distributed
 from utils.files import write_json
 from utils.options import make_parser, positive_int, run
 from utils.performance import peak_memory
+from utils.precision import autocast, has_bfloat16
 from utils.training import Guard, TrainingState, make_adamw
 
 WAYS = ("published", "ours, before disc-start", "ours, from disc-start")
@@ -138,7 +139,12 @@ def main() -> None:
     parser.add_argument("--batch", type=positive_int, default=2, help="images a step")
     parser.add_argument("--disc-type", choices=DISCRIMINATORS, default="patchgan", help="discriminator")
     parser.add_argument("--steps", type=positive_int, default=3, help="steps timed, of which the fastest counts")
-    parser.add_argument("--precision", choices=["none", "bf16"], nargs="+", default=["none", "bf16"], help="to measure")
+    parser.add_argument(
+        "--precision",
+        choices=["none", "bf16"],
+        nargs="+",
+        help="precisions to measure (default: none, and bf16 where the device computes in it)",
+    )
     parser.add_argument("--output", default="tokenizer.json", help="JSON to write")
     parser.add_argument("--way", choices=WAYS, help=SUPPRESS)  # one way, for the processes that this starts
     parser.add_argument("--work", help=SUPPRESS)
@@ -147,6 +153,7 @@ def main() -> None:
         args.precision = args.precision[0]
         measure(args, Path(args.work))
         return
+    args.precision = args.precision or ["none"] + ["bf16"] * has_bfloat16(init_distributed().device)
     kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     results: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="par-tokenizer-") as work:

@@ -29,10 +29,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from autoregressive.models import gpt
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
-from utils.distributed import autocast, init_distributed
+from utils.distributed import init_distributed
 from utils.files import write_json
 from utils.options import make_parser, positive_int, run
 from utils.performance import peak_flops, peak_memory
+from utils.precision import autocast, has_bfloat16
 from utils.training import Guard, TrainingState, make_adamw, prefetch
 
 TOKENS = 576
@@ -191,7 +192,12 @@ def main() -> None:
     parser.add_argument("--ar-token-num", type=positive_int, default=4, help="tokens predicted at once, n")
     parser.add_argument("--batch", type=positive_int, default=8, help="images a step")
     parser.add_argument("--steps", type=positive_int, default=3, help="steps timed, of which the fastest counts")
-    parser.add_argument("--precision", choices=["none", "bf16"], nargs="+", default=["none", "bf16"], help="to measure")
+    parser.add_argument(
+        "--precision",
+        choices=["none", "bf16"],
+        nargs="+",
+        help="precisions to measure (default: none, and bf16 where the device computes in it)",
+    )
     parser.add_argument("--output", default="training.json", help="JSON to write")
     parser.add_argument("--way", help=SUPPRESS)  # one way, for the processes that this starts
     parser.add_argument("--work", help=SUPPRESS)
@@ -200,6 +206,7 @@ def main() -> None:
         args.precision = args.precision[0]
         measure(args, Path(args.work))
         return
+    args.precision = args.precision or ["none"] + ["bf16"] * has_bfloat16(init_distributed().device)
     ways = ["published, default malloc", "published", "ours", "ours, compiled"]
     ways += ["ours, compiled, flex"] if torch.cuda.is_available() else []
     kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}

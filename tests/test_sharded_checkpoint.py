@@ -1,0 +1,227 @@
+"""Training checkpoint folders are files that strangers hand around: nothing in one can run, or reach outside of it."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+
+from tests.conftest import run_command, same_tensors, train
+from utils import sharded_checkpoint
+from utils.sharded_checkpoint import load_sharded, read_contents, read_meta, read_sharded, save_sharded
+
+NAME = "model.weight"
+TENSORS = {NAME: torch.arange(12.0).view(3, 4), "model.bias": torch.ones(3), "ema.step": torch.tensor(7)}
+
+
+class Hostile:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.fixture
+def mark(tmp_path) -> Path:
+    return tmp_path / "hacked"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    path = tmp_path / "0000001"
+    save_sharded(path, TENSORS, None).result()
+    update_meta(path, {})
+    return path
+
+
+def update_meta(folder: Path, facts: dict) -> None:
+    """Make ``meta.json`` agree with the files, as an attacker would."""
+    files = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != "meta.json"}
+    (folder / "meta.json").write_text(json.dumps(facts | {"files": files}))
+
+
+def write_contents(folder: Path, metadata: Metadata) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    facts = json.loads((folder / "meta.json").read_text())
+    update_meta(folder, facts)
+
+
+def append(folder: Path, payload: bytes) -> _StorageInfo:
+    """Add bytes to the checkpoint's file of tensors; their place."""
+    (shard,) = folder.glob("*.distcp")
+    offset = shard.stat().st_size
+    with open(shard, "ab") as f:
+        f.write(payload)
+    return _StorageInfo(shard.name, offset, len(payload))
+
+
+def contents_of(folder: Path) -> Metadata:
+    return pickle.loads((folder / ".metadata").read_bytes())
+
+
+def as_bytes(folder: Path, metadata: Metadata, name: str, mark: Path) -> None:
+    """An entry that torch reads by a full unpickler, under the size and type of the tensor in whose place it stands."""
+    tensor = metadata.state_dict_metadata[name]
+    entry = BytesStorageMetadata()
+    vars(entry).update(size=tensor.size, properties=tensor.properties, chunks=tensor.chunks)
+    metadata.state_dict_metadata[name] = entry
+    metadata.storage_data[MetadataIndex(name)] = append(folder, pickle.dumps(Hostile(mark)))
+
+
+def as_tensor(folder: Path, metadata: Metadata, name: str, mark: Path) -> None:
+    """A tensor's entry, but where its bytes should be stands a pickle."""
+    index = MetadataIndex(name, [0] * len(metadata.state_dict_metadata[name].size))
+    metadata.storage_data[index] = append(folder, pickle.dumps(Hostile(mark)) + bytes(1000))
+
+
+def as_archive(folder: Path, metadata: Metadata, name: str, mark: Path) -> None:
+    """The same in torch's own format, and one of the transforms that torch applies on the way."""
+    torch.save(Hostile(mark), folder / "a.pt")
+    payload = (folder / "a.pt").read_bytes()
+    (folder / "a.pt").unlink()
+    index = MetadataIndex(name, [0] * len(metadata.state_dict_metadata[name].size))
+    metadata.storage_data[index] = append(folder, payload)
+    metadata.storage_data[index].transform_descriptors = ["zstd"]
+
+
+@pytest.mark.parametrize("plant, message", [
+    (as_bytes, "is no readable checkpoint folder: model.weight is a BytesStorageMetadata, not a TensorStorageMetadata"),
+    (as_tensor, "cannot be read: bytes in place of a tensor are not a tensor"),
+    (as_archive, "cannot be read: bytes in place of a tensor are not a tensor"),
+])  # fmt: skip
+def test_bytes_in_place_of_a_tensor_never_run(folder, mark, plant, message):
+    metadata = contents_of(folder)
+    plant(folder, metadata, NAME, mark)
+    write_contents(folder, metadata)
+    assert read_meta(folder)
+    with pytest.raises(ValueError, match=re.escape(f"{folder} {message}")):
+        read_sharded(folder, "model.")
+    with pytest.raises(ValueError, match=re.escape(f"{folder} {message}")):
+        load_sharded(folder, {NAME: torch.zeros(3, 4)})
+    assert not mark.exists()
+
+
+def test_commands_refuse_a_folder_that_would_run_code(work, trained, tmp_path, mark):
+    folder = tmp_path / "0000008"
+    shutil.copytree(trained.parent / "0000008", folder)
+    metadata = contents_of(folder)
+    as_bytes(folder, metadata, "model.norm.weight", mark)
+    write_contents(folder, metadata)
+    export = ("--checkpoint", folder, "--output", tmp_path / "a.pt")
+    refused = [
+        run_command("python3", "scripts/export_checkpoint.py", *export, check=False),
+        train(work, tmp_path / "out", "--gpt-resume", folder, check=False),
+    ]
+    for done in refused:
+        (line,) = [x for x in done.stderr.splitlines() if x.startswith("error")]
+        assert done.returncode == 2 and "0000008 is no readable checkpoint folder: model.norm.weight is a Byte" in line
+        assert "Traceback" not in done.stderr
+    assert not mark.exists() and not (tmp_path / "a.pt").exists()
+
+
+def test_contents_that_change_after_they_were_approved_are_not_read_again(folder, mark, monkeypatch):
+    read = sharded_checkpoint._read_metadata
+
+    def swap(path: Path) -> Metadata:
+        approved = read(path)
+        (path / ".metadata").write_bytes(pickle.dumps(Hostile(mark)))
+        return approved
+
+    monkeypatch.setattr(sharded_checkpoint, "_read_metadata", swap)
+    assert same_tensors(read_sharded(folder, ""), TENSORS)
+    assert not mark.exists()
+
+
+def test_a_rank_s_own_contents_do_not_serve_in_place_of_the_whole(folder, mark):
+    """torch falls back to a file of each rank where the one of all is missing, and unpickles it."""
+    (folder / ".metadata").unlink()
+    (folder / "__0.metadata").write_bytes(pickle.dumps(Hostile(mark)))
+    with pytest.raises(ValueError, match="is no readable checkpoint folder: .*No such file"):
+        load_sharded(folder, {NAME: torch.zeros(3, 4)})
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["os system", "builtins eval", "torch load", "pathlib os.system"])
+def test_contents_that_name_other_classes_are_refused(folder, name):
+    hostile = f"c{name}\n(S'true'\ntR.".replace(" ", "\n", 1).encode()
+    (folder / ".metadata").write_bytes(hostile)
+    with pytest.raises(ValueError, match=f"it names {name.replace(' ', '.')}"):
+        read_contents(folder)
+
+
+def test_contents_cannot_change_torch_s_classes(folder):
+    """A pickle may set attributes of whatever it names; a later reader in this process would meet them."""
+    module = TensorStorageMetadata.__module__
+    state = b"(N}S'chunks'\nS'poison'\nst"  # (None, {"chunks": "poison"}): set on the class itself
+    (folder / ".metadata").write_bytes(f"c{module}\nTensorStorageMetadata\n".encode() + state + b"b.")
+    with pytest.raises(ValueError, match="is no readable checkpoint folder"):
+        read_contents(folder)
+    assert not hasattr(TensorStorageMetadata, "chunks")
+
+
+def lie(**values: object):
+    def edit(folder: Path, metadata: Metadata) -> None:
+        index = MetadataIndex(NAME, (0, 0))
+        place = {**vars(metadata.storage_data[index]), **values}
+        metadata.storage_data[index] = _StorageInfo(**place)
+
+    return edit
+
+
+def escape_by_link(folder: Path, metadata: Metadata) -> None:
+    (folder / "link.distcp").symlink_to(folder.parent / "secret")
+    lie(relative_path="link.distcp", offset=0)(folder, metadata)
+
+
+def larger_tensor(folder: Path, metadata: Metadata) -> None:
+    metadata.state_dict_metadata[NAME].size = torch.Size((1 << 20, 1 << 20))
+
+
+def larger_chunk(folder: Path, metadata: Metadata) -> None:
+    metadata.state_dict_metadata[NAME].chunks[0].sizes = torch.Size((1 << 20, 4))
+
+
+def claims_of_both(folder: Path, metadata: Metadata) -> None:
+    larger_chunk(folder, metadata)
+    metadata.state_dict_metadata[NAME].size = torch.Size((1 << 20, 4))
+
+
+def no_numbers(folder: Path, metadata: Metadata) -> None:
+    metadata.state_dict_metadata[NAME].size = (3, True)
+
+
+def no_type(folder: Path, metadata: Metadata) -> None:
+    metadata.state_dict_metadata[NAME].properties.dtype = "float32"
+
+
+@pytest.mark.parametrize("edit, message", [
+    (lie(relative_path="../secret"), "model.weight lies in '../secret', which is not a file of the folder"),
+    (lie(relative_path="/etc/passwd"), "model.weight lies in '/etc/passwd', which is not a file of the folder"),
+    (escape_by_link, "model.weight lies in 'link.distcp', which is not a file of the folder"),
+    (lie(offset=-1), "model.weight lies at -1, "),
+    (lie(length=1 << 40), f"model.weight lies at 0, {1 << 40} bytes, outside of __0_0.distcp"),
+    (lie(length=3), "model.weight takes fewer than its 48 bytes"),
+    (lie(offset="0"), "model.weight lies at '0', "),
+    (larger_tensor, "the chunks of model.weight are not the whole of it"),
+    (larger_chunk, "a chunk of model.weight reaches out of it"),
+    (claims_of_both, "model.weight takes fewer than its"),
+    (no_numbers, "(3, True) is not a tuple of sizes"),
+    (no_type, "model.weight has no type"),
+])  # fmt: skip
+def test_contents_that_lie_are_refused(folder, edit, message):
+    (folder.parent / "secret").write_bytes(bytes(10_000))
+    metadata = contents_of(folder)
+    edit(folder, metadata)
+    write_contents(folder, metadata)
+    with pytest.raises(ValueError, match=re.escape(f"{folder} is no readable checkpoint folder: ") + ".*") as error:
+        read_contents(folder)
+    assert message in str(error.value) and "\n" not in str(error.value)
