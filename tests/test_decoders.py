@@ -156,7 +156,7 @@ def test_options_leave_ways(monkeypatch):
     """auto: kernels keep bfloat16 whatever the processor multiplies, torch's operators compute in what is quick."""
     monkeypatch.setattr(decoders, "unavailable_reason", lambda dtype: None)
     for has, eager in ((True, "bf16"), (False, "none")):
-        monkeypatch.setattr("utils.precision.has_bfloat16", lambda device, has=has: has)
+        monkeypatch.setattr("utils.precision.bfloat16_unit", lambda device, has=has: "a unit" if has else None)
         assert possible_ways(CPU, "auto", None, False)[0] == [Way("bf16", "kernels"), Way(eager, "eager")]
         assert possible_ways(CPU, "none", None, False)[0] == [Way("none", "kernels"), Way("none", "eager")]
         assert possible_ways(CPU, "auto", True, False)[0] == [Way("bf16", "kernels")]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from autoregressive.decoding.decoder import Way, make_decoder
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import SamplingOptions
 from tests.test_gpt import tiny_gpt

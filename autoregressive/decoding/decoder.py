@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from autoregressive.decoding.cpu.decoder import CPUDecoder
 from autoregressive.models.gpt import GPT, GPTConfig
 from autoregressive.models.region_order import RegionOrder
 from utils.files import write_json
-from utils.precision import AUTOCAST_DTYPE, resolve_precision
+from utils.precision import AUTOCAST_DTYPE, has_bfloat16, resolve_precision
 
 MEASURED_BYTES = 1 << 28  # weights in the timed part of a model: more than a cache holds
 MEASURED_SECONDS = 0.3  # per way, at least one step
@@ -83,24 +84,26 @@ def make_decoder(model: GPT, way: Way, rows: int) -> Decoder:
 def possible_ways(
     device: torch.device, precision: str, compiled: bool | None, quantized: bool
 ) -> tuple[list[Way], str | None]:
-    """Return the ways that the options leave, and a note where one of them cannot be had on a CPU.
+    """Return the ways that the options leave, and a note on them for the log, or None.
 
     precision: as written, ``auto`` included; on a CPU our kernels then keep weights in bfloat16, whether or not the
     processor multiplies it. compiled: ``--compile`` as written, None if it was left out. Raises ``ValueError`` if
     ``compiled`` asks for kernels that there are not.
     """
-    resolved, _ = resolve_precision(precision, device)
+    resolved, reason = resolve_precision(precision, device)
     if device.type != "cpu":
-        return [Way(resolved, "compiled" if compiled else "eager")], None
+        return [Way(resolved, "compiled" if compiled else "eager")], reason
     kernels, eager = Way("bf16" if precision == "auto" else resolved, "kernels"), Way(resolved, "eager")
-    reason = "none for quantized weights" if quantized else unavailable_reason(kernels.dtype)
-    if compiled and reason is not None:
-        raise ValueError(f"--compile: no kernels for decoding on this CPU: {reason}")
-    if compiled is not None:
-        return [kernels if compiled else eager], None
-    if reason is not None:
-        return [eager], f"decoding by {eager}, several times slower than by our kernels: {reason}"
-    return [kernels, eager], None
+    missing = "none for quantized weights" if quantized else unavailable_reason(kernels.dtype)
+    if compiled and missing is not None:
+        raise ValueError(f"--compile: no kernels for decoding on this CPU: {missing}")
+    if compiled is False or missing is not None:
+        slower = f"several times slower than our kernels, which cannot be had: {missing}; " if compiled is None else ""
+        return [eager], slower + reason
+    note = None
+    if kernels.precision == "bf16" and not has_bfloat16(device):
+        note = "bfloat16 is only stored: this CPU computes in float32"
+    return ([kernels] if compiled else [kernels, eager]), note
 
 
 def choose_way(
@@ -127,25 +130,32 @@ def choose_way(
 def measured_seconds(model: GPT, ways: list[Way], batch: int, guided: bool) -> tuple[dict[Way, float], bool]:
     """Return seconds per step of each of ``ways`` on this CPU, and whether they were measured just now.
 
-    Kept beside the compiled kernels and made again when kernels, processor, torch, threads, model size, rows or
-    precision change.
+    Kept beside the compiled kernels and measured again when kernels, processor, torch, model size, rows or precision
+    change; not with the number of threads, so that one process or many on a machine decode alike.
     """
     shape = {k: v for k, v in asdict(model.config).items() if "drop" not in k}
     kernels = load()
-    facts = [kernels if isinstance(kernels, str) else kernels.key, torch.__version__, torch.get_num_threads()]
-    text = json.dumps([*facts, shape, [str(w) for w in ways], batch, guided])
-    path = cache_folder() / f"decoders-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    facts = ["none" if isinstance(kernels, str) else kernels.key, torch.__version__, shape, batch, guided]
+    key = hashlib.sha256(json.dumps([*facts, [str(w) for w in ways]]).encode()).hexdigest()[:16]
+    path = cache_folder() / f"decoders-{key}.json"
+    if (seconds := read_seconds(path, ways)) is not None:
+        return seconds, False
+    seconds = {way: time_step(model, way, batch, guided) for way in ways}
+    if (earlier := read_seconds(path, ways)) is not None:  # of a process that measured at the same time
+        return earlier, False
+    with contextlib.suppress(OSError):  # measured again next time
+        write_json(path, {str(way): s for way, s in seconds.items()})
+    return seconds, True
+
+
+def read_seconds(path: Path, ways: list[Way]) -> dict[Way, float] | None:
+    """Return what ``measured_seconds`` has kept in ``path``; None if it is not there or damaged."""
     try:
         kept = json.loads(path.read_text())
         seconds = {way: float(kept[str(way)]) for way in ways}
-        if all(s > 0.0 for s in seconds.values()):
-            return seconds, False
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # not measured yet, or the file is damaged
-    seconds = {way: time_step(model, way, batch, guided) for way in ways}
-    with contextlib.suppress(OSError):  # measured again next time
-        write_json(path, {str(way): s for way, s in seconds.items()} | {"of": text})
-    return seconds, True
+        return None
+    return seconds if all(s > 0.0 for s in seconds.values()) else None
 
 
 @torch.inference_mode()

@@ -100,7 +100,7 @@ class Pipeline:
     hashes: dict[str, str]  # SHA-256 of both files
     classes: list[str] | None  # names, if the checkpoint has them
     ways: list[Way]  # of decoding, that the options leave
-    note: str | None  # why one of them cannot be had
+    note: str | None  # on them, for the log
 
     @property
     def guided(self) -> bool:
@@ -122,7 +122,7 @@ class Pipeline:
         if self.world.is_main:
             choice = choose_way(self.gpt, self.ways, batch, self.guided, begun)
         way, reason = self.world.broadcast(choice)
-        return way, self.note or reason
+        return way, f"{reason}; {self.note}" if self.note else reason
 
     def make_generator(self, way: Way, batch: int, quantized: str) -> Generator:
         """Return a generator of ``batch`` images at a time; the GPT itself may not be used afterwards."""

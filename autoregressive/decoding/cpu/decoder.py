@@ -1,8 +1,8 @@
 """The decoding step by our own kernels.
 
 At few rows a step is bound by reading the weights, and torch's operators reach half of the memory's speed. layout.h
-shows how weights and cache lie in memory; this file brings them there. They are float32 or bfloat16. Where the processor
-does not multiply bfloat16 they are only kept in it, at half the bytes, and arithmetic is float32.
+shows how weights and cache lie in memory; this file brings them there. They are float32 or bfloat16. Where the
+processor does not multiply bfloat16 they are only kept in it, at half the bytes, and arithmetic is float32.
 """
 
 from __future__ import annotations
