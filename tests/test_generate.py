@@ -1,22 +1,13 @@
 """Decoding: golden tokens, cached = teacher-forced, sampling filters, randomness per image."""
 
 import math
-import platform
 
 import numpy as np
 import pytest
 import torch
 
-from autoregressive.models import cpu_decoding
-from autoregressive.models.cpu_decoding import why_not
-from autoregressive.models.generate import (
-    Generator,
-    SamplingOptions,
-    filter_logits,
-    generate,
-    image_randomness,
-    sample,
-)
+from autoregressive.decoding.generate import Generator, generate
+from autoregressive.decoding.sampling import SamplingOptions, filter_logits, image_randomness, sample
 from autoregressive.models.gpt import GPT
 from autoregressive.sample.pipeline import quantize
 from tests.conftest import fill_from_names
@@ -32,7 +23,7 @@ def test_greedy_tokens_are_golden(golden, n, scale):
     model = tiny_gpt(file)
     cond = torch.from_numpy(file["cond"][:-1])
     uniforms = torch.zeros(len(cond), model.order.num_tokens)
-    codes = generate(model, cond, uniforms, SamplingOptions(cfg_scale=scale, **GREEDY))
+    codes = generate(model, model.order, cond, uniforms, SamplingOptions(cfg_scale=scale, **GREEDY))
     assert np.array_equal(codes.numpy(), file[f"greedy_raster_cfg{scale}"])
     assert np.array_equal(codes[:, model.order.permutation].numpy(), file[f"greedy_region_cfg{scale}"])
 
@@ -46,103 +37,6 @@ def test_largest_uniform_draws_a_token_that_can_be_drawn():
     assert (totals < 1).any() and (totals == 1).any() and (totals > 1).any()
     drawn = sample(logits, torch.full((200, 10), 1 - 2**-24), SamplingOptions())
     assert drawn.max() < 300
-
-
-@pytest.fixture(params=["this processor", "no tiles", "AVX2"])
-def kernels(request, monkeypatch):
-    """The kernels as built for this processor, and as for lesser ones; skips what cannot be built here."""
-    flags = {"this processor": "", "no tiles": "-mno-amx-bf16 -mno-amx-tile", "AVX2": "-mno-avx512f"}[request.param]
-    if request.param != "this processor" and platform.machine() != "x86_64":
-        pytest.skip("flags of x86")
-    monkeypatch.setenv("CXXFLAGS", flags)
-    cpu_decoding._load.cache_clear()
-    yield request.param
-    cpu_decoding._load.cache_clear()
-
-
-def skip_without_kernels(dtype=torch.float32):
-    if (reason := why_not(dtype)) is not None:
-        pytest.skip(reason)
-
-
-@pytest.mark.parametrize("n", [4, 9, 16])
-def test_greedy_tokens_by_kernels_are_golden(golden, kernels, n):
-    """What the samplers decode with on a CPU, in float32."""
-    skip_without_kernels()
-    file = golden(f"gpt_tiny_n{n}.npz")
-    model, cond = tiny_gpt(file), torch.from_numpy(file["cond"][:-1])
-    uniforms = torch.zeros(len(cond), model.order.num_tokens)
-    generator = Generator(model, SamplingOptions(cfg_scale=1.75, **GREEDY), len(cond), compiled=True)
-    assert np.array_equal(generator(cond, uniforms).numpy(), file["greedy_raster_cfg1.75"])
-
-
-# width of a head and of the feed-forward no multiple of 16, grouped heads, a vocabulary that ends within a panel
-ODD = dict(dim=72, n_head=6, n_kv_head=2, multiple_of=20, vocab_size=301, grid_height=8, grid_width=12)
-
-
-@pytest.mark.parametrize("rows", [5, 35])  # of float32, with tiles, the second have kernels of their own
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("n", [1, 4, 16])
-@pytest.mark.parametrize("shape", [{}, ODD, dict(dim=200, n_head=2)])
-def test_kernels_give_the_logits_of_the_model(kernels, shape, n, dtype, tolerance, rows):
-    """Each step, against float64 and torch's operators, after the same tokens; 35 rows are in no block whole."""
-    skip_without_kernels(dtype)
-    config = (
-        small_config(**shape, ar_token_num=n) if shape is ODD else small_config(grid_height=8, grid_width=8, **shape)
-    )
-    reference = fill_from_names(GPT(config)).double().eval()
-    model = fill_from_names(GPT(config)).eval().cast_weights(dtype)
-    model.compile_for_decoding(rows)
-    tokens = torch.randint(config.vocab_size, (rows, model.order.num_tokens))
-    cond = torch.arange(rows) % (config.num_classes + 1)
-    caches = [reference.new_cache(rows), model.new_cache(rows)]
-    with torch.no_grad():
-        for step in model.order.schedule:
-            expected, found = (
-                m.decode_step(tokens, cond, *step, c).double() for m, c in zip((reference, model), caches, strict=True)
-            )
-            assert found.shape == expected.shape
-            assert (found - expected).norm() < tolerance * expected.norm()
-
-
-@pytest.mark.parametrize("n", [1, 4])  # 20 rows and 80, see above
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_round_alike_in_any_batch_after_any_other_and_on_any_number_of_threads(kernels, dtype, n):
-    skip_without_kernels(dtype)
-    options, threads = SamplingOptions(cfg_scale=1.5, cfg_interval=20), torch.get_num_threads()
-    config = small_config(grid_height=8, grid_width=8, vocab_size=301, dim=64, ar_token_num=n)
-    model = fill_from_names(GPT(config)).eval().cast_weights(dtype)
-    generator = Generator(model, options, 10, compiled=True)
-    labels, uniforms = map(torch.from_numpy, image_randomness(3, range(10), 3, 64))
-    together = generator(labels, uniforms)
-    assert together.unique().numel() > 100
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            for first, stop in ((0, 1), (1, 6), (6, 10)):
-                generator.cache.store.fill_(0x7FC07FC0)  # NaN in both types, as a diverged batch leaves behind
-                alone = generator(labels[first:stop], uniforms[first:stop])
-                assert torch.equal(alone, together[first:stop])
-    finally:
-        torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("compiler, reason", [("no-such-compiler", "no C\\+\\+ compiler"), ("false", "compiler")])
-def test_without_a_compiler_there_are_no_kernels(monkeypatch, tmp_path, compiler, reason):
-    monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cpu_decoding._load.cache_clear()
-    try:
-        with pytest.raises(ValueError, match=reason):
-            fill_from_names(GPT(small_config())).eval().compile_for_decoding(1)
-    finally:
-        cpu_decoding._load.cache_clear()
-    assert not list(tmp_path.rglob("*.so"))
-
-
-def test_no_kernels_for_float16():
-    skip_without_kernels()
-    assert "float16" in why_not(torch.float16)
 
 
 @pytest.mark.parametrize("what", ["int8", "fp8"])
@@ -182,7 +76,7 @@ def test_cached_decoding_is_teacher_forced_argmax(n, grid, scale, n_kv_head):
     with torch.no_grad():
         expected = greedy_without_cache(model, cond, scale)
     uniforms = torch.zeros(3, model.order.num_tokens)
-    codes = generate(model, cond, uniforms, SamplingOptions(cfg_scale=scale, **GREEDY))
+    codes = generate(model, model.order, cond, uniforms, SamplingOptions(cfg_scale=scale, **GREEDY))
     assert torch.equal(codes, expected)
 
 
@@ -191,7 +85,7 @@ def test_training_after_generating():
     model = fill_from_names(GPT(small_config())).eval()
     codes, cond = random_codes(model.config)
     before = model(codes, cond)[0]
-    generate(model, cond, torch.rand(2, 16), SamplingOptions(cfg_scale=1.5))
+    generate(model, model.order, cond, torch.rand(2, 16), SamplingOptions(cfg_scale=1.5))
     assert torch.equal(model(codes, cond)[0], before)
     model.train()(codes, cond)[0].backward()
 
@@ -237,8 +131,8 @@ def test_guidance_interval_counts_decoded_tokens_once():
     model = fill_from_names(GPT(small_config())).double().eval()
     cond, uniforms = torch.tensor([0, 1]), torch.rand(2, 16)
     plain = SamplingOptions(cfg_scale=3.0, cfg_interval=5)
-    guided = generate(model, cond, uniforms, SamplingOptions(cfg_scale=3.0))[:, model.order.permutation]
-    until = generate(model, cond, uniforms, plain)[:, model.order.permutation]
+    guided = generate(model, model.order, cond, uniforms, SamplingOptions(cfg_scale=3.0))[:, model.order.permutation]
+    until = generate(model, model.order, cond, uniforms, plain)[:, model.order.permutation]
     assert torch.equal(until[:, :8], guided[:, :8])
     with torch.no_grad():
         logits = model.logits(until[:, model.order.inverse], cond)
@@ -262,7 +156,7 @@ def generate_in_batches(model: GPT, batch: int, count: int = 11) -> torch.Tensor
     for first in range(0, count, batch):
         labels, uniforms = image_randomness(3, range(first, min(first + batch, count)), 3, 64)
         options = SamplingOptions(cfg_scale=1.5, top_p=0.95)
-        codes.append(generate(model, torch.from_numpy(labels), torch.from_numpy(uniforms), options))
+        codes.append(generate(model, model.order, torch.from_numpy(labels), torch.from_numpy(uniforms), options))
     return torch.cat(codes)
 
 
@@ -306,9 +200,10 @@ def test_guidance_schedules(schedule, scale):
     options = SamplingOptions(cfg_scale=4.0, cfg_schedule=schedule, cfg_power=2.0, temperature=0.0)
     with torch.no_grad():
         expected = greedy_without_cache(model, cond, scale)
-    codes = generate(model, cond, torch.zeros(3, 64), options)
+    codes = generate(model, model.order, cond, torch.zeros(3, 64), options)
     assert torch.equal(codes, expected)
-    assert not torch.equal(codes, generate(model, cond, torch.zeros(3, 64), SamplingOptions(4.0, temperature=0.0)))
+    constant = SamplingOptions(4.0, temperature=0.0)
+    assert not torch.equal(codes, generate(model, model.order, cond, torch.zeros(3, 64), constant))
 
 
 def test_the_unconditional_half_rests_once_guidance_is_over(monkeypatch):
@@ -316,7 +211,8 @@ def test_the_unconditional_half_rests_once_guidance_is_over(monkeypatch):
     rows = []
     decode = model.decode_step
     monkeypatch.setattr(model, "decode_step", lambda tokens, *a: rows.append(len(tokens)) or decode(tokens, *a))
-    generate(model, torch.tensor([0, 1]), torch.rand(2, 64), SamplingOptions(cfg_scale=2.0, cfg_interval=20))
+    options = SamplingOptions(cfg_scale=2.0, cfg_interval=20)
+    generate(model, model.order, torch.tensor([0, 1]), torch.rand(2, 64), options)
     decoded = [start for start, _ in model.order.schedule]
     assert rows == [4 if d <= 20 else 2 for d in decoded]
 
@@ -325,18 +221,18 @@ def test_a_generator_is_used_again_and_for_shorter_batches():
     """What a batch leaves in the cache, its buffers and its labels does not show in the next."""
     model = fill_from_names(GPT(small_config(grid_height=8, grid_width=8))).double().eval()
     options = SamplingOptions(cfg_scale=2.0, cfg_interval=20)
-    generator = Generator(model, options, batch=4)
+    generator = Generator(model, model.order, options, batch=4)
     store = generator.cache.store.data_ptr()
     for seed, batch in enumerate((4, 2, 4, 1, 3)):
         labels, uniforms = map(torch.from_numpy, image_randomness(seed, range(batch), 3, 64))
-        assert torch.equal(generator(labels, uniforms), generate(model, labels, uniforms, options))
+        assert torch.equal(generator(labels, uniforms), generate(model, model.order, labels, uniforms, options))
     assert generator.cache.store.data_ptr() == store
 
 
 def test_steps_are_told_as_they_come():
     model = fill_from_names(GPT(small_config())).eval()
     seen = []
-    codes = Generator(model, SamplingOptions(), 2)(
+    codes = Generator(model, model.order, SamplingOptions(), 2)(
         torch.tensor([0, 1]), torch.rand(2, 16), lambda tokens, decoded: seen.append((tokens.clone(), decoded))
     )
     assert [d for _, d in seen] == [1, 2, 3, 4, 8, 12, 16]

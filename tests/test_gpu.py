@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from autoregressive.models.generate import Generator, SamplingOptions
+from autoregressive.decoding.generate import Generator
+from autoregressive.decoding.sampling import SamplingOptions
 from tests.test_gpt import tiny_gpt
 from utils.performance import Window
 from utils.precision import autocast
@@ -22,7 +23,8 @@ def test_greedy_tokens_are_golden_on_cuda(golden, n, compiled):
     cond = torch.from_numpy(file["cond"][:-1]).cuda()
     uniforms = torch.zeros(len(cond), model.order.num_tokens, device="cuda")
     options = SamplingOptions(cfg_scale=1.75, temperature=0.0)
-    generator = Generator(model, options, len(cond), compiled)
+    decoder = make_decoder(model, Way("none", "compiled" if compiled else "eager"), 2 * len(cond) * n)
+    generator = Generator(decoder, model.order, options, len(cond))
     expected = file["greedy_raster_cfg1.75"].tolist()
     assert generator(cond, uniforms).cpu().tolist() == expected
     assert generator(cond[:1], uniforms[:1]).cpu().tolist() == expected[:1]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
-from utils.precision import AUTOCAST_DTYPE
+from utils.precision import AUTOCAST_DTYPE, cpu_name
 
 # dense bf16 and fp16 matrix products, operations a second, from the data sheets; the first that fits the name counts
 DATA_SHEET = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H20": 148e12, "B200": 2250e12}
@@ -37,6 +39,17 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
         (a @ a)[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - started)
     return 2 * width**3 / min(seconds), "a matrix product measured at start"
+
+
+def device_name() -> str:
+    """Return the GPU's name, else the processor's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    declared = f", declared {cpu_name()}" if cpu_name() else ""
+    return (names[0] if names else platform.processor() or platform.machine()) + declared
 
 
 def peak_memory(device: torch.device) -> int:

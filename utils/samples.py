@@ -29,7 +29,7 @@ class SampleFile:
     """The file under construction; ``fingerprint`` keeps sets of other options or weights apart."""
 
     def __init__(self, npz: Path, fingerprint: str, shape: tuple[int, int, int, int], chunk: int):
-        self.npz, self.shape, self.chunk = npz, shape, chunk
+        self.npz, self.fingerprint, self.shape, self.chunk = npz, fingerprint, shape, chunk
         self.partial = npz.with_name(f"{npz.name}.{fingerprint}.partial")
         self.record = npz.with_name(f"{npz.name}.{fingerprint}.done")
         self.num_chunks = -(-shape[0] // chunk)
@@ -43,10 +43,8 @@ class SampleFile:
 
     def create(self) -> None:
         """Make the file, or keep what an earlier run has done of it; only one process calls this."""
-        if self.record.exists() and self.partial.exists():
-            whole = self.partial.stat().st_size >= self._end and self.record.stat().st_size == self.num_chunks
-            if whole:
-                return
+        if self.has_begun():
+            return
         free = shutil.disk_usage(self.npz.parent).free
         if free < self._size:
             raise ValueError(
@@ -57,6 +55,12 @@ class SampleFile:
             f.truncate(self._end)
         with atomic_path(self.record) as temporary:  # last, as it is what says that there is a file to go on with
             temporary.write_bytes(bytes(self.num_chunks))
+
+    def has_begun(self) -> bool:
+        """Return whether there is a file under construction to go on with."""
+        if not (self.record.exists() and self.partial.exists()):
+            return False
+        return self.partial.stat().st_size >= self._end and self.record.stat().st_size == self.num_chunks
 
     def missing(self) -> list[int]:
         """Chunks that are still to be made."""

@@ -22,7 +22,6 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from autoregressive.models.cpu_decoding import CPUDecoder, PackedCache
 from autoregressive.models.linear_cross_entropy import linear_cross_entropy
 from autoregressive.models.region_order import RegionOrder
 from utils.checkpoint import find_state_dict, load_checkpoint, load_strictly, resolve
@@ -219,6 +218,18 @@ class Dropout(nn.Dropout):
         return torch.where(bits >= dropped - 32768, x * (1.0 / (1.0 - self.p)), 0.0)
 
 
+def guide(hidden: torch.Tensor, cfg_scale: float | None) -> torch.Tensor:
+    """Guidance of final hidden states (B, t, D), a conditional and an unconditional half: (B / 2, t, D).
+
+    uncond + cfg_scale (cond - uncond), computed in at least float32. The output layer is linear, so this guides the
+    logits at half its work. Without ``cfg_scale`` returns ``hidden``.
+    """
+    if cfg_scale is None:
+        return hidden
+    conditional, unconditional = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).chunk(2)
+    return torch.lerp(unconditional, conditional, cfg_scale).to(hidden.dtype)  # (B / 2, t, D)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -340,7 +351,6 @@ class GPT(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.block_mask: BlockMask | None = None
-        self.kernels: CPUDecoder | None = None  # what decodes on a CPU, see compile_for_decoding
         # built on the CPU also where parameters are on the meta device, so that they are never lost
         with torch.device("cpu"):
             freqs_cis = rotary_table(self.order.slot_positions, config.head_dim, config.rope_base)
@@ -412,22 +422,6 @@ class GPT(nn.Module):
         for block in self.layers:
             block.recompute = recompute  # inside what is compiled, so that the compiler sees it
 
-    def compile_for_decoding(self, batch: int) -> None:
-        """For ``decode_step`` alone from now on: on a CPU by ``CPUDecoder``, else through torch.compile.
-
-        ``batch``: rows of tokens that it will be given, at most; on a CPU the first call's decides.
-        torch.compile gets what stands before and after each block's attention, with one compilation for all blocks;
-        attention and cache stay as they are, whose growing lengths it would turn into copies of the cache.
-        """
-        if self.permutation.device.type == "cpu":
-            self.kernels = self.kernels or CPUDecoder(self, batch * self.config.ar_token_num)
-            return
-        before = torch.compile(TransformerBlock.before_attention)
-        after = torch.compile(TransformerBlock.after_attention)
-        for block in self.layers:
-            block.drop_path = nn.Identity()  # it drops nothing now, and its rate would make a block of its own of each
-            block.before_attention, block.after_attention = partial(before, block), partial(after, block)
-
     def flops_per_image(self) -> int:
         """Floating-point operations of forward and backward over one image, recomputation not counted.
 
@@ -441,10 +435,13 @@ class GPT(nn.Module):
         visible = int(self.order.mask().sum())
         return 6 * slots * weights + 12 * config.n_layer * config.dim * visible
 
-    def new_cache(self, batch: int) -> KVCache | PackedCache:
-        """An empty cache for ``decode_step`` of at most ``batch`` rows."""
-        if self.kernels is not None:
-            return self.kernels.new_cache(batch)
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.permutation.device
+
+    def new_cache(self, batch: int) -> KVCache:
+        """Return an empty cache for ``decode_step`` of at most ``batch`` rows."""
         weight = self.tok_embeddings.weight
         return KVCache(self.config, batch, self.order.num_tokens, weight.device, weight.dtype)
 
@@ -454,23 +451,19 @@ class GPT(nn.Module):
         cond: torch.Tensor,
         start: int,
         stop: int,
-        cache: KVCache | PackedCache,
+        cache: KVCache,
         cfg_scale: float | None = None,
     ) -> torch.Tensor:
         """Logits (B, stop - start, V), float32 at least, of slots [start, stop), one entry of ``order.schedule``.
 
         tokens: (B, T) region-ordered codes, read only where already decoded; cond: (B,). Steps must come in the
         schedule's order with one cache of ``new_cache``. Every cached key is visible, so there is no mask. With
-        ``cfg_scale`` the rows are a conditional half and an unconditional one, and logits are uncond + cfg_scale (cond
-        - uncond), which is done to what the linear output layer sees: (B / 2, ...).
+        ``cfg_scale`` the rows are a conditional half and an unconditional one, and logits are those of ``guide``,
+        (B / 2, ...).
         """
         x = self.embed_slots(tokens, cond, start, stop)  # (B, t, D)
-        trunk, output = (self.trunk, self.output) if self.kernels is None else (self.kernels.trunk, self.kernels.head)
-        hidden = trunk(x, start, cache=cache)  # (B, t, D)
-        if cfg_scale is not None:
-            conditional, unconditional = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).chunk(2)
-            hidden = torch.lerp(unconditional, conditional, cfg_scale).to(hidden.dtype)  # (B / 2, t, D)
-        logits = output(hidden)  # (B or B / 2, t, V)
+        hidden = self.trunk(x, start, cache=cache)  # (B, t, D)
+        logits = self.output(guide(hidden, cfg_scale))  # (B or B / 2, t, V)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def embed_slots(self, tokens: torch.Tensor, cond: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 
-from autoregressive.models.cpu_decoding import why_not
-from autoregressive.models.generate import CFG_SCHEDULES, SamplingOptions
+from autoregressive.decoding.decoder import Way, choose_way, make_decoder, possible_ways
+from autoregressive.decoding.generate import Generator
+from autoregressive.decoding.sampling import CFG_SCHEDULES, SamplingOptions
 from autoregressive.models.gpt import GPT, GPT_models, load_gpt
 from autoregressive.models.region_order import resolve_parallelism
 from tokenizer.vq_model import VQ_models, VQModel, load_vq
 from utils.checkpoint import state_sha256
-from utils.distributed import AUTOCAST_DTYPE, has_bfloat16
+from utils.distributed import World
 from utils.files import require_file, sha256_file
 from utils.options import positive_int
 
@@ -42,7 +44,10 @@ def add_model_options(parser: ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int, compiled: bool) -> None:
-    """Options that say how to draw tokens and compute them, with one sampler's defaults."""
+    """Options that say how to draw tokens and compute them, with one sampler's defaults.
+
+    compiled: whether ``--compile`` is the default on CUDA.
+    """
     group = parser.add_argument_group("sampling")
     group.add_argument("--cfg-scale", type=float, default=cfg_scale, help="classifier-free guidance; 1 is none")
     group.add_argument(
@@ -60,8 +65,11 @@ def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int, c
     group.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this total")
     group.add_argument(
         "--precision",
-        choices=["none", "fp16", "bf16"],
-        help="of the GPT's weights (default: bf16; none, float32, on a CPU without instructions for it)",
+        choices=["auto", "none", "fp16", "bf16"],
+        default="auto",
+        help="type of the GPT's weights and cache, none: float32; auto: bf16 on CUDA 8.0 and newer and on CPUs that "
+        "decode by our own kernels, which only store it where the processor does not multiply it, fp16 on older CUDA, "
+        "else none",
     )
     group.add_argument(
         "--quantize",
@@ -72,38 +80,66 @@ def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int, c
     group.add_argument(
         "--compile",
         action=BooleanOptionalAction,
-        help="on a CPU decode by our own kernels, built once in seconds (default: where there is a C++ compiler); on "
-        "CUDA torch.compile the GPT and run the schedule as one graph, which takes minutes to make (default: "
-        f"{'yes' if compiled else 'no'})",
+        help="on a CPU: decode by our own kernels, which its C++ compiler builds in seconds (default: both ways are "
+        "timed once per machine and model size, the faster one is taken); on CUDA: torch.compile the GPT and run the "
+        f"schedule as one graph, which takes minutes to make (default there: {'yes' if compiled else 'no'})",
     )
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A GPT and the tokenizer of its codes, on one device, in ``eval()`` mode."""
+    """A GPT and the tokenizer of its codes, in ``eval()`` mode; ``make_generator`` places the GPT on its device."""
 
-    gpt: GPT
-    vq: VQModel
+    gpt: GPT  # float32 on the CPU
+    vq: VQModel  # on the device
     gpt_name: str
     vq_name: str
     image_size: int
     options: SamplingOptions
-    device: torch.device
+    world: World
     hashes: dict[str, str]  # SHA-256 of both files
     classes: list[str] | None  # names, if the checkpoint has them
-    note: str | None  # what the user may want to know before long work
+    ways: list[Way]  # of decoding, that the options leave
+    note: str | None  # why one of them cannot be had
+
+    @property
+    def guided(self) -> bool:
+        """Whether any step has guidance, which doubles the rows."""
+        order = self.gpt.order
+        return any(self.options.scale(start, order.num_tokens) != 1.0 for start, _ in order.schedule)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Raster codes (B, T) -> images (B, 3, H, W), about [-1, 1], float32."""
         with torch.inference_mode():
             return self.vq.decode_code(codes.view(-1, *self.gpt.order.grid))  # (B, 3, H, W)
 
-    def fingerprint(self, args: Namespace) -> str:
+    def choose_way(self, batch: int, begun: Callable[[Way], bool] | None = None) -> tuple[Way, str]:
+        """Return the way to decode ``batch`` images at a time and a line that says why; the same on every rank.
+
+        begun: whether an interrupted run of this command decodes in a way; then that is the one.
+        """
+        choice = None
+        if self.world.is_main:
+            choice = choose_way(self.gpt, self.ways, batch, self.guided, begun)
+        way, reason = self.world.broadcast(choice)
+        return way, self.note or reason
+
+    def make_generator(self, way: Way, batch: int, quantized: str) -> Generator:
+        """Return a generator of ``batch`` images at a time; the GPT itself may not be used afterwards."""
+        gpt = self.gpt.cast_weights(way.dtype).to(self.world.device)
+        if quantized != "none":
+            quantize(gpt, quantized)
+        rows = (2 if self.guided else 1) * batch * gpt.order.n
+        decoder = make_decoder(gpt, way, rows)
+        return Generator(decoder, gpt.order, self.options, batch)
+
+    def fingerprint(self, args: Namespace, way: Way) -> str:
         """Short hash of everything that the bytes of the samples depend on."""
-        names = ("precision", "quantize", "gpt_ema", "image_size_eval", "per_proc_batch_size", "num_fid_samples")
+        names = ("quantize", "gpt_ema", "image_size_eval", "per_proc_batch_size", "num_fid_samples")
         names += ("global_seed", "class_protocol")
         values = [getattr(args, n) for n in names]
-        values += [args.compile, self.device.type, torch.__version__]  # other kernels round otherwise
+        # other kernels round otherwise
+        values += [way.precision, way.decoder, self.world.device.type, torch.__version__]
         text = json.dumps([sorted(self.hashes.items()), values, asdict(self.options)])
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -113,17 +149,20 @@ class Pipeline:
         return {"sha256": self.hashes, **configs}
 
 
-def load_pipeline(args: Namespace, device: torch.device, compiled: bool) -> Pipeline:
+def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
     """Load both checkpoints and check that they and the options fit each other; ``ValueError`` where not.
 
     Options that were left out are set in ``args`` to what the checkpoints say. ``compiled``: --compile's default on
     CUDA.
     """
+    device = world.device
     guidance = (args.cfg_scale, args.cfg_interval, args.cfg_schedule, args.cfg_power)
     options = SamplingOptions(*guidance, args.temperature, args.top_k, args.top_p)
     hint = "see pretrained_models/README.md for the released files"
     require_file(args.gpt_ckpt, "--gpt-ckpt", hint)
     require_file(args.vq_ckpt, "--vq-ckpt", hint)
+    if args.quantize != "none":
+        quantization(args.quantize)  # torchao is there
     n = args.ar_token_num
     if n is None and args.spe_token_num is not None:
         n = args.spe_token_num + 1
@@ -153,22 +192,8 @@ def load_pipeline(args: Namespace, device: torch.device, compiled: bool) -> Pipe
         raise ValueError(
             f"--vq-ckpt {args.vq_ckpt} is not the tokenizer whose codes --gpt-ckpt {args.gpt_ckpt} learned"
         )
-    if args.precision is None:
-        args.precision = "bf16" if has_bfloat16(device) else "none"
-    dtype = AUTOCAST_DTYPE[args.precision]
-    gpt = gpt.to(device) if dtype is None else gpt.cast_weights(dtype).to(device)
-    if args.quantize != "none":
-        quantize(gpt, args.quantize)
-    note = None
-    if device.type == "cpu":
-        reason = why_not(gpt.tok_embeddings.weight.dtype) if args.quantize == "none" else f"not for {args.quantize}"
-        if args.compile and reason is not None:
-            raise ValueError(f"--compile: no kernels for decoding on this CPU: {reason}")
-        if args.compile is None:
-            args.compile = reason is None
-            note = reason and f"decoding by torch's operators, several times slower than by our kernels: {reason}"
-    elif args.compile is None:
-        args.compile = compiled and device.type == "cuda"
+    wanted = compiled if args.compile is None and device.type == "cuda" else args.compile
+    ways, note = possible_ways(device, args.precision, wanted, args.quantize != "none")
     image_size = gpt.order.grid[0] * downsample
     resolved = dict(gpt_model=gpt_name, vq_model=vq_name, image_size=image_size, downsample_size=downsample)
     resolved |= dict(ar_token_num=gpt.order.n, spe_token_num=gpt.order.n - 1, num_classes=gpt.config.num_classes)
@@ -177,13 +202,20 @@ def load_pipeline(args: Namespace, device: torch.device, compiled: bool) -> Pipe
     vq = vq.to(device, memory_format=torch.channels_last)
     hashes = {"gpt_ckpt": sha256_file(args.gpt_ckpt), "vq_ckpt": sha256_file(args.vq_ckpt)}
     classes = checkpoint.get("classes")
-    return Pipeline(gpt, vq, gpt_name, vq_name, image_size, options, device, hashes, classes, note)
+    return Pipeline(gpt, vq, gpt_name, vq_name, image_size, options, world, hashes, classes, ways, note)
 
 
 def quantize(gpt: GPT, what: str) -> None:
-    """Round the weights of every linear layer to ``int8`` (a scale a row) or ``fp8``, by torchao."""
+    """Round the weights of every linear layer to ``int8`` (one scale per row) or ``fp8``, by torchao."""
+    from torchao.quantization import quantize_
+
+    quantize_(gpt, quantization(what))
+
+
+def quantization(what: str) -> object:
+    """Return torchao's config for ``int8`` or ``fp8`` weights; ``ValueError`` without torchao."""
     try:
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
     except ImportError as error:
         raise ValueError(f"--quantize {what} needs the package torchao: pip install torchao") from error
-    quantize_(gpt, {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[what]())
+    return {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[what]()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from timm.data import ImageNetInfo
 
-from autoregressive.models.generate import Generator, image_randomness
+from autoregressive.decoding.sampling import image_randomness
 from autoregressive.sample.pipeline import Pipeline, add_model_options, add_sampling_options, load_pipeline
 from utils.distributed import init_distributed
 from utils.files import prepare_folder
@@ -118,13 +118,14 @@ def main() -> None:
     world = init_distributed()
     if args.trace and args.compile and world.device.type == "cuda":
         raise ValueError("--trace looks at every step, which --compile makes one of on CUDA; leave --compile out")
-    pipeline = load_pipeline(args, world.device, compiled=False)
-    if pipeline.note:
-        print(pipeline.note, file=sys.stderr)
+    pipeline = load_pipeline(args, world, compiled=False)
     names = class_names(pipeline)
     args.classes = find_classes(args.classes, names)
     prepare_folder(output.parent, "--output")
-    generator = Generator(pipeline.gpt, pipeline.options, args.images_per_class, args.compile)
+    way, reason = pipeline.choose_way(args.images_per_class)
+    print(reason, file=sys.stderr)
+    args.precision, args.compile = way.precision, way.compiled
+    generator = pipeline.make_generator(way, args.images_per_class, args.quantize)
     num_classes, num_tokens = pipeline.gpt.config.num_classes, pipeline.gpt.order.num_tokens
     rows, traces = [], []
     for row, label in enumerate(progress(world, "sampling", len(args.classes), unit="classes", items=args.classes)):

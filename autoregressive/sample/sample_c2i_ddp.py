@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from autoregressive.models.generate import Generator, image_randomness
+from autoregressive.decoding.decoder import Way
+from autoregressive.decoding.sampling import image_randomness
 from autoregressive.sample.pipeline import Pipeline, add_model_options, add_sampling_options, load_pipeline
 from utils.distributed import World, init_distributed
 from utils.files import prepare_folder
@@ -81,15 +82,25 @@ def main() -> None:
     args = parse_args()
     world = init_distributed()
     logger = create_logger(world)
-    pipeline = load_pipeline(args, world.device, compiled=True)
+    pipeline = load_pipeline(args, world, compiled=True)
     name = sample_name(args, pipeline)
     npz = prepare_folder(args.sample_dir, "--sample-dir") / f"{name}.npz"
-    # chunks of another batch size, number or checkpoint of the same name must not mix with these
-    fingerprint = pipeline.fingerprint(args)
     size, order = args.image_size_eval, pipeline.gpt.order
-    file = SampleFile(npz, fingerprint, (args.num_fid_samples, size, size, 3), args.per_proc_batch_size)
+
+    def file_of(way: Way) -> SampleFile:
+        # chunks of another batch size, number or checkpoint of the same name must not mix with these
+        shape = (args.num_fid_samples, size, size, 3)
+        return SampleFile(npz, pipeline.fingerprint(args, way), shape, args.per_proc_batch_size)
+
+    def begun(way: Way) -> bool:
+        file = file_of(way)
+        return finished_fingerprint(npz) == file.fingerprint or file.has_begun()
+
+    way, reason = pipeline.choose_way(args.per_proc_batch_size, begun)
+    args.precision, args.compile = way.precision, way.compiled
+    file = file_of(way)
     if npz.exists():
-        check_finished(npz, fingerprint)
+        check_finished(npz, file.fingerprint)
         file.clean()
         logger.info(f"{npz} is there already, made with these options")
     else:
@@ -102,16 +113,15 @@ def main() -> None:
             f"{pipeline.gpt_name}, n = {order.n}, {len(order.schedule)} forward calls a batch; {len(missing)} of "
             f"{file.num_chunks} batches of {args.per_proc_batch_size} to make on {world.size} x {world.device}"
         )
-        if pipeline.note:
-            logger.info(pipeline.note)
+        logger.info(reason)
         started = time.perf_counter()
-        make_chunks(args, world, pipeline, file, missing[world.rank :: world.size])
+        make_chunks(args, world, pipeline, way, file, missing[world.rank :: world.size])
         world.barrier()
         seconds = time.perf_counter() - started
         if world.is_main:
             made = sum(len(file.images_of(c)) for c in missing)
             speed = {"images": made, "seconds": seconds, "images_per_second": made / seconds}
-            write_options(npz.with_suffix(".json"), args, fingerprint=fingerprint, speed=speed, **pipeline.facts())
+            write_options(npz.with_suffix(".json"), args, fingerprint=file.fingerprint, speed=speed, **pipeline.facts())
             classes = pipeline.gpt.config.num_classes
             labels = [class_ids(args, file.images_of(c), classes) for c in range(file.num_chunks)]
             file.finish(np.concatenate(labels), progress(world, "checksum", args.num_fid_samples, unit="images"))
@@ -120,22 +130,33 @@ def main() -> None:
         write_pngs(npz, world)
 
 
+def finished_fingerprint(npz: Path) -> str | None:
+    """Return the fingerprint of finished samples, from the JSON beside them; None if there is none."""
+    path = npz.with_suffix(".json")
+    if not (npz.is_file() and path.is_file()):
+        return None
+    try:
+        return json.loads(path.read_text()).get("fingerprint")
+    except (ValueError, AttributeError):
+        return None
+
+
 def check_finished(npz: Path, fingerprint: str) -> None:
     """``ValueError`` unless the finished samples under this name were made with these very options and weights."""
-    path = npz.with_suffix(".json")
-    before = json.loads(path.read_text()).get("fingerprint") if path.is_file() else None
-    if before != fingerprint:
+    if finished_fingerprint(npz) != fingerprint:
         raise ValueError(
-            f"--sample-dir: {npz} is there, made with other options or weights (see {path.name} beside it); "
+            f"--sample-dir: {npz} is there, made with other options or weights (see {npz.stem}.json beside it); "
             f"move it away or give another folder"
         )
 
 
-def make_chunks(args: Namespace, world: World, pipeline: Pipeline, file: SampleFile, chunks: list[int]) -> None:
+def make_chunks(
+    args: Namespace, world: World, pipeline: Pipeline, way: Way, file: SampleFile, chunks: list[int]
+) -> None:
     """Generate and write ``chunks``; on CUDA the images of one are decoded and written while the next is generated."""
     if not chunks:
         return
-    generator = Generator(pipeline.gpt, pipeline.options, args.per_proc_batch_size, args.compile)
+    generator = pipeline.make_generator(way, args.per_proc_batch_size, args.quantize)
     num_classes, num_tokens = pipeline.gpt.config.num_classes, pipeline.gpt.order.num_tokens
     device = world.device
     stream = torch.cuda.Stream() if device.type == "cuda" else None

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from autoregressive.models.generate import SamplingOptions, generate, image_randomness
+from autoregressive.decoding.generate import generate
+from autoregressive.decoding.sampling import SamplingOptions, image_randomness
 from autoregressive.models.gpt import GPT
 from dataset.codes import Codes
 from tokenizer.vq_model import VQModel
@@ -60,7 +61,7 @@ def draw_samples(model: GPT, vq: VQModel | None, path: Path, world: World, preci
     model.eval()
     with autocast(world.device, precision):
         options = SamplingOptions(cfg_scale=PICTURE_CFG_SCALE)
-        codes = generate(model, classes, torch.from_numpy(uniforms).to(world.device), options)  # (b, T)
+        codes = generate(model, model.order, classes, torch.from_numpy(uniforms).to(world.device), options)  # (b, T)
     model.train()
     if world.is_main:
         pixels = vq.decode_code(codes.view(-1, *model.order.grid))  # (b, 3, S, S)

@@ -7,6 +7,9 @@ published loop confines it (sdp_kernel in its generate.py, commit 5a50452). Fuse
 torch's fused attention. Ours: Generator, eager by torch's operators, compiled by our kernels on a CPU, by torch.compile
 and one CUDA graph on CUDA. Random weights, guidance on, no image decoding. For all of ours but eager float32 also the
 share of greedy tokens equal to those of eager float32 after the same tokens, and the difference of the logits.
+"compiled" is what the samplers do by default, so where a measurement finds torch's operators faster it is eager. A
+device that emulates bfloat16 is measured in it by our kernels alone, which only store it there, against published
+float32.
 Each figure is from a process of its own, all under the allocator settings of scripts/launch.sh. Bytes are those that
 must be read (weights, once a call, and the keys and values there are), FLOPs those of the products; the ceilings beside
 them are a long sum and a matrix product, measured in the same process.
@@ -22,6 +25,7 @@ import tempfile
 import time
 from argparse import SUPPRESS, Namespace
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -32,14 +36,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from autoregressive.decoding.decoder import Decoder, Way, choose_way, make_decoder, possible_ways
+from autoregressive.decoding.generate import Generator
+from autoregressive.decoding.sampling import SamplingOptions
 from autoregressive.models import gpt
-from autoregressive.models.generate import Generator, SamplingOptions
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.sample.pipeline import quantize
-from utils.distributed import AUTOCAST_DTYPE, init_distributed
+from utils.distributed import init_distributed
 from utils.files import write_json
-from utils.options import make_parser, positive_int, run
-from utils.performance import peak_flops, peak_memory
+from utils.options import git_revision, make_parser, positive_int, run
+from utils.performance import device_name, peak_flops, peak_memory
+from utils.precision import has_bfloat16
 
 CFG_SCALE = 1.5
 ALLOCATOR = {
@@ -132,32 +139,33 @@ def make_published(model: GPT, fused: bool) -> Callable[[torch.Tensor], torch.Te
     return decode
 
 
-def make_ours(model: GPT, batch: int, way: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The Generator as the samplers have it, ``eager``, ``compiled``, or eager with weights of ``int8`` or ``fp8``."""
-    if way in ("int8", "fp8"):
-        quantize(model, way)
-    generator = Generator(model, SamplingOptions(cfg_scale=CFG_SCALE), batch, compiled=way == "compiled")
-    uniforms = torch.rand(batch, model.order.num_tokens, device=model.mask.device)
-    return lambda cond: generator(cond, uniforms)
+def way_of(model: GPT, args: Namespace, device: torch.device) -> Way:
+    """How ``args.way`` decodes: ``compiled`` is what the samplers do by default there with this precision."""
+    precision = args.precision[0]
+    if args.way != "compiled":
+        return Way(precision, "eager")
+    ways, _ = possible_ways(device, precision, True if device.type == "cuda" else None, quantized=False)
+    return choose_way(model, ways, args.batch[0], guided=True)[0]
 
 
 @torch.inference_mode()
-def step_logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
+def step_logits(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
     """Guided logits (T, V) float32 of one image of class 0, each step after the region-ordered ``tokens`` (T,)."""
-    cache = model.new_cache(2)
-    labels = torch.tensor([0, model.config.num_classes], device=model.mask.device)  # (2,)
+    cache = decoder.new_cache(2)
+    labels = torch.tensor([0, decoder.config.num_classes], device=decoder.device)  # (2,)
     both = tokens.expand(2, -1)  # (2, T)
-    steps = [model.decode_step(both, labels, *step, cache, CFG_SCALE)[0] for step in model.order.schedule]
+    steps = [decoder.decode_step(both, labels, *step, cache, CFG_SCALE)[0] for step in decoder.order.schedule]
     return torch.cat(steps).float()  # (T, V)
 
 
-def agreement(model: GPT, reference: GPT) -> dict[str, float]:
+def agreement(decoder: Decoder, reference: GPT) -> dict[str, float]:
     """Share of greedy tokens that are those of ``reference`` after the same tokens; distance of the logits."""
-    cond = torch.zeros(1, dtype=torch.int64, device=model.mask.device)
-    uniforms = torch.zeros(1, model.order.num_tokens, device=cond.device)
+    order = reference.order
+    cond = torch.zeros(1, dtype=torch.int64, device=reference.device)
+    uniforms = torch.zeros(1, order.num_tokens, device=cond.device)
     greedy = SamplingOptions(cfg_scale=CFG_SCALE, temperature=0.0)
-    tokens = Generator(reference, greedy, 1)(cond, uniforms)[0, model.order.permutation]  # (T,)
-    expected, logits = step_logits(reference, tokens), step_logits(model, tokens)  # (T, V)
+    tokens = Generator(reference, order, greedy, 1)(cond, uniforms)[0, order.permutation]  # (T,)
+    expected, logits = step_logits(reference, tokens), step_logits(decoder, tokens)  # (T, V)
     return {
         "equal tokens": (logits.argmax(-1) == tokens).float().mean().item(),
         "logit error": ((logits - expected).square().mean() / expected.square().mean()).sqrt().item(),
@@ -167,7 +175,7 @@ def agreement(model: GPT, reference: GPT) -> dict[str, float]:
 def work_of(model: GPT, batch: int, way: str) -> tuple[float, float]:
     """Bytes that must be read and FLOPs of products, for one guided batch; int8 and fp8 weights are a byte each."""
     config, order = model.config, model.order
-    size, rows = model.tok_embeddings.weight.element_size(), 2 * batch
+    size, rows = model.tok_embeddings.weight.element_size(), 2 * batch  # embeddings keep the weights' type
     block = config.dim * (config.n_head + 2 * config.kv_heads) * config.head_dim
     block += config.dim**2 + 3 * config.dim * config.ffn_dim
     weights, head = config.n_layer * block, config.dim * config.vocab_size
@@ -195,9 +203,19 @@ def measure(args: Namespace, work: Path) -> None:
     """Time one way, the best of ``args.repeats`` batches after one to warm up; figures go to a JSON in ``work``."""
     device, precision = init_distributed().device, args.precision[0]
     n, batch = args.ar_token_num[0], args.batch[0]
-    model = random_model(args.gpt_model, n).cast_weights(AUTOCAST_DTYPE[precision] or torch.float32).to(device)
+    model = random_model(args.gpt_model, n)
     ours = args.way not in ("published", "fused")
-    sample = make_ours(model, batch, args.way) if ours else make_published(model, args.way == "fused")
+    way = way_of(model, args, device)
+    model = model.cast_weights(way.dtype).to(device)
+    if args.way in ("int8", "fp8"):
+        quantize(model, args.way)
+    if ours:
+        decoder = make_decoder(model, way, 2 * batch * n)
+        generator = Generator(decoder, model.order, SamplingOptions(cfg_scale=CFG_SCALE), batch)
+        uniforms = torch.rand(batch, model.order.num_tokens, device=device)  # (B, T)
+        sample = partial(generator, uniforms=uniforms)
+    else:
+        sample = make_published(model, args.way == "fused")
     cond = torch.arange(batch, device=device)
     seconds = []
     for i in range(args.repeats + 1):
@@ -208,7 +226,8 @@ def measure(args: Namespace, work: Path) -> None:
             first = seconds.pop()
     best = min(seconds)
     bytes_read, flops = work_of(model, batch, args.way)
-    figures = {"seconds": best, "first batch": first, "images/s": batch / best, "calls": len(model.order.schedule)}
+    figures = {"decoder": str(way) if ours else args.way, "seconds": best, "first batch": first}
+    figures |= {"images/s": batch / best, "calls": len(model.order.schedule)}
     figures |= {
         "GB/s": bytes_read / best / 1e9,
         "TFLOP/s": flops / best / 1e12,
@@ -216,10 +235,10 @@ def measure(args: Namespace, work: Path) -> None:
     }
     figures |= {
         "ceiling GB/s": read_bandwidth(device) / 1e9,
-        "ceiling TFLOP/s": peak_flops(device, precision)[0] / 1e12,
+        "ceiling TFLOP/s": peak_flops(device, precision if has_bfloat16(device) else "none")[0] / 1e12,
     }
     if ours and (precision, args.way) != ("none", "eager"):
-        figures |= agreement(model, random_model(args.gpt_model, n).to(device))
+        figures |= agreement(decoder, random_model(args.gpt_model, n).to(device))
     write_json(work / "figures.json", figures)
 
 
@@ -248,32 +267,46 @@ def main() -> None:
     if args.way:
         measure(args, Path(args.work))
         return
-    environment = os.environ | ALLOCATOR
     results = []
+    published: dict[tuple[int, int, str], float] = {}  # seconds by n, batch, precision
+    emulated = not has_bfloat16(init_distributed().device)
     for n, batch, precision in product(args.ar_token_num, args.batch, args.precision):
-        published = None
         for way in args.ways:
-            with tempfile.TemporaryDirectory(prefix="par-sampling-") as work:
-                words = [sys.executable, __file__, "--way", way, "--work", work, "--precision", precision]
-                words += ["--gpt-model", args.gpt_model, "--ar-token-num", n, "--batch", batch]
-                words += ["--repeats", args.repeats]
-                subprocess.run([str(w) for w in words], env=environment, check=True)
-                f = json.loads((Path(work) / "figures.json").read_text())
-            results.append({"n": n, "batch": batch, "precision": precision, "way": way, **f})
+            if emulated and precision == "bf16" and way != "compiled":
+                print(f"n {n:2}  batch {batch:2}  {precision:5} {way:9} left out: this device emulates bfloat16")
+                continue
+            figures = measure_in_process(args, n, batch, precision, way)
             if way == "published":
-                published = f["seconds"]
-            against = f"{published / f['seconds']:5.2f}x" if published else ""
-            agreed = ""
-            if "equal tokens" in f:
-                agreed = f"  {f['equal tokens']:.1%} of greedy tokens equal, logits off by {f['logit error']:.1e}"
-            print(
-                f"n {n:2}  batch {batch:2}  {precision:5} {way:9} {f['seconds']:7.2f} s {f['images/s']:7.3f} images/s "
-                f"{against}  {f['calls']} calls  "
-                f"{f['GB/s']:6.1f} of {f['ceiling GB/s']:.0f} GB/s  "
-                f"{f['TFLOP/s']:.3f} of {f['ceiling TFLOP/s']:.2f} TFLOP/s  {f['peak GiB']:.2f} GiB{agreed}",
-                flush=True,
-            )
-    write_json(args.output, {"options": vars(args), "results": results, "threads": torch.get_num_threads()})
+                published[n, batch, precision] = figures["seconds"]
+            base = published.get((n, batch, precision)) or published.get((n, batch, "none"))
+            results.append({"n": n, "batch": batch, "precision": precision, "way": way, **figures})
+            print(describe(results[-1], base), flush=True)
+    environment = {"device": device_name(), "threads": torch.get_num_threads(), "git": git_revision()}
+    write_json(args.output, {"options": vars(args), "results": results, **environment})
+
+
+def measure_in_process(args: Namespace, n: int, batch: int, precision: str, way: str) -> dict[str, float]:
+    """Return the figures of ``measure``, run by a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="par-sampling-") as work:
+        words = [sys.executable, __file__, "--way", way, "--work", work, "--precision", precision]
+        words += ["--gpt-model", args.gpt_model, "--ar-token-num", n, "--batch", batch]
+        words += ["--repeats", args.repeats]
+        subprocess.run([str(w) for w in words], env=os.environ | ALLOCATOR, check=True)
+        return json.loads((Path(work) / "figures.json").read_text())
+
+
+def describe(result: dict[str, object], published: float | None) -> str:
+    """One line of figures; the gain is over ``published`` seconds, of float32 where bfloat16 was left out."""
+    gain = f"{published / result['seconds']:5.2f}x" if published else ""
+    agreed = ""
+    if "equal tokens" in result:
+        agreed = f"  {result['equal tokens']:.1%} of greedy tokens equal, logits off by {result['logit error']:.1e}"
+    return (
+        "n {n:2}  batch {batch:2}  {precision:5} {way:9} {seconds:7.2f} s {images/s:7.3f} images/s ".format(**result)
+        + f"{gain}  {{calls}} calls  {{GB/s:6.1f}} of {{ceiling GB/s:.0f}} GB/s  ".format(**result)
+        + "{TFLOP/s:.3f} of {ceiling TFLOP/s:.2f} TFLOP/s  {peak GiB:.2f} GiB  by {decoder}".format(**result)
+        + agreed
+    )
 
 
 if __name__ == "__main__":

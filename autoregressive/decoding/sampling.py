@@ -1,20 +1,13 @@
-"""Class ids -> raster codes: the one decode loop, with KV cache, guidance and inverse-CDF sampling.
-
-Image i's randomness is one uniform number per token drawn from (seed, i), so neither the batch it stands in nor
-the process that makes it changes what it is.
-"""
+"""Logits -> tokens: sampling options, filters, and the draw by inverse CDF. Pure functions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-from autoregressive.models.gpt import GPT
 
 CFG_SCHEDULES = ("constant", "linear", "power-cosine")
 
@@ -105,89 +98,3 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, options: SamplingOption
     cdf = logits.softmax(-1).cumsum(-1)  # (B, t, V)
     u = uniforms[..., None] * cdf[..., -1:]  # (B, t, 1), of 1 up to rounding; below it, as (1 - 2^-24) y rounds below y
     return torch.searchsorted(cdf, u, right=True).squeeze(-1)  # (B, t)
-
-
-class Generator:
-    """Class ids -> codes, batch after batch, with one model; cache and buffers are allocated here, once.
-
-    ``batch``: images at most at a time. ``compiled``: by kernels made for it, see ``GPT.compile_for_decoding``, and on
-    CUDA with the whole schedule in one CUDA graph, so that a batch costs one launch. The model must be in ``eval()``
-    mode.
-    """
-
-    def __init__(self, model: GPT, options: SamplingOptions, batch: int, compiled: bool = False):
-        assert not model.training, "call model.eval() before generating"
-        self.model, self.options, self.batch = model, options, batch
-        order, device = model.order, model.permutation.device
-        self.scales = [options.scale(start, order.num_tokens) for start, _ in order.schedule]
-        self.guided_steps = max((i + 1 for i, s in enumerate(self.scales) if s != 1.0), default=0)
-        rows = 2 * batch if self.guided_steps else batch
-        self.tokens = torch.zeros(rows, order.num_tokens, dtype=torch.int64, device=device)  # (R, T)
-        self.labels = torch.full((rows,), model.config.num_classes, device=device)  # (R,), null from ``batch`` on
-        if compiled:
-            model.compile_for_decoding(rows)
-        self.cache = model.new_cache(rows)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if compiled and device.type == "cuda":
-            self._capture()
-
-    @torch.inference_mode()
-    def __call__(
-        self,
-        cond: torch.Tensor,
-        uniforms: torch.Tensor,
-        on_step: Callable[[torch.Tensor, int], None] | None = None,
-    ) -> torch.Tensor:
-        """Raster codes (B, T) int64 of class ids ``cond`` (B,), from ``uniforms`` (B, T), one a token in region order.
-
-        B <= ``batch``. ``on_step`` is told, after each forward call, the region-ordered tokens (B, T) so far and how
-        many of them are decoded; not with a CUDA graph.
-        """
-        if self.graph is None:
-            return self._decode(cond, uniforms, on_step)
-        self.cond[: len(cond)], self.uniforms[: len(cond)] = cond, uniforms
-        self.graph.replay()
-        return self.codes[: len(cond)].clone()  # (B, T)
-
-    def _decode(
-        self,
-        cond: torch.Tensor,
-        uniforms: torch.Tensor,
-        on_step: Callable[[torch.Tensor, int], None] | None = None,
-    ) -> torch.Tensor:
-        model, batch = self.model, len(cond)
-        guided = self.guided_steps > 0
-        rows = 2 * batch if guided else batch
-        # conditional rows first; the unconditional half repeats their tokens
-        cache, tokens, labels = self.cache.first_rows(rows), self.tokens[:rows], self.labels[:rows]
-        labels[:batch] = cond
-        labels[batch:] = model.config.num_classes
-        for i, (start, stop) in enumerate(model.order.schedule):
-            if guided and i == self.guided_steps:  # from here on the unconditional half rests
-                guided, cache, tokens, labels = False, cache.first_rows(batch), tokens[:batch], labels[:batch]
-            scale = self.scales[i] if guided else None
-            logits = model.decode_step(tokens, labels, start, stop, cache, scale)  # (B, t, V)
-            drawn = sample(logits, uniforms[:, start:stop], self.options)  # (B, t)
-            tokens.view(-1, batch, tokens.shape[1])[:, :, start:stop] = drawn  # (2 or 1, B, t)
-            if on_step is not None:
-                on_step(tokens[:batch], stop)
-        return tokens[:batch, model.inverse]  # (B, T)
-
-    @torch.inference_mode()
-    def _capture(self) -> None:
-        self.cond = torch.zeros_like(self.labels[: self.batch])  # (B,)
-        self.uniforms = torch.zeros_like(self.tokens[: self.batch], dtype=torch.float32)  # (B, T)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compile and warm up before capture
-            self._decode(self.cond, self.uniforms)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.codes = self._decode(self.cond, self.uniforms)  # (B, T)
-        self.graph = graph
-
-
-def generate(model: GPT, cond: torch.Tensor, uniforms: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
-    """One batch of raster codes (B, T) int64 for class ids ``cond`` (B,) and ``uniforms`` (B, T); see Generator."""
-    return Generator(model, options, len(cond))(cond, uniforms)

@@ -1,0 +1,82 @@
+"""The decoding step through torch.compile, and on CUDA the whole schedule as one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from autoregressive.models.gpt import GPT, KVCache, TransformerBlock, guide
+
+
+def finish_block(block: TransformerBlock, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Add the attention output y to x, then the feed-forward, both (B, T, D); a block in ``eval()`` mode.
+
+    Without the stochastic depth, which does nothing then but would make torch.compile treat every block on its own.
+    """
+    x = x + block.attention.output(y)  # (B, T, D)
+    return x + block.feed_forward(block.ffn_norm(x))  # (B, T, D)
+
+
+class CompiledDecoder:
+    """Decoder (see decoding/decoder.py) of a GPT in ``eval()`` mode, which stays as it is.
+
+    torch.compile gets the parts of a block before and after its attention, with one compilation for all blocks.
+    Attention and cache stay as they are: their growing lengths would become copies of the cache.
+    """
+
+    def __init__(self, model: GPT):
+        self.config, self.order, self.model = model.config, model.order, model
+        self.device = model.permutation.device
+        self._before = torch.compile(TransformerBlock.before_attention)
+        self._after = torch.compile(finish_block)
+
+    def new_cache(self, batch: int) -> KVCache:
+        """Return an empty cache for ``batch`` rows and all slots."""
+        return self.model.new_cache(batch)
+
+    def decode_step(
+        self,
+        tokens: torch.Tensor,
+        cond: torch.Tensor,
+        start: int,
+        stop: int,
+        cache: KVCache,
+        cfg_scale: float | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, stop - start, V), float32 at least, of slots [start, stop); as ``GPT.decode_step``."""
+        model = self.model
+        freqs_cis = model.freqs_cis[start:stop]  # (t, hd/2, 2)
+        x = model.embed_slots(tokens, cond, start, stop)  # (B, t, D)
+        for block in model.layers:
+            q, k, v = self._before(block, x, freqs_cis)  # (B, H or Hkv, t, hd)
+            x = self._after(block, x, block.attention.mix(q, k, v, None, cache, start))  # (B, t, D)
+        logits = model.output(guide(model.norm(x), cfg_scale))  # (B or B / 2, t, V)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @torch.inference_mode()
+    def capture(self, decode: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Callable[..., torch.Tensor]:
+        """Record ``decode(*inputs)`` as one CUDA graph and return a function that replays it.
+
+        inputs: buffers of the largest batch. The function copies its arguments, of as many rows or fewer, into them.
+        Elsewhere than on CUDA, returns ``decode`` as it is.
+        """
+        if self.device.type != "cuda":
+            return decode
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compile and warm up before the recording
+            decode(*inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = decode(*inputs)
+
+        def replay(*arguments: torch.Tensor) -> torch.Tensor:
+            rows = len(arguments[0])
+            for buffer, argument in zip(inputs, arguments, strict=True):
+                buffer[:rows] = argument
+            graph.replay()
+            return output[:rows].clone()
+
+        return replay

@@ -1,0 +1,223 @@
+"""The decoding step by our own kernels.
+
+At few rows a step is bound by reading the weights, and torch's operators reach half of the memory's speed. layout.h
+shows how weights and cache lie in memory; this file brings them there. They are float32 or bfloat16. Where the processor
+does not multiply bfloat16 they are only kept in it, at half the bytes, and arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import weakref
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from autoregressive.decoding.cpu.build import NAMES, load, unavailable_reason
+from autoregressive.models.gpt import GPT, guide
+
+LANES = 16  # outputs in a panel, see layout.h
+UNIT_BYTES = 4
+DEPTH = 32  # inputs are padded to a multiple of this
+MANY_ROWS = 32  # with AMX, float32 of more rows is bound by arithmetic, and faster as ``split`` (see layout.h)
+HUGE_PAGE = 1 << 21
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("wqkv", "wo", "w13", "w2", "attention_norm", "ffn_norm")]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [("layers", ctypes.POINTER(_Layer))]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("norm", "rotary", "head")]
+    _fields_ += [
+        (name, ctypes.c_int32)
+        for name in ("n_layer", "dim", "n_head", "kv_heads", "head_dim", "ffn_dim", "vocab_size", "slots")
+    ]
+    _fields_ += [("eps", ctypes.c_float)]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p)]
+    _fields_ += [(name, ctypes.c_int64) for name in ("layer_stride", "row_stride", "head_stride")]
+
+
+_SIGNATURES = {
+    "create": (ctypes.c_void_p, [ctypes.POINTER(_Model)]),
+    "destroy": (None, [ctypes.c_void_p]),
+    "trunk": (None, [ctypes.c_void_p] * 3 + [ctypes.POINTER(_Cache)] + [ctypes.c_int] * 3),
+    "head": (None, [ctypes.c_void_p] * 3 + [ctypes.c_int]),
+}
+
+
+def _round_up(x: int, to: int) -> int:
+    return -(-x // to) * to
+
+
+def _units(inputs: int, dtype: torch.dtype) -> int:
+    return _round_up(inputs, DEPTH) * dtype.itemsize // UNIT_BYTES
+
+
+def _pages(size: int) -> torch.Tensor:
+    """Return ``size`` zeroed bytes, in 2 MiB pages where the system has them: small ones cost 5-10% of the speed."""
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):  # not every system has them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    first = -whole.data_ptr() % HUGE_PAGE
+    return whole[first : first + size]
+
+
+def _panels(weight: torch.Tensor) -> torch.Tensor:
+    """Return a matrix (out, in) as panels (out / 16, units, 16, elements of a unit), an even number of them."""
+    per_unit = UNIT_BYTES // weight.element_size()
+    outputs, inputs = weight.shape
+    units = _units(inputs, weight.dtype)
+    padded = F.pad(weight, (0, units * per_unit - inputs, 0, _round_up(outputs, 2 * LANES) - outputs))
+    return padded.view(-1, LANES, units, per_unit).transpose(1, 2)  # (out / 16, units, 16, per_unit)
+
+
+def _gate_and_up(w1: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
+    """Interleave w1 and w3 (F, D) -> (2 F, D): 8 rows of one, then the same 8 of the other."""
+    half = LANES // 2
+    both = torch.stack([F.pad(w, (0, 0, 0, -len(w) % half)).unflatten(0, (-1, half)) for w in (w1, w3)])
+    return both.transpose(0, 1).flatten(0, 2)  # (F / 8, 2, 8, D) -> (2 F, D)
+
+
+def _rotary(freqs_cis: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """cos and sin (T, hd / 2, 2) -> (T, 2, channels): cos, cos, ... and -sin, sin, ..., zero beyond head_dim."""
+    cos, sin = freqs_cis.unbind(-1)  # (T, hd / 2)
+    turn = torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)], 1).flatten(2)  # (T, 2, hd)
+    return F.pad(turn, (0, -head_dim % LANES)).contiguous()  # (T, 2, channels)
+
+
+class PackedCache:
+    """Keys and values of every layer in the kernels' layout, allocated once and filled in place."""
+
+    def __init__(self, store: torch.Tensor):
+        self.store = store  # (L, B, Hkv, units of one head's keys and values)
+
+    def first_rows(self, batch: int) -> PackedCache:
+        """Return a cache of the first ``batch`` rows that shares this one's memory."""
+        return PackedCache(self.store[:, :batch])
+
+
+class CPUDecoder:
+    """Decoder (see decoding/decoder.py) of a GPT whose weights it has taken; made by ``consume``."""
+
+    def __init__(self, model: GPT, rows: int):
+        self.config, self.order = model.config, model.order
+        self.device = torch.device("cpu")
+        self.dtype = model.output.weight.dtype
+        self._embed_slots = model.embed_slots
+        self._create_kernels(model, rows)
+
+    @classmethod
+    def consume(cls, model: GPT, rows: int) -> CPUDecoder:
+        """Move the weights of ``model``, in ``eval()`` mode and of float32 or bfloat16, out of it into a decoder.
+
+        rows: rows of the largest step, images times slots (twice with guidance); the kernels are chosen by it.
+        ``model`` refuses to be used afterwards. Raises ``ValueError`` if there are no kernels.
+        """
+        reason = unavailable_reason(model.output.weight.dtype)
+        if reason is not None:
+            raise ValueError(reason)
+        decoder = cls(model, rows)
+        for name in ("forward", "logits", "hidden", "trunk", "decode_step", "new_cache", "state_dict"):
+            setattr(model, name, _refuse)
+        return decoder
+
+    def _create_kernels(self, model: GPT, rows: int) -> None:
+        config = self.config
+        matrices = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        sizes = [(m.out_features + 2 * LANES) * _units(m.in_features, self.dtype) * UNIT_BYTES for m in matrices]
+        self._free = _pages(sum(sizes))  # memory not yet used; a view, which keeps all of it alive
+        self._kept: list[torch.Tensor] = []  # tensors the kernels point to
+        layers = (_Layer * config.n_layer)(*(self._pack_block(block) for block in model.layers))
+        norm, rotary = model.norm.weight.float(), _rotary(model.freqs_cis, config.head_dim)
+        head = self._pack(model.output.weight, model.output)
+        self._kept += [norm, rotary]
+
+        shape = (config.n_layer, config.dim, config.n_head, config.kv_heads, config.head_dim, config.ffn_dim)
+        pointers = (norm.data_ptr(), rotary.data_ptr(), head.data_ptr())
+        slots = self.order.num_tokens
+        description = _Model(layers, *pointers, *shape, config.vocab_size, slots, config.norm_eps)
+        self._library, kernels = load(), NAMES[self.dtype]
+        if self.dtype == torch.float32 and rows > MANY_ROWS and self._library.has_tiles:
+            kernels = "split"
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(self._library, f"{name}_{kernels}")
+            function.restype, function.argtypes = result, arguments
+            setattr(self, f"_{name}", function)
+        self._handle = self._create(ctypes.byref(description))
+        weakref.finalize(self, self._destroy, self._handle)
+
+    def _pack_block(self, block: nn.Module) -> _Layer:
+        attention, ffn = block.attention, block.feed_forward
+        wqkv = self._pack(attention.wqkv.weight, attention.wqkv)
+        wo = self._pack(attention.wo.weight, attention.wo)
+        w13 = self._pack(_gate_and_up(ffn.w1.weight, ffn.w3.weight), ffn.w1, ffn.w3)
+        w2 = self._pack(ffn.w2.weight, ffn.w2)
+        norms = [block.attention_norm.weight.float(), block.ffn_norm.weight.float()]
+        self._kept += norms
+        return _Layer(*(w.data_ptr() for w in (wqkv, wo, w13, w2, *norms)))
+
+    def _pack(self, weight: torch.Tensor, *modules: nn.Linear) -> torch.Tensor:
+        """Copy ``weight`` into our memory as panels, and empty the ``modules`` it is from."""
+        panels = _panels(weight.detach())
+        size = panels.numel() * panels.element_size()
+        packed, self._free = self._free[:size], self._free[size:]
+        packed.view(weight.dtype).view(panels.shape).copy_(panels)
+        for module in modules:
+            module.weight.data = weight.new_empty(0)
+        return packed
+
+    def new_cache(self, batch: int) -> PackedCache:
+        """Return an empty cache for ``batch`` rows and all slots."""
+        config, slot_units = self.config, _units(self.order.num_tokens, self.dtype)
+        slots = slot_units * UNIT_BYTES // self.dtype.itemsize
+        head = slots * _units(config.head_dim, self.dtype) + slot_units * _round_up(config.head_dim, LANES)
+        shape = (config.n_layer, batch, config.kv_heads, head)
+        return PackedCache(_pages(UNIT_BYTES * torch.Size(shape).numel()).view(torch.int32).view(shape))
+
+    def decode_step(
+        self,
+        tokens: torch.Tensor,
+        cond: torch.Tensor,
+        start: int,
+        stop: int,
+        cache: PackedCache,
+        cfg_scale: float | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, stop - start, V) float32 of slots [start, stop); as ``GPT.decode_step``."""
+        x = self._embed_slots(tokens, cond, start, stop)  # (B, t, D)
+        hidden = self.trunk(x, start, cache)  # (B, t, D)
+        return self.head(guide(hidden, cfg_scale))  # (B or B / 2, t, V)
+
+    def trunk(self, x: torch.Tensor, start: int, cache: PackedCache) -> torch.Tensor:
+        """Blocks and final norm of slots from ``start``: (B, t, D) of any type -> (B, t, D) float32."""
+        batch, t, _ = x.shape
+        store = cache.store
+        assert start + t <= self.order.num_tokens and batch <= store.shape[1], "more slots or rows than the cache has"
+        x = x.to(torch.float32, copy=True).contiguous()  # (B, t, D), overwritten by the kernels
+        hidden = torch.empty_like(x)  # (B, t, D)
+        where = _Cache(store.data_ptr(), *store.stride()[:3])
+        self._library.set_threads(torch.get_num_threads())
+        self._trunk(self._handle, x.data_ptr(), hidden.data_ptr(), ctypes.byref(where), batch, t, start)
+        return hidden
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The output layer: (..., D) -> logits (..., V) float32."""
+        hidden = hidden.float().contiguous()  # (..., D)
+        rows = hidden.numel() // self.config.dim
+        logits = hidden.new_empty(*hidden.shape[:-1], self.config.vocab_size)  # (..., V)
+        self._head(self._handle, hidden.data_ptr(), logits.data_ptr(), rows)
+        return logits
+
+
+def _refuse(*_: object, **__: object) -> NoReturn:
+    raise RuntimeError("CPUDecoder.consume has taken the weights of this GPT; load it again to use it")

@@ -1,0 +1,180 @@
+"""What a decoder is, and the one place that chooses one for a machine.
+
+``eager``: the GPT itself, by torch's operators. ``kernels``: our own, on a CPU. ``compiled``: torch.compile, and one
+CUDA graph. Where a CPU has a choice, both ways are timed on it once and the faster one is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from autoregressive.decoding.compiled import CompiledDecoder
+from autoregressive.decoding.cpu.build import cache_folder, load, unavailable_reason
+from autoregressive.decoding.cpu.decoder import CPUDecoder
+from autoregressive.models.gpt import GPT, GPTConfig
+from autoregressive.models.region_order import RegionOrder
+from utils.files import write_json
+from utils.precision import AUTOCAST_DTYPE, resolve_precision
+
+MEASURED_BYTES = 1 << 28  # weights in the timed part of a model: more than a cache holds
+MEASURED_SECONDS = 0.3  # per way, at least one step
+
+
+class Decoder(Protocol):
+    """Anything that makes logits step by step over a cache of its own kind. A GPT in ``eval()`` mode is one.
+
+    A decoder may also have ``capture``, see ``CompiledDecoder``.
+    """
+
+    config: GPTConfig
+    order: RegionOrder
+    device: torch.device
+
+    def new_cache(self, batch: int) -> Any:
+        """Return an empty cache for at most ``batch`` rows; ``first_rows(b)`` of it shares its memory."""
+
+    def decode_step(
+        self, tokens: torch.Tensor, cond: torch.Tensor, start: int, stop: int, cache: Any, cfg_scale: float | None
+    ) -> torch.Tensor:
+        """See ``GPT.decode_step``."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of decoding: the type of weights and cache, a key of ``AUTOCAST_DTYPE``, and the decoder's name."""
+
+    precision: str
+    decoder: str
+
+    @property
+    def compiled(self) -> bool:
+        """Whether ``--compile`` stands for it."""
+        return self.decoder != "eager"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights and cache."""
+        return AUTOCAST_DTYPE[self.precision] or torch.float32
+
+    def __str__(self) -> str:
+        by = {"eager": "torch's operators", "kernels": "our kernels", "compiled": "torch.compile"}[self.decoder]
+        return f"{by} in {str(self.dtype).removeprefix('torch.')}"
+
+
+def make_decoder(model: GPT, way: Way, rows: int) -> Decoder:
+    """Return a decoder of ``model``, which is on its device in ``way.dtype``; ``kernels`` take its weights.
+
+    rows: rows of the largest step, images times slots (twice with guidance).
+    """
+    assert not model.training, "call model.eval() before decoding"
+    if way.decoder == "kernels":
+        return CPUDecoder.consume(model, rows)
+    return CompiledDecoder(model) if way.decoder == "compiled" else model
+
+
+def possible_ways(
+    device: torch.device, precision: str, compiled: bool | None, quantized: bool
+) -> tuple[list[Way], str | None]:
+    """Return the ways that the options leave, and a note where one of them cannot be had on a CPU.
+
+    precision: as written, ``auto`` included; on a CPU our kernels then keep weights in bfloat16, whether or not the
+    processor multiplies it. compiled: ``--compile`` as written, None if it was left out. Raises ``ValueError`` if
+    ``compiled`` asks for kernels that there are not.
+    """
+    resolved, _ = resolve_precision(precision, device)
+    if device.type != "cpu":
+        return [Way(resolved, "compiled" if compiled else "eager")], None
+    kernels, eager = Way("bf16" if precision == "auto" else resolved, "kernels"), Way(resolved, "eager")
+    reason = "none for quantized weights" if quantized else unavailable_reason(kernels.dtype)
+    if compiled and reason is not None:
+        raise ValueError(f"--compile: no kernels for decoding on this CPU: {reason}")
+    if compiled is not None:
+        return [kernels if compiled else eager], None
+    if reason is not None:
+        return [eager], f"decoding by {eager}, several times slower than by our kernels: {reason}"
+    return [kernels, eager], None
+
+
+def choose_way(
+    model: GPT, ways: list[Way], batch: int, guided: bool, begun: Callable[[Way], bool] | None = None
+) -> tuple[Way, str]:
+    """Return one of ``ways`` and a line that says why.
+
+    The only one; else the one that an interrupted run has ``begun`` with, so that it ends in the same images; else the
+    faster one on this CPU. model: float32 on the CPU, left as it is. batch: images at a time.
+    """
+    if len(ways) == 1:
+        return ways[0], f"decoding by {ways[0]}"
+    for way in ways:
+        if begun is not None and begun(way):
+            return way, f"decoding by {way}, as the run began"
+    seconds, is_new = measured_seconds(model, ways, batch, guided)
+    best, other = sorted(ways, key=seconds.get)
+    return best, (
+        f"decoding by {best}: {1e3 * seconds[best]:.3g} ms per step, by {other} {1e3 * seconds[other]:.3g} "
+        f"(measured {'now' if is_new else 'before'} on this machine; --compile and --no-compile override it)"
+    )
+
+
+def measured_seconds(model: GPT, ways: list[Way], batch: int, guided: bool) -> tuple[dict[Way, float], bool]:
+    """Return seconds per step of each of ``ways`` on this CPU, and whether they were measured just now.
+
+    Kept beside the compiled kernels and made again when kernels, processor, torch, threads, model size, rows or
+    precision change.
+    """
+    shape = {k: v for k, v in asdict(model.config).items() if "drop" not in k}
+    kernels = load()
+    facts = [kernels if isinstance(kernels, str) else kernels.key, torch.__version__, torch.get_num_threads()]
+    text = json.dumps([*facts, shape, [str(w) for w in ways], batch, guided])
+    path = cache_folder() / f"decoders-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    try:
+        kept = json.loads(path.read_text())
+        seconds = {way: float(kept[str(way)]) for way in ways}
+        if all(s > 0.0 for s in seconds.values()):
+            return seconds, False
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not measured yet, or the file is damaged
+    seconds = {way: time_step(model, way, batch, guided) for way in ways}
+    with contextlib.suppress(OSError):  # measured again next time
+        write_json(path, {str(way): s for way, s in seconds.items()} | {"of": text})
+    return seconds, True
+
+
+@torch.inference_mode()
+def time_step(model: GPT, way: Way, batch: int, guided: bool) -> float:
+    """Return the seconds of one step in the middle of the schedule, by as many layers as fill ``MEASURED_BYTES``."""
+    layer_bytes = sum(p.numel() for p in model.layers[0].parameters()) * way.dtype.itemsize
+    layers = min(model.config.n_layer, -(-MEASURED_BYTES // layer_bytes))
+    part = first_layers(model, layers).cast_weights(way.dtype)
+    rows, (start, stop) = (2 * batch if guided else batch), model.order.schedule[len(model.order.schedule) // 2]
+    decoder = make_decoder(part, way, rows * model.order.n)
+    tokens = torch.zeros(rows, model.order.num_tokens, dtype=torch.int64)  # (R, T)
+    labels = torch.zeros(rows, dtype=torch.int64)  # (R,)
+    cache = decoder.new_cache(rows)
+    cache.store.zero_()  # memory never written to would be read from one page
+
+    seconds: list[float] = []
+    while not seconds or sum(seconds) < MEASURED_SECONDS:
+        if not seconds:
+            decoder.decode_step(tokens, labels, start, stop, cache, 1.5 if guided else None)  # warm up
+        started = time.perf_counter()
+        decoder.decode_step(tokens, labels, start, stop, cache, 1.5 if guided else None)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def first_layers(model: GPT, count: int) -> GPT:
+    """Return a GPT of the first ``count`` layers of ``model``, sharing its weights' memory."""
+    with torch.device("meta"):
+        part = GPT(replace(model.config, n_layer=count))
+    state = model.state_dict()
+    part.load_state_dict({name: state[name] for name in part.state_dict()}, assign=True)
+    return part.eval().requires_grad_(False)

@@ -1,0 +1,78 @@
+"""Class ids -> raster codes: the one decode loop, with KV cache, guidance and inverse-CDF sampling.
+
+Image i's randomness is one uniform number per token drawn from (seed, i), so neither its batch nor the process that
+generates it changes what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from autoregressive.decoding.decoder import Decoder
+from autoregressive.decoding.sampling import SamplingOptions, sample
+from autoregressive.models.region_order import RegionOrder
+
+StepHook = Callable[[torch.Tensor, int], None]
+
+
+class Generator:
+    """Class ids -> codes, batch after batch, by one decoder; cache and buffers are allocated here, once.
+
+    decoder: a GPT in ``eval()`` mode or another ``Decoder`` of one. batch: most images at a time.
+    """
+
+    def __init__(self, decoder: Decoder, order: RegionOrder, options: SamplingOptions, batch: int):
+        assert not getattr(decoder, "training", False), "call model.eval() before generating"
+        self.decoder, self.order, self.options, self.batch = decoder, order, options, batch
+        device, num_classes, slots = decoder.device, decoder.config.num_classes, order.num_tokens
+        self.inverse = order.inverse.to(device)  # (T,)
+        self.scales = [options.scale(start, slots) for start, _ in order.schedule]
+        self.guided_steps = max((i + 1 for i, s in enumerate(self.scales) if s != 1.0), default=0)
+
+        rows = 2 * batch if self.guided_steps else batch
+        self.tokens = torch.zeros(rows, slots, dtype=torch.int64, device=device)  # (R, T)
+        self.labels = torch.full((rows,), num_classes, device=device)  # (R,), null from ``batch`` on
+        self.cache = decoder.new_cache(rows)
+        self._decode_batch = self._decode
+        if (capture := getattr(decoder, "capture", None)) is not None:
+            cond = torch.zeros(batch, dtype=torch.int64, device=device)  # (B,)
+            uniforms = torch.zeros(batch, slots, device=device)  # (B, T)
+            self._decode_batch = capture(self._decode, cond, uniforms)
+
+    @torch.inference_mode()
+    def __call__(self, cond: torch.Tensor, uniforms: torch.Tensor, on_step: StepHook | None = None) -> torch.Tensor:
+        """Raster codes (B, T) int64 of class ids ``cond`` (B,), from ``uniforms`` (B, T) in region order.
+
+        B <= ``batch``. ``on_step`` is called after each forward call with the region-ordered tokens (B, T) so far and
+        how many of them are decoded.
+        """
+        if on_step is None:
+            return self._decode_batch(cond, uniforms)  # (B, T)
+        return self._decode(cond, uniforms, on_step)  # (B, T)
+
+    def _decode(self, cond: torch.Tensor, uniforms: torch.Tensor, on_step: StepHook | None = None) -> torch.Tensor:
+        batch, guided = len(cond), self.guided_steps > 0
+        rows = 2 * batch if guided else batch
+        # conditional rows first; the unconditional half repeats their tokens
+        cache, tokens, labels = self.cache.first_rows(rows), self.tokens[:rows], self.labels[:rows]
+        labels[:batch] = cond
+        labels[batch:] = self.decoder.config.num_classes
+        for i, (start, stop) in enumerate(self.order.schedule):
+            if guided and i == self.guided_steps:  # from here on the unconditional half rests
+                guided, cache, tokens, labels = False, cache.first_rows(batch), tokens[:batch], labels[:batch]
+            scale = self.scales[i] if guided else None
+            logits = self.decoder.decode_step(tokens, labels, start, stop, cache, scale)  # (B, t, V)
+            drawn = sample(logits, uniforms[:, start:stop], self.options)  # (B, t)
+            tokens.view(-1, batch, tokens.shape[1])[:, :, start:stop] = drawn  # (2 or 1, B, t)
+            if on_step is not None:
+                on_step(tokens[:batch], stop)
+        return tokens[:batch, self.inverse]  # (B, T)
+
+
+def generate(
+    decoder: Decoder, order: RegionOrder, cond: torch.Tensor, uniforms: torch.Tensor, options: SamplingOptions
+) -> torch.Tensor:
+    """One batch of raster codes (B, T) int64 for class ids ``cond`` (B,) and ``uniforms`` (B, T); see Generator."""
+    return Generator(decoder, order, options, len(cond))(cond, uniforms)

@@ -1,0 +1,232 @@
+"""Decoders: kernels built for lesser and greater processors give the model's logits; how one is chosen."""
+
+import json
+import platform
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from autoregressive.decoding import decoder as decoders
+from autoregressive.decoding.compiled import CompiledDecoder
+from autoregressive.decoding.cpu import build
+from autoregressive.decoding.cpu.build import unavailable_reason
+from autoregressive.decoding.cpu.decoder import CPUDecoder
+from autoregressive.decoding.decoder import Way, choose_way, possible_ways
+from autoregressive.decoding.generate import Generator
+from autoregressive.decoding.sampling import SamplingOptions, image_randomness
+from autoregressive.models.gpt import GPT
+from tests.conftest import ROOT, fill_from_names
+from tests.test_gpt import random_codes, small_config, tiny_gpt
+
+CPU = torch.device("cpu")
+# name -> flags after our own, and what the processor must have to run the result
+BUILDS = {
+    "this processor": ("", None),
+    "AVX2": ("-march=x86-64-v3", "avx2"),
+    "no vectors wider than Arm's": ("-march=x86-64", "sse2"),
+    "AVX-512 without bfloat16": ("-march=x86-64-v4", "avx512vl"),
+    "AMX, emulated": (f"-D__AMX_BF16__ -include {ROOT / 'tests/emulated_tiles.h'}", "avx512_bf16"),
+}
+
+
+@pytest.fixture(params=list(BUILDS))
+def kernels(request, monkeypatch):
+    """The kernels as built for this processor, and for others; skips what cannot run here."""
+    flags, needs = BUILDS[request.param]
+    if needs is not None and (platform.machine() != "x86_64" or needs not in Path("/proc/cpuinfo").read_text()):
+        pytest.skip(f"this processor has no {needs}")
+    monkeypatch.setenv("CXXFLAGS", flags)
+    build.load.cache_clear()
+    if (reason := unavailable_reason(torch.float32)) is not None:
+        pytest.skip(reason)
+    yield request.param
+    build.load.cache_clear()
+
+
+@pytest.mark.parametrize("n", [4, 9, 16])
+def test_greedy_tokens_by_kernels_are_golden(golden, kernels, n):
+    """What the samplers decode with on a CPU, in float32."""
+    file = golden(f"gpt_tiny_n{n}.npz")
+    model, cond = tiny_gpt(file), torch.from_numpy(file["cond"][:-1])
+    uniforms = torch.zeros(len(cond), model.order.num_tokens)
+    decoder = CPUDecoder.consume(model, 2 * len(cond) * n)
+    generator = Generator(decoder, model.order, SamplingOptions(cfg_scale=1.75, temperature=0.0), len(cond))
+    assert np.array_equal(generator(cond, uniforms).numpy(), file["greedy_raster_cfg1.75"])
+
+
+# width of a head and of the feed-forward not a multiple of 16, grouped heads, a vocabulary that ends within a panel
+ODD = dict(dim=72, n_head=6, n_kv_head=2, multiple_of=20, vocab_size=301, grid_height=8, grid_width=12)
+WIDE = dict(dim=200, n_head=2)  # heads of 100 channels, as GPT-3B's
+
+
+@pytest.mark.parametrize("batch", [5, 35])  # of float32, with tiles, the second have kernels of their own
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    "shape",
+    [*(ODD | {"ar_token_num": n} for n in (1, 4, 16)), *({"grid_height": 8, "grid_width": 8} | s for s in ({}, WIDE))],
+)
+def test_kernels_give_the_logits_of_the_model(kernels, shape, dtype, tolerance, batch):
+    """Each step, against float64 and torch's operators, after the same tokens; 35 rows are in no block whole."""
+    config = small_config(**shape)
+    reference = fill_from_names(GPT(config)).double().eval()
+    model = fill_from_names(GPT(config)).eval().cast_weights(dtype)
+    decoder = CPUDecoder.consume(model, batch * config.ar_token_num)
+    tokens = torch.randint(config.vocab_size, (batch, model.order.num_tokens))
+    cond = torch.arange(batch) % (config.num_classes + 1)
+    caches = [reference.new_cache(batch), decoder.new_cache(batch)]
+    with torch.no_grad():
+        for step in model.order.schedule:
+            expected = reference.decode_step(tokens, cond, *step, caches[0])
+            logits = decoder.decode_step(tokens, cond, *step, caches[1]).double()
+            assert logits.shape == expected.shape
+            assert (logits - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("n", [1, 4])  # 20 rows and 80, see above
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_round_alike_in_any_batch_after_any_other_and_on_any_number_of_threads(kernels, dtype, n):
+    options, threads = SamplingOptions(cfg_scale=1.5, cfg_interval=20), torch.get_num_threads()
+    config = small_config(grid_height=8, grid_width=8, vocab_size=301, dim=64, ar_token_num=n)
+    model = fill_from_names(GPT(config)).eval().cast_weights(dtype)
+    generator = Generator(CPUDecoder.consume(model, 20 * n), model.order, options, 10)
+    labels, uniforms = map(torch.from_numpy, image_randomness(3, range(10), 3, 64))
+    together = generator(labels, uniforms)
+    assert together.unique().numel() > 100
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for first, stop in ((0, 1), (1, 6), (6, 10)):
+                generator.cache.store.fill_(0x7FC07FC0)  # NaN in both types, as a diverged batch leaves behind
+                alone = generator(labels[first:stop], uniforms[first:stop])
+                assert torch.equal(alone, together[first:stop])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_consumed_model_refuses_by_name(kernels):
+    """It looked healthy and failed with shape errors, or gave an empty state dict."""
+    model = fill_from_names(GPT(small_config())).eval()
+    codes, cond = random_codes(model.config)
+    CPUDecoder.consume(model, 8)
+    for use in (lambda: model(codes, cond), lambda: model.logits(codes, cond), model.state_dict):
+        with pytest.raises(RuntimeError, match="CPUDecoder.consume has taken the weights"):
+            use()
+
+
+@pytest.mark.parametrize("compiler, reason", [("no-such-compiler", "no C\\+\\+ compiler"), ("false", "compiler")])
+def test_without_a_compiler_torch_decodes(monkeypatch, tmp_path, compiler, reason):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.load.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=reason):
+            CPUDecoder.consume(fill_from_names(GPT(small_config())).eval(), 1)
+        ways, note = possible_ways(CPU, "none", None, quantized=False)
+        assert ways == [Way("none", "eager")] and "compiler" in note
+        with pytest.raises(ValueError, match="--compile: no kernels"):
+            possible_ways(CPU, "none", True, quantized=False)
+    finally:
+        build.load.cache_clear()
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_kernels_compile_for_arm(tmp_path):
+    """Compiled only: no Arm processor was at hand."""
+    compiler = "aarch64-linux-gnu-g++"
+    flags = [f for f in build.FLAGS if f != "-fopenmp"] + ["-fopenmp", "-Wall", "-Werror", "-Wno-unused-function"]
+    command = [compiler, *flags, str(build.FOLDER / "decoder.cpp"), "-o", str(tmp_path / "arm.so")]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip(f"{compiler} is not installed")
+
+
+def test_no_kernels_for_float16():
+    if (reason := unavailable_reason(torch.float32)) is not None:
+        pytest.skip(reason)
+    assert "float16" in unavailable_reason(torch.float16)
+    assert possible_ways(CPU, "fp16", None, quantized=False)[0] == [Way("fp16", "eager")]
+
+
+def test_options_leave_ways(monkeypatch):
+    """auto: kernels keep bfloat16 whatever the processor multiplies, torch's operators compute in what is quick."""
+    monkeypatch.setattr(decoders, "unavailable_reason", lambda dtype: None)
+    for has, eager in ((True, "bf16"), (False, "none")):
+        monkeypatch.setattr("utils.precision.has_bfloat16", lambda device, has=has: has)
+        assert possible_ways(CPU, "auto", None, False)[0] == [Way("bf16", "kernels"), Way(eager, "eager")]
+        assert possible_ways(CPU, "none", None, False)[0] == [Way("none", "kernels"), Way("none", "eager")]
+        assert possible_ways(CPU, "auto", True, False)[0] == [Way("bf16", "kernels")]
+        assert possible_ways(CPU, "auto", False, False)[0] == [Way(eager, "eager")]
+        assert possible_ways(CPU, "auto", None, True)[0] == [Way(eager, "eager")]
+    other = torch.device("xpu")
+    assert possible_ways(other, "auto", None, False)[0] == [Way("none", "eager")]
+    assert possible_ways(other, "bf16", True, False)[0] == [Way("bf16", "compiled")]
+
+
+@pytest.fixture
+def timed(monkeypatch, tmp_path):
+    """Ways as they are timed, and the seconds to pretend."""
+    log, seconds = [], {"kernels": 0.002, "eager": 0.001}
+    monkeypatch.setattr(decoders, "time_step", lambda model, way, *_: log.append(way) or seconds[way.decoder])
+    monkeypatch.setattr(decoders, "cache_folder", lambda: tmp_path)
+    return log, seconds
+
+
+WAYS = [Way("bf16", "kernels"), Way("none", "eager")]
+
+
+def test_the_faster_way_is_taken_and_remembered(timed, tmp_path):
+    """The kernels were the default where they were 6 times slower than torch's operators."""
+    log, seconds = timed
+    model = GPT(small_config())
+    way, reason = choose_way(model, WAYS, 8, guided=True)
+    assert way == WAYS[1] and "1 ms per step, by our kernels in bfloat16 2" in reason and "measured now" in reason
+    seconds["kernels"] = 0.0005
+    assert choose_way(model, WAYS, 8, guided=True)[0] == WAYS[1], "measured before"
+    assert len(log) == 2
+    assert choose_way(model, WAYS, 4, guided=True)[0] == WAYS[0], "another number of rows"
+    assert choose_way(GPT(small_config(dim=64)), WAYS, 8, guided=True)[0] == WAYS[0], "another size"
+    for path in tmp_path.iterdir():
+        path.write_text(json.dumps({str(w): "nonsense" for w in WAYS}))
+    assert choose_way(model, WAYS, 8, guided=True)[0] == WAYS[0], "a damaged file"
+
+
+def test_a_run_ends_as_it_began(timed):
+    way, reason = choose_way(GPT(small_config()), WAYS, 8, guided=True, begun=lambda way: way.decoder == "kernels")
+    assert way == WAYS[0] and "as the run began" in reason and not timed[0]
+
+
+def test_only_one_way_is_not_timed(timed):
+    assert choose_way(GPT(small_config()), WAYS[1:], 8, guided=True)[0] == WAYS[1]
+    assert not timed[0]
+
+
+def test_timing_leaves_the_model_as_it_was(monkeypatch, tmp_path):
+    """The kernels take the weights of what they are given, and a type is cast in place."""
+    if (reason := unavailable_reason(torch.bfloat16)) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(decoders, "cache_folder", lambda: tmp_path)
+    model = fill_from_names(GPT(small_config())).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    way, reason = choose_way(model, WAYS, 2, guided=True)
+    assert way in WAYS and "measured now" in reason
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    kept = [json.loads(path.read_text()) for path in tmp_path.glob("decoders-*.json")]
+    assert len(kept) == 1 and all(kept[0][str(way)] > 0 for way in WAYS)
+
+
+def test_compiled_decoder_gives_the_tokens_of_the_model(monkeypatch):
+    """On the CPU, without a graph; the model is not changed by it."""
+    model = fill_from_names(GPT(small_config(drop_path_rate=0.1))).eval()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    decoder = CompiledDecoder(model)
+    labels, uniforms = map(torch.from_numpy, image_randomness(3, range(3), 3, 16))
+    options = SamplingOptions(cfg_scale=1.5)
+    expected = Generator(model, model.order, options, 3)(labels, uniforms)
+    assert torch.equal(Generator(decoder, model.order, options, 3)(labels, uniforms), expected)
+    assert model.layers[1].drop_path.drop_prob > 0
