@@ -2,6 +2,6 @@
 # Install what is missing, then lint and all tests; options go to pytest.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements-dev.txt
 set -x
-ruff check .
-ruff format --check .
+python -m ruff check .
+python -m ruff format --check .
 python -m pytest "$@"
