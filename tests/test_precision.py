@@ -15,14 +15,16 @@ from utils import precision
 from utils.precision import has_bfloat16, is_emulated, limit_cpu, resolve_precision
 
 CPU = torch.device("cpu")
+EMULATED = "none (float32): this CPU computes in bfloat16 only by emulation, or slower than in float32"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """``machine(flags, capability, name)`` declares the processor to have these; none of it is the real one's."""
+    """``machine(flags, capability, name, gain)`` declares the processor's; none of it is the real one's."""
 
-    def declare(flags: str, capability: str = "AVX512", name: str = "x86_64") -> None:
+    def declare(flags: str, capability: str = "AVX512", name: str = "x86_64", gain: float = 2.0) -> None:
+        monkeypatch.setattr(precision, "bfloat16_gain", lambda: gain)
         monkeypatch.delenv("PAR_CPU", raising=False)
         monkeypatch.setattr(precision.platform, "machine", lambda: name)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
@@ -37,11 +39,12 @@ def machine(monkeypatch):
     (("avx2 avx512_bf16",), "bf16", "bf16: this CPU computes in bfloat16 (AVX-512 BF16)"),
     (("bf16", "DEFAULT", "aarch64"), "bf16", "bf16: this CPU computes in bfloat16 (Arm BF16)"),
     (("bf16", "SVE256", "arm64"), "bf16", "bf16: this CPU computes in bfloat16 (Arm BF16)"),
-    (("avx2", "AVX2"), "none", "none (float32): this CPU computes in bfloat16 only by emulation"),
-    (("avx2 avx512_f",), "none", "none (float32): this CPU computes in bfloat16 only by emulation"),
-    (("", "DEFAULT", "aarch64"), "none", "none (float32): this CPU computes in bfloat16 only by emulation"),
+    (("avx2", "AVX2"), "none", EMULATED),
+    (("avx2 avx512_f",), "none", EMULATED),
+    (("", "DEFAULT", "aarch64"), "none", EMULATED),
+    (("avx2 avx512_bf16", "AVX512", "x86_64", 0.5), "none", EMULATED),  # a Xeon whose AMX is hidden
     # ATEN_CPU_CAPABILITY=avx2 on a better one
-    (("avx2 amx_bf16 avx512_bf16", "AVX2"), "none", "none (float32): this CPU computes in bfloat16 only by emulation"),
+    (("avx2 amx_bf16 avx512_bf16", "AVX2"), "none", EMULATED),
 ])  # fmt: skip
 def test_auto_on_processors(machine, processor, expected, reason):
     machine(*processor)
@@ -54,7 +57,7 @@ def test_a_declared_processor_has_no_bfloat16(machine, monkeypatch, name):
     machine("avx2 amx_bf16 avx512_bf16")
     monkeypatch.setenv("PAR_CPU", name)
     assert not has_bfloat16(CPU)
-    assert resolve_precision("auto", CPU)[1].endswith(f"only by emulation (PAR_CPU={name})")
+    assert resolve_precision("auto", CPU)[1].endswith(f"than in float32 (PAR_CPU={name})")
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -106,7 +109,7 @@ def test_what_is_asked_for_is_taken_and_its_emulation_said(machine, flags, writt
     machine(flags)
     name, reason = resolve_precision(written, CPU)
     assert name == written and is_emulated(written, CPU) is emulated
-    warning = "; emulated on this CPU it may take many times as long as none (float32)"
+    warning = "; slow on this CPU: it may take many times as long as none (float32)"
     assert reason == f"{written}, as asked" + warning * emulated
 
 
@@ -156,7 +159,7 @@ def train_words(work: Path, cloud: Path, *options: object) -> list[object]:
 def test_training_says_and_records_what_it_takes(work, machine, monkeypatch, capfd, tmp_path):
     machine("avx2", "AVX2")
     log = quietly(capfd, monkeypatch, *train_words(work, tmp_path / "a", "--epochs", 1))
-    assert "--mixed-precision none (float32): this CPU computes in bfloat16 only by emulation" in log
+    assert f"--mixed-precision {EMULATED}" in log
     assert "--mixed-precision none (paper: bf16)" in log
     assert written_options(tmp_path / "a" / NAME)["mixed_precision"] == "none"
     machine("amx_bf16")
@@ -176,7 +179,7 @@ def test_extraction_is_in_float32_on_every_machine(work, machine, monkeypatch, c
     assert written_options(tmp_path / "a")["precision"] == "none"
     machine("avx2", "AVX2")
     log = quietly(capfd, monkeypatch, *words, "--code-path", tmp_path / "b", "--precision", "bf16", main=main)
-    assert "--precision bf16, as asked; emulated on this CPU it may take many times as long" in log
+    assert "--precision bf16, as asked; slow on this CPU: it may take many times as long" in log
     assert json.loads((tmp_path / "b" / "meta.json").read_text())["precision"] == "bf16"
 
 

@@ -37,6 +37,7 @@ class Decoder {
     using A = Cached<W>;
     using XW = Factor<W>;
     using XA = Factor<A>;
+    static constexpr bool TILES = IS_TILED<W> || IS_SPLIT<W>;
 
   public:
     explicit Decoder(const Model& model) : m(model), layers(model.layers, model.layers + model.n_layer) {}
@@ -46,7 +47,7 @@ class Decoder {
         reserve(batch * t);
 #pragma omp parallel
         {
-            if (tiled) configure_tiles();
+            if (TILES) configure_tiles();
             for (int i = 0; i < m.n_layer; i++) {
                 const Layer& layer = layers[i];
                 normalise(x, layer.attention_norm, batch * t);
@@ -77,7 +78,7 @@ class Decoder {
                 for (int i = 0; i < m.dim; i++)
                     hidden[(size_t)r * m.dim + i] = x[(size_t)r * m.dim + i] * scale * m.norm[i];
             }
-            release_tiles();
+            if (TILES) release_tiles();
         }
     }
 
@@ -86,13 +87,13 @@ class Decoder {
         reserve(rows);
 #pragma omp parallel
         {
-            if (tiled) configure_tiles();
+            if (TILES) configure_tiles();
 #pragma omp for schedule(static)
             for (int r = 0; r < rows; r++) put_row(hidden + (size_t)r * m.dim, nullptr, 1.0f, r);
             matmul(m.head, m.dim, m.vocab_size, rows_of_dim, rows, [&](int row, int at, const float* sums) {
                 memcpy(logits + (size_t)row * m.vocab_size + at, sums, 4 * std::min(LANES, m.vocab_size - at));
             });
-            release_tiles();
+            if (TILES) release_tiles();
         }
     }
 
@@ -265,8 +266,8 @@ class Decoder {
     }
 
     Model m;
-    const int query_step = sizeof(W) == 2 && tiled ? 16 : 1;  // rows of attention's products, and of the others,
-    const int row_step = IS_SPLIT<W> ? 32 : query_step;       // come in multiples of these
+    static constexpr int query_step = IS_TILED<W> ? 16 : 1;         // rows of attention's products, and of the others,
+    static constexpr int row_step = IS_SPLIT<W> ? 32 : query_step;  // come in multiples of these
     std::vector<Layer> layers;
     const int qkv_width = (m.n_head + 2 * m.kv_heads) * m.head_dim;
     const int qkv_stride = round_up(qkv_width + LANES, LANES);  // a head's last 16 channels may be read past its end
@@ -290,17 +291,14 @@ extern "C" {
     }
 
 DECODER(float, float32)
-#ifdef __AVX512BF16__
-DECODER(bf16, bfloat16)
-#else
 DECODER(stored_bf16, bfloat16)
-#endif
 #ifdef AMX
-DECODER(split, split)
+DECODER(tile_bf16, bfloat16_tiles)
+DECODER(split, float32_tiles)
 #endif
 
-// Prepare the processor, once and before anything else; returns whether there are tiles.
-bool start() { return tiled = allow_tiles(); }
+// Prepare the processor, once and before anything else; returns whether the decoders by tiles may be used.
+bool start() { return allow_tiles(); }
 
 // torch and this library may have an OpenMP runtime each; this one follows torch's number of threads.
 void set_threads(int count) { omp_set_num_threads(count); }

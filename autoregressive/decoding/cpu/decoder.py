@@ -23,7 +23,7 @@ from autoregressive.models.gpt import GPT, guide
 LANES = 16  # outputs in a panel, see layout.h
 UNIT_BYTES = 4
 DEPTH = 32  # inputs are padded to a multiple of this
-MANY_ROWS = 32  # with AMX, float32 of more rows is bound by arithmetic, and faster as ``split`` (see layout.h)
+MANY_ROWS = 32  # float32 of more rows is bound by arithmetic, and with AMX faster by tiles (see tiles.h)
 HUGE_PAGE = 1 << 21
 
 
@@ -147,8 +147,8 @@ class CPUDecoder:
         slots = self.order.num_tokens
         description = _Model(layers, *pointers, *shape, config.vocab_size, slots, config.norm_eps)
         self._library, kernels = load(), NAMES[self.dtype]
-        if self.dtype == torch.float32 and rows > MANY_ROWS and self._library.has_tiles:
-            kernels = "split"
+        if self._library.has_tiles and (self.dtype == torch.bfloat16 or rows > MANY_ROWS):
+            kernels += "_tiles"
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(self._library, f"{name}_{kernels}")
             function.restype, function.argtypes = result, arguments

@@ -37,20 +37,22 @@ constexpr int WIDTH = 4, ROWS = 4, STREAMS = 1;
 #endif
 
 // Types of weights, keys and values. float: float32 in memory and in arithmetic.
-struct bf16 {  // bfloat16 in memory, multiplied by the processor as such
+struct stored_bf16 {  // bfloat16 in memory, float32 in arithmetic
     uint16_t bits;
 };
-struct stored_bf16 {  // bfloat16 in memory, multiplied as float32
+struct tile_bf16 {  // bfloat16 in memory, multiplied by AMX
     uint16_t bits;
 };
-struct split {  // float32 that AMX multiplies as the sum of three bfloat16
+struct split {  // float32 in memory, multiplied by AMX as the sum of three bfloat16
     float whole;
 };
 
 template <class W>
-constexpr bool IS_SPLIT = std::is_same_v<W, split>;
-template <class W>
 constexpr bool IS_STORED = std::is_same_v<W, stored_bf16>;
+template <class W>
+constexpr bool IS_TILED = std::is_same_v<W, tile_bf16>;
+template <class W>
+constexpr bool IS_SPLIT = std::is_same_v<W, split>;
 template <class W>
 constexpr int PER_UNIT = 4 / sizeof(W);  // elements in a unit
 

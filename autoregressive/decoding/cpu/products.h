@@ -6,23 +6,10 @@
 
 namespace {
 
-// sums + w * x: a register of a unit of weights, times the same unit of one row
-vec multiply_add(vec sums, const uint32_t* w, const uint32_t* x, float*) {
-    float factor;
-    memcpy(&factor, x, 4);
-    return sums + *(const vec*)w * factor;
-}
-
-#ifdef __AVX512BF16__
-vec multiply_add(vec sums, const uint32_t* w, const uint32_t* x, bf16*) {
-    return _mm512_dpbf16_ps(sums, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(*x));
-}
-#endif
-
-// out (R, 16 P) = (if ``first``) or += x (R, units) times P panels. Meanwhile the P panels of ``next`` are fetched,
+// out (R, 16 P) = (if ``first``) or += x (R, units) times P panels of float32. Meanwhile the P panels of ``next`` are fetched,
 // pace / 1024 units of each for every unit that is multiplied.
-template <class W, int R, int P>
-void few_rows(Panels w, int units, const uint32_t* x, size_t stride, float* out, size_t width, bool first, Panels next,
+template <int R, int P>
+void few_rows(Panels w, int units, const float* x, size_t stride, float* out, size_t width, bool first, Panels next,
               int pace) {
     constexpr int V = LANES / WIDTH;  // registers of a unit
     vec sums[R][P * V];
@@ -34,31 +21,22 @@ void few_rows(Panels w, int units, const uint32_t* x, size_t stride, float* out,
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
             for (int v = 0; v < P * V; v++)
-                sums[r][v] = multiply_add(sums[r][v], w.from(v / V, u).at + v % V * WIDTH, x + r * stride + u,
-                                          (W*)nullptr);
+                sums[r][v] += load((const float*)w.from(v / V, u).at + v % V * WIDTH) * x[r * stride + u];
     }
     for (int r = 0; r < R; r++)
         for (int v = 0; v < P * V; v++) store(sums[r][v], out + r * width + v * WIDTH);
 }
 
-template <class W>
-using Kernel = decltype(&few_rows<W, 1, 1>);
+using Kernel = decltype(&few_rows<1, 1>);
 
-// few_rows for so many rows and panels, at most R and STREAMS
-template <class W, int P, int R = ROWS>
-Kernel<W> kernel_of_rows(int rows) {
-    if constexpr (R == 1)
-        return few_rows<W, 1, P>;
-    else
-        return rows == R ? few_rows<W, R, P> : kernel_of_rows<W, P, R - 1>(rows);
-}
-
-template <class W, int P = STREAMS>
-Kernel<W> kernel_of(int rows, int panels) {
-    if constexpr (P == 1)
-        return kernel_of_rows<W, 1>(rows);
-    else
-        return panels == P ? kernel_of_rows<W, P>(rows) : kernel_of<W, P - 1>(rows, panels);
+// Return few_rows for so many rows and panels, at most R and P.
+template <int R = ROWS, int P = STREAMS>
+Kernel kernel_of(int rows, int panels) {
+    if constexpr (R > 1)
+        if (rows < R) return kernel_of<R - 1, P>(rows, panels);
+    if constexpr (P > 1)
+        if (panels < P) return kernel_of<R, P - 1>(rows, panels);
+    return few_rows<R, P>;
 }
 
 // So many units of bfloat16 panels as panels of float32, in memory that stays in the core's first-level cache
@@ -81,7 +59,7 @@ Panels unpack(Panels w, int panels, int units) {
 template <class W>
 void product(Panels w, int panels, int units, const uint32_t* x, size_t stride, int rows, float* out, size_t width,
              Panels next) {
-    if (sizeof(W) == 2 && tiled) return tiled_product(w, panels, units, x, stride, rows, out, width, next);
+    if constexpr (IS_TILED<W>) return tiled_product(w, panels, units, x, stride, rows, out, width, next);
     constexpr int X_UNITS = sizeof(Factor<W>) / sizeof(W);  // units of x for one of w
     const int blocks = ceil_div(rows, ROWS), pace = 1024 / (blocks * X_UNITS);
     for (int p = 0, count; p < panels; p += count) {
@@ -94,9 +72,9 @@ void product(Panels w, int panels, int units, const uint32_t* x, size_t stride, 
             if constexpr (IS_STORED<W>) here = unpack(here, count, depth);
             for (int b = 0; b < blocks; b++) {
                 const int row = rows * b / blocks, block = rows * (b + 1) / blocks - row;
-                kernel_of<Factor<W>>(block, count)(here, depth * X_UNITS, x + row * stride + u * X_UNITS, stride,
-                                                   out + row * width + p * LANES, width, u == 0,
-                                                   after.from(0, b * depth / blocks), pace);
+                kernel_of(block, count)(here, depth * X_UNITS, (const float*)x + row * stride + u * X_UNITS, stride,
+                                        out + row * width + p * LANES, width, u == 0,
+                                        after.from(0, b * depth / blocks), pace);
             }
         }
     }

@@ -4,15 +4,12 @@
 #pragma once
 
 #include "vectors.h"
-#ifdef __AMX_BF16__
-#define AMX
+#ifdef AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
 namespace {
-
-bool tiled = false;  // bfloat16 products go through AMX
 
 #ifdef AMX
 // Ask the system for the right to use AMX, once and before anything else.
@@ -179,9 +176,7 @@ void split_product(Panels w, int pairs, int units, const uint32_t* x, size_t str
     }
 }
 
-void release_tiles() {
-    if (tiled) _tile_release();
-}
+void release_tiles() { _tile_release(); }
 #else
 bool allow_tiles() { return false; }
 void configure_tiles() {}

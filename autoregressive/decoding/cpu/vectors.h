@@ -4,7 +4,8 @@
 #include <cstring>
 
 #include "layout.h"
-#ifdef __AVX512BF16__
+#ifdef __AMX_BF16__
+#define AMX
 #include <immintrin.h>
 #endif
 
@@ -31,8 +32,8 @@ void store(vec x, stored_bf16* to) {
     for (int l = 0; l < WIDTH; l++) to[l].bits = rounded[l];
 }
 
-#ifdef __AVX512BF16__
-void store(vec x, bf16* to) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+#ifdef AMX
+void store(vec x, tile_bf16* to) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
 #endif
 
 // Copy ``count`` elements; the counts of a hot path without a loop or a call.
@@ -48,18 +49,18 @@ void copy(const T* from, T* to, int count) {
 
 // The first ``count`` of x become elements ``at``, ``at`` + 1, ... of a row of activations of ``inputs`` elements.
 void put(vec x, float* row, int, int at, int count) { copy((float*)&x, row + at, count); }
-#ifdef __AVX512BF16__
-void put(vec x, bf16* row, int, int at, int count) {
-    bf16 nearest[WIDTH];
+#ifdef AMX
+void put(vec x, tile_bf16* row, int, int at, int count) {
+    tile_bf16 nearest[WIDTH];
     store(x, nearest);
     copy(nearest, row + at, count);
 }
 
 void put(vec x, split* row, int inputs, int at, int count) {
     for (int i = 0; i < 3; i++, at += round_up(inputs, DEPTH)) {
-        bf16 nearest[WIDTH];
+        tile_bf16 nearest[WIDTH];
         store(x, nearest);
-        copy(nearest, (bf16*)row + at, count);
+        copy(nearest, (tile_bf16*)row + at, count);
         x -= (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((__m256i*)nearest)), 16);
     }
 }
