@@ -157,7 +157,7 @@ class Decoder {
     template <class F>
     void matmul(const uint32_t* w, int inputs, int outputs, Buffer<uint32_t>& x, int rows, F write) {
         const int units = units_of<W>(inputs), stride = row_units<W>(inputs), panels = ceil_div(outputs, LANES);
-        const int group = IS_SPLIT<W> ? 2 : row_step == 16 ? 4 : STREAMS;
+        const int group = IS_SPLIT<W> ? 2 : IS_TILED<W> ? 4 : Block<float>::panels;
         const int groups = ceil_div(panels, group), thread = omp_get_thread_num(), threads = omp_get_num_threads();
         const int begin = groups * thread / threads, end = groups * (thread + 1) / threads;
         const Panels all = {w, (size_t)units * LANES};

@@ -24,16 +24,16 @@ namespace {
 constexpr int LANES = 16;        // outputs in a panel
 constexpr int DEPTH = 32;        // inputs are padded to a multiple of this
 constexpr int ROW_BLOCK = 64;    // rows that are multiplied by a panel before the next panel
-constexpr int FETCH_AHEAD = 64;  // units
+constexpr int STRETCH = 128;     // inputs of a panel that stay in the first-level cache until all rows are multiplied
+constexpr int FETCH_AHEAD = 64;  // units, by tiles
 
-// WIDTH: floats in a register. A product keeps ROWS x STREAMS x 16 sums in registers, as many as leave room for the
-// weights and one factor: 24 registers of 32 with AVX-512, 12 of 16 with AVX2, 16 of 32 on Arm.
+// WIDTH: floats in a register.
 #if defined(__AVX512F__)
-constexpr int WIDTH = 16, ROWS = 8, STREAMS = 3;
+constexpr int WIDTH = 16;
 #elif defined(__AVX2__)
-constexpr int WIDTH = 8, ROWS = 3, STREAMS = 2;
+constexpr int WIDTH = 8;
 #else
-constexpr int WIDTH = 4, ROWS = 4, STREAMS = 1;
+constexpr int WIDTH = 4;
 #endif
 
 // Types of weights, keys and values. float: float32 in memory and in arithmetic.

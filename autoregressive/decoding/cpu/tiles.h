@@ -107,7 +107,7 @@ void tiled_product(Panels w, int panels, int units, const uint32_t* x, size_t st
 
 // Two panels in parts: for each DEPTH units the first bfloat16 of both, then the second, then the third
 constexpr int PART = 2 * DEPTH / 2 * LANES;  // units
-constexpr int STRETCH = 256;                 // units that are split at a time
+constexpr int TILE_STRETCH = 256;            // units that are split at a time
 
 // units 2 i and 2 i + 1 of two panels in parts: the upper 16 bits, those of what is left, the rest
 void split_pair(Panels w, int i, uint32_t* parts) {
@@ -141,17 +141,17 @@ void multiply_split(const uint32_t* x, size_t stride, size_t part, const uint32_
 // stretch of a pair is multiplied the next is split, and what comes after it fetched. Rows are a multiple of 32.
 template <class F>
 void split_product(Panels w, int pairs, int units, const uint32_t* x, size_t stride, int rows, float* out, F done) {
-    alignas(64) static thread_local uint32_t parts[2][3 * PART * STRETCH / DEPTH];
+    alignas(64) static thread_local uint32_t parts[2][3 * PART * TILE_STRETCH / DEPTH];
     uint32_t *now = parts[0], *later = parts[1];
     const int ahead = std::min(FETCH_AHEAD, units);
-    for (int i = 0; i < std::min(STRETCH, units) / 2; i++) split_pair(w, i, now);
+    for (int i = 0; i < std::min(TILE_STRETCH, units) / 2; i++) split_pair(w, i, now);
     for (int pair = 0; pair < pairs; pair++, w = w.from(2)) {
         for (int u = 0, depth; u < units; u += depth, std::swap(now, later)) {
-            depth = std::min(STRETCH, units - u);
+            depth = std::min(TILE_STRETCH, units - u);
             const bool last = u + depth == units;
             const Panels next = last ? w.from(2) : w;
             const int begin = last ? 0 : u + depth;
-            const int count = last && pair + 1 == pairs ? 0 : std::min(STRETCH, units - begin) / 2;
+            const int count = last && pair + 1 == pairs ? 0 : std::min(TILE_STRETCH, units - begin) / 2;
             const int pace = ceil_div(1024 * count, rows / 32 * depth / DEPTH * 6);
             int i = 0, due = 0;
             const auto split_some = [&] {
