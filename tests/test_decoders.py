@@ -148,6 +148,27 @@ def test_kernels_compile_without_warnings(tmp_path, compiler, flags):
     assert done.returncode == 0, done.stderr
 
 
+def run_alone(tmp_path, compiler: list[str], emulator: list[str]) -> np.ndarray:
+    """Logits of tests/kernels_alone.cpp: a half in float32, a half over stored bfloat16."""
+    program = tmp_path / "-".join([*compiler, "alone"]).replace("/", "-")
+    source = ROOT / "tests" / "kernels_alone.cpp"
+    command = [*compiler, "-O3", "-std=c++17", "-Wno-psabi", "-fopenmp", str(source), "-o", str(program)]
+    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run([*emulator, program], check=True, capture_output=True, text=True)
+    return np.array([float(line) for line in done.stdout.splitlines()])
+
+
+def test_kernels_on_arm_give_what_they_give_here(tmp_path):
+    """On an emulated Arm processor: the machine that the tests run on is mostly another."""
+    compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
+    if shutil.which(compiler) is None or shutil.which(emulator) is None:
+        pytest.skip(f"{compiler} and {emulator} are not installed")
+    here, arm = run_alone(tmp_path, ["c++"], []), run_alone(tmp_path, [compiler, "-static"], [emulator])
+    in_float32, in_bfloat16 = np.split(np.abs(here - arm), 2)
+    assert len(here) == 8000 and np.abs(here).max() > 1
+    assert in_float32.max() < 1e-5 and in_bfloat16.max() < 1e-3
+
+
 def test_no_kernels_for_float16():
     if (reason := unavailable_reason(torch.float32)) is not None:
         pytest.skip(reason)
