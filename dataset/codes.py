@@ -24,7 +24,7 @@ import uuid
 import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +246,16 @@ def shard_damage(folder: str | Path, plan: CodesPlan, shard: int) -> str | None:
         return "it does not hold each of its images once"
     if shape != (*labels, len(plan.crops), plan.num_tokens):
         return f"codes of shape {shape} and labels of shape {labels} are not those of the plan"
+    return None
+
+
+def finished_damage(folder: str | Path, meta: dict, shard: int) -> str | None:
+    """Return what is wrong with a shard of a finished folder, its checksum in ``meta`` included, or None."""
+    plan = CodesPlan(**{f.name: meta[f.name] for f in fields(CodesPlan)})
+    if (damage := shard_damage(folder, plan, shard)) is not None:
+        return damage
+    if sha256_file(shard_path(folder, shard)) != meta["shards"][shard]["sha256"]:
+        return "its sha256 is not the one in meta.json"
     return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -11,11 +10,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from dataset.codes import CodesPlan, ShardedCodes, open_codes, shard_damage
+from dataset.codes import ShardedCodes, finished_damage, open_codes, shard_path
 from tokenizer.vq_model import load_vq
 from utils.checkpoint import state_sha256
 from utils.distributed import init_distributed
-from utils.files import sha256_file, write_json
+from utils.files import write_json
 from utils.images import image_grid, save_png, to_uint8
 from utils.logger import progress
 from utils.options import make_parser, positive_int, run
@@ -25,16 +24,10 @@ CHUNK = 4096
 
 def verify(folder: Path, codes: ShardedCodes) -> None:
     """Check every shard's bytes and content; ``ValueError`` names those that are damaged."""
-    plan = CodesPlan(**{f.name: codes.meta[f.name] for f in fields(CodesPlan)})
-    damaged = []
-    shards = codes.meta["shards"]
-    for i, shard in enumerate(progress(init_distributed(), "verifying", len(shards), unit="shards", items=shards)):
-        path = folder / "shards" / Path(shard["file"]).name
-        damage = shard_damage(folder, plan, i)
-        if damage is None and sha256_file(path) != shard["sha256"]:
-            damage = "its sha256 is not the one in meta.json"
-        if damage:
-            damaged.append(f"{path} ({damage})")
+    damaged, shards = [], range(len(codes.meta["shards"]))
+    for i in progress(init_distributed(), "verifying", len(shards), unit="shards", items=shards):
+        if damage := finished_damage(folder, codes.meta, i):
+            damaged.append(f"{shard_path(folder, i)} ({damage})")
     if damaged:
         raise ValueError(f"{len(damaged)} damaged shards: {'; '.join(damaged)}; extract_codes_c2i.sh makes them again")
 

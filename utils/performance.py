@@ -31,14 +31,19 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
         for part, figure in DATA_SHEET.items():
             if part in name:
                 return figure, "data sheet"
-    width = 1024 if device.type == "cpu" else 4096
+    return measured_flops(device, dtype), "a matrix product measured at start"
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype, width: int | None = None) -> float:
+    """Return operations per second of a product of square matrices, measured now; ``width``: see below."""
+    width = width or (1024 if device.type == "cpu" else 4096)
     a = torch.randn(width, width, device=device, dtype=dtype)
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
         (a @ a)[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - started)
-    return 2 * width**3 / min(seconds), "a matrix product measured at start"
+    return 2 * width**3 / min(seconds)
 
 
 def device_name() -> str:

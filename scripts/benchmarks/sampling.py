@@ -46,7 +46,7 @@ from utils.distributed import init_distributed
 from utils.files import write_json
 from utils.options import git_revision, make_parser, positive_int, run
 from utils.performance import device_name, peak_flops, peak_memory
-from utils.precision import has_bfloat16
+from utils.precision import has_bfloat16, is_emulated
 
 CFG_SCALE = 1.5
 ALLOCATOR = {
@@ -200,13 +200,12 @@ def read_bandwidth(device: torch.device) -> float:
     return x.nbytes / min(seconds)
 
 
-def measure(args: Namespace, work: Path) -> None:
-    """Time one way, the best of ``args.repeats`` batches after one to warm up; figures go to a JSON in ``work``."""
-    device, precision = init_distributed().device, args.precision[0]
+def time_batches(args: Namespace, device: torch.device) -> tuple[dict[str, float | str], Decoder | None]:
+    """Time one way, the best of ``args.repeats`` batches after one to warm up: its figures, and the decoder if ours."""
     n, batch = args.ar_token_num[0], args.batch[0]
     model = random_model(args.gpt_model, n)
     ours = args.way not in ("published", "fused")
-    way = way_of(model, args, device)
+    way, decoder = way_of(model, args, device), None
     model = model.cast_weights(way.dtype).to(device)
     if args.way in ("int8", "fp8"):
         quantize(model, args.way)
@@ -234,12 +233,20 @@ def measure(args: Namespace, work: Path) -> None:
         "TFLOP/s": flops / best / 1e12,
         "peak GiB": peak_memory(device) / 2**30,
     }
+    computed_in = "none" if is_emulated(way.precision, device) else way.precision
     figures |= {
         "ceiling GB/s": read_bandwidth(device) / 1e9,
-        "ceiling TFLOP/s": peak_flops(device, precision if has_bfloat16(device) else "none")[0] / 1e12,
+        "ceiling TFLOP/s": peak_flops(device, computed_in)[0] / 1e12,
     }
-    if ours and (precision, args.way) != ("none", "eager"):
-        figures |= agreement(decoder, random_model(args.gpt_model, n).to(device))
+    return figures, decoder
+
+
+def measure(args: Namespace, work: Path) -> None:
+    """Time one way and compare its logits with those of eager float32; figures go to a JSON in ``work``."""
+    device, precision = init_distributed().device, args.precision[0]
+    figures, decoder = time_batches(args, device)
+    if decoder is not None and (precision, args.way) != ("none", "eager"):
+        figures |= agreement(decoder, random_model(args.gpt_model, args.ar_token_num[0]).to(device))
     write_json(work / "figures.json", figures)
 
 

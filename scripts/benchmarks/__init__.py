@@ -1,0 +1,1 @@
+"""Benchmarks against the published code; the timing in them also serves scripts/doctor.py."""
