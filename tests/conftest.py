@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from scripts.diagnosis.models import fill_from_names
 from tokenizer.vq_model import VQModel, make_vq_config
 from utils.precision import cpu_name
 
@@ -60,19 +60,6 @@ def golden():
         return np.load(path, allow_pickle=False) if path.suffix == ".npz" else path.read_text()
 
     return open_golden
-
-
-def fill_from_names(module: torch.nn.Module) -> torch.nn.Module:
-    """Fill every parameter from its name by the recipe of the golden files' README."""
-    for name, parameter in module.named_parameters():
-        raw = np.random.PCG64(zlib.crc32(name.encode())).random_raw(parameter.numel())
-        s = 2.0 * (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53 - 1.0
-        if parameter.ndim > 1:
-            value = s * math.sqrt(3.0 / math.prod(parameter.shape[1:]))
-        else:
-            value = 0.1 * s if name.endswith("bias") else 1.0 + 0.1 * s
-        parameter.data = torch.from_numpy(value.reshape(parameter.shape)).float()
-    return module
 
 
 def run_command(

@@ -22,7 +22,7 @@ ALLOWED = {
 OURS = ("utils", "dataset", "tokenizer", "autoregressive", "evaluations")
 SOURCES = sorted(p.relative_to(ROOT) for top in OURS for p in (ROOT / top).rglob("*.py"))
 SCRIPTS = [p for p in SOURCES if "__main__" in (ROOT / p).read_text()]
-SCRIPTS += sorted(p.relative_to(ROOT) for p in (ROOT / "scripts").rglob("*.py"))
+SCRIPTS += sorted(p.relative_to(ROOT) for p in (ROOT / "scripts").rglob("*.py") if "__main__" in p.read_text())
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -10,22 +10,8 @@ from torch.nn.attention import SDPBackend
 from autoregressive.models.gpt import GPT, DenseMask, Dropout, GPT_models, GPTConfig, attend
 from autoregressive.models.linear_cross_entropy import linear_cross_entropy
 from autoregressive.models.region_order import RegionOrder
+from scripts.diagnosis.models import golden_gpt as tiny_gpt
 from tests.conftest import fill_from_names
-
-
-def tiny_gpt(file, **changes) -> GPT:
-    config = GPTConfig(
-        n_layer=int(file["n_layer"]),
-        dim=int(file["dim"]),
-        n_head=int(file["n_head"]),
-        vocab_size=int(file["vocab"]),
-        num_classes=int(file["classes"]),
-        grid_height=int(file["grid"]),
-        grid_width=int(file["grid"]),
-        ar_token_num=int(file["n"]),
-        **changes,
-    )
-    return fill_from_names(GPT(config)).eval()
 
 
 @pytest.mark.parametrize("n", [1, 4, 9, 16])

@@ -1,0 +1,1 @@
+"""Checks of scripts/doctor.py, one module per topic; scripts/doctor.py lists them."""

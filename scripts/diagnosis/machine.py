@@ -1,0 +1,273 @@
+"""What the machine is, and whether it has what the code needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from autoregressive.decoding.cpu import build
+from scripts.diagnosis.check import BROKEN, OK, ROOT, SLOW, Context, NotHere, Result
+from scripts.diagnosis.models import parameter_count
+from utils.files import prepare_folder
+from utils.options import git_revision
+from utils.performance import device_name
+from utils.precision import cpu_flags, cpu_name, resolve_precision
+
+GIB = 2**30
+INSTRUCTION_SETS = re.compile(
+    r"sse4_2|avx|avx2|fma3?|f16c|avx512.*|avx_vnni.*|avx10.*|amx.*|neon|asimd|sve.*|i8mm|bf16|fp16"
+)
+PACKAGES = ("torch", "torchvision", "numpy", "timm", "pillow", "scipy", "safetensors")
+OPTIONAL_PACKAGES = ("torchao", "tensorboard", "wandb", "torchmetrics", "matplotlib")
+VARIABLES = (
+    "PAR_CPU",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "CXX",
+    "CXXFLAGS",
+    "ATEN_CPU_CAPABILITY",
+)
+LEAST_DISK = 2 * GIB
+BUSY = 0.5  # programs waiting per core, over the last minute
+
+
+def devices() -> list[str]:
+    """Return the names of the devices that torch computes on here, the CPU last."""
+    names = (
+        [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    return names + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+
+
+def cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> tuple[int, int]:
+    """Return bytes of memory in all and available now, in this container; (0, 0) if unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        names = {"SC_PAGE_SIZE", "SC_PHYS_PAGES"}
+        total = (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            if names <= os.sysconf_names.keys()
+            else 0
+        )
+        return total, total
+    sizes = {
+        line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")
+    }
+    total, available = sizes["MemTotal"], sizes["MemAvailable"]
+    try:  # cgroup version 2
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):  # none, or "max"
+        return total, available
+    return min(total, limit), min(available, max(limit - used, 0))
+
+
+def version_of(package: str) -> str:
+    """Return the version of an installed package, or ``missing``."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def first_line(*command: str) -> str | None:
+    """Return the first line that a program prints; None if it cannot be run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""
+
+
+def describe_gpus() -> str:
+    """Return name, memory and compute capability of each GPU, and the driver, as one line."""
+    if torch.backends.mps.is_available():
+        return "Apple GPU (MPS)"
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    parts = []
+    for i in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(i)
+        parts.append(
+            f"{found.name}, {found.total_memory / GIB:.0f} GiB, "
+            f"compute capability {found.major}.{found.minor}"
+        )
+    driver = first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return "; ".join(parts) + (f"; driver {driver}" if driver else "")
+
+
+def describe_torch() -> str:
+    """Return the version of torch and of the libraries that it was built with."""
+    parts = [
+        torch.__version__,
+        f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA",
+    ]
+    if torch.cuda.is_available():
+        parts += [
+            f"cuDNN {torch.backends.cudnn.version()}",
+            f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}",
+        ]
+    return ", ".join(parts)
+
+
+def describe_machine(places: dict[str, Path]) -> dict[str, str]:
+    """Return what the machine is, as name -> text. places: folders to be written to, by purpose."""
+    total, available = memory()
+    declared = f", declared {cpu_name()}" if cpu_name() else ""
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = sorted(name for name in cpu_flags() if INSTRUCTION_SETS.fullmatch(name))
+    free = [
+        f"{shutil.disk_usage(p).free / GIB:.1f} GiB free for {name} ({p})"
+        for name, p in places.items()
+    ]
+    compiler = first_line(build.compile_command()[0], "--version")
+    variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    versions = {name: version_of(name) for name in (*PACKAGES[1:], *OPTIONAL_PACKAGES)}
+    return {
+        "Processor": f"{_cpu_model()}{declared}, cores to use: {cores()}, {platform.machine()}",
+        "Instruction sets": f"{', '.join(flags) or 'unknown'}; torch uses {capability}",
+        "GPUs": describe_gpus(),
+        "Memory": f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"
+        if total
+        else "unknown",
+        "Disk": "; ".join(free),
+        "System": platform.platform(),
+        "Python": f"{platform.python_version()} ({sys.executable})",
+        "Torch": describe_torch(),
+        "Packages": ", ".join(f"{k} {v}" for k, v in versions.items() if v != "missing"),
+        "C++ compiler": compiler if compiler is not None else "none",
+        "Environment": ", ".join(variables) or "no variables that matter are set",
+        "Code": f"commit {git_revision() or 'unknown: not a git clone'}",
+    }
+
+
+def _cpu_model() -> str:
+    names = (line for line in _lines("/proc/cpuinfo") if line.startswith(("model name", "Model")))
+    named = next(names, ":").partition(":")[2].strip()
+    return (
+        named
+        or first_line("sysctl", "-n", "machdep.cpu.brand_string")
+        or platform.processor()
+        or "unknown"
+    )
+
+
+def _lines(path: str) -> Iterator[str]:
+    try:
+        yield from Path(path).read_text().splitlines()
+    except OSError:
+        return
+
+
+def check_packages(context: Context) -> Result:
+    """Check that the packages of requirements.txt are installed and new enough."""
+    wrong = []
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        requirement = line.partition("#")[0].strip()
+        if not requirement:
+            continue
+        name, _, least = requirement.partition(">=")
+        version = version_of(name)
+        if version == "missing" or (least and _numbers(version) < _numbers(least)):
+            wrong.append(f"{requirement} ({version})")
+    if wrong:
+        return Result(BROKEN, f"missing or too old: {', '.join(wrong)}")
+    return Result(OK, "all of requirements.txt are there, new enough")
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", version.partition("+")[0])]
+
+
+def check_compiler(context: Context) -> Result:
+    """Check that the decoding kernels can be compiled and loaded; they are, and kept for later."""
+    library = build.load()
+    if isinstance(library, str):
+        return Result(
+            SLOW, f"no decoding kernels: {library}; sampling falls back to torch's operators"
+        )
+    tiles = "with AMX" if library.has_tiles else "without AMX"
+    return Result(
+        OK, f"the decoding kernels compile and load ({tiles}; kept in {build.cache_folder()})"
+    )
+
+
+def check_disk(context: Context) -> Result:
+    """Check that the folders to be written to can be written to and have room."""
+    figures = {}
+    for name, place in context.options.places.items():
+        prepare_folder(place, name)
+        figures[f"{name} GiB"] = shutil.disk_usage(place).free / GIB
+        if shutil.disk_usage(place).free < LEAST_DISK:
+            return Result(
+                BROKEN,
+                f"{place} ({name}) has only {figures[f'{name} GiB']:.2f} GiB free",
+                figures=figures,
+            )
+    return Result(
+        OK,
+        f"at least {min(figures.values()):.1f} GiB free wherever the code writes",
+        figures=figures,
+    )
+
+
+def check_memory(context: Context) -> Result:
+    """Check that training ``--gpt-model`` fits in memory: 16 bytes per parameter, and 1 GiB."""
+    name = context.options.gpt_model
+    needed = 16 * parameter_count(name) + GIB
+    if context.device.startswith("cuda"):
+        available, total = torch.cuda.mem_get_info(torch.device(context.device))
+    else:
+        total, available = memory()
+    if not total:
+        raise NotHere("the system does not tell how much memory it has")
+    room = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"
+    detail = f"{room}; training {name} takes {needed / GIB:.1f} GiB or more"
+    return Result(
+        OK if available >= needed else BROKEN, detail, figures={"available GiB": available / GIB}
+    )
+
+
+def check_idle(context: Context) -> Result:
+    """Check that no other programs keep the processor busy, which would make all figures low."""
+    if not hasattr(os, "getloadavg"):
+        raise NotHere("the system does not tell how busy it is")
+    load = os.getloadavg()[0]
+    detail = f"{load:.1f} programs at work over the last minute; cores to use: {cores()}"
+    return Result(SLOW if load > BUSY * cores() + 0.5 else OK, detail, figures={"load": load})
+
+
+def check_gpu(context: Context) -> Result:
+    """Check that torch can use the NVIDIA GPU that the system has."""
+    listed = first_line("nvidia-smi", "--list-gpus")
+    if torch.cuda.is_available():
+        return Result(OK, f"{torch.cuda.device_count()} usable, {device_name()}")
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        raise NotHere("CUDA_VISIBLE_DEVICES is empty, which hides all GPUs")
+    if listed:
+        return Result(
+            BROKEN,
+            f"{listed.partition(' (')[0]} is there, but torch {torch.__version__} cannot use it",
+        )
+    raise NotHere("none, so there is no CUDA graph and no FlexAttention to check")
+
+
+def check_precision(context: Context) -> Result:
+    """Report what ``--mixed-precision auto`` takes on the device."""
+    _, reason = resolve_precision("auto", torch.device(context.device))
+    return Result(OK, f"auto takes {reason}")
