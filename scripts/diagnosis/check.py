@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OK, SLOW, BROKEN, NOT_HERE, LEFT_OUT = "ok", "slow", "broken", "not here", "left out"
 STATUSES = (OK, SLOW, BROKEN, NOT_HERE, LEFT_OUT)
 LEAST_SECONDS = 3.0  # a check is not begun with less time left
+LOG_LINES = 40
+MORE_TIME = "run it without --quick or with more --minutes"
 GRACE = 5.0  # seconds for a process to end after it has sent its result
 
 
@@ -101,30 +103,29 @@ def run_here(check: Check, context: Context) -> Result:
 def run_apart(check: Check, context: Context, seconds_left: float) -> Result:
     """Return the result of ``check`` from a process of its own, killed after its limit."""
     if seconds_left < LEAST_SECONDS:
-        return Result(
-            LEFT_OUT,
-            "no time was left for it",
-            "run it without --quick or with more --minutes",
-        )
-    limit = min(check.limit, seconds_left)
+        return Result(LEFT_OUT, "no time was left for it", MORE_TIME)
     started = time.perf_counter()
-    outcome = call_apart(_run_quietly, (check, context), limit)
-    if isinstance(outcome, str):
-        late = outcome.startswith("did not end")
-        outcome = Result(check.late if late else BROKEN, outcome, check.advice)
+    try:
+        outcome = call_apart(_run_quietly, (check, context), min(check.limit, seconds_left))
+    except TimeoutError as error:
+        outcome = Result(check.late, str(error), check.advice)
+        if seconds_left < check.limit:
+            outcome = Result(LEFT_OUT, f"{error}, which was all that was left", MORE_TIME)
+    except ChildProcessError as error:
+        outcome = Result(BROKEN, str(error), check.advice)
     log = context.work / "log.txt"
     if outcome.status == BROKEN and log.exists():
-        outcome = replace(
-            outcome, log="\n".join(log.read_text(errors="replace").splitlines()[-40:])
-        )
+        lines = log.read_text(errors="replace").splitlines()
+        outcome = replace(outcome, log="\n".join(lines[-LOG_LINES:]))
     return replace(outcome, seconds=round(time.perf_counter() - started, 2))
 
 
 def call_apart(function: Callable[..., Any], arguments: tuple, limit: float) -> Any:
-    """Return ``function(*arguments)`` from a new process; a sentence if it died or took too long.
+    """Return ``function(*arguments)`` from a new process, which is killed after ``limit`` seconds.
 
-    On Linux the new process is forked off one that has imported everything and computed nothing:
-    it starts at once and shares no state of torch or CUDA with others.
+    Raises ``TimeoutError`` then, and ``ChildProcessError`` if the process died without a result. On
+    Linux the new process is forked off one that has imported everything and computed nothing: it
+    starts at once and shares no state of torch or CUDA with others.
     """
     processes = multiprocessing.get_context("spawn")
     if sys.platform == "linux":
@@ -136,17 +137,15 @@ def call_apart(function: Callable[..., Any], arguments: tuple, limit: float) -> 
     sender.close()
     try:
         if not receiver.poll(limit):
-            return f"did not end within {limit:.0f} s"
+            raise TimeoutError(f"did not end within {limit:.0f} s")
         result = receiver.recv()
         process.join(GRACE)
         return result
     except EOFError:
-        process.join(10)
-        code = process.exitcode
-        name = (
-            signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
-        )
-        return f"its process died ({name})"
+        process.join(GRACE)
+        code = process.exitcode or 0
+        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        raise ChildProcessError(f"its process died ({how})") from None
     finally:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)  # it and all it has started

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -41,7 +42,9 @@ def report_prefix(output: str) -> Path:
 
 
 def prepare_environment() -> None:
-    """Set for all checks what scripts/launch.sh sets for training and sampling on a CPU."""
+    """Set what scripts/launch.sh sets for training and sampling on a machine without a GPU."""
+    if shutil.which("nvidia-smi") is not None:
+        return
     os.environ.setdefault("OMP_NUM_THREADS", str(machine.cores()))
     for name, value in ALLOCATOR.items():
         os.environ.setdefault(name, value)
@@ -79,12 +82,12 @@ def examine(options: Namespace) -> bool:
     minutes = options.minutes or (QUICK_MINUTES if options.quick else FULL_MINUTES)
     places = {"the report": prefix.parent, "temporary files": Path(tempfile.gettempdir())}
     options.places = places | {"kernels": cache_folder()}
+    environment = machine.describe_environment()
     prepare_environment()
 
     facts = call_apart(machine.describe_machine, (options.places,), 60)
+    facts["Environment"] = environment
     devices = call_apart(machine.devices, (), 60)
-    if isinstance(facts, str) or isinstance(devices, str):
-        raise ValueError(f"the machine cannot be described: {facts}; {devices}")
     for name, text in facts.items():
         print(f"{name:17} {text}", flush=True)
     context = Context(options, ROOT / "tests" / "golden", prefix.parent)

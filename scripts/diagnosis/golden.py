@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+
 from autoregressive.decoding.compiled import CompiledDecoder
 from autoregressive.decoding.cpu.build import unavailable_reason
 from autoregressive.decoding.cpu.decoder import CPUDecoder
@@ -16,13 +17,12 @@ from autoregressive.decoding.decoder import Decoder
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import SamplingOptions, filter_logits
 from autoregressive.models.gpt import GPT
-from tokenizer.vq_model import VQModel, make_vq_config
-from utils.images import to_uint8
-from utils.precision import AUTOCAST_DTYPE, autocast, is_emulated
-
 from scripts.benchmarks.sampling import agreement
 from scripts.diagnosis.check import BROKEN, OK, Context, NotHere, Result, short
 from scripts.diagnosis.models import fill_from_names, golden_gpt
+from tokenizer.vq_model import VQModel, make_vq_config
+from utils.images import to_uint8
+from utils.precision import AUTOCAST_DTYPE, autocast, is_emulated
 
 FORWARD, GREEDY = (1, 4, 9, 16), (4, 9, 16)  # tokens predicted at once in the files
 SCALES = (1.0, 1.75)  # guidance, of which 1 is none
@@ -64,19 +64,20 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @torch.no_grad()
 def check_forward(context: Context) -> Result:
     """Compare logits and loss of the GPT, in float32, with the published code's."""
-    device, logits_error, loss_error = use_device(context), 0.0, 0.0
+    device, logits_errors, loss_errors = use_device(context), [], []
     for n in FORWARD:
         file = open_golden(context, f"gpt_tiny_n{n}.npz")
         model = golden_gpt(file).to(device)
         codes, cond = inputs(file, device)
         expected = torch.from_numpy(file["train_logits"]).to(device)  # (B, T, V)
-        logits_error = max(logits_error, (model.logits(codes, cond) - expected).abs().max().item())
-        loss_error = max(loss_error, abs(model(codes, cond)[0].item() - float(file["train_loss"])))
+        logits_errors.append((model.logits(codes, cond) - expected).abs().max().item())
+        loss_errors.append(abs(model(codes, cond)[0].item() - float(file["train_loss"])))
+    # numpy's maximum is NaN if one of them is
+    logits_error, loss_error = float(np.max(logits_errors)), float(np.max(loss_errors))
     figures = {"logits error": logits_error, "loss error": loss_error}
     errors = f"logits differ by at most {short(logits_error)}, the loss by {short(loss_error)}"
     detail = f"{errors} (n = {_list(FORWARD)})"
     allowed = LOGITS.get(device.type, LOGITS_ELSEWHERE)
-    # not: a NaN is no small difference
     fine = logits_error <= allowed and loss_error <= allowed
     return Result(
         OK if fine else BROKEN, detail + ("" if fine else f"; allowed: {allowed}"), figures=figures
@@ -187,13 +188,14 @@ def check_tokenizer(context: Context) -> Result:
 
 def check_sampling(context: Context) -> Result:
     """Compare top-k and top-p filtering, and resized and rounded pixels, with published ones."""
-    device, worst = use_device(context), 0.0
+    device, errors = use_device(context), []
     file = open_golden(context, "sampling.npz")
     logits = torch.from_numpy(file["logits"]).to(device)  # (B, V)
     for k, p in FILTERS:
         expected = torch.from_numpy(file[f"probs_k{k}_p{p}"])  # (B, V)
         found = filter_logits(logits, k, p).softmax(-1).cpu()  # (B, V)
-        worst = max(worst, (found - expected).abs().max().item())
+        errors.append((found - expected).abs().max().item())
+    worst = float(np.max(errors))
     pixels = (
         to_uint8(torch.from_numpy(file["pixels_in"]).to(device), 64).cpu().numpy()
     )  # (B, 64, 64, 3)

@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from autoregressive.decoding.cpu import build
-from scripts.diagnosis.check import BROKEN, OK, ROOT, SLOW, Context, NotHere, Result
+from scripts.diagnosis.check import BROKEN, OK, ROOT, SLOW, Context, NotHere, Result, reason_of
 from scripts.diagnosis.models import parameter_count
 from utils.files import prepare_folder
 from utils.options import git_revision
@@ -26,7 +27,7 @@ GIB = 2**30
 INSTRUCTION_SETS = re.compile(
     r"sse4_2|avx|avx2|fma3?|f16c|avx512.*|avx_vnni.*|avx10.*|amx.*|neon|asimd|sve.*|i8mm|bf16|fp16"
 )
-PACKAGES = ("torch", "torchvision", "numpy", "timm", "pillow", "scipy", "safetensors")
+PACKAGES = ("torchvision", "numpy", "timm", "pillow", "scipy", "safetensors")
 OPTIONAL_PACKAGES = ("torchao", "tensorboard", "wandb", "torchmetrics", "matplotlib")
 VARIABLES = (
     "PAR_CPU",
@@ -125,35 +126,65 @@ def describe_torch() -> str:
     return ", ".join(parts)
 
 
+def describe_processor() -> str:
+    """Return the processor's name, and how many of its cores may be used."""
+    declared = f", declared {cpu_name()}" if cpu_name() else ""
+    return f"{_cpu_model()}{declared}, cores to use: {cores()}, {platform.machine()}"
+
+
+def describe_instruction_sets() -> str:
+    """Return the instruction sets that matter here, and the one that torch takes."""
+    flags = sorted(name for name in cpu_flags() if INSTRUCTION_SETS.fullmatch(name))
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{', '.join(flags) or 'unknown'}; torch uses {capability}"
+
+
+def describe_memory() -> str:
+    """Return the memory that is there and available."""
+    total, available = memory()
+    return f"{available / GIB:.1f} of {total / GIB:.1f} GiB available" if total else "unknown"
+
+
+def describe_disk(places: dict[str, Path]) -> str:
+    """Return the room in ``places``, folders to be written to by purpose."""
+    free = {name: shutil.disk_usage(place).free / GIB for name, place in places.items()}
+    return "; ".join(f"{free[k]:.1f} GiB free for {k} ({places[k]})" for k in places)
+
+
+def describe_packages() -> str:
+    """Return the versions of installed packages that matter here."""
+    versions = {name: version_of(name) for name in (*PACKAGES, *OPTIONAL_PACKAGES)}
+    return ", ".join(f"{k} {v}" for k, v in versions.items() if v != "missing")
+
+
+def describe_environment() -> str:
+    """Return the environment variables that matter here."""
+    variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    return ", ".join(variables) or "none of the variables that matter is set"
+
+
 def describe_machine(places: dict[str, Path]) -> dict[str, str]:
     """Return what the machine is, as name -> text. places: folders to be written to, by purpose."""
-    total, available = memory()
-    declared = f", declared {cpu_name()}" if cpu_name() else ""
-    capability = torch.backends.cpu.get_cpu_capability()
-    flags = sorted(name for name in cpu_flags() if INSTRUCTION_SETS.fullmatch(name))
-    free = [
-        f"{shutil.disk_usage(p).free / GIB:.1f} GiB free for {name} ({p})"
-        for name, p in places.items()
-    ]
-    compiler = first_line(build.compile_command()[0], "--version")
-    variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
-    versions = {name: version_of(name) for name in (*PACKAGES[1:], *OPTIONAL_PACKAGES)}
-    return {
-        "Processor": f"{_cpu_model()}{declared}, cores to use: {cores()}, {platform.machine()}",
-        "Instruction sets": f"{', '.join(flags) or 'unknown'}; torch uses {capability}",
-        "GPUs": describe_gpus(),
-        "Memory": f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"
-        if total
-        else "unknown",
-        "Disk": "; ".join(free),
-        "System": platform.platform(),
-        "Python": f"{platform.python_version()} ({sys.executable})",
-        "Torch": describe_torch(),
-        "Packages": ", ".join(f"{k} {v}" for k, v in versions.items() if v != "missing"),
-        "C++ compiler": compiler if compiler is not None else "none",
-        "Environment": ", ".join(variables) or "no variables that matter are set",
-        "Code": f"commit {git_revision() or 'unknown: not a git clone'}",
+    descriptions = {
+        "Processor": describe_processor,
+        "Instruction sets": describe_instruction_sets,
+        "GPUs": describe_gpus,
+        "Memory": describe_memory,
+        "Disk": partial(describe_disk, places),
+        "System": platform.platform,
+        "Python": lambda: f"{platform.python_version()} ({sys.executable})",
+        "Torch": describe_torch,
+        "Packages": describe_packages,
+        "C++ compiler": lambda: first_line(build.compile_command()[0], "--version") or "none",
+        "Code": lambda: f"commit {git_revision() or 'unknown: not a git clone'}",
     }
+    facts = {}
+    for name, describe in descriptions.items():
+        try:
+            facts[name] = describe()
+        except Exception as error:  # a driver or a system may fail in any way
+            facts[name] = f"unknown ({reason_of(error)})"
+    return facts
 
 
 def _cpu_model() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections import Counter
 from dataclasses import asdict
@@ -91,10 +92,13 @@ def as_json(
     heading: str, machine: dict[str, str], options: dict[str, Any], rows: Rows
 ) -> dict[str, Any]:
     """Return the report as plain values."""
-    results = [
-        {"group": check.group, "name": check.name, "device": check.device, **asdict(result)}
-        for check, result in rows
-    ]
+    results = []
+    for check, result in rows:
+        values = {"group": check.group, "name": check.name, "device": check.device}
+        values |= asdict(result)
+        # JSON has no NaN and no infinity
+        figures = {k: v if math.isfinite(v) else None for k, v in result.figures.items()}
+        results.append(values | {"figures": figures})
     broken = any(result.status == BROKEN for _, result in rows)
     return {
         "about": heading,
