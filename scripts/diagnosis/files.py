@@ -17,7 +17,7 @@ import torch
 from autoregressive.models.gpt import GPTConfig, load_gpt
 from dataset.codes import Codes, finished_damage, open_codes
 from dataset.imagenet import list_images, open_image
-from scripts.diagnosis.check import BROKEN, OK, Context, NotHere, Result
+from scripts.diagnosis.check import BROKEN, OK, Context, NotHere, Result, reason_of
 from tokenizer.vq_model import load_vq
 from utils.checkpoint import state_sha256
 from utils.sharded_checkpoint import read_meta, read_sharded
@@ -197,11 +197,11 @@ def check_images(context: Context) -> Result:
         try:
             sides.append(min(open_image(listing.samples[i][0]).size))
         except (ValueError, OSError) as error:
-            unreadable.append(str(error))
+            unreadable.append(reason_of(error))
     if unreadable:
         advice = "replace or delete such files; extraction would leave them out (skipped.json)"
         return Result(
-            BROKEN, f"{len(unreadable)} of {len(chosen)} opened files: {unreadable[0]}", advice
+            BROKEN, f"{len(unreadable)} of {len(chosen)} opened files fail: {unreadable[0]}", advice
         )
     smallest = min(counts.values())
     few = f" (fewer than {FEW_IMAGES} are hard to learn from)" if smallest < FEW_IMAGES else ""

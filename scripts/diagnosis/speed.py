@@ -43,10 +43,8 @@ def check_bandwidth(context: Context) -> Result:
 def check_products(context: Context, precision: str) -> Result:
     """Measure how fast matrices are multiplied; beside the data sheet for GPUs that it lists."""
     device = torch.device(context.device)
-    if precision != "none" and device.type == "cpu" and not has_bfloat16(device):
-        raise NotHere(
-            "this processor computes in bfloat16 only by emulation, or slower than in float32"
-        )
+    if precision == "bf16" and not has_bfloat16(device):
+        raise NotHere("it would be computed only by emulation, or slower than float32")
     dtype = AUTOCAST_DTYPE[precision] or torch.float32
     measured = measured_flops(device, dtype, 8192 if device.type == "cuda" else None)
     figures, detail = (
@@ -75,7 +73,6 @@ def judge(
     figures: ``seconds`` and more of this way; others: the figures of other ways, by name in words.
     """
     reasons = [f"below {enough:.0%} of a ceiling"] if share < enough else []
-    detail += f" (slow below {enough:.0%})"
     for name, other in others.items():
         if "seconds" not in other:  # it did not end
             continue
@@ -111,10 +108,10 @@ def check_sampling(context: Context, way: str, others: dict[str, str]) -> Result
     timed, _ = sampling.time_batches(sampling_options(context, way), device)
     figures = {k: v for k, v in timed.items() if isinstance(v, (int, float))}
     figures["MBU"], figures["MFU"] = (timed[k] / timed[f"ceiling {k}"] for k in ("GB/s", "TFLOP/s"))
-    batch, decoder = batch_size(context), timed["decoder"]
-    by = f"by {decoder}, " if way == "compiled" else ""
+    batch, precision = batch_size(context), resolve_precision("auto", device)[0]
+    by = f"by {timed['decoder']}" if way == "compiled" else f"in {NAMES[precision]}"
     detail = (
-        f"{by}{timed['seconds']:.3g} s per batch of {batch} ({timed['images/s']:.3g} images/s), "
+        f"{by}, {timed['seconds']:.3g} s per batch of {batch} ({timed['images/s']:.3g} images/s), "
         f"{timed['calls']} calls, "
         f"MBU {figures['MBU']:.0%} of {timed['ceiling GB/s']:.3g} GB/s, "
         f"MFU {figures['MFU']:.0%} of {timed['ceiling TFLOP/s']:.3g} TFLOP/s"
@@ -122,8 +119,9 @@ def check_sampling(context: Context, way: str, others: dict[str, str]) -> Result
     if not others:  # a way to compare with
         return Result(OK, detail, figures=figures)
     earlier = {words: context.earlier.get(check, {}) for words, check in others.items()}
-    share = max(figures["MBU"], figures["MFU"])
-    return judge(detail, figures, share, SAMPLING_SHARE[device.type], earlier)
+    share, enough = max(figures["MBU"], figures["MFU"]), SAMPLING_SHARE[device.type]
+    detail += f" (slow if both are below {enough:.0%})"
+    return judge(detail, figures, share, enough, earlier)
 
 
 def check_agreement(context: Context) -> Result:
@@ -179,4 +177,6 @@ def check_training(context: Context, way: str, others: dict[str, str]) -> Result
     if not others:
         return Result(OK, detail, figures=figures)
     earlier = {words: context.earlier.get(check, {}) for words, check in others.items()}
-    return judge(detail, figures, timed["mfu"], TRAINING_SHARE[device.type], earlier)
+    enough = TRAINING_SHARE[device.type]
+    detail += f" (slow below {enough:.0%})"
+    return judge(detail, figures, timed["mfu"], enough, earlier)
