@@ -21,8 +21,10 @@ try:
     from scripts.diagnosis.examination import FULL_MINUTES, FULL_N, QUICK_MINUTES, QUICK_N, examine
     from utils.options import amount, make_parser, positive_int, run
 except ImportError as error:  # the one thing that no check could report
+    python = Path(__file__).resolve().parents[1] / ".venv" / "bin" / "python"
+    hint = f"; or use {python}, which quickstart.sh made" if python.exists() else ""
     install = f"{sys.executable} -m pip install -r requirements.txt"
-    sys.exit(f"broken: {error}; install the packages: {install}")
+    sys.exit(f"broken: {error}; install the packages: {install}{hint}")
 
 
 def make_doctor_parser() -> ArgumentParser:
