@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from autoregressive.train import train_c2i
 from dataset.codes import CodesPlan, finish_codes, start_codes, write_shard
-from utils.sharded_checkpoint import read_sharded
-
 from scripts.diagnosis.check import BROKEN, OK, ROOT, Context, Result, short
+from utils.sharded_checkpoint import read_sharded
 
 STEPS, RESUMED_AT, BATCH = 6, 2, 8
 RUN = "GPT-T-4x-32"  # the run's folder
