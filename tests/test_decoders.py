@@ -30,7 +30,7 @@ BUILDS = {
     "AVX2": ("-march=x86-64-v3", "avx2"),
     "no vectors wider than Arm's": ("-march=x86-64", "sse2"),
     "AVX-512 without bfloat16": ("-march=x86-64-v4", "avx512vl"),
-    "AMX, emulated": (f"-D__AMX_BF16__ -include {ROOT / 'tests/emulated_tiles.h'}", "avx512_bf16"),
+    "AMX, emulated": (f"-march=native -D__AMX_BF16__ -include {ROOT / 'tests/emulated_tiles.h'}", "avx512_bf16"),
 }
 
 
