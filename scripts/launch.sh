@@ -31,8 +31,8 @@ if ! command -v nvidia-smi >/dev/null; then
     # a thread that waits at a barrier gives its core up after microseconds instead of milliseconds: costs 3% on an idle
     # machine, and two programs at once took 10 times as long without it
     export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-5000}
-    # processes share the cores
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(getconf _NPROCESSORS_ONLN) + nproc_per_node - 1) / nproc_per_node ))}
+    # processes share the cores that they may run on
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) + nproc_per_node - 1) / nproc_per_node ))}
 fi
 max_restarts=${max_restarts:-0}
 if [ "$nnodes" = 1 ] && [ "$nproc_per_node" = 1 ] && [ "$max_restarts" = 0 ]; then

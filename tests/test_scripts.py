@@ -269,6 +269,14 @@ def test_two_processes_and_a_kill_give_the_same_bytes(work, trained, sampled, tm
     assert sorted(p.suffix for p in tmp_path.iterdir() if p.is_file()) == [".json", ".npz"]
 
 
+@pytest.mark.skipif(shutil.which("taskset") is None, reason="taskset is not installed")
+def test_one_core_gives_the_same_bytes(work, trained, sampled, tmp_path):
+    base = ("--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--sample-dir", tmp_path, "--image-size-eval", 24)
+    base += ("--num-fid-samples", 22, "--per-proc-batch-size", 4, "--precision", "none", "--cfg-scale", 1.5)
+    run_command("taskset", "-c", min(os.sched_getaffinity(0)), *SAMPLE, *base)
+    assert digest(tmp_path / f"{SAMPLE_NAME}.npz") == digest(sampled)
+
+
 def test_sampling_without_a_compiler_is_said(work, trained, sampled, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "slower than our kernels, which cannot be had: no C++ compiler" in sample(work, trained, tmp_path).stdout

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from argparse import Namespace
@@ -31,6 +30,7 @@ from utils.files import atomic_path, prepare_folder
 from utils.images import image_grid, save_png, to_uint8
 from utils.logger import create_logger, progress
 from utils.options import add_retired, count, make_parser, positive_int, run, write_options
+from utils.performance import usable_cores
 from utils.samples import SampleFile
 
 SHOWN = {
@@ -121,7 +121,7 @@ class Reconstructor:
     def make(self, chunks: list[int]) -> None:
         """Reconstruct, measure and write ``chunks``; the scores come first: a written chunk is never made again."""
         keys = [[(i, 0) for i in self.files[0].images_of(chunk)] for chunk in chunks]
-        workers = min(self.args.num_workers, os.cpu_count() or 1)
+        workers = min(self.args.num_workers, usable_cores())
         loader = DataLoader(self.images, batch_sampler=keys, num_workers=workers)
         batches = progress(self.world, "reconstructing", len(chunks), unit="batches", items=loader)
         for chunk, (pixels, labels, _) in zip(chunks, batches, strict=True):

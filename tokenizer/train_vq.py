@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from argparse import BooleanOptionalAction, Namespace
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +32,7 @@ from utils.distributed import World, init_distributed
 from utils.logger import ScalarLog, create_logger, progress
 from utils.options import add_retired, amount, count, fraction, make_parser, positive_int, run, write_options
 from utils.parallel import delay_sync, replicate
-from utils.performance import Window, peak_memory
+from utils.performance import Window, peak_memory, usable_cores
 from utils.precision import autocast, log_level, resolve_precision
 from utils.run_folder import RunFolder
 from utils.sharded_checkpoint import read_sharded
@@ -187,7 +186,7 @@ def make_loader(args: Namespace, order: EpochOrder, steps: range, rank: int, siz
     augment = RandomCrop(args.image_size, flip=not args.no_flip, seed=args.global_seed)
     files = ImageFiles(list_all_images(args), augment)
     keys = order.rank_keys(steps.start, steps.stop, rank, size)
-    workers = min(args.num_workers, os.cpu_count() or 1)
+    workers = min(args.num_workers, usable_cores())
     return DataLoader(files, batch_sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import sys
@@ -44,6 +45,11 @@ def measured_flops(device: torch.device, dtype: torch.dtype, width: int | None =
         (a @ a)[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - started)
     return 2 * width**3 / min(seconds)
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_name() -> str:

@@ -43,6 +43,7 @@ from utils.distributed import World, init_distributed
 from utils.files import prepare_folder
 from utils.logger import create_logger, progress
 from utils.options import add_retired, amount, count, make_parser, positive_int, run, write_options
+from utils.performance import usable_cores
 from utils.precision import autocast, log_level, resolve_precision
 
 
@@ -221,7 +222,7 @@ def make_shards(
             ImageFiles(samples, CenterCrop(resized), tolerant=True),
             batch_sampler=ShardBatches(plan, claims, shards, max(1, args.batch_size // len(plan.crops)), bar),
             collate_fn=collate,
-            num_workers=min(args.num_workers, os.cpu_count() or 1),
+            num_workers=min(args.num_workers, usable_cores()),
             pin_memory=world.device.type == "cuda",
         )
         encode = partial(encode_crops, vq, vq.quantize.codebook(), args=args)

@@ -32,6 +32,7 @@ from dataset.imagenet import list_images, open_image, to_model_range
 from tokenizer.vq_model import VQModel, make_vq_config
 from utils.files import write_json
 from utils.options import make_parser, positive_int, run
+from utils.performance import usable_cores
 
 CPU = torch.device("cpu")
 
@@ -187,7 +188,7 @@ def measure_loading(work: Path, count: int, batch: int = 256) -> dict[str, float
     finish_codes(ours, plan, [""] * count)
     result = {"published bytes/image": disk_bytes(published) / count, "ours bytes/image": disk_bytes(ours) / count}
 
-    workers = os.cpu_count() or 1
+    workers = usable_cores()
     order = np.random.default_rng(1).permutation(count)
 
     def load_published() -> None:

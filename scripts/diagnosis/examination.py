@@ -28,6 +28,7 @@ from scripts.diagnosis.check import (
 from scripts.diagnosis.checks import list_checks
 from scripts.diagnosis.report import Rows, as_text, title, write_report
 from utils.files import prepare_folder
+from utils.performance import usable_cores
 
 QUICK_MINUTES, FULL_MINUTES = 1.85, 8.5  # importing and reporting come on top
 QUICK_N, FULL_N = 16, 4  # tokens predicted at once
@@ -45,7 +46,7 @@ def prepare_environment() -> None:
     """Set what scripts/launch.sh sets for training and sampling on a machine without a GPU."""
     if shutil.which("nvidia-smi") is not None:
         return
-    os.environ.setdefault("OMP_NUM_THREADS", str(machine.cores()))
+    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     for name, value in ALLOCATOR.items():
         os.environ.setdefault(name, value)
 

@@ -20,7 +20,7 @@ from scripts.diagnosis.check import BROKEN, OK, ROOT, SLOW, Context, NotHere, Re
 from scripts.diagnosis.models import parameter_count
 from utils.files import prepare_folder
 from utils.options import git_revision
-from utils.performance import device_name
+from utils.performance import device_name, usable_cores
 from utils.precision import cpu_flags, cpu_name, resolve_precision
 
 GIB = 2**30
@@ -47,11 +47,6 @@ def devices() -> list[str]:
         [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
     return names + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-
-
-def cores() -> int:
-    """Return the number of processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory() -> tuple[int, int]:
@@ -129,7 +124,7 @@ def describe_torch() -> str:
 def describe_processor() -> str:
     """Return the processor's name, and how many of its cores may be used."""
     declared = f", declared {cpu_name()}" if cpu_name() else ""
-    return f"{_cpu_model()}{declared}, cores to use: {cores()}, {platform.machine()}"
+    return f"{_cpu_model()}{declared}, cores to use: {usable_cores()}, {platform.machine()}"
 
 
 def describe_instruction_sets() -> str:
@@ -279,8 +274,10 @@ def check_idle(context: Context) -> Result:
     if not hasattr(os, "getloadavg"):
         raise NotHere("the system does not tell how busy it is")
     load = os.getloadavg()[0]
-    detail = f"{load:.1f} programs at work over the last minute; cores to use: {cores()}"
-    return Result(SLOW if load > BUSY * cores() + 0.5 else OK, detail, figures={"load": load})
+    detail = f"{load:.1f} programs at work over the last minute; cores to use: {usable_cores()}"
+    return Result(
+        SLOW if load > BUSY * usable_cores() + 0.5 else OK, detail, figures={"load": load}
+    )
 
 
 def check_gpu(context: Context) -> Result:
