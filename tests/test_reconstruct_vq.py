@@ -125,9 +125,11 @@ def test_interrupted_or_spread_over_processes_makes_the_same(work, reconstruct, 
     again = reconstruct(tmp_path / "stopped")
     assert len(made) == 6 and f"PSNR {expected['psnr']:.2f} dB" in again
 
+    # both by the command line, with the same allocator: under PAR_CPU=avx2 others were seen to round otherwise
     threads = str(torch.get_num_threads())
-    run_command(*SCRIPT, *words(work, tmp_path / "two"), nproc=2, OMP_NUM_THREADS=threads)
-    assert contents(tmp_path / "two") == expected
+    for name, nproc in (("one", 1), ("two", 2)):
+        run_command(*SCRIPT, *words(work, tmp_path / name), nproc=nproc, OMP_NUM_THREADS=threads)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 @pytest.mark.parametrize(
