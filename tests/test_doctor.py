@@ -348,7 +348,7 @@ def test_codes_that_cannot_be(given, tmp_path):
 
 def test_weights_that_cannot_be(given, tmp_path):
     model = save_gpt(tmp_path / "gpt.pt", "t")
-    checkpoint = torch.load(tmp_path / "gpt.pt")
+    checkpoint = torch.load(tmp_path / "gpt.pt", weights_only=True)
     checkpoint["model"]["layers.3.feed_forward.w2.weight"][5, 5] = torch.nan
     torch.save(checkpoint, tmp_path / "gpt.pt")
     result = result_of(files.check_gpt, **given)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from autoregressive.models.gpt import GPT, KVCache, TransformerBlock, guide
+from autoregressive.models.gpt import GPT, KVCache, StepDecoder, TransformerBlock
 
 
 def finish_block(block: TransformerBlock, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -18,7 +18,7 @@ def finish_block(block: TransformerBlock, x: torch.Tensor, y: torch.Tensor) -> t
     return x + block.feed_forward(block.ffn_norm(x))  # (B, T, D)
 
 
-class CompiledDecoder:
+class CompiledDecoder(StepDecoder):
     """Decoder (see decoding/decoder.py) of a GPT in ``eval()`` mode, which stays as it is.
 
     torch.compile gets the parts of a block before and after its attention, with one compilation for all blocks.
@@ -27,7 +27,8 @@ class CompiledDecoder:
 
     def __init__(self, model: GPT):
         self.config, self.order, self.model = model.config, model.order, model
-        self.device = model.permutation.device
+        self.device = model.device
+        self.embed_slots, self.head = model.embed_slots, model.head
         self._before = torch.compile(TransformerBlock.before_attention)
         self._after = torch.compile(finish_block)
 
@@ -35,24 +36,13 @@ class CompiledDecoder:
         """Return an empty cache for ``batch`` rows and all slots."""
         return self.model.new_cache(batch)
 
-    def decode_step(
-        self,
-        tokens: torch.Tensor,
-        cond: torch.Tensor,
-        start: int,
-        stop: int,
-        cache: KVCache,
-        cfg_scale: float | None = None,
-    ) -> torch.Tensor:
-        """Logits (B, stop - start, V), float32 at least, of slots [start, stop); as ``GPT.decode_step``."""
-        model = self.model
-        freqs_cis = model.freqs_cis[start:stop]  # (t, hd/2, 2)
-        x = model.embed_slots(tokens, cond, start, stop)  # (B, t, D)
-        for block in model.layers:
+    def trunk(self, x: torch.Tensor, start: int, cache: KVCache) -> torch.Tensor:
+        """Blocks and final norm over slots [start, start + t): (B, t, D) -> (B, t, D)."""
+        freqs_cis = self.model.freqs_cis[start : start + x.shape[1]]  # (t, hd/2, 2)
+        for block in self.model.layers:
             q, k, v = self._before(block, x, freqs_cis)  # (B, H or Hkv, t, hd)
             x = self._after(block, x, block.attention.mix(q, k, v, None, cache, start))  # (B, t, D)
-        logits = model.output(guide(model.norm(x), cfg_scale))  # (B or B / 2, t, V)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self.model.norm(x)  # (B, t, D)
 
     @torch.inference_mode()
     def capture(self, decode: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Callable[..., torch.Tensor]:

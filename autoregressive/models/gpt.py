@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -335,7 +335,31 @@ _KEPT_BY_SELECTIVE = [
 ]
 
 
-class GPT(nn.Module):
+class StepDecoder:
+    """One decoding step out of ``embed_slots``, ``trunk`` and ``head``, which a GPT and its faster decoders have."""
+
+    def decode_step(
+        self,
+        tokens: torch.Tensor,
+        cond: torch.Tensor,
+        start: int,
+        stop: int,
+        cache: Any,
+        cfg_scale: float | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, stop - start, V), float32 at least, of slots [start, stop), one entry of ``order.schedule``.
+
+        tokens: (B, T) region-ordered codes, read only where already decoded; cond: (B,). Steps must come in the
+        schedule's order with one cache of ``new_cache``. Every cached key is visible, so there is no mask. With
+        ``cfg_scale`` the rows are a conditional half and an unconditional one, and logits are those of ``guide``,
+        (B / 2, ...).
+        """
+        x = self.embed_slots(tokens, cond, start, stop)  # (B, t, D)
+        hidden = self.trunk(x, start, cache=cache)  # (B, t, D)
+        return self.head(guide(hidden, cfg_scale))  # (B or B / 2, t, V)
+
+
+class GPT(StepDecoder, nn.Module):
     """The model. ``forward`` scores whole code grids, ``decode_step`` one step of generation."""
 
     def __init__(self, config: GPTConfig):
@@ -445,25 +469,9 @@ class GPT(nn.Module):
         weight = self.tok_embeddings.weight
         return KVCache(self.config, batch, self.order.num_tokens, weight.device, weight.dtype)
 
-    def decode_step(
-        self,
-        tokens: torch.Tensor,
-        cond: torch.Tensor,
-        start: int,
-        stop: int,
-        cache: KVCache,
-        cfg_scale: float | None = None,
-    ) -> torch.Tensor:
-        """Logits (B, stop - start, V), float32 at least, of slots [start, stop), one entry of ``order.schedule``.
-
-        tokens: (B, T) region-ordered codes, read only where already decoded; cond: (B,). Steps must come in the
-        schedule's order with one cache of ``new_cache``. Every cached key is visible, so there is no mask. With
-        ``cfg_scale`` the rows are a conditional half and an unconditional one, and logits are those of ``guide``,
-        (B / 2, ...).
-        """
-        x = self.embed_slots(tokens, cond, start, stop)  # (B, t, D)
-        hidden = self.trunk(x, start, cache=cache)  # (B, t, D)
-        logits = self.output(guide(hidden, cfg_scale))  # (B or B / 2, t, V)
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The output layer: (..., D) -> logits (..., V), float32 at least."""
+        logits = self.output(hidden)  # (..., V)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def embed_slots(self, tokens: torch.Tensor, cond: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoregressive.decoding.cpu.build import NAMES, load, unavailable_reason
-from autoregressive.models.gpt import GPT, guide
+from autoregressive.models.gpt import GPT, StepDecoder
 
 LANES = 16  # outputs in a panel, see layout.h
 UNIT_BYTES = 4
@@ -106,14 +106,14 @@ class PackedCache:
         return PackedCache(self.store[:, :batch])
 
 
-class CPUDecoder:
+class CPUDecoder(StepDecoder):
     """Decoder (see decoding/decoder.py) of a GPT whose weights it has taken; made by ``consume``."""
 
     def __init__(self, model: GPT, rows: int):
         self.config, self.order = model.config, model.order
         self.device = torch.device("cpu")
         self.dtype = model.output.weight.dtype
-        self._embed_slots = model.embed_slots
+        self.embed_slots = model.embed_slots
         self._create_kernels(model, rows)
 
     @classmethod
@@ -127,7 +127,7 @@ class CPUDecoder:
         if reason is not None:
             raise ValueError(reason)
         decoder = cls(model, rows)
-        for name in ("forward", "logits", "hidden", "trunk", "decode_step", "new_cache", "state_dict"):
+        for name in ("forward", "logits", "hidden", "trunk", "head", "decode_step", "new_cache", "state_dict"):
             setattr(model, name, _refuse)
         return decoder
 
@@ -183,20 +183,6 @@ class CPUDecoder:
         head = slots * _units(config.head_dim, self.dtype) + slot_units * _round_up(config.head_dim, LANES)
         shape = (config.n_layer, batch, config.kv_heads, head)
         return PackedCache(_pages(UNIT_BYTES * torch.Size(shape).numel()).view(torch.int32).view(shape))
-
-    def decode_step(
-        self,
-        tokens: torch.Tensor,
-        cond: torch.Tensor,
-        start: int,
-        stop: int,
-        cache: PackedCache,
-        cfg_scale: float | None = None,
-    ) -> torch.Tensor:
-        """Logits (B, stop - start, V) float32 of slots [start, stop); as ``GPT.decode_step``."""
-        x = self._embed_slots(tokens, cond, start, stop)  # (B, t, D)
-        hidden = self.trunk(x, start, cache)  # (B, t, D)
-        return self.head(guide(hidden, cfg_scale))  # (B or B / 2, t, V)
 
     def trunk(self, x: torch.Tensor, start: int, cache: PackedCache) -> torch.Tensor:
         """Blocks and final norm of slots from ``start``: (B, t, D) of any type -> (B, t, D) float32."""
