@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -66,6 +68,13 @@ def golden():
         return np.load(path, allow_pickle=False) if path.suffix == ".npz" else path.read_text()
 
     return open_golden
+
+
+@pytest.fixture
+def own_process():
+    """``own_process(f, *args)`` is ``f(*args)`` of a new process: if torch's compiler takes that down, a test fails."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield lambda f, *args: pool.submit(f, *args).result(timeout=300)
 
 
 def run_command(

@@ -225,20 +225,20 @@ def test_flops_are_those_that_torch_counts():
     assert counter.get_total_flops() == 3 * (model.flops_per_image() + 12 * config.n_layer * config.dim * hidden_pairs)
 
 
+def block_gradients(codes: torch.Tensor, cond: torch.Tensor, compiled: bool) -> list[torch.Tensor]:
+    model = fill_from_names(GPT(small_config(n_layer=1, attn_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0)))
+    if compiled:
+        model.layers[0].compile()
+    torch.manual_seed(0)
+    model(codes, cond)[0].backward()
+    return [p.grad for p in model.parameters()]
+
+
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_gradients():
-    codes, cond = random_codes(small_config())
-    grads = []
-    for compiled in (False, True):
-        model = fill_from_names(
-            GPT(small_config(n_layer=1, attn_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0))
-        )
-        if compiled:
-            model.layers[0].compile()
-        torch.manual_seed(0)
-        model(codes, cond)[0].backward()
-        grads.append([p.grad for p in model.parameters()])
-    for ours, expected in zip(*grads, strict=True):
+def test_compiled_blocks_give_the_same_gradients(own_process):
+    inputs = random_codes(small_config())
+    compiled = own_process(block_gradients, *inputs, True)
+    for ours, expected in zip(compiled, block_gradients(*inputs, False), strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
 
 
