@@ -18,7 +18,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -44,6 +43,7 @@ from utils.training import (
     add_optimizer_options,
     add_output_options,
     add_precision_option,
+    learning_rate,
     make_adamw,
     seed_step,
     split_batch,
@@ -196,6 +196,12 @@ class VQState(TrainingState):
 
     discriminator: TrainingState | None = None
 
+    def set_learning_rate(self, lr: float) -> None:
+        """Of both."""
+        super().set_learning_rate(lr)
+        if self.discriminator:
+            self.discriminator.set_learning_rate(lr)
+
     def parameters(self) -> list[nn.Parameter]:
         """Of both."""
         return super().parameters() + (self.discriminator.parameters() if self.discriminator else [])
@@ -228,7 +234,6 @@ class Run:
     state: VQState
     supervised: Supervised
     adversary: Adversary | None
-    schedules: list[CosineLRScheduler]
     order: EpochOrder
     memory_format: torch.memory_format
     facts: dict  # what a checkpoint says of the run
@@ -264,11 +269,6 @@ def build(args: Namespace, world: World) -> Run:
     ema = Ema(model, args.ema_decay) if args.ema else None
     guard = Guard(world.device, args.max_loss_spike, args.max_skipped_steps)
     state = VQState(model, optimizer, scaler, ema, guard, adversary.state if adversary else None)
-    lr_min = 0.0 if args.lr_schedule == "cosine" else args.lr
-    schedules = [
-        CosineLRScheduler(o, t_initial=total_steps, lr_min=lr_min, t_in_epochs=False)
-        for o in [optimizer] + ([adversary.state.optimizer] if adversary else [])
-    ]
 
     fixed = ("image_size", "epochs", "global_batch_size", "global_seed", "lr_schedule")
     same = {k: getattr(args, k) for k in fixed} | {"disc_type": args.disc_type if adversary else None}
@@ -286,7 +286,7 @@ def build(args: Namespace, world: World) -> Run:
     if adversary:
         adversary.replicate()
     return Run(
-        args, world, model, forward, state, supervised, adversary, schedules, order, memory_format, facts, folder,
+        args, world, model, forward, state, supervised, adversary, order, memory_format, facts, folder,
         first_step, last_step,
     )  # fmt: skip
 
@@ -368,8 +368,8 @@ def main() -> None:
         # ---------------------------------------------------------------- one training step
         stop.ask()
         seed_step(args.global_seed, step, world.rank)
-        for schedule in r.schedules:
-            schedule.step_update(step)
+        lr = learning_rate(step, args.lr, args.lr_schedule, total_steps)
+        state.set_learning_rate(lr)
         adversarial = adversary is not None and (adversary.active(step + 1) or args.dry_run)
         terms, codes = torch.zeros(len(names), device=device), []
         for i, micro in enumerate(pixels.split(micro_batch)):
@@ -411,7 +411,7 @@ def main() -> None:
         if done % args.log_every == 0 or last or args.dry_run:
             figures = window.read(args.global_batch_size)
             seconds = figures.pop("seconds/step")
-            figures |= {"lr": r.schedules[0].optimizer.param_groups[0]["lr"], "skipped": state.guard.skipped}
+            figures |= {"lr": lr, "skipped": state.guard.skipped}
             figures |= {"codebook_used": model.quantize.usage(), "perplexity": model.quantize.perplexity()}
             figures["memory_gib"] = peak_memory(device) / 2**30
             extra = "perceptual {perceptual:.4f}, " if args.perceptual_weight else ""
@@ -420,7 +420,7 @@ def main() -> None:
             logger.info(f"step {done}: {LOG_LINE.format(**figures, terms=extra)}, {left} left")
             curves.write(done, figures)
             for guard in guards:
-                guard.check(done, figures["lr"], last)
+                guard.check(done, lr, last)
         with window.paused():
             if folder is not None and (done % args.ckpt_every == 0 or last) and all(g.sound for g in guards):
                 r.folder.save(done, state, r.facts)

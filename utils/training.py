@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentParser, _ArgumentGroup
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -85,6 +86,17 @@ def make_adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[fl
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def learning_rate(step: int, peak: float, schedule: str, total_steps: int, warmup_steps: int = 0) -> float:
+    """Learning rate of training step ``step``, counted from 0.
+
+    It rises linearly from 0 over the warm-up, then is ``peak`` (``constant``), or what is left at this step of half a
+    cosine from ``peak`` at step 0 to 0 at ``total_steps`` (``cosine``).
+    """
+    if step < warmup_steps:
+        return step * (peak / warmup_steps)
+    return peak if schedule == "constant" else 0.5 * peak * (1 + math.cos(math.pi * step / total_steps))
 
 
 class Ema:
@@ -176,6 +188,11 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     ema: Ema | None
     guard: Guard
+
+    def set_learning_rate(self, lr: float) -> None:
+        """For the next update."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def gradient_norm(self) -> torch.Tensor:
         """2-norm of the gradients of all ranks after taking out fp16's loss scale: a scalar on the device."""

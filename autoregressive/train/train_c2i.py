@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
-from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig, load_gpt
@@ -45,6 +44,7 @@ from utils.training import (
     add_optimizer_options,
     add_output_options,
     add_precision_option,
+    learning_rate,
     make_adamw,
     prefetch,
     seed_step,
@@ -328,7 +328,6 @@ class Run:
     model: GPT
     forward: nn.Module
     state: TrainingState
-    schedule: CosineLRScheduler
     batches: CodeBatches
     steps_per_epoch: int
     facts: dict  # what a checkpoint says of the run
@@ -357,13 +356,6 @@ def build(args: Namespace, world: World) -> Run:
     ema = Ema(model, args.ema_decay) if args.ema else None
     guard = Guard(world.device, args.max_loss_spike, args.max_skipped_steps)
     state = TrainingState(model, optimizer, scaler, ema, guard)
-    schedule = CosineLRScheduler(
-        optimizer,
-        t_initial=total_steps,
-        warmup_t=round(args.warmup_epochs * steps_per_epoch),
-        lr_min=0.0 if args.lr_schedule == "cosine" else args.lr,
-        t_in_epochs=False,
-    )
 
     fixed = ("epochs", "global_batch_size", "global_seed", "lr_schedule", "warmup_epochs")
     same = {k: getattr(args, k) for k in fixed} | {k: codes.meta.get(k) for k in CODES_FACTS}
@@ -378,7 +370,7 @@ def build(args: Namespace, world: World) -> Run:
     first_step = folder.resume(state, facts["run"], start)
     last_step = min(first_step + 2, total_steps) if args.dry_run else total_steps
     return Run(
-        args, world, codes, held_out, vq, model, forward, state, schedule, batches, steps_per_epoch,
+        args, world, codes, held_out, vq, model, forward, state, batches, steps_per_epoch,
         facts, folder, first_step, last_step, notes + folder.notes,
     )  # fmt: skip
 
@@ -429,12 +421,14 @@ def main() -> None:
 
     bar = progress(world, "training", r.last_step, r.first_step, "steps")
     window = Window(("loss", "grad_norm"), device)
+    total_steps, warmup_steps = args.epochs * r.steps_per_epoch, round(args.warmup_epochs * r.steps_per_epoch)
     stopping, seconds = False, 0.0
     for step, (x, y) in prefetch(lambda s: r.batches.rank_slice(s, world), range(r.first_step, r.last_step)):
         # ---------------------------------------------------------------- one training step
         stop.ask()
         seed_step(args.global_seed, step, world.rank)
-        r.schedule.step_update(step)
+        lr = learning_rate(step, args.lr, args.lr_schedule, total_steps, warmup_steps)
+        state.set_learning_rate(lr)
         loss = torch.zeros((), device=device)
         for i, (x_micro, y_micro) in enumerate(zip(x.split(micro_batch), y.split(micro_batch), strict=True)):
             x_micro, y_micro = x_micro.to(device, non_blocking=True), y_micro.to(device, non_blocking=True)
@@ -455,15 +449,15 @@ def main() -> None:
         if done % args.log_every == 0 or last or args.dry_run:
             figures = window.read(args.global_batch_size)
             seconds = figures.pop("seconds/step")
-            figures |= {"lr": r.schedule.optimizer.param_groups[0]["lr"], "skipped": state.guard.skipped}
+            figures |= {"lr": lr, "skipped": state.guard.skipped}
             figures["tokens/s"] = figures["images/s"] * r.codes.num_tokens
             figures["mfu"] = figures["images/s"] * model.flops_per_image() / (peak[0] * world.size)
             figures["memory_gib"] = peak_memory(device) / 2**30
             figures["epoch"] = done / r.steps_per_epoch
-            left = timedelta(seconds=round(seconds * (args.epochs * r.steps_per_epoch - done)))
+            left = timedelta(seconds=round(seconds * (total_steps - done)))
             logger.info(f"step {done} {LOG_LINE.format(**figures)}, {left} left")
             curves.write(done, figures)
-            state.guard.check(done, figures["lr"], last)
+            state.guard.check(done, lr, last)
         with window.paused():
             if folder is not None and (done % args.ckpt_every == 0 or last) and state.guard.sound:
                 r.folder.save(done, state, r.facts)
@@ -479,7 +473,7 @@ def main() -> None:
     bar.close()
     curves.close()
     if args.dry_run:
-        r.folder.forecast(state, args.epochs * r.steps_per_epoch - r.first_step, seconds, logger)
+        r.folder.forecast(state, total_steps - r.first_step, seconds, logger)
     else:
         r.folder.finish(r.last_step, stopping, args.export, logger)
 
