@@ -256,4 +256,4 @@ def test_compiled_decoder_gives_the_tokens_of_the_model(monkeypatch):
     options = SamplingOptions(cfg_scale=1.5)
     expected = Generator(model, model.order, options, 3)(labels, uniforms)
     assert torch.equal(Generator(decoder, model.order, options, 3)(labels, uniforms), expected)
-    assert model.layers[1].drop_path.drop_prob > 0
+    assert model.layers[1].drop_path.rate > 0

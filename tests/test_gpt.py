@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
-from autoregressive.models.gpt import GPT, DenseMask, Dropout, GPT_models, GPTConfig, attend
+from autoregressive.models.attention import DenseMask, attend, query_chunks
+from autoregressive.models.dropout import Dropout
+from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.linear_cross_entropy import linear_cross_entropy
 from autoregressive.models.region_order import RegionOrder
 from scripts.diagnosis.models import golden_gpt as tiny_gpt
@@ -249,7 +251,7 @@ def test_attention_on_the_cpu_is_torchs(n, n_kv_head):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 576, 8, generator=generator) for h in (4, n_kv_head or 4, n_kv_head or 4))
     weights = torch.randn(2, 4, 576, 8, generator=generator)
-    mask = DenseMask(order.mask(), order.query_parts(192))
+    mask = DenseMask(order.mask(), query_chunks(order.mask()))
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
         inputs = [x.to(dtype).detach().clone().requires_grad_() for x in (q, k, v)]

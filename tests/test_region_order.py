@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from autoregressive.models.region_order import RegionOrder, resolve_parallelism
+from autoregressive.models.attention import query_chunks
+from autoregressive.models.load import resolve_parallelism
+from autoregressive.models.region_order import RegionOrder
 
 CUTS = [(8, 1), (8, 4), (12, 9), (8, 16), (24, 4), (24, 16), ((4, 6), 2), ((4, 6), 6), ((6, 4), 2)]
 
@@ -91,8 +93,10 @@ def test_two_regions_are_as_square_as_possible():
 
 @pytest.mark.parametrize("n", [0, 5, 7, 64])
 def test_n_that_does_not_fit_names_what_does(n):
-    with pytest.raises(ValueError, match=r"--ar-token-num.*8x8.*1, 2, 4, 8, 16, 32"):
+    with pytest.raises(ValueError, match=f"n = {n} does not cut a 8x8 .*: 1, 2, 4, 8, 16, 32"):
         RegionOrder.build(8, n)
+    with pytest.raises(ValueError, match=f"--ar-token-num {n}: n = {n} does not cut a 8x8 .*: 1, 2, 4, 8, 16, 32"):
+        resolve_parallelism(n, None, (8, 8))
 
 
 def test_special_tokens_are_one_fewer():
@@ -106,7 +110,8 @@ def test_special_tokens_are_one_fewer():
 def test_parts_of_queries_hide_only_what_the_mask_hides(n, grid, size):
     """Each query is in one part; no key beyond ``seen`` is visible to it, and the last one is to some query."""
     order = RegionOrder.build(grid, n)
-    mask, parts = order.mask(), order.query_parts(size)
+    mask = order.mask()
+    parts = query_chunks(mask, size)
     assert [q for a, b, _ in parts for q in range(a, b)] == list(range(order.num_tokens))
     for start, stop, seen in parts:
         assert not mask[start:stop, seen:].any()

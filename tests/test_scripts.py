@@ -393,7 +393,7 @@ def test_moving_average_of_weights_can_be_sampled(work, trained, sampled, tmp_pa
 
 MISTAKES = [
     (TRAIN, ["--spe-token-num", "5"], "--spe-token-num 5 contradicts --ar-token-num 4"),
-    (TRAIN, ["--ar-token-num", "5", "--spe-token-num", "4"], "--ar-token-num 5 does not cut a 8x8 grid"),
+    (TRAIN, ["--ar-token-num", "5", "--spe-token-num", "4"], "--ar-token-num 5: n = 5 does not cut a 8x8 grid"),
     (TRAIN, ["--image-size", "384"], "--image-size 384 contradicts --code-path"),
     (TRAIN, ["--vocab-size", "100"], "--vocab-size 100 contradicts"),
     (TRAIN, ["--code-path", "nowhere"], "--code-path: nowhere does not exist in"),

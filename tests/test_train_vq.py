@@ -139,7 +139,7 @@ def test_fine_tuning_the_released_file_and_exporting_it(work, tmp_path):
         (("--finetune",), "--finetune needs --vq-ckpt"),
         (("--codebook-init", "data", "--vq-ckpt", "x.pt"), "--codebook-init data makes a new codebook"),
         (("--compile", "--disc-adaptive-weight"), "--disc-adaptive-weight takes gradients apart"),
-        (("--disc-weight", 1, "--disc-type", "stylegan"), "--image-size 24 is no power of 2"),
+        (("--disc-weight", 1, "--disc-type", "stylegan"), "--image-size 24 is not a power of 2"),
         (("--codebook-init", "kmeans", "--codebook-size", 1024), "24 images have 864 latents for 1024 entries"),
     ],
 )

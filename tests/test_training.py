@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig, load_gpt
+from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.load import load_gpt
 from autoregressive.train import train_c2i
 from tests.conftest import (
     TRAIN,

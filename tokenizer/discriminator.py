@@ -10,7 +10,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BlurPool2d
 from torch import nn
 
 DISCRIMINATORS = ("patchgan", "stylegan")
@@ -70,6 +69,8 @@ class StyleBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1, stride=2)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        from timm.layers import BlurPool2d  # here: timm takes 1.5 s to import, and PatchGAN does without
+
         self.blur = BlurPool2d(out_channels, filt_size=3, stride=1)
         self.down = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
 
@@ -79,7 +80,10 @@ class StyleBlock(nn.Module):
 
 
 class StyleGAN(nn.Module):
-    """Residual blocks that halve S x S down to 4 x 4, then two dense layers; width 16384 / side, at most 512."""
+    """Residual blocks that halve S x S down to 4 x 4, then two dense layers; width 16384 / side, at most 512.
+
+    Every layer keeps torch's default initialisation, as published.
+    """
 
     def __init__(self, image_size: int):
         super().__init__()
@@ -90,9 +94,6 @@ class StyleGAN(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], widths[-1], 3, padding=1)
         self.dense = nn.Linear(16 * widths[-1], widths[-1])
         self.logit = nn.Linear(widths[-1], 1)
-
-    def init_weights(self) -> None:
-        """Initialise for training: every layer keeps torch's default, as published."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = leaky_relu(self.conv_in(images))  # (B, C, S, S)
@@ -108,11 +109,10 @@ def make_discriminator(kind: str, image_size: int) -> PatchGAN | StyleGAN:
         if image_size < 24:
             raise ValueError(f"--disc-type patchgan takes images of 24 pixels or more, not --image-size {image_size}")
         model = PatchGAN()
-    else:
-        if image_size < 8 or image_size & (image_size - 1):
-            raise ValueError(
-                f"--disc-type stylegan halves images down to 4x4: --image-size {image_size} is no power of 2 above 4"
-            )
-        model = StyleGAN(image_size)
-    model.init_weights()
-    return model
+        model.init_weights()
+        return model
+    if image_size < 8 or image_size & (image_size - 1):
+        raise ValueError(
+            f"--disc-type stylegan halves images down to 4x4: --image-size {image_size} is not a power of 2 above 4"
+        )
+    return StyleGAN(image_size)

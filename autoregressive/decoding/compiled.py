@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from autoregressive.models.gpt import GPT, KVCache, StepDecoder, TransformerBlock
+from autoregressive.models.attention import KVCache
+from autoregressive.models.decode_step import StepDecoder
+from autoregressive.models.gpt import GPT, TransformerBlock
 
 
 def finish_block(block: TransformerBlock, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -8,23 +8,21 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from autoregressive.models.attention import DenseMask, KVCache, Mask, attend, query_chunks
+from autoregressive.models.decode_step import StepDecoder
+from autoregressive.models.dropout import Dropout, DropPath
 from autoregressive.models.linear_cross_entropy import linear_cross_entropy
 from autoregressive.models.region_order import RegionOrder
-from utils.checkpoint import find_state_dict, load_checkpoint, load_strictly, resolve
 
 
 @dataclass(frozen=True)
@@ -137,99 +135,6 @@ def apply_rotary(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)  # (B, T, H, hd)
 
 
-class KVCache:
-    """Keys and values of every layer for ``batch`` rows and all slots, allocated once and filled in place."""
-
-    def __init__(self, config: GPTConfig, batch: int, slots: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, 2, batch, config.kv_heads, slots, config.head_dim)
-        self.store = torch.zeros(shape, device=device, dtype=dtype)  # (L, 2, B, Hkv, T, hd)
-
-    def first_rows(self, batch: int) -> KVCache:
-        """A cache of the first ``batch`` rows that shares this one's memory."""
-        view = copy.copy(self)
-        view.store = self.store[:, :, :batch]  # (L, 2, batch, Hkv, T, hd)
-        return view
-
-    def update(self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k, v (B, Hkv, t, hd) at slots from ``start``; return views of everything filled so far."""
-        stop = start + k.shape[2]
-        keys, values = self.store[layer]  # (B, Hkv, T, hd) each
-        keys[:, :, start:stop] = k  # (B, Hkv, t, hd)
-        values[:, :, start:stop] = v  # (B, Hkv, t, hd)
-        return keys[:, :, :stop], values[:, :, :stop]  # (B, Hkv, stop, hd)
-
-
-class DenseMask(NamedTuple):
-    """Which keys a query sees, and the same rule cut by queries: [start, stop) see none beyond the first ``seen``."""
-
-    visible: torch.Tensor  # (T, T) bool
-    parts: tuple[tuple[int, int, int], ...]  # start, stop, seen
-
-
-Mask: TypeAlias = DenseMask | BlockMask | None  # None: all keys are visible
-
-
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, dropout_p: float) -> torch.Tensor:
-    """softmax(q k^T / sqrt(hd)) v over visible keys: q (B, H, Tq, hd), k and v (B, Hkv, Tk, hd)."""
-    grouped = q.shape[1] != k.shape[1]
-    if isinstance(mask, BlockMask):
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)  # (B, H, Tq, hd)
-    if mask is not None and q.device.type == "cpu":
-        with torch.autocast("cpu", enabled=False):
-            return attend_on_cpu(q, k, v, mask, dropout_p, grouped)  # (B, H, Tq, hd)
-    visible = None if mask is None else mask.visible
-    return F.scaled_dot_product_attention(q, k, v, visible, dropout_p, enable_gqa=grouped)  # (B, H, Tq, hd)
-
-
-def attend_on_cpu(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: DenseMask, dropout_p: float, grouped: bool
-) -> torch.Tensor:
-    """``attend`` in training on the CPU, whose fused kernel reads hidden keys and is slow in half precision.
-
-    Measured on AMX, forward and backward, 4 images of 576 slots: float32 63 ms in three parts, 75 whole; bfloat16 37 ms
-    by matrix products, 72 by the fused kernel.
-    """
-    if q.dtype == torch.bfloat16:
-        if grouped:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, Tk, hd)
-        hidden = torch.zeros_like(mask.visible, dtype=q.dtype).masked_fill(~mask.visible, -torch.inf)  # (Tq, Tk)
-        scores = torch.baddbmm(hidden, q.flatten(0, 1) * q.shape[-1] ** -0.5, k.flatten(0, 1).mT)  # (B H, Tq, Tk)
-        weights = F.dropout(scores.softmax(-1), dropout_p)  # (B H, Tq, Tk)
-        return (weights @ v.flatten(0, 1)).view(q.shape)  # (B, H, Tq, hd)
-    q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))  # of float16
-    parts = []
-    for start, stop, seen in mask.parts:
-        part, keys, values = q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen]
-        visible = mask.visible[start:stop, :seen]
-        parts.append(F.scaled_dot_product_attention(part, keys, values, visible, dropout_p, enable_gqa=grouped))
-    return torch.cat(parts, dim=2)  # (B, H, Tq, hd)
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout; on the CPU from 16 random bits an element, as torch's own draw takes a tenth of a training step."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x of any shape; elements are 0 with probability p (to 1/65536 on the CPU), the rest grows by 1 / (1 - p)."""
-        dropped = round(self.p * 65536)
-        if x.device.type != "cpu" or not self.training or not 0 < dropped < 65536:
-            return super().forward(x)
-        words = torch.randint(torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max, (-(-x.numel() // 4),))
-        bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in [-32768, 32768)
-        return torch.where(bits >= dropped - 32768, x * (1.0 / (1.0 - self.p)), 0.0)
-
-
-def guide(hidden: torch.Tensor, cfg_scale: float | None) -> torch.Tensor:
-    """Guidance of final hidden states (B, t, D), a conditional and an unconditional half: (B / 2, t, D).
-
-    uncond + cfg_scale (cond - uncond), computed in at least float32. The output layer is linear, so this guides the
-    logits at half its work. Without ``cfg_scale`` returns ``hidden``.
-    """
-    if cfg_scale is None:
-        return hidden
-    conditional, unconditional = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).chunk(2)
-    return torch.lerp(unconditional, conditional, cfg_scale).to(hidden.dtype)  # (B / 2, t, D)
-
-
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -335,30 +240,6 @@ _KEPT_BY_SELECTIVE = [
 ]
 
 
-class StepDecoder:
-    """One decoding step out of ``embed_slots``, ``trunk`` and ``head``, which a GPT and its faster decoders have."""
-
-    def decode_step(
-        self,
-        tokens: torch.Tensor,
-        cond: torch.Tensor,
-        start: int,
-        stop: int,
-        cache: Any,
-        cfg_scale: float | None = None,
-    ) -> torch.Tensor:
-        """Logits (B, stop - start, V), float32 at least, of slots [start, stop), one entry of ``order.schedule``.
-
-        tokens: (B, T) region-ordered codes, read only where already decoded; cond: (B,). Steps must come in the
-        schedule's order with one cache of ``new_cache``. Every cached key is visible, so there is no mask. With
-        ``cfg_scale`` the rows are a conditional half and an unconditional one, and logits are those of ``guide``,
-        (B / 2, ...).
-        """
-        x = self.embed_slots(tokens, cond, start, stop)  # (B, t, D)
-        hidden = self.trunk(x, start, cache=cache)  # (B, t, D)
-        return self.head(guide(hidden, cfg_scale))  # (B or B / 2, t, V)
-
-
 class GPT(StepDecoder, nn.Module):
     """The model. ``forward`` scores whole code grids, ``decode_step`` one step of generation."""
 
@@ -380,6 +261,7 @@ class GPT(StepDecoder, nn.Module):
             freqs_cis = rotary_table(self.order.slot_positions, config.head_dim, config.rope_base)
             self.register_buffer("freqs_cis", freqs_cis, persistent=False)
             self.register_buffer("mask", self.order.mask(), persistent=False)
+            self.query_chunks = query_chunks(self.mask)
             self.register_buffer("permutation", self.order.permutation, persistent=False)
             self.register_buffer("inverse", self.order.inverse, persistent=False)
 
@@ -422,7 +304,7 @@ class GPT(StepDecoder, nn.Module):
     def hidden(self, tokens: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         """What the output layer sees of region-ordered tokens (B, T) all known: (B, T, D)."""
         x = self.embed_slots(tokens, cond, 0, self.order.num_tokens)  # (B, T, D)
-        mask = DenseMask(self.mask, self.order.query_parts(192)) if self.block_mask is None else self.block_mask
+        mask = DenseMask(self.mask, self.query_chunks) if self.block_mask is None else self.block_mask
         return self.trunk(x, 0, mask)  # (B, T, D)
 
     def use_flex_attention(self, device: torch.device) -> None:
@@ -466,8 +348,9 @@ class GPT(StepDecoder, nn.Module):
 
     def new_cache(self, batch: int) -> KVCache:
         """Return an empty cache for ``decode_step`` of at most ``batch`` rows."""
-        weight = self.tok_embeddings.weight
-        return KVCache(self.config, batch, self.order.num_tokens, weight.device, weight.dtype)
+        config, weight = self.config, self.tok_embeddings.weight
+        slots = self.order.num_tokens
+        return KVCache(config.n_layer, batch, config.kv_heads, slots, config.head_dim, weight.device, weight.dtype)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output layer: (..., D) -> logits (..., V), float32 at least."""
@@ -475,20 +358,19 @@ class GPT(StepDecoder, nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def embed_slots(self, tokens: torch.Tensor, cond: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Input embeddings (B, stop - start, D) of slots [start, stop): class, t1..tn, special tokens, the rest.
+        """Input embeddings (B, stop - start, D) of slots [start, stop).
 
         tokens: (B, T) in region order; cond: (B,).
         """
-        n, pieces = self.order.n, []
-        if start == 0:
-            pieces.append(self.cls_embedding(cond)[:, None])  # (B, 1, D)
-        if start <= n and stop > 1:
-            pieces.append(self.tok_embeddings(tokens[:, max(start, 1) - 1 : min(stop, n + 1) - 1]))  # (B, <=n, D)
-        if n > 1 and start <= n and stop > n + 1:
-            special = self.spe_tok_embeddings.special_embeddings.weight  # (n-1, D)
-            pieces.append(special.expand(len(tokens), -1, -1))  # (B, n-1, D)
-        if stop > 2 * n:
-            pieces.append(self.tok_embeddings(tokens[:, max(start, 2 * n) - n : stop - n]))  # (B, ..., D)
+        pieces = []
+        for kind, which in self.order.held(start, stop):
+            if kind == "class":
+                pieces.append(self.cls_embedding(cond)[:, None])  # (B, 1, D)
+            elif kind == "special":
+                special = self.spe_tok_embeddings.special_embeddings.weight[which]  # (n-1, D)
+                pieces.append(special.expand(len(tokens), -1, -1))  # (B, n-1, D)
+            else:
+                pieces.append(self.tok_embeddings(tokens[:, which]))  # (B, ..., D)
         return torch.cat(pieces, dim=1)  # (B, stop - start, D)
 
     def trunk(self, x: torch.Tensor, start: int, mask: Mask = None, cache: KVCache | None = None) -> torch.Tensor:
@@ -498,74 +380,3 @@ class GPT(StepDecoder, nn.Module):
         for layer in self.layers:
             x = layer(x, freqs_cis, mask, cache, start)  # (B, t, D)
         return self.norm(x)  # (B, t, D)
-
-
-def load_gpt(
-    path: str | Path | None,
-    grid: tuple[int, int] | None,
-    default_grid: tuple[int, int] = (24, 24),
-    gpt_model: str | None = None,
-    ar_token_num: int | None = None,
-    num_classes: int | None = None,
-    vocab_size: int | None = None,
-    bare: bool = False,
-    ema: bool = False,
-) -> tuple[GPT, str, dict]:
-    """GPT of a checkpoint, in ``eval()`` mode on the CPU; the name of its size; the checkpoint's other facts.
-
-    Our own checkpoints carry their config. For a released one it is read off the shapes of its weights, and
-    ``grid`` (height, width in codes; None: ``default_grid``) is taken as given. Arguments that are not None were
-    written by the user: each must agree, else ``ValueError``. ``bare``: the file must be a state dict with nothing
-    around it. ``ema``: take its moving average of the weights.
-    """
-    checkpoint = load_checkpoint(path, "--gpt-ckpt")
-    source = f"--gpt-ckpt {path}"
-    if ema and not isinstance(checkpoint.get("ema"), dict):
-        raise ValueError(f"--gpt-ema: {path} holds no moving average; train with --ema to keep one")
-    keys = ("ema",) if ema else () if bare else ("model", "module", "state_dict")
-    state = find_state_dict(checkpoint, keys, path)
-    own = checkpoint.get("config")
-    if own is not None:
-        if not isinstance(own, dict) or set(own) != {f.name for f in fields(GPTConfig)}:
-            raise ValueError(f"{source} holds no GPT: its config is of another model")
-        config, name = GPTConfig(**own), str(checkpoint.get("gpt_model"))
-        resolve("the code grid of --image-size", grid, (config.grid_height, config.grid_width), source)
-    else:
-        config, name = config_from_shapes(state, grid or default_grid, path)
-    resolve("--gpt-model", gpt_model, name, source)
-    resolve("--ar-token-num", ar_token_num, config.ar_token_num, source)
-    resolve("--num-classes", num_classes, config.num_classes, source)
-    resolve("a codebook of size", vocab_size, config.vocab_size, source)
-    with torch.device("meta"):
-        model = GPT(config)
-    load_strictly(model, state, path, f"the model {name}")
-    return model.eval().requires_grad_(False), name, checkpoint
-
-
-def config_from_shapes(
-    state: dict[str, torch.Tensor], grid: tuple[int, int], path: str | Path
-) -> tuple[GPTConfig, str]:
-    """Config and size name of released weights, from their shapes; ``ValueError`` if they are none of ours."""
-    try:
-        vocab_size, dim = state["tok_embeddings.weight"].shape
-        classes = len(state["cls_embedding.embedding_table.weight"]) - 1
-        wqkv_rows = len(state["layers.0.attention.wqkv.weight"])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"--gpt-ckpt: {path} is no class-conditional GPT: {error} is missing or misshapen") from error
-    n_layer = len({k.split(".")[1] for k in state if k.startswith("layers.")})
-    sizes = {(s["n_layer"], s["dim"]): name for name, s in GPT_models.items()}
-    if (n_layer, dim) not in sizes:
-        raise ValueError(f"--gpt-ckpt: {path} has {n_layer} layers of width {dim}, which is no size of ours")
-    name = sizes[n_layer, dim]
-    n_head = GPT_models[name]["n_head"]
-    special = state.get("spe_tok_embeddings.special_embeddings.weight", ())
-    config = GPTConfig(
-        **GPT_models[name],
-        n_kv_head=(wqkv_rows // (dim // n_head) - n_head) // 2,
-        vocab_size=vocab_size,
-        num_classes=classes,
-        grid_height=grid[0],
-        grid_width=grid[1],
-        ar_token_num=len(special) + 1,
-    )
-    return config, name

@@ -1,8 +1,14 @@
 """The region order: which tokens are predicted together, and what each of them may see.
 
-A grid of h x w codes is cut into rh x rw equal regions, n = rh * rw (paper, section 3.2). Tokens at the same
-place of every region are far apart, hence weakly dependent, and are predicted in one step. The first token of
-every region sets the global structure and is predicted alone.
+A grid of h x w codes is cut into rh x rw equal regions, n = rh * rw (paper, section 3.2). Tokens at the same place of
+every region are far apart, hence weakly dependent, and are predicted in one step. The first token of every region
+sets the global structure and is predicted alone. A 4x4 grid at n = 4, where a number is the step that predicts a code:
+
+    0  4 | 1  4        steps 0 to 3: one code each, the first of every region
+    5  6 | 5  6        steps 4 to 6: four codes each, one in every region
+    -----+-----
+    2  4 | 3  4        16 codes take 7 steps
+    5  6 | 5  6
 
 The model is fed T = h * w slots; slot s predicts token s of the region order:
 
@@ -17,7 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 
@@ -37,8 +43,8 @@ def split_regions(grid: tuple[int, int], n: int) -> tuple[int, int]:
     if n < 1 or 2 * n > tokens or not cuts(n):
         fitting = [m for m in range(1, tokens // 2 + 1) if cuts(m)]
         raise ValueError(
-            f"--ar-token-num {n} does not cut a {grid[0]}x{grid[1]} grid into equal regions; "
-            f"these do: {', '.join(map(str, fitting))}"
+            f"n = {n} does not cut a {grid[0]}x{grid[1]} grid into equal regions; these do: "
+            f"{', '.join(map(str, fitting))}"
         )
     return min(cuts(n), key=lambda r: abs(math.log((grid[0] / r[0]) / (grid[1] / r[1]))))
 
@@ -116,27 +122,26 @@ class RegionOrder:
         """The attention rule for slot indices: step[q] >= step[k] (paper, section 3.3); broadcasts, bool."""
         return self.steps[query] >= self.steps[key]
 
-    @cache  # noqa: B019 - a handful of orders, for as long as the process lives
-    def query_parts(self, size: int) -> tuple[tuple[int, int, int], ...]:
-        """Queries cut into [start, stop) of about ``size``, each with the number of keys, the first, that it sees."""
-        count = max(1, round(self.num_tokens / size))
-        edges = [i * self.num_tokens // count for i in range(count + 1)]
-        return tuple(
-            (a, b, int((self.steps <= self.steps[b - 1]).sum())) for a, b in zip(edges, edges[1:], strict=False)
-        )
+    def held(self, start: int, stop: int) -> list[tuple[str, slice]]:
+        """What slots [start, stop) hold, in their order: a kind, and which ones of it.
+
+        ``("class", [0, 1))``, ``("token", places in the region order)`` or ``("special", of the special tokens)``.
+        """
+        n, slots = self.n, self.num_tokens
+        runs = [
+            ("class", 0, 1, 0),
+            ("token", 1, n + 1, 1),
+            ("special", n + 1, 2 * n, n + 1),
+            ("token", 2 * n, slots, n),
+        ]
+        held = []
+        for kind, first, end, shift in runs:
+            first, end = max(first, start), min(end, stop)
+            if first < end:
+                held.append((kind, slice(first - shift, end - shift)))
+        return held
 
     def mask(self) -> torch.Tensor:
         """(T, T) bool, True where a query slot (row) sees a key slot (column)."""
         slots = torch.arange(self.num_tokens)
         return self.attends(slots[:, None], slots[None, :])
-
-
-def resolve_parallelism(ar_token_num: int, spe_token_num: int | None) -> int:
-    """n from the published option pair; special tokens are n - 1, and anything else is a ``ValueError``."""
-    if spe_token_num is not None and spe_token_num != ar_token_num - 1:
-        raise ValueError(
-            f"--spe-token-num {spe_token_num} contradicts --ar-token-num {ar_token_num}: "
-            f"predicting n tokens at once takes n-1 special tokens, so either --spe-token-num {ar_token_num - 1} "
-            f"or --ar-token-num {spe_token_num + 1}"
-        )
-    return ar_token_num

@@ -13,8 +13,8 @@ import torch
 from autoregressive.decoding.decoder import Way, choose_way, make_decoder, possible_ways
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import CFG_SCHEDULES, SamplingOptions
-from autoregressive.models.gpt import GPT, GPT_models, load_gpt
-from autoregressive.models.region_order import resolve_parallelism
+from autoregressive.models.gpt import GPT, GPT_models
+from autoregressive.models.load import load_gpt, resolve_parallelism
 from tokenizer.vq_model import VQ_models, VQModel, load_vq
 from utils.checkpoint import state_sha256
 from utils.distributed import World

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -10,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
-from timm.data import ImageNetInfo
 
 from autoregressive.decoding.sampling import image_randomness
 from autoregressive.sample.pipeline import Pipeline, add_model_options, add_sampling_options, load_pipeline
@@ -47,14 +47,18 @@ def parse_args() -> Namespace:
 
 
 def class_names(pipeline: Pipeline) -> list[str]:
-    """A name for every class of the checkpoint: ImageNet's in words, or the names of the folders it learned from."""
-    info, num_classes = ImageNetInfo(), pipeline.gpt.config.num_classes
-    wnids = info.label_names()
-    names = pipeline.classes
+    """Return a name for each class: ImageNet's in words, or the names of the folders the model learned from."""
+    names, num_classes = pipeline.classes, pipeline.gpt.config.num_classes
     if names is None or len(names) != num_classes:
-        names = wnids if num_classes == len(wnids) else [str(i) for i in range(num_classes)]
+        names = None if num_classes == 1000 else [str(i) for i in range(num_classes)]
+    if names is not None and not any(re.fullmatch(r"n\d{8}", name) for name in names):
+        return names
+    from timm.data import ImageNetInfo  # takes a second or two, and other data sets need no names of it
+
+    info = ImageNetInfo()
+    wnids = info.label_names()
     known = set(wnids)
-    return [info.label_name_to_description(n) if n in known else n for n in names]
+    return [info.label_name_to_description(n) if n in known else n for n in names or wnids]
 
 
 def find_classes(words: list[str], names: list[str]) -> list[int]:

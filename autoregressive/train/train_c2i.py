@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig, load_gpt
-from autoregressive.models.region_order import resolve_parallelism
+from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.load import load_gpt, resolve_parallelism
 from autoregressive.train.recipe import Recipe, differences, make_recipe
 from autoregressive.train.watch import draw_samples, validate
 from dataset.codes import Codes, MixedCodes, open_codes
@@ -182,7 +182,7 @@ def make_model(args: Namespace, tokenizer_sha256: str | None) -> tuple[GPT, list
         num_classes=args.num_classes,
         grid_height=grid,
         grid_width=grid,
-        ar_token_num=resolve_parallelism(args.ar_token_num, args.spe_token_num),
+        ar_token_num=resolve_parallelism(args.ar_token_num, args.spe_token_num, (grid, grid)),
         class_dropout_prob=args.class_dropout_prob,
         token_dropout_p=args.token_dropout_p,
         attn_dropout_p=args.attn_dropout_p,

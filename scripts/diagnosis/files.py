@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from autoregressive.models.gpt import GPTConfig, load_gpt
+from autoregressive.models.gpt import GPTConfig
+from autoregressive.models.load import load_gpt
 from dataset.codes import Codes, finished_damage, open_codes
 from dataset.imagenet import list_images, open_image
 from scripts.diagnosis.check import BROKEN, OK, Context, NotHere, Result, reason_of

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoregressive.decoding.cpu.build import NAMES, load, unavailable_reason
-from autoregressive.models.gpt import GPT, StepDecoder
+from autoregressive.models.decode_step import StepDecoder
+from autoregressive.models.gpt import GPT
 
 LANES = 16  # outputs in a panel, see layout.h
 UNIT_BYTES = 4

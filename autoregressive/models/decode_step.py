@@ -1,0 +1,43 @@
+"""One step of decoding, the same for a GPT and for its faster decoders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def guide(hidden: torch.Tensor, cfg_scale: float | None) -> torch.Tensor:
+    """Guidance of final hidden states (B, t, D), a conditional and an unconditional half: (B / 2, t, D).
+
+    uncond + cfg_scale (cond - uncond), computed in at least float32. The output layer is linear, so this guides the
+    logits at half its work. Without ``cfg_scale`` returns ``hidden``.
+    """
+    if cfg_scale is None:
+        return hidden
+    conditional, unconditional = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).chunk(2)
+    return torch.lerp(unconditional, conditional, cfg_scale).to(hidden.dtype)  # (B / 2, t, D)
+
+
+class StepDecoder:
+    """One decoding step out of ``embed_slots``, ``trunk`` and ``head``, which a GPT and its faster decoders have."""
+
+    def decode_step(
+        self,
+        tokens: torch.Tensor,
+        cond: torch.Tensor,
+        start: int,
+        stop: int,
+        cache: Any,
+        cfg_scale: float | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, stop - start, V), float32 at least, of slots [start, stop), one entry of ``order.schedule``.
+
+        tokens: (B, T) region-ordered codes, read only where already decoded; cond: (B,). Steps must come in the
+        schedule's order with one cache of ``new_cache``. Every cached key is visible, so there is no mask. With
+        ``cfg_scale`` the rows are a conditional half and an unconditional one, and logits are those of ``guide``,
+        (B / 2, ...).
+        """
+        x = self.embed_slots(tokens, cond, start, stop)  # (B, t, D)
+        hidden = self.trunk(x, start, cache=cache)  # (B, t, D)
+        return self.head(guide(hidden, cfg_scale))  # (B or B / 2, t, V)
