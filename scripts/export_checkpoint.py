@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.checkpoint import export_checkpoint
+from utils.checkpoints.weights_file import export_checkpoint
 from utils.files import require_folder
-from utils.options import make_parser, run
+from utils.options import make_parser, run_main
 
 
 def main() -> None:
@@ -31,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

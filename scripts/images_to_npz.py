@@ -15,8 +15,8 @@ from dataset.imagenet import list_images, open_image
 from utils.distributed import init_distributed
 from utils.files import prepare_folder
 from utils.logger import progress
-from utils.options import make_parser, positive_int, run
-from utils.samples import SampleFile
+from utils.npz import SampleFile
+from utils.options import make_parser, positive_int, run_main
 
 
 def main() -> None:
@@ -42,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

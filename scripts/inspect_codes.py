@@ -11,13 +11,12 @@ import numpy as np
 import torch
 
 from dataset.codes import ShardedCodes, finished_damage, open_codes, shard_path
-from tokenizer.vq_model import load_vq
-from utils.checkpoint import state_sha256
+from tokenizer.vq_model import load_vq, require_tokenizer
 from utils.distributed import init_distributed
 from utils.files import write_json
 from utils.images import image_grid, save_png, to_uint8
 from utils.logger import progress
-from utils.options import make_parser, positive_int, run
+from utils.options import make_parser, positive_int, run_main
 
 CHUNK = 4096
 
@@ -44,9 +43,8 @@ def count_codes(codes: ShardedCodes) -> np.ndarray:
 
 def draw(codes: ShardedCodes, vq_ckpt: str, rows: int, output: Path) -> None:
     """Decode all crops of ``rows`` images spread over the set; one row per image."""
-    vq, name = load_vq(vq_ckpt, None)
-    if state_sha256(vq.weights()) != codes.meta["tokenizer_sha256"]:
-        raise ValueError(f"--vq-ckpt {vq_ckpt} ({name}) is not the tokenizer that made these codes")
+    vq, _ = load_vq(vq_ckpt, None)
+    require_tokenizer(vq, codes.meta["tokenizer_sha256"], vq_ckpt, "--code-path")
     images = np.linspace(0, len(codes) - 1, min(rows, len(codes))).astype(np.int64)
     pictures = []
     for image in progress(init_distributed(), "decoding", len(images), unit="images", items=images):
@@ -98,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

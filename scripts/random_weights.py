@@ -17,8 +17,8 @@ import torch
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from evaluations.c2i.inception import Inception2015
 from tokenizer.vq_model import VQModel, make_vq_config
-from utils.checkpoint import save_checkpoint
-from utils.options import make_parser, positive_int, run
+from utils.checkpoints.weights_file import save_checkpoint
+from utils.options import make_parser, positive_int, run_main
 
 
 def main() -> None:
@@ -43,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.train.train_c2i import CodeBatches
+from autoregressive.train.data import CodeBatches
 from dataset.codes import (
     Claims,
     CodesPlan,

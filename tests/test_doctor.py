@@ -25,7 +25,7 @@ from scripts.diagnosis.report import advice, as_markdown, as_text
 from tests.conftest import GOLDEN, ROOT, fill_from_names, run_command
 from tests.test_codes import make_plan, write_all
 from tokenizer.vq_model import VQModel, make_vq_config
-from utils.checkpoint import state_sha256
+from utils.checkpoints.weights_file import state_sha256
 
 FILES = ("gpt_ckpt", "vq_ckpt", "code_path", "data_path")
 NO_FILES = dict.fromkeys(FILES)

@@ -7,10 +7,10 @@ from autoregressive.decoding.decoder import Way, make_decoder
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import SamplingOptions
 from tests.test_gpt import tiny_gpt
-from utils.performance import Window
+from utils.checkpoints.folder import read_sharded, save_sharded
 from utils.precision import autocast
-from utils.sharded_checkpoint import read_sharded, save_sharded
-from utils.training import Ema, Guard, TrainingState, make_adamw
+from utils.training.log import Window
+from utils.training.state import Ema, Guard, TrainingState, make_adamw
 
 pytestmark = pytest.mark.gpu
 
@@ -62,7 +62,7 @@ def test_a_training_step_never_waits_for_the_device(golden):
             loss.backward()
             norm = state.gradient_norm()
             state.update(step, loss.detach(), norm, 1.0)
-            window.add(loss.detach(), norm)
+            window.add({"loss": loss.detach(), "grad_norm": norm})
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert window.read(1)["loss"] > 0

@@ -137,7 +137,7 @@ def test_interrupted_or_spread_over_processes_makes_the_same(work, reconstruct, 
     [
         (("--per-proc-batch-size", 4), "made with other options, images or weights"),
         (("--vgg-weights", "nowhere.pth"), "--vgg-weights: nowhere.pth does not exist"),
-        (("--image-size", 30), "--image-size 30 is no multiple of VQ-4's 4"),
+        (("--image-size", 30), "--image-size 30 is not a multiple of 4"),
         (("--codebook-size", 32), "--codebook-size 32 contradicts"),
         (("--codebook-embed-dim", 4), "--codebook-embed-dim 4 contradicts"),
         (("--vq-model", "VQ-16"), "--vq-model VQ-16 contradicts"),

@@ -400,7 +400,7 @@ MISTAKES = [
     (TRAIN, ["--global-batch-size", "9", "--gradient-accumulation-steps", "2"], "--global-batch-size 9 does not split"),
     (TRAIN, ["--gpt-ckpt", "nowhere.pt"], "--gpt-ckpt: nowhere.pt does not exist"),
     (TRAIN, ["--gpt-ckpt", "{work}/vq.pt"], "holds no GPT"),
-    (EXTRACT, ["--image-size", "30"], "--image-size 30 is no multiple of VQ-4's downsampling, 4"),
+    (EXTRACT, ["--image-size", "30"], "--image-size 30 is not a multiple of 4"),
     (EXTRACT, ["--vq-model", "VQ-16"], "--vq-model VQ-16 contradicts --vq-ckpt"),
     (EXTRACT, ["--data-path", "nowhere"], "--data-path: nowhere does not exist"),
     (EXTRACT, ["--crop-range", "0.9"], "--crop-range 0.9 must be at least 1"),
@@ -451,7 +451,7 @@ def test_samples_of_another_tokenizer_are_refused(work, trained, tmp_path):
     other = VQModel(make_vq_config("VQ-4", codebook_size=64))
     torch.save({"model": other.state_dict(), "vq_model": "VQ-4", "config": asdict(other.config)}, tmp_path / "vq.pt")
     done = run_command(*SAMPLE, "--vq-ckpt", tmp_path / "vq.pt", "--gpt-ckpt", trained, check=False)
-    assert done.returncode == 2 and "is not the tokenizer whose codes" in done.stderr
+    assert done.returncode == 2 and "is not the tokenizer that made the codes of --gpt-ckpt" in done.stderr
 
 
 NAMES = ["tench, Tinca tinca", "golden retriever", "hen", "flat-coated retriever", "hen-of-the-woods, hen of the woods"]

@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from tests.conftest import run_command, same_tensors, train
-from utils import sharded_checkpoint
-from utils.sharded_checkpoint import load_sharded, read_contents, read_meta, read_sharded, save_sharded
+from utils.checkpoints import folder as sharded_checkpoint
+from utils.checkpoints.folder import load_sharded, read_contents, read_meta, read_sharded, save_sharded
 
 NAME = "model.weight"
 TENSORS = {NAME: torch.arange(12.0).view(3, 4), "model.bias": torch.ones(3), "ema.step": torch.tensor(7)}

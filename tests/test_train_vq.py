@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,12 @@ from tests.test_training import newest, quietly, wait_for
 from tests.test_utils import small_state, take_step
 from tokenizer import train_vq, vq_model
 from tokenizer.vq_model import VQConfig, VQModel, load_vq
-from utils.checkpoint import state_sha256
-from utils.sharded_checkpoint import read_sharded
-from utils.training import Guard
+from utils.checkpoints.folder import read_sharded
+from utils.checkpoints.weights_file import state_sha256
+from utils.distributed import World
+from utils.training import run as training_run
+from utils.training import state as training_state
+from utils.training.state import Guard
 
 NAME = "VQ-4-24"
 NO_GAN = ("--perceptual-weight", 0, "--disc-weight", 0)
@@ -208,13 +212,13 @@ TESTED_WITH_THE_GPT = {"keep_last", "keep_every", "wandb_project", "no_wandb", "
 TESTED_WITH_THE_GPT |= {"results_dir"}
 RECORDED = {
     "compiles": (torch.nn.Module, "compile", None),
-    "guard": (train_vq, "Guard", Guard),
+    "guard": (training_state, "Guard", Guard),
     "loader": (train_vq, "DataLoader", train_vq.DataLoader),
 }
 
 
 def test_the_table_of_effects_names_every_option():
-    paths = (Path("tokenizer/train_vq.py"), Path("utils/training.py"))
+    paths = (Path("tokenizer/train_vq.py"), Path("utils/training/options.py"))
     required = {"data_path", "cloud_save_path"}
     assert set().union(*map(declared_options, paths)) == set(EFFECTS) | required | TESTED_WITH_THE_GPT
 
@@ -272,12 +276,13 @@ def test_every_option_has_an_effect(known, whole, tmp_path, monkeypatch, capfd, 
     assert with_option != known["without"][key]
 
 
-def revive_all_but_one(r: train_vq.Run, images: torch.Tensor, step: int) -> None:
+def revive_all_but_one(args: Namespace, world: World, state: train_vq.VQState, *rest: object) -> None:
     """The real thing waits for 65,536 codes: here a few are enough to tell the dead."""
-    window = r.model.quantize.codebook_used.clone()
-    r.model.quantize.codebook_used.fill_(3)
-    REVIVE(r, images, step)
-    r.model.quantize.codebook_used.copy_(window)
+    used = state.model.quantize.codebook_used
+    window = used.clone()
+    used.fill_(3)
+    REVIVE(args, world, state, *rest)
+    used.copy_(window)
 
 
 REVIVE = train_vq.revive_dead_codes
@@ -301,14 +306,14 @@ def test_dry_run_counts_the_discriminator_and_writes_nothing(train, tmp_path):
 
 def test_a_signal_saves_both(train, tmp_path, monkeypatch):
     """SIGUSR1 in the second step: saved after it or the next, and the run ends."""
-    seed_step = train_vq.seed_step
+    seed_step = training_run.seed_step
 
     def step(seed: int, step: int, rank: int) -> None:
         seed_step(seed, step, rank)
         if step == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    monkeypatch.setattr(train_vq, "seed_step", step)
+    monkeypatch.setattr(training_run, "seed_step", step)
     assert "stopped by a signal" in train(tmp_path, *GAN, "--epochs", 3)
     last = newest(tmp_path / NAME / "checkpoints")
     assert 2 <= last < 9 and "discriminator.model.conv_in.weight" in tensors(tmp_path, last)

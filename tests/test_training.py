@@ -29,9 +29,10 @@ from tests.conftest import (
     train,
 )
 from tests.test_architecture import declared_options
-from utils.checkpoint import load_checkpoint, state_sha256
-from utils.options import run
-from utils.training import Guard
+from utils.checkpoints.weights_file import load_checkpoint, state_sha256
+from utils.options import run_main
+from utils.training import state as training_state
+from utils.training.state import Guard
 
 NAME = "GPT-T-4x-32"
 NO_DROPOUT = ("--dropout-p", 0, "--attn-dropout-p", 0, "--token-dropout-p", 0, "--class-dropout-prob", 0)
@@ -50,7 +51,7 @@ def quietly(capfd, monkeypatch, *options: object, main=train_c2i.main) -> str:
     """Train in this process, as starting one for each option takes minutes; what it prints, also if it stops."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
     try:
-        run(main)
+        run_main(main)
     except SystemExit:
         pass
     finally:
@@ -422,14 +423,14 @@ EFFECTS = {
 RECORDED = {
     "compiles": (torch.nn.Module, "compile"),
     "recomputes": (train_c2i.GPT, "recompute_activations"),
-    "guard": (train_c2i, "Guard"),
+    "guard": (training_state, "Guard"),
 }
 REQUIRED = {"code_path", "cloud_save_path"}
 ONE_LEGAL_VALUE = {"gpt_type", "cls_token_num"}
 
 
 def test_the_table_of_effects_names_every_option():
-    paths = (Path("autoregressive/train/train_c2i.py"), Path("utils/training.py"))
+    paths = (Path("autoregressive/train/train_c2i.py"), Path("utils/training/options.py"))
     assert set().union(*map(declared_options, paths)) == set(EFFECTS) | REQUIRED | ONE_LEGAL_VALUE
 
 

@@ -16,15 +16,23 @@ import torch
 from tqdm import tqdm
 
 from tests.conftest import same_tensors
-from utils.checkpoint import export_checkpoint, find_state_dict, load_checkpoint, load_strictly, state_sha256
+from utils.checkpoints.weights_file import (
+    export_checkpoint,
+    find_state_dict,
+    load_checkpoint,
+    load_strictly,
+    state_sha256,
+)
 from utils.distributed import World
 from utils.files import atomic_path
 from utils.images import image_grid, to_uint8
 from utils.logger import progress
-from utils.performance import Window
-from utils.run_folder import RunFolder
-from utils.samples import SampleFile
-from utils.training import Ema, Guard, TrainingState, make_adamw, prefetch, seed_step, split_batch
+from utils.npz import SampleFile
+from utils.training.log import Window
+from utils.training.options import split_batch
+from utils.training.run import prefetch
+from utils.training.run_folder import RunFolder
+from utils.training.state import Ema, Guard, TrainingState, make_adamw, seed_step
 
 CPU = torch.device("cpu")
 
@@ -236,27 +244,27 @@ def test_spikes_are_skipped_once_the_loss_has_settled():
     """Rule: above the running mean by more than the threshold, after 100 steps; until then only what is no number."""
     guard = Guard(CPU, spike=0.5, patience=3)
     norm = torch.ones(())
-    assert not guard.judge(torch.tensor(1.0), norm) and not guard.judge(torch.tensor(99.0), norm)
+    assert not guard.should_skip(torch.tensor(1.0), norm) and not guard.should_skip(torch.tensor(99.0), norm)
     guard = Guard(CPU, spike=0.5, patience=3)
     losses = np.random.default_rng(0).normal(2.0, 0.05, 100).astype(np.float32)
     mean = 0.0
     for taken, loss in enumerate(losses):
-        assert not guard.judge(torch.tensor(loss), norm)
+        assert not guard.should_skip(torch.tensor(loss), norm)
         mean += (loss - mean) * max(0.01, 1 / (taken + 1))
     assert guard.state[0].item() == pytest.approx(losses.mean(), abs=1e-5) == pytest.approx(mean, abs=1e-5)
-    assert not guard.judge(torch.tensor(mean + 0.45), norm)
+    assert not guard.should_skip(torch.tensor(mean + 0.45), norm)
     mean += 0.45 * 0.01
     for count in (1, 2, 3):
-        assert guard.sound and guard.judge(torch.tensor(mean + 0.55), norm)
+        assert guard.healthy and guard.should_skip(torch.tensor(mean + 0.55), norm)
         assert (guard.skipped, guard.in_a_row) == (count, count)
         assert guard.state[0].item() == pytest.approx(mean, abs=1e-5)
-    assert not guard.sound
+    assert not guard.healthy
     with pytest.raises(ValueError, match="the last 3 steps up to 103 were all skipped"):
         guard.check(103, 1e-4)
-    assert not guard.judge(torch.tensor(mean), norm) and guard.in_a_row == 0
+    assert not guard.should_skip(torch.tensor(mean), norm) and guard.in_a_row == 0
     guard.check(104, 1e-4)
     never = Guard(CPU, spike=0.0, patience=3)
-    assert not any(never.judge(torch.tensor(x), norm) for x in [1.0] * 150 + [1e9])
+    assert not any(never.should_skip(torch.tensor(x), norm) for x in [1.0] * 150 + [1e9])
 
 
 def test_clipping_is_by_the_norm_over_all_parameters():
@@ -278,8 +286,9 @@ def test_batches_made_ahead_come_in_order():
 
 
 def run_folder(tmp_path, keep_last: int = 9, keep_every: int = 0, no_local_save: bool = False) -> RunFolder:
-    places = (str(tmp_path / "results"), str(tmp_path / "cloud"), no_local_save)
-    return RunFolder.of(World(0, 1, CPU), "run", *places, keep_last, keep_every)
+    args = argparse.Namespace(results_dir=str(tmp_path / "results"), cloud_save_path=str(tmp_path / "cloud"))
+    args.no_local_save, args.keep_last, args.keep_every = no_local_save, keep_last, keep_every
+    return RunFolder.of(args, World(0, 1, CPU), "run")
 
 
 def test_run_folders_save_and_resume(tmp_path):
@@ -385,7 +394,7 @@ def test_a_failed_write_leaves_the_checkpoints_before_it(tmp_path, monkeypatch):
     def no_space(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("utils.run_folder.shutil.copytree", no_space)
+    monkeypatch.setattr("utils.training.run_folder.shutil.copytree", no_space)
     folder.save(2, small_state(2.0), {"run": {}})
     with pytest.raises(ValueError, match="could not be written to .*No space left on device"):
         folder.wait()
@@ -416,7 +425,7 @@ def test_exported_files_hold_the_weights_and_facts(tmp_path, suffix, ema):
 def test_speed_is_that_of_the_time_not_paused():
     window = Window(("loss",), CPU)
     for loss in (1.0, 3.0, float("nan"), 4.0):
-        window.add(torch.tensor(loss))
+        window.add({"loss": torch.tensor(loss)})
         time.sleep(0.05)
     with window.paused():
         time.sleep(1.0)

@@ -24,14 +24,14 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from dataset.imagenet import CenterCrop, ImageFiles, list_images, to_model_range
 from tokenizer.vq_loss import find_vgg, load_lpips
 from tokenizer.vq_model import VQ_models, VQModel, load_vq
-from utils.checkpoint import state_sha256
+from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import World, init_distributed
 from utils.files import atomic_path, prepare_folder
 from utils.images import image_grid, save_png, to_uint8
 from utils.logger import create_logger, progress
-from utils.options import add_retired, count, make_parser, positive_int, run, write_options
+from utils.npz import SampleFile
+from utils.options import add_retired, count, make_parser, positive_int, run_main, write_options
 from utils.performance import usable_cores
-from utils.samples import SampleFile
 
 SHOWN = {
     "psnr": "PSNR {:.2f} dB",
@@ -193,8 +193,7 @@ def main() -> None:
     vq, name = load_vq(
         args.vq_ckpt, args.vq_model, codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim
     )
-    if args.image_size % vq.config.downsample:
-        raise ValueError(f"--image-size {args.image_size} is no multiple of {name}'s {vq.config.downsample}")
+    vq.config.grid(args.image_size)  # they fit
     lpips = open_lpips(args)
     if lpips is None:
         logger.info("no VGG16 weights (see --vgg-weights): without LPIPS")
@@ -226,4 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -6,12 +6,10 @@ within a step.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from argparse import BooleanOptionalAction, Namespace
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +22,23 @@ from torch.utils.data import DataLoader
 from dataset.epochs import EpochOrder
 from dataset.imagenet import ImageFiles, RandomCrop, list_images, to_model_range
 from tokenizer.discriminator import DISCRIMINATORS
-from tokenizer.vq_loss import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, PIXEL_LOSSES, Adversary, Supervised
+from tokenizer.vq_loss import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, PIXEL_LOSSES, Adversary, ReconstructionLoss
 from tokenizer.vq_model import VQ_models, VQModel, load_vq, make_vq_config
-from utils.checkpoint import resolve
+from utils.checkpoints.folder import read_sharded
 from utils.distributed import World, init_distributed
-from utils.logger import ScalarLog, create_logger, progress
-from utils.options import add_retired, amount, count, fraction, make_parser, positive_int, run, write_options
+from utils.options import add_retired, amount, count, fraction, make_parser, positive_int, resolve, run_main
 from utils.parallel import delay_sync, replicate
-from utils.performance import Window, peak_memory, usable_cores
+from utils.performance import usable_cores
 from utils.precision import autocast, log_level, resolve_precision
-from utils.run_folder import RunFolder
-from utils.sharded_checkpoint import read_sharded
-from utils.stop_signal import StopSignal
-from utils.training import (
-    Ema,
-    Guard,
-    TrainingState,
-    add_optimizer_options,
-    add_output_options,
-    add_precision_option,
-    learning_rate,
-    make_adamw,
-    seed_step,
-    split_batch,
-)
+from utils.training.options import add_optimizer_options, add_output_options, add_precision_option, split_batch
+from utils.training.run import TrainingRun
+from utils.training.state import Guard, TrainingState, learning_rate, make_training_state
+from utils.training.stop_signal import StopSignal
 
 KMEANS_ITERATIONS = 10
 LATENTS_PER_ENTRY = 8  # of the first images, to place each entry of a new codebook
 LOG_LINE = (
-    "loss {loss:.4f}, reconstruction {reconstruction:.4f}, {terms}codebook {codebook:.4f}, "
+    ": loss {loss:.4f}, reconstruction {reconstruction:.4f}, {terms}codebook {codebook:.4f}, "
     "codebook used {codebook_used:.1%}, perplexity {perplexity:.4g}, grad norm {grad_norm:.3f}, lr {lr:.2e}, "
     "{images/s:.4g} images/s, peak {memory_gib:.2f} GiB, {skipped} skipped"
 )
@@ -202,6 +188,11 @@ class VQState(TrainingState):
         if self.discriminator:
             self.discriminator.set_learning_rate(lr)
 
+    @property
+    def guards(self) -> list[Guard]:
+        """Of both."""
+        return super().guards + (self.discriminator.guards if self.discriminator else [])
+
     def parameters(self) -> list[nn.Parameter]:
         """Of both."""
         return super().parameters() + (self.discriminator.parameters() if self.discriminator else [])
@@ -223,77 +214,25 @@ class VQState(TrainingState):
             self.discriminator.load_scalars(scalars["discriminator"])
 
 
-@dataclass
-class Run:
-    """Everything a training run is made of, ready for its loop."""
-
-    args: Namespace
-    world: World
-    model: VQModel
-    forward: nn.Module
-    state: VQState
-    supervised: Supervised
-    adversary: Adversary | None
-    order: EpochOrder
-    memory_format: torch.memory_format
-    facts: dict  # what a checkpoint says of the run
-    folder: RunFolder
-    first_step: int
-    last_step: int
-
-
-def build(args: Namespace, world: World) -> Run:
-    """Check the options, make or load everything, resume; writes nothing."""
-    check_options(args)
-    order = EpochOrder(len(list_all_images(args)), args.global_batch_size, args.global_seed)
-    total_steps = args.epochs * order.steps_per_epoch
-    torch.manual_seed(args.global_seed)
-    model = make_model(args)
-    if args.image_size % model.config.downsample:
-        raise ValueError(
-            f"--image-size {args.image_size} is no multiple of {args.vq_model}'s {model.config.downsample}"
-        )
-    # measured: on the CPU channels-last halves the speed of a bf16 training step
-    memory_format = torch.channels_last if world.device.type == "cuda" else torch.contiguous_format
-    model.to(world.device, memory_format=memory_format).train()
-    if args.compile:
-        model.compile()
-    supervised = Supervised(args, world.device, memory_format)
-    adversary = Adversary(args, world, memory_format) if args.disc_weight else None
-    if args.finetune and adversary and Path(args.vq_ckpt).is_dir():
-        pretrained = read_sharded(Path(args.vq_ckpt), "discriminator.model.")
-        if pretrained.keys() == adversary.model.state_dict().keys():
-            adversary.model.load_state_dict(pretrained)
-    optimizer = make_adamw(model, args.lr, args.weight_decay, (args.beta1, args.beta2))
-    scaler = torch.amp.GradScaler(world.device.type, enabled=args.mixed_precision == "fp16")
-    ema = Ema(model, args.ema_decay) if args.ema else None
-    guard = Guard(world.device, args.max_loss_spike, args.max_skipped_steps)
-    state = VQState(model, optimizer, scaler, ema, guard, adversary.state if adversary else None)
-
+def fixed_options(args: Namespace, model: VQModel, order: EpochOrder) -> dict[str, Any]:
+    """Return what may not change between a run and its resumption."""
     fixed = ("image_size", "epochs", "global_batch_size", "global_seed", "lr_schedule")
-    same = {k: getattr(args, k) for k in fixed} | {"disc_type": args.disc_type if adversary else None}
-    same |= {"config": asdict(model.config), "images": order.length}
-    facts = dict(vq_model=args.vq_model, config=asdict(model.config), run=json.loads(json.dumps(same)))
-    places = (args.results_dir, args.cloud_save_path, args.no_local_save, args.keep_last, args.keep_every)
-    folder = RunFolder.of(world, f"{args.vq_model}-{args.image_size}", *places)
-    first_step = folder.resume(state, facts["run"], start_folder(args))
-    if first_step == 0 and args.codebook_init != "uniform":
-        place_codebook(args, model, order, world)
-        if ema:
-            ema.start(model)
-    last_step = min(first_step + 2, total_steps) if args.dry_run else total_steps
-    forward = replicate(world, model)
-    if adversary:
-        adversary.replicate()
-    return Run(
-        args, world, model, forward, state, supervised, adversary, order, memory_format, facts, folder,
-        first_step, last_step,
-    )  # fmt: skip
+    options = {k: getattr(args, k) for k in fixed} | {"disc_type": args.disc_type if args.disc_weight else None}
+    return options | {"config": asdict(model.config), "images": order.length}
+
+
+def load_discriminator(args: Namespace, adversary: Adversary | None) -> None:
+    """Take the discriminator's weights of a training checkpoint along with ``--finetune``, if they fit."""
+    if not (args.finetune and adversary and Path(args.vq_ckpt).is_dir()):
+        return
+    pretrained = read_sharded(Path(args.vq_ckpt), "discriminator.model.")
+    if pretrained.keys() == adversary.model.state_dict().keys():
+        adversary.model.load_state_dict(pretrained)
 
 
 @torch.no_grad()
 def place_codebook(args: Namespace, model: VQModel, order: EpochOrder, world: World) -> None:
-    """Entries of a new codebook from the latents of the first images, on rank 0 for all."""
+    """Set the entries of a new codebook from the latents of the first images, on rank 0 for all."""
     size, tokens = model.config.codebook_size, (args.image_size // model.config.downsample) ** 2
     available = order.steps_per_epoch * order.batch * tokens
     if available < size:
@@ -311,128 +250,127 @@ def place_codebook(args: Namespace, model: VQModel, order: EpochOrder, world: Wo
 
 
 @torch.no_grad()
-def revive_dead_codes(r: Run, images: torch.Tensor, step: int) -> None:
+def revive_dead_codes(args: Namespace, world: World, state: VQState, images: torch.Tensor, step: int) -> None:
     """Move dead entries, of weights and moving average, to latents of ``images`` (b, 3, S, S) of all ranks."""
-    dead = r.model.quantize.dead()  # (V,)
-    with autocast(r.world.device, r.args.mixed_precision):
-        rows = r.model.quantize.rows(r.model.latent(images))  # (N, C)
-    generator = torch.Generator().manual_seed(r.args.global_seed + step)
-    r.model.quantize.move(dead, r.world.gather(rows), generator)
-    if r.state.ema:
-        r.state.ema.average["quantize.embedding.weight"][dead] = r.model.quantize.embedding.weight[dead]
+    model, average = state.model, state.ema and state.ema.average
+    dead = model.quantize.dead()  # (V,)
+    with autocast(world.device, args.mixed_precision):
+        rows = model.quantize.rows(model.latent(images))  # (N, C)
+    generator = torch.Generator().manual_seed(args.global_seed + step)
+    model.quantize.move(dead, world.gather(rows), generator)
+    if average:
+        average["quantize.embedding.weight"][dead] = model.quantize.embedding.weight[dead]
 
 
-def introduce(r: Run, logger: logging.Logger) -> None:
-    """Say once what runs and where it stands."""
-    parameters = sum(p.numel() for p in r.model.parameters())
-    steps = r.args.epochs * r.order.steps_per_epoch
-    logger.info(f"{r.args.vq_model}: {parameters:,} parameters, {r.order.length:,} images, {steps:,} steps")
-    if r.adversary:
-        discriminator = sum(p.numel() for p in r.adversary.model.parameters())
-        logger.info(f"{r.args.disc_type}: {discriminator:,} parameters, from step {r.args.disc_start}")
-    for note in r.folder.notes:
-        logger.info(note)
-    where = r.folder.folder
-    logger.info(f"{where}: resumed at step {r.first_step}" if r.first_step else f"{where}: new run")
+def log_header(
+    logger: logging.Logger, args: Namespace, model: VQModel, adversary: Adversary | None, images: int, steps: int
+) -> None:
+    """Log once what is trained."""
+    parameters = sum(p.numel() for p in model.parameters())
+    logger.info(f"{args.vq_model}: {parameters:,} parameters, {images:,} images, {steps:,} steps")
+    if adversary:
+        discriminator = sum(p.numel() for p in adversary.model.parameters())
+        logger.info(f"{args.disc_type}: {discriminator:,} parameters, from step {args.disc_start}")
 
 
 def main() -> None:
-    """Build or resume, then the loop."""
+    """Make or load what is trained, resume, then the loop."""
     args = parse_args()
     world = init_distributed()
     device = world.device
-    args.mixed_precision, reason = world.broadcast(resolve_precision(args.mixed_precision, device))
+    args.mixed_precision, precision_note = world.broadcast(resolve_precision(args.mixed_precision, device))
     micro_batch = split_batch(args.global_batch_size, world.size, args.gradient_accumulation_steps)
     stop = StopSignal(world)
-    r = build(args, world)
-    model, state, forward, adversary = r.model, r.state, r.forward, r.adversary
-    total_steps = args.epochs * r.order.steps_per_epoch
-    folder = None if args.dry_run else r.folder.folder
-    if folder is not None:
-        r.folder.make()
-    logger = create_logger(world, folder)
-    curves = ScalarLog(world, folder, None if args.no_wandb else args.wandb_project, vars(args))
-    if world.is_main and folder is not None:
-        write_options(folder / "options.json", args, config=asdict(model.config), steps=total_steps)
-    logger.log(log_level(args.mixed_precision, device), f"--mixed-precision {reason}")
-    introduce(r, logger)
-    names = Supervised.names + (Adversary.names if adversary else ())
-    guards = [state.guard] + ([adversary.state.guard] if adversary else [])
-    accumulation = args.gradient_accumulation_steps
+    check_options(args)
+    order = EpochOrder(len(list_all_images(args)), args.global_batch_size, args.global_seed)
+    total_steps = args.epochs * order.steps_per_epoch
 
-    bar = progress(world, "training", r.last_step, r.first_step, "steps")
-    window = Window((*names, "grad_norm"), device)
-    stopping, seconds = False, 0.0
-    loader = make_loader(args, r.order, range(r.first_step, r.last_step), world.rank, world.size)
-    for step, (pixels, _, _) in enumerate(loader, start=r.first_step):
-        # ---------------------------------------------------------------- one training step
-        stop.ask()
-        seed_step(args.global_seed, step, world.rank)
-        lr = learning_rate(step, args.lr, args.lr_schedule, total_steps)
-        state.set_learning_rate(lr)
-        adversarial = adversary is not None and (adversary.active(step + 1) or args.dry_run)
-        terms, codes = torch.zeros(len(names), device=device), []
-        for i, micro in enumerate(pixels.split(micro_batch)):
-            images = to_model_range(micro, device).contiguous(memory_format=r.memory_format)  # (b, 3, S, S)
-            more = i + 1 < accumulation
-            with delay_sync(forward, more):
-                with autocast(device, args.mixed_precision):
-                    made, quantizer, found = forward(images)  # (b, 3, S, S), -, (b, h, w)
-                    made = made.float()  # (b, 3, S, S)
-                    loss, decoded, now = r.supervised(images, made, quantizer)  # (), (), (K,)
-                    if adversarial:
-                        scale = state.scaler.get_scale()
-                        gan, weight = adversary.generator_loss(made, decoded, model.decoder.last_layer, scale)  # ()
-                        loss = loss + weight * gan  # ()
-                state.scaler.scale(loss / accumulation).backward()
-            if adversarial:
-                with delay_sync(adversary.forward, more):
+    # models, losses, optimizers
+    torch.manual_seed(args.global_seed)
+    model = make_model(args)
+    model.config.grid(args.image_size)  # they fit
+    # measured: on the CPU channels-last halves the speed of a bf16 training step
+    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    model.to(device, memory_format=memory_format).train()
+    if args.compile:
+        model.compile()
+    reconstruction_loss = ReconstructionLoss(args, device, memory_format)
+    adversary = Adversary(args, world, memory_format) if args.disc_weight else None
+    load_discriminator(args, adversary)
+    generator = make_training_state(model, args, world, args.ema, args.max_loss_spike)
+    state = VQState(**vars(generator), discriminator=adversary.state if adversary else None)
+
+    # where an earlier run of the same command stopped
+    run = TrainingRun(
+        args, world, f"{args.vq_model}-{args.image_size}", state, fixed_options(args, model, order), total_steps,
+        start_folder(args),
+    )  # fmt: skip
+    if run.first_step == 0 and args.codebook_init != "uniform":
+        place_codebook(args, model, order, world)
+        if state.ema:
+            state.ema.start(model)
+    forward = replicate(world, model)
+    if adversary:
+        adversary.replicate()
+
+    config = asdict(model.config)
+    names = ReconstructionLoss.names + (Adversary.names if adversary else ())
+    logger = run.open(stop, (*names, "grad_norm"), config=config)
+    logger.log(log_level(args.mixed_precision, device), f"--mixed-precision {precision_note}")
+    log_header(logger, args, model, adversary, order.length, total_steps)
+    accumulation = args.gradient_accumulation_steps
+    loader = make_loader(args, order, range(run.first_step, run.last_step), world.rank, world.size)
+    with run:
+        for step, (pixels, _, _) in run.steps(enumerate(loader, start=run.first_step)):
+            # ------------------------------------------------------------ one training step
+            lr = learning_rate(step, args.lr, args.lr_schedule, total_steps)
+            state.set_learning_rate(lr)
+            adversarial = adversary is not None and (adversary.active(step + 1) or args.dry_run)
+            terms, codes = dict.fromkeys(names, torch.zeros((), device=device)), []
+            for i, micro in enumerate(pixels.split(micro_batch)):
+                images = to_model_range(micro, device).contiguous(memory_format=memory_format)  # (b, 3, S, S)
+                more = i + 1 < accumulation
+                with delay_sync(forward, more):
                     with autocast(device, args.mixed_precision):
-                        told, real, fake = adversary.discriminator_loss(images, made)  # () each
-                    adversary.state.scaler.scale(told / accumulation).backward()
-                now = torch.cat([now, torch.stack([gan, weight, told, real, fake]).detach()])  # (K + 5,)
-            terms[: len(now)] += now / accumulation
-            codes.append(found)
-        terms = world.mean(terms)  # (K,)
-        norm = state.gradient_norm()
-        # without the GAN loss, which has no mean to keep near: where it is not a number, the norm says so
-        state.update(step, terms[0], norm, args.max_grad_norm)  # clip, skip if harmful, step, EMA
-        if adversarial:
-            told = terms[names.index("discriminator")]  # ()
-            adversary.state.update(step, told, adversary.state.gradient_norm(), args.max_grad_norm)
-        model.quantize.record_usage(world.gather(torch.cat(codes)))
-        if args.revive_dead_codes and (step + 1) % args.revive_dead_codes == 0:
-            revive_dead_codes(r, images, step)
-        # ---------------------------------------------------------------------------------
-        done, stopping = step + 1, stop.agreed()
-        last = done == r.last_step or stopping
-        window.add(*terms, norm)
-        bar.update()
-        if done % args.log_every == 0 or last or args.dry_run:
-            figures = window.read(args.global_batch_size)
-            seconds = figures.pop("seconds/step")
-            figures |= {"lr": lr, "skipped": state.guard.skipped}
-            figures |= {"codebook_used": model.quantize.usage(), "perplexity": model.quantize.perplexity()}
-            figures["memory_gib"] = peak_memory(device) / 2**30
-            extra = "perceptual {perceptual:.4f}, " if args.perceptual_weight else ""
-            extra = (extra + (GAN_LINE if adversarial else "")).format(**figures)
-            left = timedelta(seconds=round(seconds * (total_steps - done)))
-            logger.info(f"step {done}: {LOG_LINE.format(**figures, terms=extra)}, {left} left")
-            curves.write(done, figures)
-            for guard in guards:
-                guard.check(done, lr, last)
-        with window.paused():
-            if folder is not None and (done % args.ckpt_every == 0 or last) and all(g.sound for g in guards):
-                r.folder.save(done, state, r.facts)
-        if stopping:
-            break
-    bar.close()
-    curves.close()
-    if args.dry_run:
-        r.folder.forecast(state, total_steps - r.first_step, seconds, logger)
-    else:
-        r.folder.finish(r.last_step, stopping, "pt", logger)
+                        reconstruction, quantizer_losses, micro_codes = forward(images)  # (b, 3, S, S), -, (b, h, w)
+                        reconstruction = reconstruction.float()  # (b, 3, S, S)
+                        loss, decoder_loss, micro_terms = reconstruction_loss(images, reconstruction, quantizer_losses)
+                        if adversarial:
+                            last_layer, scale = model.decoder.last_layer, state.scaler.get_scale()
+                            gan_loss, weight = adversary.generator_loss(reconstruction, decoder_loss, last_layer, scale)
+                            loss = loss + weight * gan_loss  # ()
+                    state.scaler.scale(loss / accumulation).backward()
+                if adversarial:
+                    with delay_sync(adversary.forward, more):
+                        with autocast(device, args.mixed_precision):
+                            disc_loss, real_logit, fake_logit = adversary.discriminator_loss(images, reconstruction)
+                        adversary.state.scaler.scale(disc_loss / accumulation).backward()
+                    gan_terms = (gan_loss, weight, disc_loss, real_logit, fake_logit)  # () each
+                    micro_terms |= zip(Adversary.names, gan_terms, strict=True)
+                for name, value in micro_terms.items():
+                    terms[name] = terms[name] + value.detach() / accumulation  # ()
+                codes.append(micro_codes)
+            terms = dict(zip(names, world.mean(torch.stack(list(terms.values()))), strict=True))  # () each
+            norm = state.gradient_norm()
+            # The guard sees only the supervised loss (a GAN loss has no stable mean); NaNs show up in the norm.
+            state.update(step, terms["loss"], norm, args.max_grad_norm)  # clip, skip if harmful, step, EMA
+            if adversarial:
+                disc_norm = adversary.state.gradient_norm()
+                adversary.state.update(step, terms["discriminator"], disc_norm, args.max_grad_norm)
+            model.quantize.record_usage(world.gather(torch.cat(codes)))
+            if args.revive_dead_codes and (step + 1) % args.revive_dead_codes == 0:
+                revive_dead_codes(args, world, state, images, step)
+            # ------------------------------------------------------------------------------
+            run.end_step(**terms, grad_norm=norm)
+            if run.log_due:
+                figures = run.read(lr)
+                figures |= {"codebook_used": model.quantize.usage(), "perplexity": model.quantize.perplexity()}
+                extra = "perceptual {perceptual:.4f}, " if args.perceptual_weight else ""
+                run.log(LOG_LINE.replace("{terms}", extra + (GAN_LINE if adversarial else "")), figures)
+            with run.paused():
+                run.save_if_due({"vq_model": args.vq_model, "config": config})
+        run.finish("pt")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

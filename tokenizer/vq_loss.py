@@ -18,10 +18,10 @@ from torch.func import functional_call
 
 from tokenizer.discriminator import make_discriminator
 from tokenizer.vq_model import QuantizerLoss
-from utils.checkpoint import load_checkpoint
+from utils.checkpoints.weights_file import load_checkpoint
 from utils.distributed import World
 from utils.parallel import replicate
-from utils.training import Guard, TrainingState, make_adamw
+from utils.training.state import make_training_state
 
 VGG_FILE = "vgg16-397923af.pth"  # torchvision's name for it, under which torch.hub keeps it
 MAX_ADAPTIVE_WEIGHT = 1e4
@@ -108,8 +108,8 @@ def adaptive_weight(
     return (norms[0] / (norms[1] + 1e-4)).clamp(max=MAX_ADAPTIVE_WEIGHT)  # ()
 
 
-class Supervised:
-    """What needs no discriminator: pixels, LPIPS and the quantizer's losses."""
+class ReconstructionLoss:
+    """The loss without a discriminator: pixels, LPIPS and the quantizer's losses."""
 
     names = ("loss", "reconstruction", "perceptual", "codebook", "entropy")
 
@@ -120,14 +120,15 @@ class Supervised:
 
     def __call__(
         self, images: torch.Tensor, reconstruction: torch.Tensor, quantizer: QuantizerLoss
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The loss; the part of it that reaches the decoder, which adaptive weights compare; ``names`` in a row."""
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss, its decoder part (for the adaptive weight), and detached terms under ``names``."""
         args, codebook = self.args, sum(quantizer)  # ()
         pixel = PIXEL_LOSSES[args.reconstruction_loss](reconstruction, images)  # ()
         perceptual = self.lpips(reconstruction, images).float().mean() if self.lpips else torch.zeros_like(pixel)  # ()
         decoded = args.reconstruction_weight * pixel + args.perceptual_weight * perceptual  # ()
         loss = decoded + args.codebook_weight * codebook  # ()
-        return loss, decoded, torch.stack([loss, pixel, perceptual, codebook, quantizer.entropy]).detach()  # -, -, (5,)
+        terms = (loss, pixel, perceptual, codebook, quantizer.entropy)
+        return loss, decoded, {k: v.detach() for k, v in zip(self.names, terms, strict=True)}
 
 
 class Adversary:
@@ -139,11 +140,8 @@ class Adversary:
         self.args, self.world = args, world
         self.model = make_discriminator(args.disc_type, args.image_size)
         self.model.to(world.device, memory_format=memory_format).train()
-        optimizer = make_adamw(self.model, args.lr, args.weight_decay, (args.beta1, args.beta2))
-        scaler = torch.amp.GradScaler(world.device.type, enabled=args.mixed_precision == "fp16")
-        # a loss that two models fight over has no mean to keep near: only what is not a number is skipped
-        guard = Guard(world.device, 0.0, args.max_skipped_steps)
-        self.state = TrainingState(self.model, optimizer, scaler, None, guard)
+        # a GAN loss has no stable mean: only steps whose loss is not a finite number are skipped
+        self.state = make_training_state(self.model, args, world, ema=False, max_loss_spike=0.0)
         self.forward: nn.Module = self.model
 
     def replicate(self) -> None:

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from utils.checkpoint import find_state_dict, load_checkpoint, load_strictly, resolve
-from utils.sharded_checkpoint import read_meta, read_sharded
+from utils.checkpoints.folder import read_meta, read_sharded
+from utils.checkpoints.weights_file import find_state_dict, load_checkpoint, load_strictly, state_sha256
+from utils.options import resolve
 
 USAGE_WINDOW = 65536  # codes over which codebook usage is counted; the size is part of released checkpoints
 
@@ -44,6 +45,14 @@ class VQConfig:
         """Image pixels per code, along each side."""
         return 2 ** (len(self.ch_mult) - 1)
 
+    def grid(self, image_size: int) -> int:
+        """Return the codes along each side of an image; ``ValueError`` if its size does not divide."""
+        if image_size % self.downsample:
+            raise ValueError(
+                f"--image-size {image_size} is not a multiple of {self.downsample}, the tokenizer's pixels per code"
+            )
+        return image_size // self.downsample
+
 
 VQ_models: dict[str, dict] = {
     #             base width    width per level            blocks            latent            codebook
@@ -51,11 +60,6 @@ VQ_models: dict[str, dict] = {
     "VQ-8":  dict(ch=128, ch_mult=(1, 2, 2, 4),    num_res_blocks=2, z_channels=256, codebook_size=16384),  # 70M
     "VQ-4":  dict(ch=32,  ch_mult=(1, 2, 2),       num_res_blocks=1, z_channels=64,  codebook_size=256),    # 1M
 }  # fmt: skip
-
-
-def nonlinearity(x: torch.Tensor) -> torch.Tensor:
-    """Swish."""
-    return F.silu(x)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -77,8 +81,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(nonlinearity(self.norm1(x)))  # (B, C', H, W)
-        h = self.conv2(self.dropout(nonlinearity(self.norm2(h))))  # (B, C', H, W)
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, C', H, W)
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))  # (B, C', H, W)
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h  # (B, C', H, W)
 
 
@@ -174,7 +178,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)  # (B, C, H, W)
         for block in (*self.conv_blocks, *self.mid):
             h = block(h)  # (B, C', H', W')
-        return self.conv_out(nonlinearity(self.norm_out(h)))  # (B, Z, H/f, W/f)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, Z, H/f, W/f)
 
 
 class Decoder(nn.Module):
@@ -205,7 +209,7 @@ class Decoder(nn.Module):
         h = self.conv_in(z)  # (B, C, h, w)
         for block in (*self.mid, *self.conv_blocks):
             h = block(h)  # (B, C', h', w')
-        return self.conv_out(nonlinearity(self.norm_out(h)))  # (B, 3, h*f, w*f)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, h*f, w*f)
 
 
 class QuantizerLoss(NamedTuple):
@@ -392,6 +396,15 @@ class VQModel(nn.Module):
 def make_vq_config(vq_model: str, **written: object) -> VQConfig:
     """Config of a size of the table; fields that are not None override it."""
     return VQConfig(**VQ_models[vq_model] | {k: v for k, v in written.items() if v is not None})
+
+
+def require_tokenizer(vq: VQModel, sha256: str | None, path: str | Path, source: str) -> None:
+    """Raise ``ValueError`` unless ``vq``, read from ``path``, made the codes that ``source`` holds or learned.
+
+    sha256: of that tokenizer's weights; None, where it is not known, fits any.
+    """
+    if sha256 is not None and sha256 != state_sha256(vq.weights()):
+        raise ValueError(f"--vq-ckpt {path} is not the tokenizer that made the codes of {source}")
 
 
 def load_vq(path: str | Path | None, vq_model: str | None, **written: object) -> tuple[VQModel, str]:

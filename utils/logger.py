@@ -1,13 +1,11 @@
-"""Log lines to screen and file, curves, progress with rate and time to finish; rank 0 only."""
+"""Log lines to screen and file, progress with rate and time to finish; rank 0 only."""
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -57,49 +55,3 @@ def progress(
         dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 15.0,
     )
-
-
-class ScalarLog:
-    """Curves of one run, rank 0 only: ``metrics.jsonl`` always, TensorBoard if it is installed, W&B when asked for.
-
-    Without a folder it records nothing.
-    """
-
-    def __init__(self, world: World, folder: Path | None, wandb_project: str | None, options: dict[str, Any]):
-        self.notes: list[str] = []
-        self._file, self._tensorboard, self._wandb = None, None, None
-        if not world.is_main or folder is None:
-            return
-        if wandb_project is not None:
-            try:
-                import wandb
-            except ImportError as error:
-                raise ValueError("--wandb-project needs the package wandb: pip install wandb") from error
-            self._wandb = wandb.init(project=wandb_project, name=folder.name, config=options, resume="allow")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(folder / "tensorboard")
-        except ImportError:
-            self.notes.append(f"curves go to {folder}/metrics.jsonl; pip install tensorboard to look at them there too")
-        self._file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 - open as long as the run
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Record ``values`` at ``step``; a resumed run may record a step again, then the later one counts."""
-        if self._file is not None:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
-
-    def close(self) -> None:
-        """Flush and close."""
-        if self._file is not None:
-            self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()

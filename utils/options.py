@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -38,10 +39,10 @@ def make_parser(description: str, example: str) -> argparse.ArgumentParser:
     )
 
 
-def run(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]) -> None:
     """Call ``main``; a user's mistake (``ValueError``, ``OSError``) ends in one line and exit status 2.
 
-    Under torchrun each rank that meets a mistake says it. ``PAR_DEBUG=1`` keeps the traceback.
+    Under torchrun every failing rank reports its own error. ``PAR_DEBUG=1`` keeps the traceback.
     """
     try:
         main()
@@ -89,6 +90,13 @@ def fraction(text: str) -> float:
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
+
+
+def resolve(option: str, written: Any, fixed: Any, source: str) -> Any:
+    """The value that ``source`` fixes; a different one that the user wrote is a ``ValueError``."""
+    if written is not None and written != fixed:
+        raise ValueError(f"{option} {written} contradicts {source}, which says {fixed}; leave the option out")
+    return fixed
 
 
 def add_retired(parser: argparse.ArgumentParser, options: dict[str, tuple[bool, str]]) -> None:

@@ -7,8 +7,6 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -68,36 +66,3 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class Window:
-    """Means of what a loop adds up between two log lines, and its speed; nothing is waited for until it is read."""
-
-    def __init__(self, names: Sequence[str], device: torch.device):
-        self.names = names
-        self._sums, self._counts = torch.zeros(2, len(names), device=device).unbind()  # (K,) each
-        self._steps = 0
-        self._started = time.perf_counter()
-
-    def add(self, *values: torch.Tensor) -> None:
-        """Add one step's scalars, in the order of ``names``; what is not a finite number is left out."""
-        values = torch.stack(values)  # (K,)
-        self._sums += values.nan_to_num(0.0, 0.0, 0.0)
-        self._counts += values.isfinite()
-        self._steps += 1
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent inside does not count."""
-        before = time.perf_counter()
-        yield
-        self._started += time.perf_counter() - before
-
-    def read(self, images: int) -> dict[str, float]:
-        """Means, ``images/s`` at ``images`` a step and ``seconds/step`` since the last reading."""
-        means = (self._sums / self._counts).tolist()  # waits for the device
-        seconds = (time.perf_counter() - self._started) / self._steps
-        self._sums.zero_()
-        self._counts.zero_()
-        self._steps, self._started = 0, time.perf_counter()
-        return dict(zip(self.names, means, strict=True)) | {"images/s": images / seconds, "seconds/step": seconds}

@@ -9,7 +9,8 @@ import torch
 
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.region_order import split_regions
-from utils.checkpoint import find_state_dict, load_checkpoint, load_strictly, resolve
+from utils.checkpoints.weights_file import find_state_dict, load_checkpoint, load_strictly
+from utils.options import resolve
 
 
 def load_gpt(

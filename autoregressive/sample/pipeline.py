@@ -15,8 +15,7 @@ from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import CFG_SCHEDULES, SamplingOptions
 from autoregressive.models.gpt import GPT, GPT_models
 from autoregressive.models.load import load_gpt, resolve_parallelism
-from tokenizer.vq_model import VQ_models, VQModel, load_vq
-from utils.checkpoint import state_sha256
+from tokenizer.vq_model import VQ_models, VQModel, load_vq, require_tokenizer
 from utils.distributed import World
 from utils.files import require_file, sha256_file
 from utils.options import positive_int
@@ -174,11 +173,10 @@ def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
     downsample = vq.config.downsample
     if args.downsample_size not in (None, downsample):
         raise ValueError(f"--downsample-size {args.downsample_size}: {vq_name} has {downsample}")
-    if args.image_size is not None and args.image_size % downsample:
-        raise ValueError(f"--image-size {args.image_size} is no multiple of {vq_name}'s downsampling, {downsample}")
+    grid = None if args.image_size is None else (vq.config.grid(args.image_size),) * 2
     gpt, gpt_name, checkpoint = load_gpt(
         args.gpt_ckpt,
-        grid=None if args.image_size is None else (args.image_size // downsample,) * 2,
+        grid=grid,
         default_grid=(DEFAULT_IMAGE_SIZE // downsample,) * 2,
         gpt_model=args.gpt_model,
         ar_token_num=n,
@@ -187,11 +185,7 @@ def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
         bare=args.from_fsdp,
         ema=args.gpt_ema,
     )
-    trained_on = checkpoint.get("tokenizer_sha256")
-    if trained_on is not None and trained_on != state_sha256(vq.weights()):
-        raise ValueError(
-            f"--vq-ckpt {args.vq_ckpt} is not the tokenizer whose codes --gpt-ckpt {args.gpt_ckpt} learned"
-        )
+    require_tokenizer(vq, checkpoint.get("tokenizer_sha256"), args.vq_ckpt, f"--gpt-ckpt {args.gpt_ckpt}")
     wanted = compiled if args.compile is None and device.type == "cuda" else args.compile
     ways, note = possible_ways(device, args.precision, wanted, args.quantize != "none")
     image_size = gpt.order.grid[0] * downsample

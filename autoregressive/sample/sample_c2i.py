@@ -18,7 +18,7 @@ from utils.distributed import init_distributed
 from utils.files import prepare_folder
 from utils.images import image_grid, labelled_rows, save_gif, save_png, to_uint8
 from utils.logger import progress
-from utils.options import add_retired, count, make_parser, positive_int, run, write_options
+from utils.options import add_retired, count, make_parser, positive_int, run_main, write_options
 
 GREY = 96  # where nothing is decoded yet
 PUBLISHED_CLASSES = ["207", "360", "387", "974", "88", "979", "417", "279"]
@@ -161,4 +161,4 @@ def write_trace(output: Path, traces: list[list[np.ndarray]], columns: int) -> N
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -29,8 +29,8 @@ from utils.distributed import World, init_distributed
 from utils.files import prepare_folder
 from utils.images import save_png, to_uint8
 from utils.logger import create_logger, progress
-from utils.options import add_retired, count, make_parser, positive_int, run, write_options
-from utils.samples import SampleFile
+from utils.npz import SampleFile
+from utils.options import add_retired, count, make_parser, positive_int, run_main, write_options
 
 
 def parse_args() -> Namespace:
@@ -197,4 +197,4 @@ def write_pngs(npz: Path, world: World) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -38,11 +38,11 @@ from dataset.codes import (
 )
 from dataset.imagenet import CenterCrop, ImageFiles, Unreadable, list_images, to_model_range
 from tokenizer.vq_model import VQ_models, VQModel, load_vq
-from utils.checkpoint import state_sha256
+from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import World, init_distributed
 from utils.files import prepare_folder
 from utils.logger import create_logger, progress
-from utils.options import add_retired, amount, count, make_parser, positive_int, run, write_options
+from utils.options import add_retired, amount, count, make_parser, positive_int, run_main, write_options
 from utils.performance import usable_cores
 from utils.precision import autocast, log_level, resolve_precision
 
@@ -94,9 +94,6 @@ def parse_args() -> Namespace:
 
 def make_plan(args: Namespace, samples: list[tuple[str, int]], classes: list[str], vq: VQModel, name: str) -> CodesPlan:
     """What the code folder will hold, from options, listing and tokenizer; checks that they fit."""
-    downsample = vq.config.downsample
-    if args.image_size % downsample:
-        raise ValueError(f"--image-size {args.image_size} is no multiple of {name}'s downsampling, {downsample}")
     if args.crop_range < 1.0:
         raise ValueError(f"--crop-range {args.crop_range} must be at least 1")
     paths = b"\n".join(os.fsencode(os.path.relpath(path, args.data_path)) for path, _ in samples)
@@ -105,7 +102,7 @@ def make_plan(args: Namespace, samples: list[tuple[str, int]], classes: list[str
         num_images=len(samples),
         source_sha256=hashlib.sha256(paths).hexdigest(),
         image_size=args.image_size,
-        grid=[args.image_size // downsample] * 2,
+        grid=[vq.config.grid(args.image_size)] * 2,
         crops=crop_names(args.ten_crop, flips=not args.no_flip),
         crop_range=args.crop_range if args.ten_crop else 1.0,
         codebook_size=vq.config.codebook_size,
@@ -288,4 +285,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

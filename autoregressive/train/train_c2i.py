@@ -6,49 +6,39 @@ within a step.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from argparse import BooleanOptionalAction, Namespace
-from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np
 import torch
 from torch import nn
 
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.load import load_gpt, resolve_parallelism
+from autoregressive.train.data import CodeBatches, open_held_out, open_tokenizer, open_training_codes
 from autoregressive.train.recipe import Recipe, differences, make_recipe
 from autoregressive.train.watch import draw_samples, validate
-from dataset.codes import Codes, MixedCodes, open_codes
-from dataset.epochs import EpochOrder
-from tokenizer.vq_model import VQModel, load_vq
-from utils.checkpoint import resolve, state_sha256
+from dataset.codes import Codes
 from utils.distributed import World, init_distributed
 from utils.files import require_folder
-from utils.logger import ScalarLog, create_logger, progress
-from utils.options import add_retired, amount, fraction, make_parser, positive_int, run, write_options
+from utils.options import add_retired, amount, fraction, make_parser, positive_int, resolve, run_main
 from utils.parallel import DATA_PARALLEL, delay_sync, replicate, shard
-from utils.performance import Window, peak_flops, peak_memory
+from utils.performance import peak_flops
 from utils.precision import AUTOCAST_DTYPE, autocast, log_level, resolve_precision
-from utils.run_folder import RunFolder
-from utils.stop_signal import StopSignal
-from utils.training import (
-    Ema,
-    Guard,
-    TrainingState,
-    add_optimizer_options,
-    add_output_options,
-    add_precision_option,
-    learning_rate,
-    make_adamw,
-    prefetch,
-    seed_step,
-    split_batch,
+from utils.training.options import add_optimizer_options, add_output_options, add_precision_option, split_batch
+from utils.training.run import TrainingRun, prefetch
+from utils.training.state import learning_rate, make_training_state
+from utils.training.stop_signal import StopSignal
+
+CODES_FACTS = ("tokenizer_sha256", "source_sha256", "crop_range")  # of meta.json; a run keeps them
+LOG_LINE = (
+    " (epoch {epoch:.2f}): loss {loss:.4f}, grad norm {grad_norm:.3f}, lr {lr:.2e}, {images/s:.4g} images/s, "
+    "{tokens/s:.4g} tokens/s, MFU {mfu:.1%}, peak {memory_gib:.2f} GiB, {skipped} skipped"
 )
 
 
@@ -147,29 +137,6 @@ def parse_args() -> Namespace:
     return args
 
 
-def describe_codes(args: Namespace, codes: Codes) -> None:
-    """Set grid, classes and codebook size from the codes; what the user wrote must agree."""
-    meta, source = codes.meta, f"--code-path {args.code_path}"
-    if meta:
-        args.image_size = resolve("--image-size", args.image_size, meta["image_size"], source)
-        args.vocab_size = resolve("--vocab-size", args.vocab_size, meta["codebook_size"], source)
-        args.num_classes = resolve("--num-classes", args.num_classes, len(meta["classes"]), source)
-        downsample = meta["image_size"] // meta["grid"][0]
-        args.downsample_size = resolve("--downsample-size", args.downsample_size, downsample, source)
-    args.image_size = args.image_size or 384
-    args.downsample_size = args.downsample_size or 16
-    args.vocab_size = args.vocab_size or 16384
-    args.num_classes = args.num_classes or 1000
-    grid = args.image_size // args.downsample_size
-    if grid**2 != codes.num_tokens:
-        raise ValueError(
-            f"{source} holds {codes.num_tokens} codes a crop, but --image-size {args.image_size} / "
-            f"--downsample-size {args.downsample_size} makes {grid}x{grid}"
-        )
-    if codes.labels.max() >= args.num_classes:
-        raise ValueError(f"{source} has label {codes.labels.max()}, but --num-classes is {args.num_classes}")
-
-
 def make_model(args: Namespace, tokenizer_sha256: str | None) -> tuple[GPT, list[str]]:
     """A new model, or the weights of ``--gpt-ckpt``, which must have learned codes of the same tokenizer.
 
@@ -218,9 +185,8 @@ def make_model(args: Namespace, tokenizer_sha256: str | None) -> tuple[GPT, list
     return model, notes
 
 
-def spread(args: Namespace, model: GPT, world: World) -> nn.Module:
-    """Place ``model`` on the devices as the options say; returns what is to be called for a loss."""
-    compiled = world.device.type == "cuda" if args.compile is None else args.compile
+def check_options(args: Namespace, world: World) -> None:
+    """Raise ``ValueError`` for options that exclude each other."""
     if args.attention == "flex" and args.attn_dropout_p > 0:
         raise ValueError(f"--attention flex has no dropout, but --attn-dropout-p is {args.attn_dropout_p}")
     if args.attention == "flex" and world.device.type != "cuda":
@@ -231,6 +197,11 @@ def spread(args: Namespace, model: GPT, world: World) -> nn.Module:
         raise ValueError(f"--cpu-offload moves weights off a GPU, but this runs on {world.device.type}")
     if args.data_parallel != "hsdp" and args.shard_size is not None:
         raise ValueError("--shard-size needs --data-parallel hsdp")
+
+
+def parallelize(args: Namespace, model: GPT, world: World) -> nn.Module:
+    """Place ``model`` on the devices as the options say, and return what to call for a loss."""
+    compiled = world.device.type == "cuda" if args.compile is None else args.compile
     torch.set_float32_matmul_precision("high" if args.mixed_precision == "tf32" else "highest")
     model.train()
     model.recompute_activations(args.activation_checkpointing)
@@ -256,227 +227,103 @@ def spread(args: Namespace, model: GPT, world: World) -> nn.Module:
     )
 
 
-def open_held_out(args: Namespace, codes: Codes, world: World) -> Codes | None:
-    """The codes of ``--val-code-path``, of the same kind as those to train on."""
-    if args.val_code_path is None:
-        return None
-    held_out = open_codes(args.val_code_path, "--val-code-path")
-    for what in ("tokenizer_sha256", "grid", "classes", "image_size"):
-        if codes.meta and held_out.meta and codes.meta[what] != held_out.meta[what]:
-            raise ValueError(f"--val-code-path {args.val_code_path}: its {what} differs from that of --code-path")
-    if held_out.num_tokens != codes.num_tokens:
-        raise ValueError(f"--val-code-path holds {held_out.num_tokens} codes a crop, --code-path {codes.num_tokens}")
-    if held_out.labels.max() >= args.num_classes:
-        raise ValueError(f"--val-code-path has label {held_out.labels.max()}, but --num-classes is {args.num_classes}")
-    if min(args.val_images, len(held_out)) < world.size:
-        raise ValueError(f"--val-images {args.val_images}: take at least one for each of the {world.size} processes")
-    return held_out
-
-
-def open_tokenizer(args: Namespace, codes: Codes, world: World) -> VQModel | None:
-    """The tokenizer of ``--vq-ckpt``, which must be the one that made the codes."""
-    if args.vq_ckpt is None:
-        return None
-    vq, _ = load_vq(args.vq_ckpt, None)
-    made_by = codes.meta.get("tokenizer_sha256")
-    if made_by is not None and made_by != state_sha256(vq.weights()):
-        raise ValueError(f"--vq-ckpt {args.vq_ckpt} is not the tokenizer that made --code-path {args.code_path}")
-    return vq.to(world.device)
-
-
-class CodeBatches:
-    """Batches of (codes, labels): which image and which crop is a function of (seed, step), never of the past."""
-
-    def __init__(self, codes: Codes, vocab_size: int, batch: int, seed: int):
-        self.codes, self.vocab_size, self.seed = codes, vocab_size, seed
-        self.order = EpochOrder(len(codes), batch, seed)
-
-    def rank_slice(self, step: int, world: World) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's part of global batch ``step``: codes (b, T) int64 raster order, labels (b,) int64, pinned."""
-        _, images = self.order.indices(step)  # (B,)
-        rng = np.random.default_rng([self.seed, step, 1])
-        crops = rng.choice(self.codes.num_crops, size=len(images), p=self.codes.crop_weights)  # (B,)
-        each = len(images) // world.size
-        mine = slice(world.rank * each, (world.rank + 1) * each)
-        codes, labels = self.codes.batch(images[mine], crops[mine])  # (b, T), (b,)
-        if codes.max() >= self.vocab_size:
-            worst = images[mine][codes.max(1).argmax()]
-            raise ValueError(
-                f"--code-path: image {worst} holds code {codes.max()}, but --vocab-size is {self.vocab_size}"
-            )
-        batch = torch.from_numpy(codes), torch.from_numpy(labels)
-        return tuple(x.pin_memory() for x in batch) if world.device.type == "cuda" else batch
-
-
-# facts of the codes that a run keeps, as they are in meta.json
-CODES_FACTS = ("tokenizer_sha256", "source_sha256", "crop_range")
-LOG_LINE = (
-    "(epoch {epoch:.2f}): loss {loss:.4f}, grad norm {grad_norm:.3f}, lr {lr:.2e}, {images/s:.4g} images/s, "
-    "{tokens/s:.4g} tokens/s, MFU {mfu:.1%}, peak {memory_gib:.2f} GiB, {skipped} skipped"
-)
-
-
-@dataclass
-class Run:
-    """Everything a training run is made of, ready for its loop."""
-
-    args: Namespace
-    world: World
-    codes: Codes
-    held_out: Codes | None
-    vq: VQModel | None
-    model: GPT
-    forward: nn.Module
-    state: TrainingState
-    batches: CodeBatches
-    steps_per_epoch: int
-    facts: dict  # what a checkpoint says of the run
-    folder: RunFolder
-    first_step: int
-    last_step: int
-    notes: list[str]
-
-
-def build(args: Namespace, world: World) -> Run:
-    """Check the options, make or load everything, resume; writes nothing."""
-    codes = open_codes(args.code_path)
-    if args.mix_code_path is not None:
-        codes = MixedCodes(codes, open_codes(args.mix_code_path, "--mix-code-path"), args.mix_weight)
-    describe_codes(args, codes)
-    held_out, vq = open_held_out(args, codes, world), open_tokenizer(args, codes, world)
-    batches = CodeBatches(codes, args.vocab_size, args.global_batch_size, args.global_seed)
-    steps_per_epoch = batches.order.steps_per_epoch
-    total_steps = args.epochs * steps_per_epoch
-
-    torch.manual_seed(args.global_seed)
-    model, notes = make_model(args, codes.meta.get("tokenizer_sha256"))
-    forward = spread(args, model, world)
-    optimizer = make_adamw(model, args.lr, args.weight_decay, (args.beta1, args.beta2))
-    scaler = torch.amp.GradScaler(world.device.type, enabled=args.mixed_precision == "fp16")
-    ema = Ema(model, args.ema_decay) if args.ema else None
-    guard = Guard(world.device, args.max_loss_spike, args.max_skipped_steps)
-    state = TrainingState(model, optimizer, scaler, ema, guard)
-
+def fixed_options(args: Namespace, model: GPT, codes: Codes) -> dict[str, Any]:
+    """Return what may not change between a run and its resumption."""
     fixed = ("epochs", "global_batch_size", "global_seed", "lr_schedule", "warmup_epochs")
-    same = {k: getattr(args, k) for k in fixed} | {k: codes.meta.get(k) for k in CODES_FACTS}
-    same |= {"mix_weight": args.mix_weight if args.mix_code_path is not None else None}
-    same |= {"config": asdict(model.config), "images": len(codes), "crops": codes.num_crops}
-    facts = dict(gpt_model=args.gpt_model, config=asdict(model.config), run=json.loads(json.dumps(same)))
-    facts |= {k: codes.meta.get(k) for k in ("tokenizer_sha256", "classes")}
-    name = f"{args.gpt_model}-{args.ar_token_num}x-{args.image_size}"
-    places = (args.results_dir, args.cloud_save_path, args.no_local_save, args.keep_last, args.keep_every)
-    folder = RunFolder.of(world, name, *places)
-    start = None if args.gpt_resume is None else require_folder(args.gpt_resume, "--gpt-resume")
-    first_step = folder.resume(state, facts["run"], start)
-    last_step = min(first_step + 2, total_steps) if args.dry_run else total_steps
-    return Run(
-        args, world, codes, held_out, vq, model, forward, state, batches, steps_per_epoch,
-        facts, folder, first_step, last_step, notes + folder.notes,
-    )  # fmt: skip
+    options = {k: getattr(args, k) for k in fixed} | {k: codes.meta.get(k) for k in CODES_FACTS}
+    options["mix_weight"] = None if args.mix_code_path is None else args.mix_weight
+    return options | {"config": asdict(model.config), "images": len(codes), "crops": codes.num_crops}
 
 
-def introduce(r: Run, logger: logging.Logger, peak: tuple[float, str]) -> None:
-    """Say once what runs, where it differs from the paper, and where it stands."""
-    args, parameters = r.args, sum(p.numel() for p in r.model.parameters())
-    total_steps = args.epochs * r.steps_per_epoch
+def log_header(
+    logger: logging.Logger, args: Namespace, world: World, model: GPT, codes: Codes, total_steps: int, ceiling: str
+) -> None:
+    """Log once what is trained, and where that differs from the paper."""
+    parameters = sum(p.numel() for p in model.parameters())
     logger.info(
-        f"{args.gpt_model}: {parameters:,} parameters, n = {args.ar_token_num}; {len(r.codes):,} images x "
-        f"{r.codes.num_crops} crops; {total_steps:,} steps of {args.global_batch_size} on {r.world.size} x "
-        f"{r.world.device}, {args.data_parallel}, {args.mixed_precision}"
+        f"{args.gpt_model}: {parameters:,} parameters, n = {args.ar_token_num}; {len(codes):,} images x "
+        f"{codes.num_crops} crops; {total_steps:,} steps of {args.global_batch_size} on {world.size} x "
+        f"{world.device}, {args.data_parallel}, {args.mixed_precision}"
     )
-    logger.info(f"FLOP utilisation (MFU) is of {peak[0] / 1e12:.3g} TFLOP/s a process ({peak[1]})")
+    logger.info(ceiling)
     if changed := differences(args):
         logger.info(f"recipe: {changed}")
     if args.warmup_epochs > args.epochs:
         logger.warning(f"--warmup-epochs {args.warmup_epochs} is longer than the run: --lr {args.lr} is never reached")
-    for note in r.notes:
-        logger.info(note)
-    where = r.folder.folder
-    logger.info(f"{where}: resumed at step {r.first_step}" if r.first_step else f"{where}: new run")
 
 
 def main() -> None:
-    """Build or resume, then the loop."""
+    """Open the data, make or load what is trained, resume, then the loop."""
     args = parse_args()
     sharded = args.data_parallel != "ddp"
     world = init_distributed(alone=sharded)
     device = world.device
-    precision, reason = world.broadcast(resolve_precision(args.mixed_precision, device))
+    precision, precision_note = world.broadcast(resolve_precision(args.mixed_precision, device))
     args.mixed_precision = precision
     micro_batch = split_batch(args.global_batch_size, world.size, args.gradient_accumulation_steps)
     stop = StopSignal(world)
-    r = build(args, world)
-    model, state, forward = r.model, r.state, r.forward
-    folder = None if args.dry_run else r.folder.folder
-    if folder is not None:
-        r.folder.make()
-    logger = create_logger(world, folder)
-    curves = ScalarLog(world, folder, None if args.no_wandb else args.wandb_project, vars(args))
-    if world.is_main and folder is not None:
-        write_options(folder / "options.json", args, config=asdict(model.config), steps=args.epochs * r.steps_per_epoch)
-    logger.log(log_level(precision, device), f"--mixed-precision {reason}")
-    peak = peak_flops(device, precision)
-    r.notes += curves.notes
-    introduce(r, logger, peak)
 
-    bar = progress(world, "training", r.last_step, r.first_step, "steps")
-    window = Window(("loss", "grad_norm"), device)
-    total_steps, warmup_steps = args.epochs * r.steps_per_epoch, round(args.warmup_epochs * r.steps_per_epoch)
-    stopping, seconds = False, 0.0
-    for step, (x, y) in prefetch(lambda s: r.batches.rank_slice(s, world), range(r.first_step, r.last_step)):
-        # ---------------------------------------------------------------- one training step
-        stop.ask()
-        seed_step(args.global_seed, step, world.rank)
-        lr = learning_rate(step, args.lr, args.lr_schedule, total_steps, warmup_steps)
-        state.set_learning_rate(lr)
-        loss = torch.zeros((), device=device)
-        for i, (x_micro, y_micro) in enumerate(zip(x.split(micro_batch), y.split(micro_batch), strict=True)):
-            x_micro, y_micro = x_micro.to(device, non_blocking=True), y_micro.to(device, non_blocking=True)
-            with delay_sync(forward, i + 1 < args.gradient_accumulation_steps):
-                with autocast(device, precision):
-                    micro_loss, _ = forward(x_micro, y_micro)  # ()
-                micro_loss = micro_loss / args.gradient_accumulation_steps
-                state.scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
-        loss = world.mean(loss)
-        norm = state.gradient_norm()
-        state.update(step, loss, norm, args.max_grad_norm)  # clip, skip if harmful, step, EMA
-        # ---------------------------------------------------------------------------------
-        done, stopping = step + 1, stop.agreed()
-        last = done == r.last_step or stopping
-        window.add(loss, norm)
-        bar.update()
-        if done % args.log_every == 0 or last or args.dry_run:
-            figures = window.read(args.global_batch_size)
-            seconds = figures.pop("seconds/step")
-            figures |= {"lr": lr, "skipped": state.guard.skipped}
-            figures["tokens/s"] = figures["images/s"] * r.codes.num_tokens
-            figures["mfu"] = figures["images/s"] * model.flops_per_image() / (peak[0] * world.size)
-            figures["memory_gib"] = peak_memory(device) / 2**30
-            figures["epoch"] = done / r.steps_per_epoch
-            left = timedelta(seconds=round(seconds * (total_steps - done)))
-            logger.info(f"step {done} {LOG_LINE.format(**figures)}, {left} left")
-            curves.write(done, figures)
-            state.guard.check(done, lr, last)
-        with window.paused():
-            if folder is not None and (done % args.ckpt_every == 0 or last) and state.guard.sound:
-                r.folder.save(done, state, r.facts)
-            if r.held_out is not None and (done % args.val_every == 0 or last) and not stopping:
-                figures = validate(forward, model, r.held_out, args.val_images, micro_batch, world, precision)
-                logger.info(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
-                curves.write(done, figures)
-            if folder is not None and r.vq is not None and (done % args.sample_every == 0 or last) and not stopping:
-                picture = folder / "samples" / f"{done:07d}.png"
-                draw_samples(model, r.vq, picture, world, precision, sharded)
-        if stopping:
-            break
-    bar.close()
-    curves.close()
-    if args.dry_run:
-        r.folder.forecast(state, total_steps - r.first_step, seconds, logger)
-    else:
-        r.folder.finish(r.last_step, stopping, args.export, logger)
+    # data
+    codes = open_training_codes(args)
+    held_out, vq = open_held_out(args, codes, world), open_tokenizer(args, codes, world)
+    batches = CodeBatches(codes, args.vocab_size, args.global_batch_size, args.global_seed)
+    steps_per_epoch = batches.order.steps_per_epoch
+    total_steps, warmup_steps = args.epochs * steps_per_epoch, round(args.warmup_epochs * steps_per_epoch)
+
+    # model, optimizer, and where an earlier run of the same command stopped
+    check_options(args, world)
+    torch.manual_seed(args.global_seed)
+    model, notes = make_model(args, codes.meta.get("tokenizer_sha256"))
+    forward = parallelize(args, model, world)
+    state = make_training_state(model, args, world, args.ema, args.max_loss_spike)
+    name = f"{args.gpt_model}-{args.ar_token_num}x-{args.image_size}"
+    start = None if args.gpt_resume is None else require_folder(args.gpt_resume, "--gpt-resume")
+    run = TrainingRun(args, world, name, state, fixed_options(args, model, codes), total_steps, start)
+    facts = {"gpt_model": args.gpt_model, "config": asdict(model.config)}
+    facts |= {k: codes.meta.get(k) for k in ("tokenizer_sha256", "classes")}
+
+    logger = run.open(stop, ("loss", "grad_norm"), config=facts["config"])
+    logger.log(log_level(precision, device), f"--mixed-precision {precision_note}")
+    peak, peak_source = peak_flops(device, precision)
+    ceiling = f"FLOP utilisation (MFU) is of {peak / 1e12:.3g} TFLOP/s per process ({peak_source})"
+    log_header(logger, args, world, model, codes, total_steps, ceiling)
+    for note in notes:
+        logger.info(note)
+    steps = range(run.first_step, run.last_step)
+    with run:
+        for step, (x, y) in run.steps(prefetch(lambda s: batches.rank_slice(s, world), steps)):
+            # ------------------------------------------------------------ one training step
+            lr = learning_rate(step, args.lr, args.lr_schedule, total_steps, warmup_steps)
+            state.set_learning_rate(lr)
+            loss = torch.zeros((), device=device)
+            for i, (x_micro, y_micro) in enumerate(zip(x.split(micro_batch), y.split(micro_batch), strict=True)):
+                x_micro, y_micro = x_micro.to(device, non_blocking=True), y_micro.to(device, non_blocking=True)
+                with delay_sync(forward, i + 1 < args.gradient_accumulation_steps):
+                    with autocast(device, precision):
+                        micro_loss, _ = forward(x_micro, y_micro)  # ()
+                    micro_loss = micro_loss / args.gradient_accumulation_steps
+                    state.scaler.scale(micro_loss).backward()
+                loss += micro_loss.detach()
+            loss = world.mean(loss)
+            norm = state.gradient_norm()
+            state.update(step, loss, norm, args.max_grad_norm)  # clip, skip if harmful, step, EMA
+            # ------------------------------------------------------------------------------
+            run.end_step(loss=loss, grad_norm=norm)
+            if run.log_due:
+                figures = run.read(lr)
+                figures["tokens/s"] = figures["images/s"] * codes.num_tokens
+                figures["mfu"] = figures["images/s"] * model.flops_per_image() / (peak * world.size)
+                figures["epoch"] = run.done / steps_per_epoch
+                run.log(LOG_LINE, figures)
+            with run.paused():
+                run.save_if_due(facts)
+                if held_out is not None and run.due(args.val_every) and not run.stopping:
+                    run.log_more(validate(forward, model, held_out, args.val_images, micro_batch, world, precision))
+                if vq is not None and run.folder and run.due(args.sample_every) and not run.stopping:
+                    picture = run.folder / "samples" / f"{run.done:07d}.png"
+                    draw_samples(model, vq, picture, world, precision, sharded)
+        run.finish(args.export)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from evaluations.c2i.features import Features
-from utils.checkpoint import load_checkpoint, load_strictly, save_checkpoint
+from utils.checkpoints.weights_file import load_checkpoint, load_strictly, save_checkpoint
 
 
 @dataclass(frozen=True)

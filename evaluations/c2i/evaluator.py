@@ -43,7 +43,7 @@ from evaluations.c2i.self_check import compare_with_published, self_check
 from utils.distributed import World, init_distributed
 from utils.files import atomic_path, prepare_folder, require_file, sha256_file
 from utils.logger import progress
-from utils.options import make_parser, positive_int, run, write_options
+from utils.options import make_parser, positive_int, run_main, write_options
 
 PRETRAINED_MODELS = Path(__file__).resolve().parents[2] / "pretrained_models"
 NEIGHBOURS = 3
@@ -380,4 +380,4 @@ def say(world: World, line: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

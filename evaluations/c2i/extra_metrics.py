@@ -19,7 +19,7 @@ from torchmetrics.image.kid import poly_mmd
 
 from evaluations.c2i.features import Features
 from evaluations.c2i.metrics import frechet_distance, frechet_distance_of_few, mean_and_covariance
-from utils.checkpoint import find_state_dict, load_checkpoint, load_strictly
+from utils.checkpoints.weights_file import find_state_dict, load_checkpoint, load_strictly
 from utils.distributed import World
 from utils.logger import progress
 

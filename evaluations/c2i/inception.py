@@ -28,7 +28,7 @@ from torchvision.models.inception import (
 
 from evaluations.c2i.features import Features
 from evaluations.c2i.graphdef import Node, read_graphdef
-from utils.checkpoint import load_checkpoint, load_strictly
+from utils.checkpoints.weights_file import load_checkpoint, load_strictly
 from utils.files import require_file, sha256_file
 
 IMAGE_SIZE = 299

@@ -22,7 +22,7 @@ from matplotlib import pyplot
 
 from evaluations.c2i.report import markdown
 from utils.files import atomic_path, prepare_folder
-from utils.options import make_parser, run, write_options
+from utils.options import make_parser, run_main, write_options
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,4 +104,4 @@ def plot(scales: list[float], metrics: list[dict[str, float]], path: Path) -> No
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -20,7 +20,7 @@ from evaluations.c2i.metrics import class_accuracy
 from utils.distributed import World, init_distributed
 from utils.files import require_folder
 from utils.logger import create_logger, progress
-from utils.options import make_parser, positive_int, run
+from utils.options import make_parser, positive_int, run_main
 
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
@@ -130,4 +130,4 @@ def turn_and_shift(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -31,7 +31,7 @@ from dataset.codes import CodesPlan, finish_codes, open_codes, start_codes, writ
 from dataset.imagenet import list_images, open_image, to_model_range
 from tokenizer.vq_model import VQModel, make_vq_config
 from utils.files import write_json
-from utils.options import make_parser, positive_int, run
+from utils.options import make_parser, positive_int, run_main
 from utils.performance import usable_cores
 
 CPU = torch.device("cpu")
@@ -240,4 +240,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -22,7 +22,7 @@ from evaluations.c2i.inception import Inception2015, build_inception
 from evaluations.c2i.metrics import frechet_distance, mean_and_covariance, precision_recall
 from utils.distributed import init_distributed
 from utils.files import write_json
-from utils.options import make_parser, positive_int, run
+from utils.options import make_parser, positive_int, run_main
 from utils.performance import peak_flops
 
 FLOPS = 2 * 5.73e9  # of one image at 299 x 299: multiply-adds of the convolutions, counted once with a hook
@@ -110,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -44,7 +44,7 @@ from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.sample.pipeline import quantize
 from utils.distributed import init_distributed
 from utils.files import write_json
-from utils.options import git_revision, make_parser, positive_int, run
+from utils.options import git_revision, make_parser, positive_int, run_main
 from utils.performance import device_name, peak_flops, peak_memory
 from utils.precision import has_bfloat16, is_emulated
 
@@ -318,4 +318,4 @@ def describe(result: dict[str, object], published: float | None) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

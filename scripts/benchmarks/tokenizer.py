@@ -24,14 +24,14 @@ import torch
 import torch.nn.functional as F
 
 from tokenizer.discriminator import DISCRIMINATORS, make_discriminator
-from tokenizer.vq_loss import Adversary, Supervised, discriminator_hinge, generator_hinge
+from tokenizer.vq_loss import Adversary, ReconstructionLoss, discriminator_hinge, generator_hinge
 from tokenizer.vq_model import VectorQuantizer, VQ_models, VQModel, make_vq_config
 from utils.distributed import World, init_distributed
 from utils.files import write_json
-from utils.options import make_parser, positive_int, run
+from utils.options import make_parser, positive_int, run_main
 from utils.performance import peak_memory
 from utils.precision import autocast, has_bfloat16
-from utils.training import Guard, TrainingState, make_adamw
+from utils.training.state import Guard, TrainingState, make_adamw
 
 WAYS = ("published", "ours, before disc-start", "ours, from disc-start")
 DISC_WEIGHT = 0.5
@@ -81,7 +81,7 @@ def our_step(args: Namespace, model: VQModel, world: World, gan: bool) -> Callab
     options = Namespace(**options, weight_decay=0.05, beta1=0.9, beta2=0.95, max_skipped_steps=20)
     memory_format = torch.channels_last if world.device.type == "cuda" else torch.contiguous_format
     model.to(memory_format=memory_format)
-    supervised = Supervised(options, world.device, memory_format)
+    supervised = ReconstructionLoss(options, world.device, memory_format)
     adversary = Adversary(options, world, memory_format)
     scaler = torch.amp.GradScaler(world.device.type, enabled=False)
     state = TrainingState(model, make_adamw(model, 1e-4, 0.05, (0.9, 0.95)), scaler, None, Guard(world.device, 1.0, 20))
@@ -100,11 +100,11 @@ def our_step(args: Namespace, model: VQModel, world: World, gan: bool) -> Callab
             with autocast(world.device, args.precision):
                 told, _, _ = adversary.discriminator_loss(images, made)
             told.backward()
-        state.update(0, terms[0], state.gradient_norm(), 1.0)
+        state.update(0, terms["loss"], state.gradient_norm(), 1.0)
         if gan:
             adversary.state.update(0, told.detach(), adversary.state.gradient_norm(), 1.0)
         model.quantize.record_usage(codes)
-        return terms[0]
+        return terms["loss"]
 
     return step
 
@@ -176,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

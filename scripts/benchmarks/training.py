@@ -31,10 +31,11 @@ from autoregressive.models import gpt
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from utils.distributed import init_distributed
 from utils.files import write_json
-from utils.options import make_parser, positive_int, run
+from utils.options import make_parser, positive_int, run_main
 from utils.performance import peak_flops, peak_memory
 from utils.precision import autocast, has_bfloat16
-from utils.training import Guard, TrainingState, make_adamw, prefetch
+from utils.training.run import prefetch
+from utils.training.state import Guard, TrainingState, make_adamw
 
 TOKENS = 576
 CROPS = 10
@@ -233,4 +234,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

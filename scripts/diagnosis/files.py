@@ -20,8 +20,8 @@ from dataset.codes import Codes, finished_damage, open_codes
 from dataset.imagenet import list_images, open_image
 from scripts.diagnosis.check import BROKEN, OK, Context, NotHere, Result, reason_of
 from tokenizer.vq_model import load_vq
-from utils.checkpoint import state_sha256
-from utils.sharded_checkpoint import read_meta, read_sharded
+from utils.checkpoints.folder import read_meta, read_sharded
+from utils.checkpoints.weights_file import state_sha256
 
 SAMPLED_IMAGES = 64  # files that are opened
 SAMPLED_CODES = 20_000  # images whose codes are counted

@@ -15,7 +15,7 @@ import torch
 from autoregressive.train import train_c2i
 from dataset.codes import CodesPlan, finish_codes, start_codes, write_shard
 from scripts.diagnosis.check import BROKEN, OK, ROOT, Context, Result, short
-from utils.sharded_checkpoint import read_sharded
+from utils.checkpoints.folder import read_sharded
 
 STEPS, RESUMED_AT, BATCH = 6, 2, 8
 RUN = "GPT-T-4x-32"  # the run's folder

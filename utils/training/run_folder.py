@@ -7,22 +7,20 @@ import os
 import shutil
 import time
 import uuid
+from argparse import Namespace
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from utils.checkpoint import export_checkpoint
+from utils.checkpoints.folder import CHECKPOINT_NAME, load_sharded, read_contents, read_meta, save_sharded
+from utils.checkpoints.weights_file import export_checkpoint
 from utils.distributed import TIMEOUT, World
 from utils.files import prepare_folder, remove_temporary, write_json
 from utils.options import git_revision
-from utils.parallel import local
-from utils.performance import peak_memory
-from utils.sharded_checkpoint import CHECKPOINT_NAME, load_sharded, read_contents, read_meta, save_sharded
-from utils.training import TrainingState
+from utils.training.state import TrainingState
 
 
 @dataclass
@@ -44,21 +42,12 @@ class RunFolder:
     _group: dist.ProcessGroup | None = None
 
     @classmethod
-    def of(
-        cls,
-        world: World,
-        name: str,
-        results_dir: str,
-        cloud_save_path: str,
-        no_local_save: bool,
-        keep_last: int,
-        keep_every: int,
-    ) -> RunFolder:
-        """Local results and the durable copy; with ``no_local_save`` the durable place is the only one."""
-        cloud = Path(cloud_save_path) / name
-        folder = cloud if no_local_save else Path(results_dir) / name
+    def of(cls, args: Namespace, world: World, name: str) -> RunFolder:
+        """Folders of the options in ``args``: local results and their durable copy, or only the durable place."""
+        cloud = Path(args.cloud_save_path) / name
+        folder = cloud if args.no_local_save else Path(args.results_dir) / name
         places = dict.fromkeys(p.absolute() / "checkpoints" for p in (folder, cloud))
-        return cls(world, folder, tuple(places), keep_last, keep_every)
+        return cls(world, folder, tuple(places), args.keep_last, args.keep_every)
 
     def make(self) -> None:
         """Create the folders before long work starts; ``ValueError`` where that fails or machines do not share them."""
@@ -202,18 +191,6 @@ class RunFolder:
                         remove_temporary(path)
                         export_checkpoint(checkpoint, path, ema)
                         logger.info(f"weights: {path}")
-
-    def forecast(self, state: TrainingState, steps: int, seconds: float, logger: logging.Logger) -> None:
-        """Say what a dry run found: memory, and time for ``steps`` of ``seconds`` each."""
-        # each parameter has a gradient as well
-        held = sum(local(t).nbytes for t in (*state.tensors().values(), *state.parameters())) / 2**30
-        peak = peak_memory(self.world.device) / 2**30
-        time_left = timedelta(seconds=round(steps * seconds))
-        logger.info(
-            f"dry run: {held:.2f} GiB a process of weights, gradients, moments{', average' if state.ema else ''}; "
-            f"peak {peak:.2f} GiB; {seconds:.3g} s a step, {time_left} for the {steps:,} steps to do; "
-            f"nothing was written"
-        )
 
 
 def _is_whole(checkpoint: Path) -> bool:

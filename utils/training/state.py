@@ -1,76 +1,21 @@
-"""What the training loops share: options, seeds, optimizer, EMA, the guard against bad steps, batches made ahead."""
+"""What changes as a run trains, and how: optimizer, learning rate, moving average, the guard against bad steps."""
 
 from __future__ import annotations
 
 import math
-from argparse import ArgumentParser, _ArgumentGroup
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from argparse import Namespace
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from utils.options import amount, count, fraction, positive_int
+from utils.distributed import World
 from utils.parallel import gradient_norm, local
-from utils.precision import AUTO_HELP
 
-T = TypeVar("T")
-DOUBTFUL_STEPS = 3  # skipped in a row, weights are not saved
-SETTLED_STEPS = 100  # before so many steps a loss that jumps is no sign of harm
-
-
-def add_optimizer_options(parser: ArgumentParser) -> None:
-    """Options of the update itself, the same for every trainer."""
-    group = parser.add_argument_group("optimizer")
-    group.add_argument("--weight-decay", type=amount, default=0.05, help="AdamW, matrices and convolutions only")
-    group.add_argument("--beta1", type=fraction, default=0.9, help="AdamW")
-    group.add_argument("--beta2", type=fraction, default=0.95, help="AdamW")
-    group.add_argument("--max-grad-norm", type=amount, default=1.0, help="clip gradients to this norm; 0: never")
-    group.add_argument("--gradient-accumulation-steps", type=positive_int, default=1, help="micro-batches a step")
-    group.add_argument("--ema", action="store_true", help="keep a moving average of the weights as well")
-    group.add_argument("--ema-decay", type=fraction, default=0.9999, help="of --ema")
-    group.add_argument(
-        "--max-loss-spike",
-        type=amount,
-        default=1.0,
-        help="skip a step whose loss is this far above its running mean, as if it were not a number; 0: never",
-    )
-    group.add_argument(
-        "--max-skipped-steps",
-        type=positive_int,
-        default=20,
-        help="stop when a log line finds so many skipped in a row",
-    )
-    group.add_argument("--global-seed", type=count, default=0, help="weights, data order, crops, dropout")
-
-
-def add_precision_option(group: _ArgumentGroup, choices: Iterable[str]) -> None:
-    """``--mixed-precision``, with ``auto`` before ``choices``, keys of ``AUTOCAST_DTYPE``."""
-    group.add_argument(
-        "--mixed-precision",
-        choices=["auto", *choices],
-        default="auto",
-        help=f"type of matrix products and convolutions; weights stay float32. {AUTO_HELP}; published runs are in bf16",
-    )
-
-
-def add_output_options(parser: ArgumentParser, results_dir: str) -> None:
-    """Options of logs and checkpoints, the same for every trainer."""
-    group = parser.add_argument_group("output")
-    group.add_argument("--cloud-save-path", required=True, help="durable folder for checkpoints")
-    group.add_argument("--no-local-save", action="store_true", help="write to --cloud-save-path only")
-    group.add_argument("--results-dir", default=results_dir, help="local folder for logs and checkpoints")
-    group.add_argument("--log-every", type=positive_int, default=100, help="steps")
-    group.add_argument("--ckpt-every", type=positive_int, default=5000, help="steps between checkpoints to resume from")
-    group.add_argument("--keep-last", type=positive_int, default=3, help="newest checkpoints that are kept")
-    group.add_argument("--keep-every", type=count, default=50000, help="keep those of its multiples too; 0: none")
-    group.add_argument("--wandb-project", help="log to this Weights & Biases project as well (needs wandb)")
-    group.add_argument("--no-wandb", action="store_true", help="never, whatever --wandb-project says")
-    group.add_argument("--dry-run", action="store_true", help="build all, take two steps, say what to expect; no files")
+DOUBTFUL_STEPS = 3  # after this many consecutive skips no checkpoint is saved
+SETTLED_STEPS = 100  # loss spikes in the first steps are ignored
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -140,15 +85,15 @@ class Guard:
         self.spike, self.patience = spike, patience
         self.state = torch.zeros(4, device=device)  # running mean of the loss; steps taken, skipped, skipped in a row
 
-    def judge(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        """1.0 if the step of this loss and gradient norm (scalars) is to be skipped, else 0.0: a scalar."""
+    def should_skip(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """Return 1.0 if the step of this loss and gradient norm (scalars) is to be skipped, else 0.0: a scalar."""
         mean, taken, skipped, in_a_row = self.state.unbind()  # () each
         bad = ~(loss.isfinite() & norm.isfinite())  # ()
         if self.spike:
             bad |= (taken >= SETTLED_STEPS) & (loss > mean + self.spike)
         moved = mean + (loss - mean) * (1.0 / (taken + 1.0)).clamp(min=0.01)  # ()
-        now = [torch.where(bad, mean, moved), taken + ~bad, skipped + bad, torch.where(bad, in_a_row + 1.0, 0.0)]
-        self.state = torch.stack(now)  # (4,)
+        mean, in_a_row = torch.where(bad, mean, moved), torch.where(bad, in_a_row + 1.0, 0.0)  # () each
+        self.state = torch.stack([mean, taken + ~bad, skipped + bad, in_a_row])  # (4,)
         return bad.float()
 
     @property
@@ -162,13 +107,13 @@ class Guard:
         return int(self.state[2].item())
 
     @property
-    def sound(self) -> bool:
+    def healthy(self) -> bool:
         """False while so many steps in a row were skipped that the weights are in doubt (waits for the device)."""
         return self.in_a_row < DOUBTFUL_STEPS
 
     def check(self, step: int, lr: float, last: bool = False) -> None:
         """``ValueError`` after too many steps skipped in a row, or at the ``last`` step if the weights are in doubt."""
-        if self.in_a_row >= self.patience or (last and not self.sound):
+        if self.in_a_row >= self.patience or (last and not self.healthy):
             raise ValueError(
                 f"the last {self.in_a_row} steps up to {step} were all skipped, as their loss was not a finite number "
                 f"or a spike (learning rate {lr:.3g}); the last checkpoint is from before them: lower --lr, or use "
@@ -204,13 +149,18 @@ class TrainingState:
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
         # the fused optimizer itself looks at this flag, on the device: a step that is skipped changes nothing
-        skip = self.guard.judge(loss, norm).to(next(self.model.parameters()).device)  # the host's, if offloaded
+        skip = self.guard.should_skip(loss, norm).to(next(self.model.parameters()).device)  # the host's, if offloaded
         self.optimizer.grad_scale, self.optimizer.found_inf = None, skip
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update(self.model, step)
+
+    @property
+    def guards(self) -> list[Guard]:
+        """Guards of everything that is trained."""
+        return [self.guard]
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything that has gradients."""
@@ -245,21 +195,12 @@ class TrainingState:
         self.guard.state = torch.tensor(scalars["guard"], device=self.guard.state.device)
 
 
-def split_batch(global_batch: int, world_size: int, accumulation: int) -> int:
-    """Items of one process's micro-batch; ``ValueError`` if the global batch does not split evenly."""
-    if global_batch % (world_size * accumulation):
-        raise ValueError(
-            f"--global-batch-size {global_batch} does not split over {world_size} processes x "
-            f"{accumulation} accumulation steps; take a multiple of {world_size * accumulation}"
-        )
-    return global_batch // (world_size * accumulation)
-
-
-def prefetch(make: Callable[[int], T], steps: range, ahead: int = 2) -> Iterator[tuple[int, T]]:
-    """(step, make(step)) in order, made ``ahead`` steps early on a thread."""
-    with ThreadPoolExecutor(1) as thread:
-        made = deque(thread.submit(make, step) for step in steps[:ahead])
-        for step in steps:
-            if step + ahead in steps:
-                made.append(thread.submit(make, step + ahead))
-            yield step, made.popleft().result()
+def make_training_state(
+    model: nn.Module, args: Namespace, world: World, ema: bool, max_loss_spike: float
+) -> TrainingState:
+    """Return a new state for ``model``, placed on its devices, by the options of ``utils.training.options``."""
+    optimizer = make_adamw(model, args.lr, args.weight_decay, (args.beta1, args.beta2))
+    scaler = torch.amp.GradScaler(world.device.type, enabled=args.mixed_precision == "fp16")
+    average = Ema(model, args.ema_decay) if ema else None
+    guard = Guard(world.device, max_loss_spike, args.max_skipped_steps)
+    return TrainingState(model, optimizer, scaler, average, guard)

@@ -17,7 +17,7 @@ GRACE = 120.0  # seconds for the step under way
 
 
 class StopSignal:
-    """Listens from its creation on. In each step: ``ask`` at its start, ``agreed`` at its end.
+    """Listens from its creation on. In each step: ``begin_vote`` at its start, ``should_stop`` at its end.
 
     torchrun signals the ranks that are left when one has died, and those may wait for it for ever: a step that does not
     end within two minutes of the signal ends the process.
@@ -48,14 +48,14 @@ class StopSignal:
                 os.write(2, b"error: the step did not end after the signal; has another rank died?\n")
                 os._exit(1)
 
-    def ask(self) -> None:
+    def begin_vote(self) -> None:
         """Start asking all ranks whether one was signalled: between hosts, so that no device is waited for."""
         self._steps, self._in_step = self._steps + 1, True
         self._asked.fill_(float(self.received))
         if self._group is not None:
             self._work = dist.all_reduce(self._asked, dist.ReduceOp.MAX, self._group, async_op=True)
 
-    def agreed(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether a rank had been signalled when asked: the same answer on all of them."""
         if self._work is not None:
             self._work.wait()

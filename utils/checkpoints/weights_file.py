@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from utils.checkpoints.folder import read_meta, read_sharded
 from utils.files import atomic_path, require_file
-from utils.sharded_checkpoint import read_meta, read_sharded
 
 
 def load_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
@@ -91,13 +91,6 @@ def state_sha256(state: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def resolve(option: str, written: Any, fixed: Any, source: str) -> Any:
-    """The value that ``source`` fixes; a different one that the user wrote is a ``ValueError``."""
-    if written is not None and written != fixed:
-        raise ValueError(f"{option} {written} contradicts {source}, which says {fixed}; leave the option out")
-    return fixed
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
