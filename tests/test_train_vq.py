@@ -208,7 +208,7 @@ EFFECTS = {
     "dry_run": (None, "files"),
 }
 # read by helpers that both trainers call, where the loop has no part in it
-TESTED_WITH_THE_GPT = {"keep_last", "keep_every", "wandb_project", "no_wandb", "max_skipped_steps", "no_local_save"}
+TESTED_WITH_THE_GPT = {"keep_last", "keep_every", "wandb_project", "max_skipped_steps", "no_local_save"}
 TESTED_WITH_THE_GPT |= {"results_dir"}
 RECORDED = {
     "compiles": (torch.nn.Module, "compile", None),

@@ -49,90 +49,126 @@ GAN_LINE = (
 
 
 def parse_args() -> Namespace:
-    """Options; names and defaults of the published script."""
+    """Parse the options; names and defaults are those of the published script."""
     parser = make_parser(
         __doc__,
         "bash scripts/tokenizer/train_vq.sh --data-path IMAGENET/train --cloud-save-path DIR --image-size 256",
     )
     data = parser.add_argument_group("data")
     data.add_argument("--data-path", required=True, help="folder with one sub-folder of images per class")
-    data.add_argument("--data-face-path", help="second such folder, trained on as well; published for images of faces")
+    data.add_argument(
+        "--data-face-path", help="second such folder to train on; the published script has it for images of faces"
+    )
     data.add_argument("--image-size", type=positive_int, default=256, help="side of the training crops, pixels")
-    data.add_argument("--no-flip", action="store_true", help="never mirror images (for text, digits)")
-    data.add_argument("--num-workers", type=count, default=16, help="decoding processes, at most one per core")
+    data.add_argument("--no-flip", action="store_true", help="do not mirror images (for text or digits)")
+    data.add_argument("--num-workers", type=count, default=16, help="processes that read images, at most one per core")
     model = parser.add_argument_group("model")
-    model.add_argument("--vq-model", choices=list(VQ_models), default="VQ-16", help="size")
+    model.add_argument("--vq-model", choices=list(VQ_models), default="VQ-16", help="size of the tokenizer")
     model.add_argument(
         "--vq-ckpt",
-        help="start from the weights of this file, released or exported; or a training checkpoint's folder, to go on "
-        "from its step if the run has no checkpoint of its own yet",
+        help="file of weights to start from, released or exported; or the folder of a training checkpoint to resume "
+        "from if the run has no checkpoint yet",
     )
     model.add_argument(
         "--finetune",
         action="store_true",
-        help="take only weights from the folder of --vq-ckpt, its discriminator's included, and start at step 0",
+        help="take only the weights of the folder --vq-ckpt, its discriminator's included, and start at step 0",
     )
-    model.add_argument("--codebook-size", type=positive_int, help="entries (default: the size's)")
-    model.add_argument("--codebook-embed-dim", type=positive_int, help="width of an entry (default: 8)")
+    model.add_argument("--codebook-size", type=positive_int, help="codebook entries (default: those of --vq-model)")
+    model.add_argument("--codebook-embed-dim", type=positive_int, help="width of a codebook entry (default: 8)")
     model.add_argument(
         "--codebook-l2-norm",
         action=BooleanOptionalAction,
         default=True,
-        help="unit-length entries and latents",
+        help="scale codebook entries and latents to unit length",
     )
     model.add_argument("--dropout-p", type=fraction, default=0.0, help="dropout in residual blocks")
     model.add_argument(
         "--codebook-init",
         choices=["uniform", "data", "kmeans"],
         default="uniform",
-        help="entries of a new codebook: drawn as published, from the first images' latents, or by k-means over them",
+        help="first entries of a new codebook: drawn at random, as published; latents of the first images; or k-means "
+        "centres of these",
     )
     model.add_argument(
         "--revive-dead-codes",
         type=count,
         default=0,
-        help="every so many steps, move entries that the last 65,536 codes lack to latents at hand; 0: never",
+        help="steps between moves of entries absent from the last 65,536 codes to current latents; 0: never",
     )
     loss = parser.add_argument_group("loss")
-    loss.add_argument("--reconstruction-loss", choices=list(PIXEL_LOSSES), default="l2", help="pixel loss")
-    loss.add_argument("--reconstruction-weight", type=amount, default=1.0, help="its weight")
+    loss.add_argument("--reconstruction-loss", choices=list(PIXEL_LOSSES), default="l2", help="loss between pixels")
+    loss.add_argument("--reconstruction-weight", type=amount, default=1.0, help="weight of the pixel loss")
     loss.add_argument("--codebook-weight", type=amount, default=1.0, help="weight of the quantizer's losses")
-    loss.add_argument("--commit-loss-beta", type=amount, default=0.25, help="weight of commitment within them")
-    loss.add_argument("--entropy-loss-ratio", type=amount, default=0.0, help="weight of entropy within them")
-    loss.add_argument("--perceptual-weight", type=amount, default=1.0, help="of LPIPS; 0 goes without")
-    loss.add_argument("--vgg-weights", help="torchvision's vgg16-397923af.pth, for LPIPS (default: torch.hub's copy)")
+    loss.add_argument(
+        "--commit-loss-beta",
+        type=amount,
+        default=0.25,
+        help="weight of the commitment loss within the quantizer's losses",
+    )
+    loss.add_argument(
+        "--entropy-loss-ratio",
+        type=amount,
+        default=0.0,
+        help="weight of the entropy loss within the quantizer's losses",
+    )
+    loss.add_argument("--perceptual-weight", type=amount, default=1.0, help="weight of the LPIPS loss; 0 disables it")
+    loss.add_argument(
+        "--vgg-weights", help="torchvision's vgg16-397923af.pth, the network of LPIPS (default: torch.hub's copy)"
+    )
     gan = parser.add_argument_group("GAN loss")
-    gan.add_argument("--disc-weight", type=amount, default=0.5, help="its weight; 0: no discriminator is made")
-    gan.add_argument("--disc-start", type=count, default=20000, help="first step with it, as the log counts")
-    gan.add_argument("--disc-type", choices=DISCRIMINATORS, default="patchgan", help="discriminator")
-    gan.add_argument("--disc-loss", choices=list(DISCRIMINATOR_LOSSES), default="hinge", help="the discriminator's")
-    gan.add_argument("--gen-loss", choices=list(GENERATOR_LOSSES), default="hinge", help="the tokenizer's")
+    gan.add_argument(
+        "--disc-weight", type=amount, default=0.5, help="weight of the GAN loss; 0 trains without a discriminator"
+    )
+    gan.add_argument(
+        "--disc-start", type=count, default=20000, help="first step with the GAN loss, as the log counts steps"
+    )
+    gan.add_argument(
+        "--disc-type", choices=DISCRIMINATORS, default="patchgan", help="architecture of the discriminator"
+    )
+    gan.add_argument(
+        "--disc-loss", choices=list(DISCRIMINATOR_LOSSES), default="hinge", help="GAN loss of the discriminator"
+    )
+    gan.add_argument("--gen-loss", choices=list(GENERATOR_LOSSES), default="hinge", help="GAN loss of the tokenizer")
     gan.add_argument(
         "--disc-adaptive-weight",
         action="store_true",
-        help="also weigh it by the ratio of gradients at the decoder's last layer (VQGAN)",
+        help="also weight the GAN loss by the ratio of gradients at the decoder's last layer (VQGAN)",
     )
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=positive_int, default=40, help="passes over the images")
-    training.add_argument("--global-batch-size", type=positive_int, default=128, help="images a step, all processes")
+    training.add_argument(
+        "--global-batch-size", type=positive_int, default=128, help="images per step, of all processes"
+    )
     training.add_argument("--lr", type=amount, default=1e-4, help="learning rate")
-    training.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine ends at 0")
+    training.add_argument(
+        "--lr-schedule",
+        choices=["constant", "cosine"],
+        default="constant",
+        help="learning rate over the steps; cosine ends at 0",
+    )
     add_precision_option(training, ["none", "fp16", "bf16"])
-    training.add_argument("--compile", action="store_true", help="torch.compile the model")
+    training.add_argument("--compile", action="store_true", help="torch.compile the tokenizer")
     add_optimizer_options(parser)
     add_output_options(parser, "results_tokenizer_image")
-    add_retired(parser, {"--dataset": (True, "any folder of class folders is read the same way")})
+    add_retired(
+        parser,
+        {
+            "--dataset": (True, "any folder of class folders is read the same way"),
+            "--no-wandb": (False, "curves go to Weights & Biases only with --wandb-project"),
+        },
+    )
     return parser.parse_args()
 
 
 def start_folder(args: Namespace) -> Path | None:
-    """The training checkpoint to go on from, if ``--vq-ckpt`` is one and nothing is to start anew."""
+    """Return the training checkpoint to resume from, if ``--vq-ckpt`` is one and ``--finetune`` is off."""
     folder = args.vq_ckpt is not None and Path(args.vq_ckpt).is_dir() and not args.finetune
     return Path(args.vq_ckpt) if folder else None
 
 
 def check_options(args: Namespace) -> None:
-    """``ValueError`` for options that exclude each other."""
+    """Raise ``ValueError`` for options that exclude each other."""
     if args.finetune and args.vq_ckpt is None:
         raise ValueError("--finetune needs --vq-ckpt, the weights to start from")
     if args.vq_ckpt is not None and args.codebook_init != "uniform":
@@ -142,7 +178,7 @@ def check_options(args: Namespace) -> None:
 
 
 def make_model(args: Namespace) -> VQModel:
-    """A new tokenizer, or the weights of ``--vq-ckpt`` under this run's losses and dropout."""
+    """Return a new tokenizer, or the weights of ``--vq-ckpt`` with this run's losses and dropout."""
     written = dict(codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim)
     losses = dict(
         commit_loss_beta=args.commit_loss_beta, entropy_loss_ratio=args.entropy_loss_ratio, dropout_p=args.dropout_p
@@ -162,13 +198,13 @@ def make_model(args: Namespace) -> VQModel:
 
 
 def list_all_images(args: Namespace) -> list[tuple[str, int]]:
-    """(path, label) of every image to train on."""
+    """Return (path, label) of every image to train on."""
     faces = [] if args.data_face_path is None else list_images(args.data_face_path, "--data-face-path").samples
     return list_images(args.data_path).samples + faces
 
 
 def make_loader(args: Namespace, order: EpochOrder, steps: range, rank: int, size: int) -> DataLoader:
-    """One rank's images of ``steps``, as uint8 (B, S, S, 3); crops and flips depend on (index, epoch)."""
+    """Return a loader of one rank's images in ``steps``, uint8 (B, S, S, 3); crops depend on (index, epoch)."""
     augment = RandomCrop(args.image_size, flip=not args.no_flip, seed=args.global_seed)
     files = ImageFiles(list_all_images(args), augment)
     keys = order.rank_keys(steps.start, steps.stop, rank, size)
@@ -178,37 +214,37 @@ def make_loader(args: Namespace, order: EpochOrder, steps: range, rank: int, siz
 
 @dataclass
 class VQState(TrainingState):
-    """The tokenizer's state and its discriminator's, saved and resumed as one."""
+    """State of the tokenizer and its discriminator, saved and resumed as one."""
 
     discriminator: TrainingState | None = None
 
     def set_learning_rate(self, lr: float) -> None:
-        """Of both."""
+        """Set it for both."""
         super().set_learning_rate(lr)
         if self.discriminator:
             self.discriminator.set_learning_rate(lr)
 
     @property
     def guards(self) -> list[Guard]:
-        """Of both."""
+        """Guards of both."""
         return super().guards + (self.discriminator.guards if self.discriminator else [])
 
     def parameters(self) -> list[nn.Parameter]:
-        """Of both."""
+        """Parameters of both."""
         return super().parameters() + (self.discriminator.parameters() if self.discriminator else [])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tokenizer's, and the discriminator's under ``discriminator.``."""
+        """Tensors of the tokenizer, and those of the discriminator under ``discriminator.``."""
         others = self.discriminator.tensors() if self.discriminator else {}
         return super().tensors() | {f"discriminator.{k}": v for k, v in others.items()}
 
     def scalars(self) -> dict[str, Any]:
-        """The tokenizer's, and the discriminator's under ``discriminator``."""
+        """Scalars of the tokenizer, and those of the discriminator under ``discriminator``."""
         others = {"discriminator": self.discriminator.scalars()} if self.discriminator else {}
         return super().scalars() | others
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
-        """Take ``scalars`` back."""
+        """Restore ``scalars``."""
         super().load_scalars(scalars)
         if self.discriminator:
             self.discriminator.load_scalars(scalars["discriminator"])

@@ -18,70 +18,101 @@ from autoregressive.models.load import load_gpt, resolve_parallelism
 from tokenizer.vq_model import VQ_models, VQModel, load_vq, require_tokenizer
 from utils.distributed import World
 from utils.files import require_file, sha256_file
-from utils.options import positive_int
+from utils.options import add_retired, positive_int
 
 DEFAULT_IMAGE_SIZE = 384  # of the released models
 
 
 def add_model_options(parser: ArgumentParser) -> None:
-    """Options that say which models, under the published names. All but the two files may be left out."""
-    group = parser.add_argument_group("models (what a checkpoint itself says need not be written)")
-    group.add_argument("--gpt-ckpt", help="GPT checkpoint, released or ours")
-    group.add_argument("--vq-ckpt", help="tokenizer checkpoint, released or ours")
-    group.add_argument("--gpt-model", choices=list(GPT_models), help="size (default: the checkpoint's)")
-    group.add_argument("--gpt-type", choices=["c2i"], default="c2i", help="class-conditional")
-    group.add_argument("--gpt-ema", action="store_true", help="take the checkpoint's moving average of the weights")
-    group.add_argument("--from-fsdp", action="store_true", help="--gpt-ckpt must be a bare state dict")
-    group.add_argument("--ar-token-num", type=positive_int, help="tokens predicted at once, n (default: checkpoint's)")
-    group.add_argument("--spe-token-num", type=int, help="special tokens; n - 1, and nothing else")
-    group.add_argument("--num-classes", type=positive_int, help="classes (default: the checkpoint's)")
-    group.add_argument("--image-size", type=positive_int, help="generated pixels (default: the checkpoint's, else 384)")
+    """Add the options selecting the models, under the published names; all but the two files are optional."""
+    group = parser.add_argument_group("models (options other than the files are optional where a checkpoint has them)")
+    group.add_argument("--gpt-ckpt", help="GPT checkpoint, released or trained here")
+    group.add_argument("--vq-ckpt", help="tokenizer checkpoint, released or trained here")
+    group.add_argument("--gpt-model", choices=list(GPT_models), help="size of the GPT (default: the checkpoint's)")
+    group.add_argument("--gpt-ema", action="store_true", help="sample from the moving average of the GPT's weights")
+    group.add_argument("--from-fsdp", action="store_true", help="require --gpt-ckpt to be a bare state dict")
+    group.add_argument("--ar-token-num", type=positive_int, help="n, tokens per step (default: the checkpoint's)")
+    group.add_argument("--spe-token-num", type=int, help="number of special tokens, which is always n - 1")
+    group.add_argument("--num-classes", type=positive_int, help="number of classes (default: the checkpoint's)")
+    group.add_argument(
+        "--image-size", type=positive_int, help="side of generated images, pixels (default: the checkpoint's, else 384)"
+    )
     group.add_argument("--downsample-size", type=positive_int, help="pixels per code (default: the tokenizer's)")
-    group.add_argument("--vq-model", choices=list(VQ_models), help="size (default: the checkpoint's, else VQ-16)")
-    group.add_argument("--codebook-size", type=positive_int, help="entries (default: the checkpoint's, else 16384)")
-    group.add_argument("--codebook-embed-dim", type=positive_int, help="entry width (default: the checkpoint's or 8)")
+    group.add_argument(
+        "--vq-model", choices=list(VQ_models), help="size of the tokenizer (default: the checkpoint's, else VQ-16)"
+    )
+    group.add_argument(
+        "--codebook-size", type=positive_int, help="codebook entries (default: the checkpoint's, else 16384)"
+    )
+    group.add_argument(
+        "--codebook-embed-dim", type=positive_int, help="width of a codebook entry (default: the checkpoint's, else 8)"
+    )
+    add_retired(
+        parser,
+        {
+            "--gpt-type": (True, "every model here is class-conditional (c2i)"),
+            "--cls-token-num": (True, "every model here has one class token"),
+        },
+    )
 
 
 def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int, compiled: bool) -> None:
-    """Options that say how to draw tokens and compute them, with one sampler's defaults.
+    """Add the options of drawing tokens and computing them, with one sampler's defaults.
 
     compiled: whether ``--compile`` is the default on CUDA.
     """
     group = parser.add_argument_group("sampling")
-    group.add_argument("--cfg-scale", type=float, default=cfg_scale, help="classifier-free guidance; 1 is none")
     group.add_argument(
-        "--cfg-interval", type=int, default=-1, help="guide while at most this many tokens are decoded; -1: always"
+        "--cfg-scale", type=float, default=cfg_scale, help="strength of classifier-free guidance (CFG); 1 disables it"
+    )
+    group.add_argument(
+        "--cfg-interval",
+        type=int,
+        default=-1,
+        help="guide only while at most this many tokens are decoded; -1: in every step",
     )
     group.add_argument(
         "--cfg-schedule",
         choices=CFG_SCHEDULES,
         default="constant",
-        help="constant, as published; linear and power-cosine grow from no guidance to --cfg-scale",
+        help="CFG scale over the steps: constant, as published; linear and power-cosine rise from 1 to --cfg-scale",
     )
-    group.add_argument("--cfg-power", type=float, default=2.75, help="of power-cosine; larger: later")
-    group.add_argument("--temperature", type=float, default=1.0, help="of the softmax; 0 is greedy")
-    group.add_argument("--top-k", type=int, default=top_k, help="draw from the k likeliest tokens; 0 is all")
-    group.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this total")
+    group.add_argument(
+        "--cfg-power", type=float, default=2.75, help="exponent of --cfg-schedule power-cosine; larger: rises later"
+    )
+    group.add_argument(
+        "--temperature", type=float, default=1.0, help="softmax temperature; 0 takes the likeliest token"
+    )
+    group.add_argument(
+        "--top-k", type=int, default=top_k, help="draw from the k likeliest tokens only; 0: from all tokens"
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw from the fewest likeliest tokens with this total probability (nucleus sampling); 1: from all tokens",
+    )
     group.add_argument(
         "--precision",
         choices=["auto", "none", "fp16", "bf16"],
         default="auto",
-        help="type of the GPT's weights and cache, none: float32; auto: bf16 on CUDA 8.0 and newer and on CPUs that "
-        "decode by our own kernels, which only store it where the processor does not multiply it, fp16 on older CUDA, "
-        "else none",
+        help="data type of the GPT's weights and cache (none: float32). auto: bf16 on CUDA 8.0 and newer and on CPUs "
+        "that decode by our own kernels, which compute in float32 where the processor has no bf16 products; fp16 on "
+        "older CUDA devices; else none",
     )
     group.add_argument(
         "--quantize",
         choices=["none", "int8", "fp8"],
         default="none",
-        help="round the GPT's weights (needs torchao); recorded beside the samples",
+        help="round the GPT's weights, by the package torchao; slower on a CPU, unmeasured on GPUs",
     )
     group.add_argument(
         "--compile",
         action=BooleanOptionalAction,
-        help="on a CPU: decode by our own kernels, which its C++ compiler builds in seconds (default: both ways are "
-        "timed once per machine and model size, the faster one is taken); on CUDA: torch.compile the GPT and run the "
-        f"schedule as one graph, which takes minutes to make (default there: {'yes' if compiled else 'no'})",
+        help="on a CPU: decode by our own kernels, which a C++ compiler builds in seconds (default: torch's operators "
+        "and the kernels are timed once per machine and model size, and the faster is taken); on CUDA: torch.compile "
+        "the GPT and run all steps as one CUDA graph, which takes minutes to build (default: "
+        f"{'yes' if compiled else 'no'})",
     )
 
 
@@ -93,13 +124,17 @@ class Pipeline:
     vq: VQModel  # on the device
     gpt_name: str
     vq_name: str
-    image_size: int
     options: SamplingOptions
     world: World
     hashes: dict[str, str]  # SHA-256 of both files
     classes: list[str] | None  # names, if the checkpoint has them
     ways: list[Way]  # of decoding, that the options leave
     note: str | None  # on them, for the log
+
+    @property
+    def image_size(self) -> int:
+        """Side of the generated images, pixels."""
+        return self.gpt.order.grid[0] * self.vq.config.downsample
 
     @property
     def guided(self) -> bool:
@@ -133,7 +168,7 @@ class Pipeline:
         return Generator(decoder, gpt.order, self.options, batch)
 
     def fingerprint(self, args: Namespace, way: Way) -> str:
-        """Short hash of everything that the bytes of the samples depend on."""
+        """Return a short hash of everything that the bytes of the samples depend on."""
         names = ("quantize", "gpt_ema", "image_size_eval", "per_proc_batch_size", "num_fid_samples")
         names += ("global_seed", "class_protocol")
         values = [getattr(args, n) for n in names]
@@ -142,8 +177,16 @@ class Pipeline:
         text = json.dumps([sorted(self.hashes.items()), values, asdict(self.options)])
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
+    def resolved_options(self) -> dict[str, object]:
+        """Return the model options as the checkpoints record them."""
+        gpt, vq = self.gpt, self.vq.config
+        resolved = dict(gpt_model=self.gpt_name, vq_model=self.vq_name, image_size=self.image_size)
+        resolved |= dict(downsample_size=vq.downsample, ar_token_num=gpt.order.n, spe_token_num=gpt.order.n - 1)
+        resolved |= dict(num_classes=gpt.config.num_classes, codebook_size=vq.codebook_size)
+        return resolved | dict(codebook_embed_dim=vq.codebook_embed_dim)
+
     def facts(self) -> dict[str, object]:
-        """What the checkpoints said, for the record beside the samples."""
+        """Return hashes and configs of the checkpoints, for the record beside the samples."""
         configs = {"gpt_config": asdict(self.gpt.config), "vq_config": asdict(self.vq.config)}
         return {"sha256": self.hashes, **configs}
 
@@ -151,10 +194,9 @@ class Pipeline:
 def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
     """Load both checkpoints and check that they and the options fit each other; ``ValueError`` where not.
 
-    Options that were left out are set in ``args`` to what the checkpoints say. ``compiled``: --compile's default on
+    Options that were left out are set in ``args`` to what the checkpoints record. ``compiled``: --compile's default on
     CUDA.
     """
-    device = world.device
     guidance = (args.cfg_scale, args.cfg_interval, args.cfg_schedule, args.cfg_power)
     options = SamplingOptions(*guidance, args.temperature, args.top_k, args.top_p)
     hint = "see pretrained_models/README.md for the released files"
@@ -162,21 +204,44 @@ def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
     require_file(args.vq_ckpt, "--vq-ckpt", hint)
     if args.quantize != "none":
         quantization(args.quantize)  # torchao is there
+
+    vq, vq_name = load_vq(
+        args.vq_ckpt, args.vq_model, codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim
+    )
+    gpt, gpt_name, checkpoint = load_gpt_for(args, vq)
+
+    wanted = compiled if args.compile is None and world.device.type == "cuda" else args.compile
+    ways, note = possible_ways(world.device, args.precision, wanted, args.quantize != "none")
+
+    pipeline = Pipeline(
+        gpt=gpt,
+        vq=vq.to(world.device, memory_format=torch.channels_last),
+        gpt_name=gpt_name,
+        vq_name=vq_name,
+        options=options,
+        world=world,
+        hashes={"gpt_ckpt": sha256_file(args.gpt_ckpt), "vq_ckpt": sha256_file(args.vq_ckpt)},
+        classes=checkpoint.get("classes"),
+        ways=ways,
+        note=note,
+    )
+    vars(args).update(pipeline.resolved_options())
+    return pipeline
+
+
+def load_gpt_for(args: Namespace, vq: VQModel) -> tuple[GPT, str, dict]:
+    """Load ``--gpt-ckpt``, which must have learned codes of ``vq``; see ``load_gpt`` for what is returned."""
     n = args.ar_token_num
     if n is None and args.spe_token_num is not None:
         n = args.spe_token_num + 1
     if n is not None:
         n = resolve_parallelism(n, args.spe_token_num)
-    vq, vq_name = load_vq(
-        args.vq_ckpt, args.vq_model, codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim
-    )
     downsample = vq.config.downsample
     if args.downsample_size not in (None, downsample):
-        raise ValueError(f"--downsample-size {args.downsample_size}: {vq_name} has {downsample}")
-    grid = None if args.image_size is None else (vq.config.grid(args.image_size),) * 2
-    gpt, gpt_name, checkpoint = load_gpt(
+        raise ValueError(f"--downsample-size {args.downsample_size}: the tokenizer of --vq-ckpt has {downsample}")
+    gpt, name, checkpoint = load_gpt(
         args.gpt_ckpt,
-        grid=grid,
+        grid=None if args.image_size is None else (vq.config.grid(args.image_size),) * 2,
         default_grid=(DEFAULT_IMAGE_SIZE // downsample,) * 2,
         gpt_model=args.gpt_model,
         ar_token_num=n,
@@ -186,17 +251,7 @@ def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
         ema=args.gpt_ema,
     )
     require_tokenizer(vq, checkpoint.get("tokenizer_sha256"), args.vq_ckpt, f"--gpt-ckpt {args.gpt_ckpt}")
-    wanted = compiled if args.compile is None and device.type == "cuda" else args.compile
-    ways, note = possible_ways(device, args.precision, wanted, args.quantize != "none")
-    image_size = gpt.order.grid[0] * downsample
-    resolved = dict(gpt_model=gpt_name, vq_model=vq_name, image_size=image_size, downsample_size=downsample)
-    resolved |= dict(ar_token_num=gpt.order.n, spe_token_num=gpt.order.n - 1, num_classes=gpt.config.num_classes)
-    resolved |= dict(codebook_size=vq.config.codebook_size, codebook_embed_dim=vq.config.codebook_embed_dim)
-    vars(args).update(resolved)
-    vq = vq.to(device, memory_format=torch.channels_last)
-    hashes = {"gpt_ckpt": sha256_file(args.gpt_ckpt), "vq_ckpt": sha256_file(args.vq_ckpt)}
-    classes = checkpoint.get("classes")
-    return Pipeline(gpt, vq, gpt_name, vq_name, image_size, options, world, hashes, classes, ways, note)
+    return gpt, name, checkpoint
 
 
 def quantize(gpt: GPT, what: str) -> None:

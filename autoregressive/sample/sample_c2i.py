@@ -1,4 +1,4 @@
-"""GPT checkpoint -> one picture: a row of images per class, with its name; or how images come to be, step by step."""
+"""GPT checkpoint -> one picture: a row of images per class, with its name; --trace shows them fill in step by step."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from utils.distributed import init_distributed
 from utils.files import prepare_folder
 from utils.images import image_grid, labelled_rows, save_gif, save_png, to_uint8
 from utils.logger import progress
-from utils.options import add_retired, count, make_parser, positive_int, run_main, write_options
+from utils.options import count, make_parser, positive_int, run_main, write_options
 
-GREY = 96  # where nothing is decoded yet
+GREY = 96  # of codes that are not decoded yet
 PUBLISHED_CLASSES = ["207", "360", "387", "974", "88", "979", "417", "279"]
 
 
 def parse_args() -> Namespace:
-    """Options; names and defaults of the published script."""
+    """Parse the options; names and defaults are those of the published script."""
     parser = make_parser(
         __doc__,
         "python3 autoregressive/sample/sample_c2i.py --vq-ckpt ./pretrained_models/vq_ds16_c2i.pt "
@@ -35,14 +35,15 @@ def parse_args() -> Namespace:
     add_sampling_options(parser, cfg_scale=4.0, top_k=2000, compiled=False)
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--classes", nargs="+", default=PUBLISHED_CLASSES, help="class ids, and names with commas between them"
+        "--classes", nargs="+", default=PUBLISHED_CLASSES, help="class ids, or names separated by commas"
     )
-    output.add_argument("--images-per-class", type=positive_int, default=4, help="images in a row")
-    output.add_argument("--seed", type=count, default=0, help="of the tokens")
-    output.add_argument("--output", default="samples/grid.png", help="picture to write")
-    output.add_argument("--trace", action="store_true", help="also a .gif and a strip of the images filling in")
-    output.add_argument("--trace-frames", type=positive_int, default=48, help="frames of --trace at most")
-    add_retired(parser, {"--cls-token-num": (True, "there is one class token")})
+    output.add_argument("--images-per-class", type=positive_int, default=4, help="images per class")
+    output.add_argument("--seed", type=count, default=0, help="random seed of the tokens")
+    output.add_argument("--output", default="samples/grid.png", help="file of the picture, .png")
+    output.add_argument(
+        "--trace", action="store_true", help="also write a .gif and a strip of the images as they fill in"
+    )
+    output.add_argument("--trace-frames", type=positive_int, default=48, help="maximum number of frames of --trace")
     return parser.parse_args()
 
 
@@ -62,9 +63,9 @@ def class_names(pipeline: Pipeline) -> list[str]:
 
 
 def find_classes(words: list[str], names: list[str]) -> list[int]:
-    """Class ids of what ``--classes`` lists: ids, and names between commas; ``ValueError`` if there is no such class.
+    """Return the class ids that ``--classes`` lists, as ids or as names between commas.
 
-    Where classes themselves are called by numbers, a number is an id.
+    Where classes are named by numbers, a number is an id. Raises ``ValueError`` if there is no such class.
     """
     found: list[int] = []
     for item in filter(None, map(str.strip, " ".join(words).split(","))):
@@ -80,7 +81,7 @@ def find_classes(words: list[str], names: list[str]) -> list[int]:
 
 
 def find_name(name: str, names: list[str]) -> int:
-    """The class of this name: one of its synonyms, or else a part of one class's name alone."""
+    """Return the class of this name: one of its synonyms, else a part of exactly one class's name."""
     synonyms = [[s.strip().lower() for s in n.split(",")] for n in names]
     exact = [i for i, s in enumerate(synonyms) if name.lower() in s]
     found = exact or [i for i, n in enumerate(names) if name.lower() in n.lower()]
@@ -101,7 +102,7 @@ class Trace:
         self.frames: list[np.ndarray] = []  # (B, S, S, 3) each
 
     def __call__(self, tokens: torch.Tensor, decoded: int) -> None:
-        """After a step, with region-ordered tokens (B, T) of which the first ``decoded`` are there."""
+        """Take a frame after a step: region-ordered tokens (B, T), of which the first ``decoded`` are known."""
         if self.step in self.wanted:
             order = self.pipeline.gpt.order
             codes = tokens[:, order.inverse.to(tokens.device)]  # (B, T)
@@ -151,7 +152,7 @@ def main() -> None:
 
 
 def write_trace(output: Path, traces: list[list[np.ndarray]], columns: int) -> None:
-    """An animation of all rows of images, and a strip of eight moments of the first image."""
+    """Write an animation of all rows of images, and a strip of eight moments of the first image."""
     frames = [image_grid(np.concatenate(rows), columns) for rows in zip(*traces, strict=True)]
     save_gif(output.with_suffix(".gif"), frames)
     moments = np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int)

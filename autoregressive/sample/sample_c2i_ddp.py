@@ -30,11 +30,11 @@ from utils.files import prepare_folder
 from utils.images import save_png, to_uint8
 from utils.logger import create_logger, progress
 from utils.npz import SampleFile
-from utils.options import add_retired, count, make_parser, positive_int, run_main, write_options
+from utils.options import count, make_parser, positive_int, run_main, write_options
 
 
 def parse_args() -> Namespace:
-    """Options; names and defaults of the published script."""
+    """Parse the options; names and defaults are those of the published script."""
     parser = make_parser(
         __doc__,
         "bash scripts/autoregressive/sample_c2i.sh --vq-ckpt ./pretrained_models/vq_ds16_c2i.pt "
@@ -44,24 +44,23 @@ def parse_args() -> Namespace:
     add_model_options(parser)
     add_sampling_options(parser, cfg_scale=1.5, top_k=0, compiled=True)
     output = parser.add_argument_group("output")
-    output.add_argument("--sample-dir", default="samples", help="folder to write to")
-    output.add_argument("--num-fid-samples", type=positive_int, default=50000, help="images")
+    output.add_argument("--sample-dir", default="samples", help="folder of the .npz and what stands beside it")
+    output.add_argument("--num-fid-samples", type=positive_int, default=50000, help="number of images")
     output.add_argument("--image-size-eval", type=positive_int, default=256, help="side of the written images, pixels")
-    output.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images made at once")
+    output.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images per batch of a process")
     output.add_argument(
         "--class-protocol",
         choices=["random", "balanced"],
         default="random",
-        help="random: each image's class is drawn, as published; balanced: all classes equally often",
+        help="classes of the images. random: drawn per image, as published; balanced: all classes equally often",
     )
-    output.add_argument("--global-seed", type=count, default=0, help="of classes and tokens")
-    output.add_argument("--png", action="store_true", help="write each image as a .png as well")
-    add_retired(parser, {"--cls-token-num": (True, "there is one class token")})
+    output.add_argument("--global-seed", type=count, default=0, help="random seed of classes and tokens")
+    output.add_argument("--png", action="store_true", help="also write each image as a numbered .png")
     return parser.parse_args()
 
 
 def sample_name(args: Namespace, pipeline: Pipeline) -> str:
-    """The published name of a set of samples: what evaluation tables are keyed by."""
+    """Return the published name of a set of samples, the key of evaluation tables."""
     checkpoint = Path(args.gpt_ckpt).name.removesuffix(".pth").removesuffix(".pt").removesuffix(".safetensors")
     return (
         f"{pipeline.gpt_name}-{checkpoint}-size-{pipeline.image_size}-size-{args.image_size_eval}-"
@@ -71,7 +70,7 @@ def sample_name(args: Namespace, pipeline: Pipeline) -> str:
 
 
 def class_ids(args: Namespace, indices: range, num_classes: int) -> np.ndarray:
-    """Class ids (b,) int64 of images ``indices``: drawn from (seed, index), or each class equally often, in turn."""
+    """Return class ids (b,) int64 of images ``indices``, by ``--class-protocol``."""
     if args.class_protocol == "balanced":
         return np.array(indices, dtype=np.int64) % num_classes
     return image_randomness(args.global_seed, indices, num_classes, 1)[0]
@@ -142,7 +141,7 @@ def finished_fingerprint(npz: Path) -> str | None:
 
 
 def check_finished(npz: Path, fingerprint: str) -> None:
-    """``ValueError`` unless the finished samples under this name were made with these very options and weights."""
+    """Raise ``ValueError`` unless the finished samples under this name were made with these options and weights."""
     if finished_fingerprint(npz) != fingerprint:
         raise ValueError(
             f"--sample-dir: {npz} is there, made with other options or weights (see {npz.stem}.json beside it); "
@@ -187,7 +186,7 @@ def make_chunks(
 
 
 def write_pngs(npz: Path, world: World) -> None:
-    """Each image as a numbered .png in a folder beside the npz, read one by one."""
+    """Write each image as a numbered .png into a folder beside the npz."""
     with zipfile.ZipFile(npz) as archive, archive.open("arr_0.npy") as f:
         np.lib.format.read_magic(f)
         (total, *shape), _, _ = np.lib.format.read_array_header_1_0(f)

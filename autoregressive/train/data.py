@@ -39,7 +39,7 @@ def describe_codes(args: Namespace, codes: Codes) -> None:
     grid = args.image_size // args.downsample_size
     if grid**2 != codes.num_tokens:
         raise ValueError(
-            f"{source} holds {codes.num_tokens} codes a crop, but --image-size {args.image_size} / "
+            f"{source} holds {codes.num_tokens} codes per crop, but --image-size {args.image_size} / "
             f"--downsample-size {args.downsample_size} makes {grid}x{grid}"
         )
     if codes.labels.max() >= args.num_classes:
@@ -55,7 +55,7 @@ def open_held_out(args: Namespace, codes: Codes, world: World) -> Codes | None:
         if codes.meta and held_out.meta and codes.meta[key] != held_out.meta[key]:
             raise ValueError(f"--val-code-path {args.val_code_path}: its {key} differs from that of --code-path")
     if held_out.num_tokens != codes.num_tokens:
-        raise ValueError(f"--val-code-path holds {held_out.num_tokens} codes a crop, --code-path {codes.num_tokens}")
+        raise ValueError(f"--val-code-path holds {held_out.num_tokens} codes per crop, --code-path {codes.num_tokens}")
     if held_out.labels.max() >= args.num_classes:
         raise ValueError(f"--val-code-path has label {held_out.labels.max()}, but --num-classes is {args.num_classes}")
     if min(args.val_images, len(held_out)) < world.size:
@@ -73,14 +73,17 @@ def open_tokenizer(args: Namespace, codes: Codes, world: World) -> VQModel | Non
 
 
 class CodeBatches:
-    """Batches of (codes, labels): which image and which crop is a function of (seed, step), never of the past."""
+    """Batches of (codes, labels); images and crops are functions of (seed, step) alone."""
 
     def __init__(self, codes: Codes, vocab_size: int, batch: int, seed: int):
         self.codes, self.vocab_size, self.seed = codes, vocab_size, seed
         self.order = EpochOrder(len(codes), batch, seed)
 
     def rank_slice(self, step: int, world: World) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's part of global batch ``step``: codes (b, T) int64 raster order, labels (b,) int64, pinned."""
+        """Return this rank's part of global batch ``step``: codes (b, T) int64 in raster order, labels (b,) int64.
+
+        For a CUDA device both are in pinned memory.
+        """
         _, images = self.order.indices(step)  # (B,)
         rng = np.random.default_rng([self.seed, step, 1])
         crops = rng.choice(self.codes.num_crops, size=len(images), p=self.codes.crop_weights)  # (B,)

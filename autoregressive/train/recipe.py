@@ -29,14 +29,14 @@ class Recipe:
 
 
 def make_recipe(name: str, gpt_model: str) -> Recipe:
-    """Defaults of recipe ``paper`` or ``as-released`` for one size (sizes the paper lacks go by their neighbour)."""
+    """Return the defaults of recipe ``paper`` or ``as-released``; sizes not in the paper follow a neighbour."""
     if name == "as-released":
         return Recipe(lr_schedule="constant", warmup_epochs=0, attn_dropout_p=0.0)
     return Recipe(lr=2e-4, global_batch_size=512) if gpt_model in LARGE else Recipe()
 
 
 def differences(args: Namespace) -> str:
-    """What of ``args`` differs from the paper's recipe for its model, in words; empty if nothing does."""
+    """Describe how ``args`` differs from the paper's recipe for its model; empty if it does not."""
     paper = asdict(make_recipe("paper", args.gpt_model))
     found = [
         f"--{k.replace('_', '-')} {getattr(args, k)} (paper: {v})" for k, v in paper.items() if getattr(args, k) != v

@@ -43,89 +43,123 @@ LOG_LINE = (
 
 
 def parse_args() -> Namespace:
-    """Options; names and defaults of the published scripts, the paper's recipe where it has one."""
+    """Parse the options: published names and defaults, and the paper's recipe where it has one."""
     parser = make_parser(
         __doc__,
         "bash scripts/autoregressive/train_c2i.sh --cloud-save-path DIR --code-path CODES "
         "--spe-token-num 3 --ar-token-num 4 --image-size 384 --gpt-model GPT-XL",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--code-path", required=True, help="folder of codes, from extract_codes_c2i.sh")
-    data.add_argument("--mix-code-path", help="second set of codes of the same images, such as at another crop range")
+    data.add_argument("--code-path", required=True, help="folder of codes made by extract_codes_c2i.sh")
+    data.add_argument(
+        "--mix-code-path", help="second folder of codes of the same images, for instance with another crop range"
+    )
     data.add_argument("--mix-weight", type=fraction, default=0.5, help="share of crops drawn from --mix-code-path")
     data.add_argument(
-        "--image-size", type=positive_int, help="pixels the codes were made from (default: the codes', else 384)"
+        "--image-size",
+        type=positive_int,
+        help="side of the images that the codes were made from, pixels (default: the codes', else 384)",
     )
     data.add_argument("--downsample-size", type=positive_int, help="pixels per code (default: the codes', else 16)")
-    data.add_argument("--num-classes", type=positive_int, help="classes (default: the codes', else 1000)")
-    data.add_argument("--vocab-size", type=positive_int, help="codebook size (default: the codes', else 16384)")
+    data.add_argument("--num-classes", type=positive_int, help="number of classes (default: the codes', else 1000)")
+    data.add_argument("--vocab-size", type=positive_int, help="codebook entries (default: the codes', else 16384)")
     model = parser.add_argument_group("model")
-    model.add_argument("--gpt-model", choices=list(GPT_models), default="GPT-B", help="size")
-    model.add_argument("--gpt-ckpt", help="weights to start from, released or exported; classes may differ")
-    model.add_argument("--gpt-resume", help="go on from this checkpoint folder, if the run has none of its own yet")
-    model.add_argument("--ar-token-num", type=positive_int, default=4, help="tokens predicted at once, n")
-    model.add_argument("--spe-token-num", type=int, help="special tokens; n - 1, and nothing else")
-    model.add_argument("--gpt-type", choices=["c2i"], default="c2i", help="class-conditional")
-    model.add_argument("--cls-token-num", type=int, choices=[1], default=1, help="class tokens")
-    model.add_argument("--dropout-p", type=fraction, help="after attention and feed-forward (recipe)")
-    model.add_argument("--attn-dropout-p", type=fraction, help="on attention weights (recipe)")
-    model.add_argument("--token-dropout-p", type=fraction, help="on input embeddings (recipe)")
-    model.add_argument("--class-dropout-prob", type=fraction, help="label replaced by the null class (recipe)")
-    model.add_argument("--drop-path-rate", type=fraction, default=0.0, help="stochastic depth at the last block")
+    model.add_argument("--gpt-model", choices=list(GPT_models), default="GPT-B", help="size of the GPT")
+    model.add_argument("--gpt-ckpt", help="file of weights to start from, released or exported; its classes may differ")
+    model.add_argument("--gpt-resume", help="checkpoint folder to resume from if the run has no checkpoint yet")
+    model.add_argument("--ar-token-num", type=positive_int, default=4, help="n, tokens predicted per step")
+    model.add_argument("--spe-token-num", type=int, help="number of special tokens, which is always n - 1")
+    model.add_argument("--dropout-p", type=fraction, help="dropout after attention and feed-forward (recipe)")
+    model.add_argument("--attn-dropout-p", type=fraction, help="dropout of attention weights (recipe)")
+    model.add_argument("--token-dropout-p", type=fraction, help="dropout of input embeddings (recipe)")
+    model.add_argument(
+        "--class-dropout-prob", type=fraction, help="share of labels replaced by the null class (recipe)"
+    )
+    model.add_argument(
+        "--drop-path-rate",
+        type=fraction,
+        default=0.0,
+        help="stochastic depth: probability of skipping the last block; earlier blocks have less",
+    )
     training = parser.add_argument_group("training (defaults marked recipe: see --recipe)")
-    training.add_argument("--recipe", choices=["paper", "as-released"], default="paper", help="which defaults")
+    training.add_argument(
+        "--recipe",
+        choices=["paper", "as-released"],
+        default="paper",
+        help="set of defaults: the paper's, or those of the published code",
+    )
     training.add_argument("--epochs", type=positive_int, help="passes over the images, one crop each (recipe: 300)")
-    training.add_argument("--global-batch-size", type=positive_int, help="images a step (recipe)")
+    training.add_argument("--global-batch-size", type=positive_int, help="images per step, of all processes (recipe)")
     training.add_argument("--lr", type=amount, help="peak learning rate (recipe)")
-    training.add_argument("--lr-schedule", choices=["constant", "cosine"], help="cosine ends at 0 (recipe)")
-    training.add_argument("--warmup-epochs", type=amount, help="linear warm-up (recipe)")
+    training.add_argument(
+        "--lr-schedule",
+        choices=["constant", "cosine"],
+        help="learning rate after the warm-up; cosine ends at 0 (recipe)",
+    )
+    training.add_argument("--warmup-epochs", type=amount, help="epochs of linear warm-up (recipe)")
     add_optimizer_options(parser)
     speed = parser.add_argument_group("processes, precision, memory")
     speed.add_argument(
         "--data-parallel",
         choices=DATA_PARALLEL,
         default="ddp",
-        help="ddp: weights on every process; fsdp: sharded; hsdp: sharded within a machine; sdp: fsdp that keeps "
-        "gathered weights for backward",
+        help="ddp: all weights on every process; fsdp: weights sharded over the processes; hsdp: sharded within a "
+        "machine, replicated across machines; sdp: as fsdp, but gathered weights are kept for backward",
     )
-    speed.add_argument("--shard-size", type=positive_int, help="processes that share weights under hsdp (a machine's)")
-    speed.add_argument("--cpu-offload", action="store_true", help="sharded weights and optimizer in host memory")
+    speed.add_argument(
+        "--shard-size", type=positive_int, help="processes per shard group of hsdp (default: those of one machine)"
+    )
+    speed.add_argument(
+        "--cpu-offload", action="store_true", help="keep sharded weights and the optimizer in host memory"
+    )
     add_precision_option(speed, AUTOCAST_DTYPE)
     speed.add_argument(
-        "--grad-precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="gradients are summed over processes"
+        "--grad-precision",
+        choices=["fp32", "fp16", "bf16"],
+        default="fp32",
+        help="data type in which gradients are summed over processes",
     )
     speed.add_argument(
         "--activation-checkpointing",
         choices=["none", "selective", "full"],
         default="none",
-        help="compute activations again in backward to save memory",
+        help="save memory by computing activations again in backward: all of a block, or all but matrix products and "
+        "attention (selective)",
     )
     speed.add_argument(
         "--attention",
         choices=["auto", "dense", "flex"],
         default="auto",
-        help="auto: FlexAttention on compiled CUDA without attention dropout, which it lacks; else the dense mask",
+        help="attention in training: with a dense mask, or FlexAttention, which skips masked keys but has no dropout; "
+        "auto: FlexAttention on compiled CUDA without attention dropout, else dense",
     )
     speed.add_argument(
-        "--compile", action=BooleanOptionalAction, help="torch.compile each block (default: on CUDA, not on the CPU)"
+        "--compile", action=BooleanOptionalAction, help="torch.compile each block (default: on CUDA only)"
     )
-    watch = parser.add_argument_group("watching")
-    watch.add_argument("--val-code-path", help="codes of held-out images, for a validation loss")
-    watch.add_argument("--val-every", type=positive_int, default=5000, help="steps")
-    watch.add_argument("--val-images", type=positive_int, default=4096, help="held-out images, spread over the set")
-    watch.add_argument("--vq-ckpt", help="the codes' tokenizer, to draw 16 samples now and then")
+    watch = parser.add_argument_group("validation and pictures")
+    watch.add_argument("--val-code-path", help="folder of codes of held-out images, for a validation loss")
+    watch.add_argument("--val-every", type=positive_int, default=5000, help="steps between validations")
+    watch.add_argument(
+        "--val-images", type=positive_int, default=4096, help="number of held-out images, spread over the set"
+    )
+    watch.add_argument(
+        "--vq-ckpt", help="the codes' tokenizer: writes a picture of 16 samples every --sample-every steps"
+    )
     watch.add_argument("--sample-every", type=positive_int, default=5000, help="steps between pictures")
     add_output_options(parser, "results")
     parser.add_argument(
         "--export",
         choices=["pt", "safetensors", "none"],
         default="pt",
-        help="file of weights to write at the end, beside the checkpoints",
+        help="format of the file of weights written beside the checkpoints at the end",
     )
     add_retired(
         parser,
         {
             "--dataset": (True, "what --code-path holds is read from its meta.json"),
+            "--gpt-type": (True, "every model here is class-conditional (c2i)"),
+            "--cls-token-num": (True, "every model here has one class token"),
+            "--no-wandb": (False, "curves go to Weights & Biases only with --wandb-project"),
             "--num-workers": (True, "codes are read from a memory map on a thread, without worker processes"),
         },
     )
@@ -138,9 +172,10 @@ def parse_args() -> Namespace:
 
 
 def make_model(args: Namespace, tokenizer_sha256: str | None) -> tuple[GPT, list[str]]:
-    """A new model, or the weights of ``--gpt-ckpt``, which must have learned codes of the same tokenizer.
+    """Return a new model, or the weights of ``--gpt-ckpt``, and notes for the log.
 
-    What the file has for other classes, or lacks as LlamaGen's lack special tokens, is made anew; the notes say so.
+    The file must have learned codes of the same tokenizer. A class table for other classes, and special tokens that it
+    lacks as LlamaGen's files do, are made anew; the notes say so.
     """
     grid = args.image_size // args.downsample_size
     config = GPTConfig(
@@ -161,10 +196,10 @@ def make_model(args: Namespace, tokenizer_sha256: str | None) -> tuple[GPT, list
     model.init_weights()
     if args.gpt_ckpt is None:
         return model, []
-    pretrained, _, facts = load_gpt(
+    pretrained, _, recorded = load_gpt(
         args.gpt_ckpt, (grid, grid), (grid, grid), args.gpt_model, None, None, args.vocab_size
     )
-    learned = facts.get("tokenizer_sha256")
+    learned = recorded.get("tokenizer_sha256")
     if learned and tokenizer_sha256 and learned != tokenizer_sha256:
         raise ValueError(
             f"--gpt-ckpt {args.gpt_ckpt} learned codes of another tokenizer than those of --code-path "

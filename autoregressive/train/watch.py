@@ -1,4 +1,4 @@
-"""Looking at a GPT while it trains: loss on held-out codes, and a picture of samples."""
+"""Validation of a GPT while it trains: loss on held-out codes, and a picture of samples."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ PICTURE_CFG_SCALE = 2.0
 def validate(
     forward: nn.Module, model: GPT, codes: Codes, images: int, batch: int, world: World, precision: str
 ) -> dict[str, float]:
-    """Cross-entropy of ``images`` held-out images spread over the set, one crop each, crops in turn; dropout off.
+    """Return the cross-entropy of ``images`` held-out images spread over the set, one crop each, without dropout.
 
-    Returns ``val/loss`` over all tokens, ``val/loss_first`` over t1..tn, which are predicted one by one, and
+    ``val/loss`` over all tokens, ``val/loss_first`` over t1..tn, which are predicted one by one, and
     ``val/loss_rest`` over those predicted n at a time. Images that do not divide by the number of ranks are left out.
     """
     images = min(images, len(codes))
@@ -49,7 +49,7 @@ def validate(
 
 @torch.no_grad()
 def draw_samples(model: GPT, vq: VQModel | None, path: Path, world: World, precision: str, sharded: bool) -> None:
-    """Write a picture of 16 samples of evenly spaced classes, of the same randomness each time.
+    """Write a picture of 16 samples of evenly spaced classes, with the same randomness each time.
 
     Sharded weights take every rank to generate; otherwise only rank 0 does. ``vq``: on rank 0.
     """

@@ -10,32 +10,39 @@ from utils.precision import AUTO_HELP
 
 
 def add_optimizer_options(parser: ArgumentParser) -> None:
-    """Options of the update itself, the same for every trainer."""
+    """Add the options of the update itself."""
     group = parser.add_argument_group("optimizer")
-    group.add_argument("--weight-decay", type=amount, default=0.05, help="AdamW, matrices and convolutions only")
-    group.add_argument("--beta1", type=fraction, default=0.9, help="AdamW")
-    group.add_argument("--beta2", type=fraction, default=0.95, help="AdamW")
-    group.add_argument("--max-grad-norm", type=amount, default=1.0, help="clip gradients to this norm; 0: never")
-    group.add_argument("--gradient-accumulation-steps", type=positive_int, default=1, help="micro-batches a step")
-    group.add_argument("--ema", action="store_true", help="keep a moving average of the weights as well")
-    group.add_argument("--ema-decay", type=fraction, default=0.9999, help="of --ema")
+    group.add_argument(
+        "--weight-decay", type=amount, default=0.05, help="weight decay of AdamW, on matrices and convolutions only"
+    )
+    group.add_argument("--beta1", type=fraction, default=0.9, help="AdamW's decay of the mean of gradients")
+    group.add_argument("--beta2", type=fraction, default=0.95, help="AdamW's decay of the mean of squared gradients")
+    group.add_argument(
+        "--max-grad-norm", type=amount, default=1.0, help="clip the gradient to this norm; 0 disables it"
+    )
+    group.add_argument("--gradient-accumulation-steps", type=positive_int, default=1, help="micro-batches per step")
+    group.add_argument("--ema", action="store_true", help="also keep an exponential moving average of the weights")
+    group.add_argument("--ema-decay", type=fraction, default=0.9999, help="decay of the moving average of --ema")
     group.add_argument(
         "--max-loss-spike",
         type=amount,
         default=1.0,
-        help="skip a step whose loss is this far above its running mean, as if it were not a number; 0: never",
+        help="skip steps whose loss is this far above its running mean; 0: skip only steps with a loss or gradient "
+        "that is not a finite number",
     )
     group.add_argument(
         "--max-skipped-steps",
         type=positive_int,
         default=20,
-        help="stop when a log line finds so many skipped in a row",
+        help="stop the run after this many consecutive skipped steps (looked at when a line is logged)",
     )
-    group.add_argument("--global-seed", type=count, default=0, help="weights, data order, crops, dropout")
+    group.add_argument(
+        "--global-seed", type=count, default=0, help="random seed of weights, data order, crops and dropout"
+    )
 
 
 def add_precision_option(group: _ArgumentGroup, choices: Iterable[str]) -> None:
-    """``--mixed-precision``, with ``auto`` before ``choices``, keys of ``AUTOCAST_DTYPE``."""
+    """Add ``--mixed-precision`` with ``auto`` and ``choices``, keys of ``AUTOCAST_DTYPE``."""
     group.add_argument(
         "--mixed-precision",
         choices=["auto", *choices],
@@ -45,22 +52,31 @@ def add_precision_option(group: _ArgumentGroup, choices: Iterable[str]) -> None:
 
 
 def add_output_options(parser: ArgumentParser, results_dir: str) -> None:
-    """Options of logs and checkpoints, the same for every trainer."""
+    """Add the options of logs and checkpoints."""
     group = parser.add_argument_group("output")
-    group.add_argument("--cloud-save-path", required=True, help="durable folder for checkpoints")
-    group.add_argument("--no-local-save", action="store_true", help="write to --cloud-save-path only")
-    group.add_argument("--results-dir", default=results_dir, help="local folder for logs and checkpoints")
-    group.add_argument("--log-every", type=positive_int, default=100, help="steps")
-    group.add_argument("--ckpt-every", type=positive_int, default=5000, help="steps between checkpoints to resume from")
-    group.add_argument("--keep-last", type=positive_int, default=3, help="newest checkpoints that are kept")
-    group.add_argument("--keep-every", type=count, default=50000, help="keep those of its multiples too; 0: none")
-    group.add_argument("--wandb-project", help="log to this Weights & Biases project as well (needs wandb)")
-    group.add_argument("--no-wandb", action="store_true", help="never, whatever --wandb-project says")
-    group.add_argument("--dry-run", action="store_true", help="build all, take two steps, say what to expect; no files")
+    group.add_argument(
+        "--cloud-save-path", required=True, help="durable folder of checkpoints, for instance on a network disk"
+    )
+    group.add_argument(
+        "--no-local-save", action="store_true", help="write logs and checkpoints to --cloud-save-path only"
+    )
+    group.add_argument("--results-dir", default=results_dir, help="local folder of logs and checkpoints")
+    group.add_argument("--log-every", type=positive_int, default=100, help="steps between log lines")
+    group.add_argument("--ckpt-every", type=positive_int, default=5000, help="steps between checkpoints")
+    group.add_argument("--keep-last", type=positive_int, default=3, help="number of newest checkpoints to keep")
+    group.add_argument(
+        "--keep-every", type=count, default=50000, help="also keep checkpoints at multiples of this many steps; 0: none"
+    )
+    group.add_argument("--wandb-project", help="also log to this Weights & Biases project (needs the package wandb)")
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, take two steps, log the memory and time to expect; writes no files",
+    )
 
 
 def split_batch(global_batch: int, world_size: int, accumulation: int) -> int:
-    """Items of one process's micro-batch; ``ValueError`` if the global batch does not split evenly."""
+    """Return the items in one process's micro-batch; ``ValueError`` if the global batch does not split evenly."""
     if global_batch % (world_size * accumulation):
         raise ValueError(
             f"--global-batch-size {global_batch} does not split over {world_size} processes x "

@@ -88,8 +88,7 @@ class TrainingRun:
         if self.folder is not None:
             self.run_folder.make()
         self.logger = create_logger(self.world, self.folder)
-        project = None if self.args.no_wandb else self.args.wandb_project
-        self._curves = ScalarLog(self.world, self.folder, project, vars(self.args))
+        self._curves = ScalarLog(self.world, self.folder, self.args.wandb_project, vars(self.args))
         if self.world.is_main and self.folder is not None:
             write_options(self.folder / "options.json", self.args, steps=self.total_steps, **facts)
         self._window = Window(terms, self.world.device)

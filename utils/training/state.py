@@ -19,12 +19,12 @@ SETTLED_STEPS = 100  # loss spikes in the first steps are ignored
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch for one training step, so that a resumed run draws what the uninterrupted one draws."""
+    """Seed torch for one training step, so that a resumed run draws the same numbers as an uninterrupted one."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
 def make_adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices and convolutions, none on norms and biases."""
+    """Return a fused AdamW with weight decay on matrices and convolutions, none on norms and biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -64,17 +64,17 @@ class Ema:
 
     @torch.no_grad()
     def start(self, module: nn.Module) -> None:
-        """Begin anew at the module's parameters."""
+        """Set the averages to the module's parameters."""
         for average, parameter in zip(self.average.values(), module.parameters(), strict=True):
             local(average).copy_(local(parameter))
 
     def state_dict(self, module: nn.Module) -> dict[str, torch.Tensor]:
-        """The averages, with the module's own buffers: a state dict that loads into the module."""
+        """Return a state dict for the module: the averages, and the module's own buffers."""
         return module.state_dict() | self.average
 
 
 class Guard:
-    """Skips steps that would do harm, deciding on the device.
+    """Skips harmful steps; decides on the device, without waiting for it.
 
     Rule: a step leaves weights and moments as they are when its loss or gradient norm is not a finite number, or,
     after 100 steps taken, when its loss is more than ``spike`` (0: never) above the running mean of the losses of
@@ -98,21 +98,21 @@ class Guard:
 
     @property
     def in_a_row(self) -> int:
-        """Steps skipped since the last one taken (waits for the device)."""
+        """Number of consecutive steps skipped so far (waits for the device)."""
         return int(self.state[3].item())
 
     @property
     def skipped(self) -> int:
-        """Steps skipped in all (waits for the device)."""
+        """Number of steps skipped so far (waits for the device)."""
         return int(self.state[2].item())
 
     @property
     def healthy(self) -> bool:
-        """False while so many steps in a row were skipped that the weights are in doubt (waits for the device)."""
+        """False after so many consecutive skips that the weights are in doubt (waits for the device)."""
         return self.in_a_row < DOUBTFUL_STEPS
 
     def check(self, step: int, lr: float, last: bool = False) -> None:
-        """``ValueError`` after too many steps skipped in a row, or at the ``last`` step if the weights are in doubt."""
+        """Raise ``ValueError`` after too many consecutive skips, or at the ``last`` step with weights in doubt."""
         if self.in_a_row >= self.patience or (last and not self.healthy):
             raise ValueError(
                 f"the last {self.in_a_row} steps up to {step} were all skipped, as their loss was not a finite number "
@@ -135,12 +135,12 @@ class TrainingState:
     guard: Guard
 
     def set_learning_rate(self, lr: float) -> None:
-        """For the next update."""
+        """Set the learning rate of the next update."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
     def gradient_norm(self) -> torch.Tensor:
-        """2-norm of the gradients of all ranks after taking out fp16's loss scale: a scalar on the device."""
+        """Return the 2-norm of the gradients of all ranks, fp16's loss scale taken out: a scalar on the device."""
         self.scaler.unscale_(self.optimizer)
         return gradient_norm(self.model).to(self.guard.state.device)
 
@@ -163,11 +163,11 @@ class TrainingState:
         return [self.guard]
 
     def parameters(self) -> list[nn.Parameter]:
-        """Everything that has gradients."""
+        """Return everything that has gradients."""
         return list(self.model.parameters())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Weights, moving average and moments under names that do not depend on how they are spread over ranks."""
+        """Return weights, moving average and moments, under names that do not depend on the sharding."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         if self.ema:
             tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict(self.model).items()}
@@ -177,7 +177,7 @@ class TrainingState:
         return tensors
 
     def _moments(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        """The optimizer's state of one parameter, as AdamW would make it at its first step."""
+        """Return the optimizer's state of one parameter, made as AdamW would at its first step."""
         state = self.optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
@@ -185,11 +185,11 @@ class TrainingState:
         return state
 
     def scalars(self) -> dict[str, Any]:
-        """The rest, to be kept as JSON."""
+        """Return the rest of the state, to be kept as JSON."""
         return {"scaler": self.scaler.state_dict(), "guard": self.guard.state.tolist()}
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
-        """Take ``scalars`` back."""
+        """Restore ``scalars``."""
         if scalars["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(scalars["scaler"])
         self.guard.state = torch.tensor(scalars["guard"], device=self.guard.state.device)
