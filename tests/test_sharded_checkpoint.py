@@ -94,7 +94,10 @@ def as_archive(folder: Path, metadata: Metadata, name: str, mark: Path) -> None:
 
 
 @pytest.mark.parametrize("plant, message", [
-    (as_bytes, "is no readable checkpoint folder: model.weight is a BytesStorageMetadata, not a TensorStorageMetadata"),
+    (
+        as_bytes,
+        "is not a readable checkpoint folder: model.weight is a BytesStorageMetadata, not a TensorStorageMetadata",
+    ),
     (as_tensor, "cannot be read: bytes in place of a tensor are not a tensor"),
     (as_archive, "cannot be read: bytes in place of a tensor are not a tensor"),
 ])  # fmt: skip
@@ -123,7 +126,7 @@ def test_commands_refuse_a_folder_that_would_run_code(work, trained, tmp_path, m
     ]
     for done in refused:
         (line,) = [x for x in done.stderr.splitlines() if x.startswith("error")]
-        assert done.returncode == 2 and "0000008 is no readable checkpoint folder: model.norm.weight is a Byte" in line
+        assert done.returncode == 2 and "0000008 is not a readable checkpoint folder: model.norm.weight is a " in line
         assert "Traceback" not in done.stderr
     assert not mark.exists() and not (tmp_path / "a.pt").exists()
 
@@ -145,7 +148,7 @@ def test_a_rank_s_own_contents_do_not_serve_in_place_of_the_whole(folder, mark):
     """torch falls back to a file of each rank where the one of all is missing, and unpickles it."""
     (folder / ".metadata").unlink()
     (folder / "__0.metadata").write_bytes(pickle.dumps(Hostile(mark)))
-    with pytest.raises(ValueError, match="is no readable checkpoint folder: .*No such file"):
+    with pytest.raises(ValueError, match="is not a readable checkpoint folder: .*No such file"):
         load_sharded(folder, {NAME: torch.zeros(3, 4)})
     assert not mark.exists()
 
@@ -163,7 +166,7 @@ def test_contents_cannot_change_torch_s_classes(folder):
     module = TensorStorageMetadata.__module__
     state = b"(N}S'chunks'\nS'poison'\nst"  # (None, {"chunks": "poison"}): set on the class itself
     (folder / ".metadata").write_bytes(f"c{module}\nTensorStorageMetadata\n".encode() + state + b"b.")
-    with pytest.raises(ValueError, match="is no readable checkpoint folder"):
+    with pytest.raises(ValueError, match="is not a readable checkpoint folder"):
         read_contents(folder)
     assert not hasattr(TensorStorageMetadata, "chunks")
 
@@ -222,6 +225,6 @@ def test_contents_that_lie_are_refused(folder, edit, message):
     metadata = contents_of(folder)
     edit(folder, metadata)
     write_contents(folder, metadata)
-    with pytest.raises(ValueError, match=re.escape(f"{folder} is no readable checkpoint folder: ") + ".*") as error:
+    with pytest.raises(ValueError, match=re.escape(f"{folder} is not a readable checkpoint folder: ") + ".*") as error:
         read_contents(folder)
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -67,7 +67,7 @@ class Hostile:
 def test_checkpoint_cannot_run_code(tmp_path, monkeypatch, legacy):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Hostile()}, "bad.pt", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(ValueError, match=r"--gpt-ckpt: .*bad\.pt is no readable checkpoint"):
+    with pytest.raises(ValueError, match=r"--gpt-ckpt: .*bad\.pt is not a readable checkpoint"):
         load_checkpoint("bad.pt", "--gpt-ckpt")
     assert not os.path.exists("hacked")
 
@@ -85,7 +85,7 @@ def test_truncated_checkpoint(tmp_path):
     torch.save({"model": {"w": torch.randn(1000)}}, tmp_path / "a.pt")
     content = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "a.pt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="no readable checkpoint"):
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
         load_checkpoint(tmp_path / "a.pt", "--gpt-ckpt")
 
 
@@ -330,7 +330,7 @@ def test_resuming_takes_the_newest_whole_checkpoint(tmp_path):
     assert state.model.weight[0, 0].item() == 3.0
     first, second = folder.notes
     assert "0000006 is damaged: __0_0.distcp has 100 bytes, expected" in first and "an older one is taken" in first
-    assert "0000005 is no whole checkpoint: meta.json is missing" in second
+    assert "0000005 is not a whole checkpoint: meta.json is missing" in second
     folder.save(6, small_state(6.5), {"run": {}})  # made again, it takes the damaged one's place
     folder.wait()
     assert folder.resume(state, {}) == 6 and state.model.weight[0, 0].item() == 6.5

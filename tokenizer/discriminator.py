@@ -1,7 +1,7 @@
 """The two discriminators of tokenizer training: images (B, 3, S, S) in [-1, 1] -> logits, high for real ones.
 
 - PatchGAN (Isola et al. 2017, section 3.2.2): a logit for each overlapping patch of 70x70 pixels
-- StyleGAN (Karras et al. 2020, the residual discriminator without minibatch statistics): one logit an image
+- StyleGAN (Karras et al. 2020, the residual discriminator without minibatch statistics): one logit per image
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ DISCRIMINATORS = ("patchgan", "stylegan")
 
 
 def leaky_relu(x: torch.Tensor) -> torch.Tensor:
-    """x, and 0.2 x below 0."""
+    """Return x, and 0.2 x where x is below 0."""
     return F.leaky_relu(x, 0.2)
 
 
 class PatchGAN(nn.Module):
     """Convolutions of side 4 with strides 2, 2, 2, 1, 1; batch norm, by the batch at hand, on all but the ends.
 
-    Real and made images must come in batches of their own, as each batch is normalised by itself. No statistics run
-    on: the module has no state but its parameters.
+    Real and reconstructed images must come in batches of their own, as each batch is normalised by itself. There are
+    no running statistics: the module has no state but its parameters.
     """
 
     def __init__(self, width: int = 64):
@@ -104,7 +104,7 @@ class StyleGAN(nn.Module):
 
 
 def make_discriminator(kind: str, image_size: int) -> PatchGAN | StyleGAN:
-    """A new discriminator of ``DISCRIMINATORS`` for square images; ``ValueError`` if it cannot take their size."""
+    """Return a new discriminator of ``DISCRIMINATORS`` for square images; ``ValueError`` if their size does not fit."""
     if kind == "patchgan":
         if image_size < 24:
             raise ValueError(f"--disc-type patchgan takes images of 24 pixels or more, not --image-size {image_size}")

@@ -28,13 +28,13 @@ MAX_ADAPTIVE_WEIGHT = 1e4
 
 
 def find_vgg(path: str | None) -> Path | None:
-    """The file of VGG16's weights: ``path``, or torch.hub's copy if there is one; nothing is downloaded."""
+    """Return the file of VGG16's weights: ``path``, or torch.hub's copy if there is one; nothing is downloaded."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
     return Path(path) if path is not None else cached if cached.is_file() else None
 
 
 def load_lpips(path: str | None) -> nn.Module:
-    """LPIPS on VGG16 (Zhang et al. 2018), frozen: (B, 3, H, W) twice, in [-1, 1] -> (B, 1, 1, 1) distances.
+    """Return LPIPS on VGG16 (Zhang et al. 2018), frozen: (B, 3, H, W) twice, in [-1, 1] -> (B, 1, 1, 1) distances.
 
     The linear layers come with torchmetrics; the backbone is torchvision's state dict, from ``path`` or torch.hub's
     cache. ``ValueError`` if it is in neither or is of another network.
@@ -43,8 +43,8 @@ def load_lpips(path: str | None) -> nn.Module:
     if file is None:
         raise ValueError(
             f"--perceptual-weight above 0 needs VGG16's weights: {VGG_FILE} (from torchvision's model page) is not in "
-            f"{Path(torch.hub.get_dir()) / 'checkpoints'}; name it by --vgg-weights, or go without by "
-            f"--perceptual-weight 0"
+            f"{Path(torch.hub.get_dir()) / 'checkpoints'}; name it by --vgg-weights, or disable "
+            f"LPIPS by --perceptual-weight 0"
         )
     from torchmetrics.functional.image import lpips  # takes seconds, only where it is needed
 
@@ -132,7 +132,7 @@ class ReconstructionLoss:
 
 
 class Adversary:
-    """The discriminator, its optimizer, and what it adds to either update."""
+    """The discriminator, its optimizer, and its losses for both updates."""
 
     names = ("adversarial", "adversarial_weight", "discriminator", "logits_real", "logits_fake")
 
@@ -145,17 +145,17 @@ class Adversary:
         self.forward: nn.Module = self.model
 
     def replicate(self) -> None:
-        """Average gradients over the ranks from now on; once weights are made or resumed."""
+        """Average gradients over the ranks from now on; call it once weights are made or resumed."""
         self.forward = replicate(self.world, self.model)
 
     def active(self, step: int) -> bool:
-        """Whether update ``step``, the first being 1 as in the log, is adversarial: from ``--disc-start`` on."""
+        """Return whether step ``step``, counted from 1 as in the log, has a GAN loss: from ``--disc-start`` on."""
         return step >= self.args.disc_start
 
     def generator_loss(
         self, reconstruction: torch.Tensor, decoded: torch.Tensor, last_layer: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """GAN loss of reconstructions under the discriminator as it is, and its weight; two scalars.
+        """Return the GAN loss of reconstructions and its weight, two scalars.
 
         The discriminator's parameters get no gradient from it. ``decoded``, ``last_layer``, ``scale``: see
         ``adaptive_weight``.
@@ -169,7 +169,7 @@ class Adversary:
         return adversarial, weight
 
     def discriminator_loss(self, images: torch.Tensor, reconstruction: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Its own loss, times ``--disc-weight`` as published, and the mean logits of real and made images."""
+        """Return the discriminator's loss, times ``--disc-weight`` as published, and mean logits of real and fake."""
         real, fake = self.forward(images).float(), self.forward(reconstruction.detach()).float()  # (B, ...) each
         loss = self.args.disc_weight * DISCRIMINATOR_LOSSES[self.args.disc_loss](real, fake)  # ()
         return loss, real.detach().mean(), fake.detach().mean()

@@ -1,4 +1,4 @@
-"""One process or many, CUDA, CPU or MPS: what a script needs to know of it."""
+"""This process and its peers: rank, device, and the few collectives that scripts use."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class World:
             dist.barrier()
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
-        """Average of ``x`` over the ranks (a new tensor)."""
+        """Return the average of ``x`` over the ranks, a new tensor."""
         x = x.detach().clone()
         if self.size > 1:
             dist.all_reduce(x)
@@ -39,7 +39,7 @@ class World:
         return x
 
     def gather_objects(self, value: object) -> list | None:
-        """Every rank's ``value`` (anything that can be pickled), in order, on rank 0; None elsewhere."""
+        """Return every rank's ``value`` (anything that can be pickled), in order, on rank 0; None elsewhere."""
         if self.size == 1:
             return [value]
         values = [None] * self.size if self.is_main else None
@@ -47,7 +47,7 @@ class World:
         return values
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` of every rank, of one shape, joined along the first dimension in the order of ranks."""
+        """Return ``x`` of every rank, of one shape, concatenated in the order of ranks."""
         if self.size == 1:
             return x
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
@@ -55,7 +55,7 @@ class World:
         return torch.cat(parts)
 
     def broadcast(self, value: object) -> object:
-        """Rank 0's ``value`` (anything that can be pickled) on every rank."""
+        """Return rank 0's ``value`` (anything that can be pickled) on every rank."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, src=0, device=self.device)
@@ -63,11 +63,11 @@ class World:
 
 
 def init_distributed(connect: bool = True, alone: bool = False) -> World:
-    """Join the job that torchrun's environment describes, or be the only process without it.
+    """Join the job that torchrun's environment describes; without one, be the only process.
 
-    nccl for CUDA tensors, gloo for the CPU's; each local rank takes its own GPU. Without ``connect`` the processes know
-    their rank but not each other, for work that needs no communication. ``alone``: a single process makes a process
-    group of itself, which sharding needs.
+    nccl for CUDA tensors, gloo for the CPU's; each local rank takes its own GPU. connect: False for work that
+    needs no communication, then the processes know their rank only. alone: a single process makes a process group of
+    itself, which sharding needs.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and hashes of files."""
+"""Files that appear whole or not at all, hashes of files, checks of paths."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def remove_temporary(path: str | Path) -> None:
-    """Delete what killed writers of ``path`` left behind; only for the one process that writes it now."""
+    """Delete what killed writers of ``path`` left behind; only its one writer may call this."""
     path = Path(path)
     for leftover in path.parent.glob(f"{path.name}.tmp-*"):
         leftover.unlink(missing_ok=True)
@@ -46,7 +46,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in 1 MiB blocks."""
+    """Return the hex SHA-256 of a file's bytes, read in 1 MiB blocks."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
@@ -55,7 +55,7 @@ def sha256_file(path: str | Path) -> str:
 
 
 def require_file(path: str | Path | None, option: str, hint: str = "") -> Path:
-    """Return ``path`` if it is a readable file; else a ``ValueError`` that names the option."""
+    """Return ``path`` if it is a file; else raise a ``ValueError`` that names the option."""
     hint = f" ({hint})" if hint else ""
     if path is None:
         raise ValueError(f"{option} is required{hint}")
@@ -66,7 +66,7 @@ def require_file(path: str | Path | None, option: str, hint: str = "") -> Path:
 
 
 def require_folder(path: str | Path, option: str, hint: str = "") -> Path:
-    """Return ``path`` if it is a folder; else a ``ValueError`` that names the option."""
+    """Return ``path`` if it is a folder; else raise a ``ValueError`` that names the option."""
     if not Path(path).is_dir():
         what = "is a file, not a folder" if Path(path).exists() else f"does not exist{_where(path)}"
         raise ValueError(f"{option}: {path} {what}{f' ({hint})' if hint else ''}")
@@ -74,12 +74,12 @@ def require_folder(path: str | Path, option: str, hint: str = "") -> Path:
 
 
 def _where(path: str | Path) -> str:
-    """The scripts run in the repository's root: say so where a relative path is not found."""
+    """Return the current folder in words for a relative path that is not found."""
     return "" if Path(path).is_absolute() else f" in {Path.cwd()}"
 
 
 def prepare_folder(path: str | Path, option: str) -> Path:
-    """Create the folder and try to write in it; ``ValueError`` naming the option, before any long work."""
+    """Create the folder and try to write in it; raise a ``ValueError`` that names the option if that fails."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

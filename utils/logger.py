@@ -13,7 +13,7 @@ from utils.distributed import World
 
 
 def create_logger(world: World, folder: str | Path | None = None) -> logging.Logger:
-    """A logger that writes to the screen and to ``folder/log.txt`` on rank 0; other ranks show warnings only."""
+    """Return a logger to the screen and ``folder/log.txt`` on rank 0; other ranks show warnings only."""
     logger = logging.getLogger("par")
     logger.handlers.clear()
     logger.propagate = False
@@ -44,7 +44,7 @@ def progress(
     unit: str = "it",
     items: Iterable | None = None,
 ) -> tqdm:
-    """A tqdm bar (rate and time to finish included) on rank 0, a silent one elsewhere."""
+    """Return a tqdm bar, with rate and time to finish, on rank 0; a silent one elsewhere."""
     return tqdm(
         items,
         desc=description,

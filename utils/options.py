@@ -1,4 +1,4 @@
-"""Command lines: one parser style, user's mistakes as one line, resolved options beside every output."""
+"""Command lines: one style of parser, users' mistakes as one line, resolved options beside every output."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 def make_parser(description: str, example: str) -> argparse.ArgumentParser:
-    """A parser that shows defaults and an example, and takes no abbreviations."""
+    """Return a parser that shows defaults and an example, and accepts no abbreviations."""
     return argparse.ArgumentParser(
         description=description,
         epilog=f"example:\n  {example}",
@@ -93,16 +93,16 @@ def fraction(text: str) -> float:
 
 
 def resolve(option: str, written: Any, fixed: Any, source: str) -> Any:
-    """The value that ``source`` fixes; a different one that the user wrote is a ``ValueError``."""
+    """Return ``fixed``, the value that ``source`` records; ``ValueError`` if the user wrote a different one."""
     if written is not None and written != fixed:
         raise ValueError(f"{option} {written} contradicts {source}, which says {fixed}; leave the option out")
     return fixed
 
 
 def add_retired(parser: argparse.ArgumentParser, options: dict[str, tuple[bool, str]]) -> None:
-    """Accept options of the published scripts that need no effect any more.
+    """Accept options of the published scripts that have no effect any more.
 
-    ``options`` maps an option to (takes a value, what took its place); using one prints that once.
+    options: option -> (whether it takes a value, what took its place); using one prints that.
     """
     group = parser.add_argument_group("accepted for published command lines, without effect")
     for option, (takes_value, replacement) in options.items():
@@ -110,7 +110,7 @@ def add_retired(parser: argparse.ArgumentParser, options: dict[str, tuple[bool, 
 
 
 class _Retired(argparse.Action):
-    """Say once what took an option's place; leave the namespace alone."""
+    """Print what took an option's place; the namespace stays as it is."""
 
     def __init__(self, option_strings: list[str], dest: str, nargs: int, help: str):  # noqa: A002 - argparse's name
         super().__init__(
@@ -123,7 +123,7 @@ class _Retired(argparse.Action):
 
 
 def git_revision() -> str | None:
-    """The commit that the code stands at, with ``+`` if files were changed since; None outside a repository."""
+    """Return the checked-out commit, with ``+`` if files were changed since; None outside a repository."""
     root = Path(__file__).parent
     try:
         commit, changed = (

@@ -1,6 +1,6 @@
-"""How a model is spread over the ranks: replicated (DDP), sharded (FSDP2), or sharded within groups (HSDP).
+"""Parallelism over ranks: replicated (DDP), sharded (FSDP2), or sharded within groups (HSDP).
 
-What differs between them is here and nowhere else; the training loops see one module, one gradient norm, one norm.
+All that differs between them is in this file; a training loop has one module and one gradient norm.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _COMPRESS_HOOK = {torch.bfloat16: bf16_compress_hook, torch.float16: fp16_compre
 
 
 def replicate(world: World, model: nn.Module, grad_dtype: torch.dtype = torch.float32) -> nn.Module:
-    """``model`` under DDP, gradients averaged in ``grad_dtype``; with one rank, ``model`` itself."""
+    """Return ``model`` under DDP, gradients averaged in ``grad_dtype``; with one rank, ``model`` itself."""
     if world.size == 1:
         return model
     device_ids = [world.device.index] if world.device.type == "cuda" else None
@@ -52,7 +52,7 @@ def shard(
     cpu_offload: bool = False,
     forward_methods: Sequence[str] = (),
 ) -> nn.Module:
-    """Shard ``model`` in place under FSDP2, each of ``blocks`` for itself; it is called under autocast as before.
+    """Shard ``model`` in place under FSDP2, each of ``blocks`` separately; it is called under autocast as before.
 
     mode: ``fsdp`` gathers a block's weights anew for backward, ``sdp`` keeps them, ``hsdp`` shards within groups of
     ``shard_size`` ranks (default: those of one machine) and replicates over the groups. precision: blocks are gathered
@@ -85,16 +85,16 @@ def _make_mesh(world: World, mode: str, shard_size: int | None) -> DeviceMesh:
 
 
 def delay_sync(forward: nn.Module, delay: bool) -> AbstractContextManager:
-    """While gradients accumulate, DDP need not average them; sharded ones are reduced at once, to stay sharded."""
+    """Return a context in which DDP does not average gradients yet; sharded ones are reduced in every micro-batch."""
     return forward.no_sync() if delay and isinstance(forward, DistributedDataParallel) else nullcontext()
 
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:
-    """2-norm of all gradients over all ranks, a scalar on the device."""
+    """Return the 2-norm of all gradients over all ranks, a scalar on the device."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a sharded tensor that this rank holds, sharing its memory; another tensor as it is."""
+    """Return the part of a sharded tensor that this rank holds, sharing its memory; other tensors as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

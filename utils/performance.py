@@ -1,4 +1,4 @@
-"""How fast and how full a device is: arithmetic ceiling, peak memory."""
+"""Speed and memory of a device: peak FLOP/s, cores, name, peak memory."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 
 from utils.precision import AUTOCAST_DTYPE, cpu_name
 
-# dense bf16 and fp16 matrix products, operations a second, from the data sheets; the first that fits the name counts
+# dense bf16 and fp16 matrix products, operations per second, from the data sheets; the first key in the name counts
 DATA_SHEET = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H20": 148e12, "B200": 2250e12}
 DATA_SHEET |= {"A100": 312e12, "A800": 312e12, "H800": 989e12, "L40S": 362e12, "RTX 4090": 165e12, "V100": 125e12}
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """Operations a second of matrix products on ``device``, and where the figure is from.
+    """Return operations per second of matrix products on ``device``, and the source of the figure.
 
-    precision: a key of ``AUTOCAST_DTYPE``. The data sheet's figure for GPUs it lists at half precision, otherwise a
-    product of square matrices measured now.
+    precision: a key of ``AUTOCAST_DTYPE``. GPUs in half precision have the figure of their data sheet where it is
+    listed; otherwise a product of square matrices is measured now.
     """
     dtype = AUTOCAST_DTYPE[precision] or torch.float32
     if device.type == "cuda" and dtype != torch.float32:
@@ -62,7 +62,7 @@ def device_name() -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: allocated on a CUDA device, else resident in this process."""
+    """Return the peak of memory in bytes: allocated on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""Precision follows the machine: what a device computes in, what ``auto`` means there, and autocast.
+"""Precision follows the machine: what a device computes in, what ``auto`` means there, autocast.
 
 ``PAR_CPU=avx2`` or ``PAR_CPU=avx512`` in the environment declares the processor to be a lesser one, without bfloat16:
 torch, oneDNN and MKL are held to these instructions. For tests and benchmarks.
@@ -108,12 +108,14 @@ def bfloat16_gain() -> float:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether ``device`` computes in bfloat16, and on a CPU faster than in float32, instead of emulating it."""
+    """Return whether ``device`` computes in bfloat16 itself, and on a CPU faster than in float32."""
     return bfloat16_unit(device) is not None
 
 
 def is_emulated(precision: str, device: torch.device) -> bool:
-    """Whether ``device`` emulates ``precision``, a key of ``AUTOCAST_DTYPE``; few CPUs have fp16, so any counts."""
+    """Return whether ``device`` emulates ``precision``, a key of ``AUTOCAST_DTYPE``; few CPUs have fp16, so any
+    counts.
+    """
     if precision == "fp16":
         return device.type == "cpu"
     return precision == "bf16" and device.type in ("cpu", "cuda") and not has_bfloat16(device)
@@ -150,6 +152,8 @@ def _kind(device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast context for ``precision``, a key of ``AUTOCAST_DTYPE``; off in those that compute in float32."""
+    """Return an autocast context for ``precision``, a key of ``AUTOCAST_DTYPE``; off in those that compute in
+    float32.
+    """
     dtype = AUTOCAST_DTYPE[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -39,11 +39,11 @@ class CompiledDecoder(StepDecoder):
         return self.model.new_cache(batch)
 
     def trunk(self, x: torch.Tensor, start: int, cache: KVCache) -> torch.Tensor:
-        """Blocks and final norm over slots [start, start + t): (B, t, D) -> (B, t, D)."""
+        """Apply blocks and final norm to slots [start, start + t): (B, t, D) -> (B, t, D)."""
         freqs_cis = self.model.freqs_cis[start : start + x.shape[1]]  # (t, hd/2, 2)
         for block in self.model.layers:
             q, k, v = self._before(block, x, freqs_cis)  # (B, H or Hkv, t, hd)
-            x = self._after(block, x, block.attention.mix(q, k, v, None, cache, start))  # (B, t, D)
+            x = self._after(block, x, block.attention.attend(q, k, v, None, cache, start))  # (B, t, D)
         return self.model.norm(x)  # (B, t, D)
 
     @torch.inference_mode()

@@ -50,14 +50,14 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class Way:
-    """One way of decoding: the type of weights and cache, a key of ``AUTOCAST_DTYPE``, and the decoder's name."""
+    """A way of decoding: the type of weights and cache, a key of ``AUTOCAST_DTYPE``, and the decoder's name."""
 
     precision: str
     decoder: str
 
     @property
     def compiled(self) -> bool:
-        """Whether ``--compile`` stands for it."""
+        """Whether ``--compile`` asks for it."""
         return self.decoder != "eager"
 
     @property

@@ -43,7 +43,7 @@ class Generator:
 
     @torch.inference_mode()
     def __call__(self, cond: torch.Tensor, uniforms: torch.Tensor, on_step: StepHook | None = None) -> torch.Tensor:
-        """Raster codes (B, T) int64 of class ids ``cond`` (B,), from ``uniforms`` (B, T) in region order.
+        """Return raster codes (B, T) int64 of class ids ``cond`` (B,), from ``uniforms`` (B, T) in region order.
 
         B <= ``batch``. ``on_step`` is called after each forward call with the region-ordered tokens (B, T) so far and
         how many of them are decoded.
@@ -74,5 +74,5 @@ class Generator:
 def generate(
     decoder: Decoder, order: RegionOrder, cond: torch.Tensor, uniforms: torch.Tensor, options: SamplingOptions
 ) -> torch.Tensor:
-    """One batch of raster codes (B, T) int64 for class ids ``cond`` (B,) and ``uniforms`` (B, T); see Generator."""
+    """Return raster codes (B, T) int64 for class ids ``cond`` (B,) and ``uniforms`` (B, T); see Generator."""
     return Generator(decoder, order, options, len(cond))(cond, uniforms)

@@ -43,7 +43,7 @@ class SamplingOptions:
             raise ValueError(f"--top-p {self.top_p} must be in (0, 1] (1 is off)")
 
     def scale(self, decoded: int, total: int) -> float:
-        """Guidance of a step before which ``decoded`` of ``total`` tokens are decoded; 1.0: none.
+        """Return the CFG scale of a step before which ``decoded`` of ``total`` tokens are decoded; 1.0: none.
 
         With progress p = decoded / total: constant s; linear 1 + (s - 1) p; power-cosine
         1 + (s - 1) (1 - cos(pi p^power)) / 2 (MDTv2, arXiv 2303.14389).
@@ -60,8 +60,10 @@ class SamplingOptions:
 
 
 def image_randomness(seed: int, indices: range, num_classes: int, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random class ids (B,) int64 and uniforms (B, T) float32 in [0, 1) of images ``indices``; each is a function
-    of (seed, index) alone."""
+    """Return random class ids (B,) int64 and uniforms (B, T) float32 in [0, 1) of images ``indices``.
+
+    Each image's are a function of (seed, index) alone.
+    """
     streams = [np.random.Generator(np.random.Philox(key=[seed, i])) for i in indices]
     labels = np.array([s.integers(num_classes) for s in streams], dtype=np.int64)
     uniforms = np.stack([s.random(num_tokens, dtype=np.float32) for s in streams])
@@ -96,5 +98,7 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, options: SamplingOption
         logits = logits / options.temperature  # (B, t, V)
     logits = filter_logits(logits, options.top_k, options.top_p)  # (B, t, V)
     cdf = logits.softmax(-1).cumsum(-1)  # (B, t, V)
-    u = uniforms[..., None] * cdf[..., -1:]  # (B, t, 1), of 1 up to rounding; below it, as (1 - 2^-24) y rounds below y
+    # The last value y of cdf is 1 only up to rounding. u stays below it, so that the search ends within the vocabulary:
+    # uniforms are at most 1 - 2^-24, and (1 - 2^-24) y rounds to below y.
+    u = uniforms[..., None] * cdf[..., -1:]  # (B, t, 1)
     return torch.searchsorted(cdf, u, right=True).squeeze(-1)  # (B, t)

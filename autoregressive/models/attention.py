@@ -60,7 +60,7 @@ Mask: TypeAlias = DenseMask | BlockMask | None  # None: all keys are visible
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, dropout_p: float) -> torch.Tensor:
-    """softmax(q k^T / sqrt(hd)) v over visible keys: q (B, H, Tq, hd), k and v (B, Hkv, Tk, hd)."""
+    """Return softmax(q k^T / sqrt(hd)) v over visible keys: q (B, H, Tq, hd), k and v (B, Hkv, Tk, hd)."""
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)  # (B, H, Tq, hd)
@@ -74,16 +74,16 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, dropou
 def attend_on_cpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: DenseMask, dropout_p: float, grouped: bool
 ) -> torch.Tensor:
-    """``attend`` in training on the CPU, whose fused kernel reads hidden keys and is slow in half precision.
+    """Compute ``attend`` for training on the CPU, whose fused kernel reads masked keys and is slow in half precision.
 
-    Measured on AMX, forward and backward, 4 images of 576 slots: float32 63 ms in three parts, 75 whole; bfloat16 37 ms
-    by matrix products, 72 by the fused kernel.
+    Measured on AMX, forward and backward, 4 images of 576 slots: float32 63 ms in three chunks, 75 ms whole; bfloat16
+    37 ms by matrix products, 72 ms by the fused kernel.
     """
     if q.dtype == torch.bfloat16:
         if grouped:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, Tk, hd)
-        hidden = torch.zeros_like(mask.visible, dtype=q.dtype).masked_fill(~mask.visible, -torch.inf)  # (Tq, Tk)
-        scores = torch.baddbmm(hidden, q.flatten(0, 1) * q.shape[-1] ** -0.5, k.flatten(0, 1).mT)  # (B H, Tq, Tk)
+        bias = torch.zeros_like(mask.visible, dtype=q.dtype).masked_fill(~mask.visible, -torch.inf)  # (Tq, Tk)
+        scores = torch.baddbmm(bias, q.flatten(0, 1) * q.shape[-1] ** -0.5, k.flatten(0, 1).mT)  # (B H, Tq, Tk)
         weights = F.dropout(scores.softmax(-1), dropout_p)  # (B H, Tq, Tk)
         return (weights @ v.flatten(0, 1)).view(q.shape)  # (B, H, Tq, hd)
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))  # of float16

@@ -8,7 +8,7 @@ import torch
 
 
 def guide(hidden: torch.Tensor, cfg_scale: float | None) -> torch.Tensor:
-    """Guidance of final hidden states (B, t, D), a conditional and an unconditional half: (B / 2, t, D).
+    """Guide final hidden states (B, t, D), a conditional and an unconditional half -> (B / 2, t, D).
 
     uncond + cfg_scale (cond - uncond), computed in at least float32. The output layer is linear, so this guides the
     logits at half its work. Without ``cfg_scale`` returns ``hidden``.
@@ -31,7 +31,7 @@ class StepDecoder:
         cache: Any,
         cfg_scale: float | None = None,
     ) -> torch.Tensor:
-        """Logits (B, stop - start, V), float32 at least, of slots [start, stop), one entry of ``order.schedule``.
+        """Return logits (B, stop - start, V), at least float32, of slots [start, stop), an entry of ``order.schedule``.
 
         tokens: (B, T) region-ordered codes, read only where already decoded; cond: (B,). Steps must come in the
         schedule's order with one cache of ``new_cache``. Every cached key is visible, so there is no mask. With

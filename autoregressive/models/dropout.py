@@ -7,13 +7,14 @@ from torch import nn
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout; on the CPU from 16 random bits an element, as torch's own draw takes a tenth of a training step."""
+    """nn.Dropout; on the CPU from 16 random bits per element, as torch's generator takes 10% of a step there."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x of any shape; elements are 0 with probability p (to 1/65536 on the CPU), the rest grows by 1 / (1 - p)."""
+        """Zero elements of x with probability p (to 1/65536 on the CPU) and scale the others by 1 / (1 - p)."""
         dropped = round(self.p * 65536)
         if x.device.type != "cpu" or not self.training or not 0 < dropped < 65536:
             return super().forward(x)
+        # each 64-bit draw makes four elements
         words = torch.randint(torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max, (-(-x.numel() // 4),))
         bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in [-32768, 32768)
         return torch.where(bits >= dropped - 32768, x * (1.0 / (1.0 - self.p)), 0.0)

@@ -50,13 +50,13 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         if self.dim % self.n_head or self.dim // self.n_head % 4:
-            raise ValueError(f"width {self.dim} / {self.n_head} heads is no multiple of 4, as 2-D rotary needs")
+            raise ValueError(f"width {self.dim} / {self.n_head} heads is not a multiple of 4, as 2-D rotary needs")
         if self.n_head % self.kv_heads:
             raise ValueError(f"{self.n_head} heads cannot share {self.kv_heads} key-value heads equally")
 
     @property
     def kv_heads(self) -> int:
-        """Key-value heads."""
+        """Number of key-value heads."""
         return self.n_kv_head or self.n_head
 
     @property
@@ -105,7 +105,10 @@ class LabelEmbedder(nn.Module):
 
 
 class SpecialTokens(nn.Module):
-    """The n-1 learnable tokens that start parallel prediction (paper, section 3.3)."""
+    """Holder of the n-1 learnable tokens that start parallel prediction (paper, section 3.3).
+
+    It exists for the name that the table has in checkpoints.
+    """
 
     def __init__(self, count: int, dim: int):
         super().__init__()
@@ -113,9 +116,9 @@ class SpecialTokens(nn.Module):
 
 
 def rotary_table(positions: torch.Tensor, head_dim: int, base: float) -> torch.Tensor:
-    """cos and sin of each slot's 2-D rotary angles, (T, head_dim/2, 2) float32.
+    """Return cos and sin of each slot's 2-D rotary angles, (T, head_dim/2, 2) float32.
 
-    The first half of the pairs turns with the row, the second with the column, by angle
+    The first half of the channel pairs turns with the row, the second with the column, by angle
     position * base^(-4 i / head_dim). Slots without a position (class and special tokens) get all zeros, cos
     included: this zeroes their queries and keys, it is not the identity. Released weights were trained so.
     """
@@ -128,7 +131,7 @@ def rotary_table(positions: torch.Tensor, head_dim: int, base: float) -> torch.T
 
 
 def apply_rotary(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
-    """Turn adjacent pairs of x (B, T, H, hd) by freqs_cis (T, hd/2, 2), in float32 at least."""
+    """Rotate adjacent channel pairs of x (B, T, H, hd) by freqs_cis (T, hd/2, 2); computed in at least float32."""
     pairs = x.to(torch.promote_types(x.dtype, freqs_cis.dtype)).unflatten(-1, (-1, 2))  # (B, T, H, hd/2, 2)
     cos, sin = freqs_cis[:, None, :, 0], freqs_cis[:, None, :, 1]  # (T, 1, hd/2)
     a, b = pairs.unbind(-1)  # (B, T, H, hd/2)
@@ -147,23 +150,23 @@ class Attention(nn.Module):
         self.resid_dropout = Dropout(config.resid_dropout_p)
 
     def project(self, x: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries (B, H, T, hd), keys and values (B, Hkv, T, hd) of x (B, T, D)."""
+        """Return queries (B, H, T, hd), keys and values (B, Hkv, T, hd) of x (B, T, D)."""
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 Hkv, hd)
         qk, v = qkv.split([self.n_head + self.kv_heads, self.kv_heads], dim=2)  # (B, T, H + Hkv or Hkv, hd)
         q, k = apply_rotary(qk, freqs_cis).split([self.n_head, self.kv_heads], dim=2)  # (B, T, H or Hkv, hd)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def mix(
+    def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, cache: KVCache | None, start: int
     ) -> torch.Tensor:
-        """What each query (B, H, T, hd) takes from the values, of the cache too: (B, T, D)."""
+        """Return the attention output (B, T, D) of queries (B, H, T, hd), over the cache if there is one."""
         if cache is not None:
             k, v = cache.update(self.layer, start, k, v)  # (B, Hkv, start + T, hd)
         y = attend(q, k, v, mask, self.dropout_p if self.training else 0.0)  # (B, H, T, hd)
         return y.transpose(1, 2).flatten(2)  # (B, T, D)
 
     def output(self, y: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """Project the attention output: (B, T, D) -> (B, T, D)."""
         return self.resid_dropout(self.wo(y))  # (B, T, D)
 
 
@@ -214,18 +217,18 @@ class TransformerBlock(nn.Module):
         cache: KVCache | None,
         start: int,
     ) -> torch.Tensor:
-        """The block itself: (B, T, D) -> (B, T, D)."""
+        """Compute the block: (B, T, D) -> (B, T, D)."""
         q, k, v = self.before_attention(x, freqs_cis)  # (B, H or Hkv, T, hd)
-        return self.after_attention(x, self.attention.mix(q, k, v, mask, cache, start))  # (B, T, D)
+        return self.after_attention(x, self.attention.attend(q, k, v, mask, cache, start))  # (B, T, D)
 
     def before_attention(
         self, x: torch.Tensor, freqs_cis: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries (B, H, T, hd), keys and values (B, Hkv, T, hd)."""
+        """Return queries (B, H, T, hd), keys and values (B, Hkv, T, hd)."""
         return self.attention.project(self.attention_norm(x), freqs_cis)
 
     def after_attention(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The block's input and what attention made of it, both (B, T, D) -> (B, T, D)."""
+        """Add the attention output y to x, then the feed-forward, all (B, T, D)."""
         x = x + self.drop_path(self.attention.output(y))  # (B, T, D)
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))  # (B, T, D)
 
@@ -283,13 +286,13 @@ class GPT(StepDecoder, nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def cast_weights(self, dtype: torch.dtype) -> GPT:
-        """Parameters to ``dtype`` for inference; the rotary table stays float32."""
+        """Cast the parameters to ``dtype`` for inference; the rotary table stays float32."""
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype)
         return self
 
     def forward(self, codes: torch.Tensor, cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Teacher-forced cross-entropy, in ``train()`` and ``eval()`` alike.
+        """Return the teacher-forced cross-entropy, in ``train()`` and ``eval()`` mode alike.
 
         codes: (B, T) int64 raster codes in [0, vocab_size); cond: (B,) int64 class ids, num_classes for null.
         Returns the mean, a float32 scalar, and detached losses (B, T) in region order (``order.permutation``).
@@ -298,17 +301,17 @@ class GPT(StepDecoder, nn.Module):
         return linear_cross_entropy(self.hidden(targets, cond), self.output.weight, targets)  # (), (B, T)
 
     def logits(self, codes: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """Teacher-forced logits (B, T, vocab_size) in region order; arguments as for ``forward``."""
+        """Return teacher-forced logits (B, T, vocab_size) in region order; arguments as for ``forward``."""
         return self.output(self.hidden(codes[:, self.permutation], cond))  # (B, T, V)
 
     def hidden(self, tokens: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """What the output layer sees of region-ordered tokens (B, T) all known: (B, T, D)."""
+        """Return the final hidden states (B, T, D) of a fully known, region-ordered sequence (B, T)."""
         x = self.embed_slots(tokens, cond, 0, self.order.num_tokens)  # (B, T, D)
         mask = DenseMask(self.mask, self.query_chunks) if self.block_mask is None else self.block_mask
         return self.trunk(x, 0, mask)  # (B, T, D)
 
     def use_flex_attention(self, device: torch.device) -> None:
-        """Train with FlexAttention, which skips what the mask hides; no attention dropout, to be compiled on CUDA."""
+        """Train with FlexAttention, which skips masked keys; for compiled blocks on CUDA, without attention dropout."""
         steps, slots = self.order.steps.to(device), self.order.num_tokens
 
         def attends(_b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -317,7 +320,7 @@ class GPT(StepDecoder, nn.Module):
         self.block_mask = create_block_mask(attends, None, None, slots, slots, device=device)
 
     def recompute_activations(self, what: str) -> None:
-        """Trade memory for time in training: compute again in backward ``none``, ``selective`` or ``full``.
+        """Save memory in training by computing activations again in backward: ``none``, ``selective`` or ``full``.
 
         full keeps only the input of each block; selective also keeps the results of its matrix products and attention.
         """
@@ -329,7 +332,7 @@ class GPT(StepDecoder, nn.Module):
             block.recompute = recompute  # inside what is compiled, so that the compiler sees it
 
     def flops_per_image(self) -> int:
-        """Floating-point operations of forward and backward over one image, recomputation not counted.
+        """Return the floating-point operations of forward and backward over one image, without recomputation.
 
         6 per token and weight of a matrix product (PaLM, arXiv 2204.02311, appendix B), and 12 D per layer and
         visible pair of slots in attention.
@@ -343,7 +346,7 @@ class GPT(StepDecoder, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Device the model computes on."""
         return self.permutation.device
 
     def new_cache(self, batch: int) -> KVCache:
@@ -353,12 +356,12 @@ class GPT(StepDecoder, nn.Module):
         return KVCache(config.n_layer, batch, config.kv_heads, slots, config.head_dim, weight.device, weight.dtype)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The output layer: (..., D) -> logits (..., V), float32 at least."""
+        """Apply the output layer: (..., D) -> logits (..., V) of at least float32."""
         logits = self.output(hidden)  # (..., V)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def embed_slots(self, tokens: torch.Tensor, cond: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Input embeddings (B, stop - start, D) of slots [start, stop).
+        """Return input embeddings (B, stop - start, D) of slots [start, stop).
 
         tokens: (B, T) in region order; cond: (B,).
         """
@@ -374,7 +377,7 @@ class GPT(StepDecoder, nn.Module):
         return torch.cat(pieces, dim=1)  # (B, stop - start, D)
 
     def trunk(self, x: torch.Tensor, start: int, mask: Mask = None, cache: KVCache | None = None) -> torch.Tensor:
-        """Blocks and final norm over slots [start, start + t): (B, t, D) -> (B, t, D)."""
+        """Apply blocks and final norm to slots [start, start + t): (B, t, D) -> (B, t, D)."""
         freqs_cis = self.freqs_cis[start : start + x.shape[1]]  # (t, hd/2, 2)
         x = self.tok_dropout(x)  # (B, t, D)
         for layer in self.layers:

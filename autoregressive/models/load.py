@@ -1,4 +1,4 @@
-"""Files of weights, released or our own -> GPT; what users write of one, checked."""
+"""Files of weights, released or our own -> GPT; checks of what users write of one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load_gpt(
     bare: bool = False,
     ema: bool = False,
 ) -> tuple[GPT, str, dict]:
-    """GPT of a checkpoint, in ``eval()`` mode on the CPU; the name of its size; the checkpoint's other facts.
+    """Return a checkpoint's GPT, in ``eval()`` mode on the CPU, the name of its size, and what else it records.
 
     Our own checkpoints carry their config. For a released one it is read off the shapes of its weights, and
     ``grid`` (height, width in codes; None: ``default_grid``) is taken as given. Arguments that are not None were
@@ -56,7 +56,7 @@ def load_gpt(
 
 
 def resolve_parallelism(ar_token_num: int, spe_token_num: int | None, grid: tuple[int, int] | None = None) -> int:
-    """n from the published option pair, for codes of ``grid`` (h, w) if that is known.
+    """Return n from the published option pair, for codes of ``grid`` (h, w) if that is known.
 
     Special tokens are n - 1, and n must cut the grid into equal regions; anything else is a ``ValueError``.
     """
@@ -77,17 +77,19 @@ def resolve_parallelism(ar_token_num: int, spe_token_num: int | None, grid: tupl
 def config_from_shapes(
     state: dict[str, torch.Tensor], grid: tuple[int, int], path: str | Path
 ) -> tuple[GPTConfig, str]:
-    """Config and size name of released weights, from their shapes; ``ValueError`` if they are none of ours."""
+    """Return config and size name of released weights, from their shapes; ``ValueError`` if no size fits."""
     try:
         vocab_size, dim = state["tok_embeddings.weight"].shape
         classes = len(state["cls_embedding.embedding_table.weight"]) - 1
         wqkv_rows = len(state["layers.0.attention.wqkv.weight"])
     except (KeyError, ValueError) as error:
-        raise ValueError(f"--gpt-ckpt: {path} is no class-conditional GPT: {error} is missing or misshapen") from error
+        raise ValueError(
+            f"--gpt-ckpt: {path} is not a class-conditional GPT: {error} is missing or misshapen"
+        ) from error
     n_layer = len({k.split(".")[1] for k in state if k.startswith("layers.")})
     sizes = {(s["n_layer"], s["dim"]): name for name, s in GPT_models.items()}
     if (n_layer, dim) not in sizes:
-        raise ValueError(f"--gpt-ckpt: {path} has {n_layer} layers of width {dim}, which is no size of ours")
+        raise ValueError(f"--gpt-ckpt: {path} has {n_layer} layers of width {dim}, which is not a size of GPT_models")
     name = sizes[n_layer, dim]
     n_head = GPT_models[name]["n_head"]
     special = state.get("spe_tok_embeddings.special_embeddings.weight", ())

@@ -29,7 +29,7 @@ import torch
 
 
 def split_regions(grid: tuple[int, int], n: int) -> tuple[int, int]:
-    """Region counts (rh, rw), rh * rw = n, that divide ``grid`` into regions as nearly square as possible.
+    """Return region counts (rh, rw), rh * rw = n, that divide ``grid`` into regions as nearly square as possible.
 
     Of two equally square cuts the one with more columns of regions is taken. Raises ``ValueError`` with the n
     that would fit. A region must hold at least two tokens, since its first one is not predicted in parallel.
@@ -66,18 +66,18 @@ class RegionOrder:
 
     @classmethod
     def build(cls, grid: int | tuple[int, int], n: int) -> RegionOrder:
-        """Order for a square (int) or h x w grid in which ``n`` tokens are predicted at once."""
+        """Return the order for a square (int) or h x w grid in which ``n`` tokens are predicted per step."""
         grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
         return cls(grid, split_regions(grid, n))
 
     @property
     def n(self) -> int:
-        """Tokens predicted at once."""
+        """Tokens predicted per step."""
         return self.regions[0] * self.regions[1]
 
     @property
     def num_tokens(self) -> int:
-        """T = h * w."""
+        """Number of tokens and of slots, T = h * w."""
         return self.grid[0] * self.grid[1]
 
     @cached_property
@@ -119,11 +119,11 @@ class RegionOrder:
         return (*singles, *((s, s + n) for s in range(n, self.num_tokens, n)))
 
     def attends(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """The attention rule for slot indices: step[q] >= step[k] (paper, section 3.3); broadcasts, bool."""
+        """Apply the attention rule to slot indices: step[q] >= step[k] (paper, section 3.3); broadcasts, bool."""
         return self.steps[query] >= self.steps[key]
 
     def held(self, start: int, stop: int) -> list[tuple[str, slice]]:
-        """What slots [start, stop) hold, in their order: a kind, and which ones of it.
+        """Return what slots [start, stop) hold, in their order: a kind, and which ones of it.
 
         ``("class", [0, 1))``, ``("token", places in the region order)`` or ``("special", of the special tokens)``.
         """
@@ -142,6 +142,6 @@ class RegionOrder:
         return held
 
     def mask(self) -> torch.Tensor:
-        """(T, T) bool, True where a query slot (row) sees a key slot (column)."""
+        """Return (T, T) bool, True where a query slot (row) attends to a key slot (column)."""
         slots = torch.arange(self.num_tokens)
         return self.attends(slots[:, None], slots[None, :])

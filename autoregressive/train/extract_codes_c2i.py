@@ -1,7 +1,7 @@
 """Images -> cached code grids: every crop of every image through the tokenizer, once.
 
-Processes take shards nobody else has, on one machine or on many that share a disk: they may join late, die and be
-restarted, and a rerun makes only what is missing or damaged.
+Each process takes shards that no other has, on one machine or on many that share a disk. Processes may join late, die
+and be restarted; a rerun makes only what is missing or damaged.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from utils.precision import autocast, log_level, resolve_precision
 
 
 def parse_args() -> Namespace:
-    """Options; names and defaults of the published script."""
+    """Parse the options; names and defaults are those of the published script."""
     parser = make_parser(
         __doc__,
         "bash scripts/autoregressive/extract_codes_c2i.sh --vq-ckpt ./pretrained_models/vq_ds16_c2i.pt "
@@ -56,32 +56,47 @@ def parse_args() -> Namespace:
     )
     data = parser.add_argument_group("data")
     data.add_argument("--data-path", required=True, help="folder with one sub-folder of images per class")
-    data.add_argument("--code-path", required=True, help="folder to write codes to; a rerun finishes what is missing")
+    data.add_argument("--code-path", required=True, help="folder to write codes to; a rerun makes what is missing")
     data.add_argument("--image-size", type=positive_int, default=256, help="side of the crops, pixels")
-    data.add_argument("--ten-crop", action="store_true", help="four corners and centre of a larger square")
-    data.add_argument("--crop-range", type=amount, default=1.1, help="side of that square / --image-size")
-    data.add_argument("--no-flip", action="store_true", help="leave out mirrored crops (for text, digits)")
-    data.add_argument("--debug", action="store_true", help="take the first 100 images only")
+    data.add_argument(
+        "--ten-crop",
+        action="store_true",
+        help="take five crops, and their mirror images: the corners and the centre of a larger square",
+    )
+    data.add_argument(
+        "--crop-range", type=amount, default=1.1, help="side of the square of --ten-crop, as a multiple of --image-size"
+    )
+    data.add_argument("--no-flip", action="store_true", help="leave out the mirror images (for text or digits)")
+    data.add_argument("--debug", action="store_true", help="extract only the first 100 images")
     vq = parser.add_argument_group("tokenizer")
-    vq.add_argument("--vq-ckpt", required=True, help="tokenizer checkpoint")
-    vq.add_argument("--vq-model", choices=list(VQ_models), help="size (default: the checkpoint's, else VQ-16)")
-    vq.add_argument("--codebook-size", type=positive_int, help="entries (default: the checkpoint's or size's)")
-    vq.add_argument("--codebook-embed-dim", type=positive_int, help="entry width (default: the checkpoint's or 8)")
+    vq.add_argument("--vq-ckpt", required=True, help="tokenizer checkpoint, released or trained here")
+    vq.add_argument(
+        "--vq-model", choices=list(VQ_models), help="size of the tokenizer (default: the checkpoint's, else VQ-16)"
+    )
+    vq.add_argument(
+        "--codebook-size",
+        type=positive_int,
+        help="codebook entries (default: the checkpoint's, else those of --vq-model)",
+    )
+    vq.add_argument(
+        "--codebook-embed-dim", type=positive_int, help="width of a codebook entry (default: the checkpoint's, else 8)"
+    )
     work = parser.add_argument_group("work")
     work.add_argument(
         "--precision",
         choices=["auto", "none", "tf32", "bf16"],
         default="auto",
-        help="type of the encoder's products. auto is none, float32, on every machine, unlike in training: codes are "
-        "data, and tf32 and bf16, faster where the device has them, change some",
+        help="data type of the encoder's products. auto is none (float32) on every machine, unlike in training: tf32 "
+        "and "
+        "bf16 are faster where a device has them, but change some codes",
     )
-    work.add_argument("--batch-size", type=positive_int, default=16, help="crops encoded at once by a process")
-    work.add_argument("--shard-size", type=positive_int, default=1024, help="images of one shard file")
+    work.add_argument("--batch-size", type=positive_int, default=16, help="crops per batch of a process")
+    work.add_argument("--shard-size", type=positive_int, default=1024, help="images per shard file")
     work.add_argument("--strict", action="store_true", help="stop at an unreadable image instead of leaving it out")
     work.add_argument(
-        "--retry-skipped", action="store_true", help="make shards again that lack images which were unreadable"
+        "--retry-skipped", action="store_true", help="make shards again that lack images because they were unreadable"
     )
-    work.add_argument("--num-workers", type=count, default=24, help="decoding processes, at most one per core")
+    work.add_argument("--num-workers", type=count, default=24, help="processes that read images, at most one per core")
     add_retired(
         parser,
         {
@@ -93,7 +108,7 @@ def parse_args() -> Namespace:
 
 
 def make_plan(args: Namespace, samples: list[tuple[str, int]], classes: list[str], vq: VQModel, name: str) -> CodesPlan:
-    """What the code folder will hold, from options, listing and tokenizer; checks that they fit."""
+    """Return what the code folder will hold, from options, listing and tokenizer; checks that they fit."""
     if args.crop_range < 1.0:
         raise ValueError(f"--crop-range {args.crop_range} must be at least 1")
     paths = b"\n".join(os.fsencode(os.path.relpath(path, args.data_path)) for path, _ in samples)
@@ -115,7 +130,7 @@ def make_plan(args: Namespace, samples: list[tuple[str, int]], classes: list[str
 
 @torch.inference_mode()
 def encode_crops(vq: VQModel, codebook: torch.Tensor, pixels: torch.Tensor, args: Namespace) -> np.ndarray:
-    """Codes (B, crops, tokens) of resized images (B, R, R, 3) uint8, ``--batch-size`` crops at a time."""
+    """Return codes (B, crops, tokens) of resized images (B, R, R, 3) uint8, ``--batch-size`` crops at a time."""
     device = codebook.device
     crops = take_crops(pixels.to(device), args.image_size, args.ten_crop, flips=not args.no_flip)  # (B, K, S, S, 3)
     with autocast(device, "bf16" if args.precision == "bf16" else "none"):
@@ -144,7 +159,7 @@ class ShardBatches:
 
 
 class ImageBatch(NamedTuple):
-    """What one batch of files decoded to."""
+    """One batch of decoded image files."""
 
     pixels: torch.Tensor | None  # uint8 (B, R, R, 3) of the readable ones
     labels: np.ndarray  # (B,) int64
@@ -158,7 +173,7 @@ class ImageBatch(NamedTuple):
 
 
 def collate(items: list[tuple[torch.Tensor, int, int] | Unreadable]) -> ImageBatch:
-    """Join what is readable; the rest keeps its reason."""
+    """Stack the readable images of a batch; unreadable ones keep their reason."""
     skipped = [item for item in items if isinstance(item, Unreadable)]
     read = [item for item in items if not isinstance(item, Unreadable)]
     pixels = torch.stack([item[0] for item in read]) if read else None
@@ -167,10 +182,10 @@ def collate(items: list[tuple[torch.Tensor, int, int] | Unreadable]) -> ImageBat
 
 
 def check_shards(args: Namespace, world: World, plan: CodesPlan, logger: Logger) -> None:
-    """Delete, of this rank's share of the shards that are there, those that are damaged or, if asked, incomplete."""
-    there = [s for s in range(plan.num_shards) if shard_path(args.code_path, s).exists()]
-    mine = there[world.rank :: world.size]
-    for shard in progress(world, "checking", len(mine), unit="shards", items=mine):
+    """Delete those of this rank's share of the shards that are damaged or, with --retry-skipped, incomplete."""
+    present = [s for s in range(plan.num_shards) if shard_path(args.code_path, s).exists()]
+    own = present[world.rank :: world.size]
+    for shard in progress(world, "checking", len(own), unit="shards", items=own):
         path = shard_path(args.code_path, shard)
         damage = shard_damage(args.code_path, plan, shard)
         if damage is None and args.retry_skipped and num_skipped(path):
@@ -184,13 +199,13 @@ def check_shards(args: Namespace, world: World, plan: CodesPlan, logger: Logger)
 def make_all_shards(
     args: Namespace, world: World, vq: VQModel, plan: CodesPlan, samples: list[tuple[str, int]], logger: Logger
 ) -> None:
-    """Return when every shard is there: make what is free, wait for what others make, take over from the dead."""
+    """Work until all shards exist: take free ones, wait for others, reclaim those of dead processes."""
     waiting = False
     while True:
         missing = [s for s in range(plan.num_shards) if not shard_path(args.code_path, s).exists()]
         with Claims(args.code_path) as claims:
             free = [s for s in missing if claims.free(s)]
-            start = world.rank * len(free) // world.size  # ranks begin far apart
+            start = world.rank * len(free) // world.size  # ranks begin far from each other
             if free:
                 make_shards(args, world, vq, plan, samples, free[start:] + free[:start], claims)
                 continue
@@ -211,7 +226,7 @@ def make_shards(
     shards: list[int],
     claims: Claims,
 ) -> None:
-    """Claim, encode and write whatever of ``shards`` nobody else has."""
+    """Claim, encode and write those of ``shards`` that no other process has."""
     resized = int(plan.image_size * plan.crop_range)
     bar = progress(world, "extracting", sum(len(plan.shard_images(s)) for s in shards), unit="images")
     with bar:
@@ -245,10 +260,10 @@ def main() -> None:
     args = parse_args()
     world = init_distributed(connect=False)
     logger = create_logger(world)
-    written = args.precision
-    args.precision, reason = resolve_precision("none" if written == "auto" else written, world.device)
-    if written == "auto":
-        reason = "none (float32), on every machine: codes are data, and bf16 changes some of them"
+    if args.precision == "auto":
+        args.precision, reason = "none", "none (float32), on every machine: bf16 would change some codes"
+    else:
+        args.precision, reason = resolve_precision(args.precision, world.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     listing = list_images(args.data_path)
     samples = listing.samples[:100] if args.debug else listing.samples
@@ -280,7 +295,7 @@ def main() -> None:
     if meta["num_skipped_images"]:
         text = f"{meta['num_skipped_images']:,} unreadable images left out; see {args.code_path}/skipped.json"
         if args.strict:
-            raise ValueError(f"--strict: {text}, mend them and run again with --retry-skipped")
+            raise ValueError(f"--strict: {text}; repair them and run again with --retry-skipped")
         logger.warning(text)
 
 

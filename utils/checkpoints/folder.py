@@ -144,7 +144,7 @@ def _read_metadata(folder: Path) -> Metadata:
                     raise ValueError(f"{name} takes fewer than its {size} bytes")
     except Exception as error:  # a damaged or hostile file may break the reader in any way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{folder} is no readable checkpoint folder: {reason}") from error
+        raise ValueError(f"{folder} is not a readable checkpoint folder: {reason}") from error
     return Metadata(tensors, storage_data=places)
 
 
@@ -237,7 +237,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         meta = json.loads((folder / "meta.json").read_text())
         sizes = {str(name): int(size) for name, size in meta["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} is no whole checkpoint: meta.json is missing or damaged ({error})") from error
+        raise ValueError(f"{folder} is not a whole checkpoint: meta.json is missing or damaged ({error})") from error
     for name, size in sizes.items():
         path = folder / Path(name).name
         found = path.stat().st_size if path.is_file() else 0

@@ -1,4 +1,4 @@
-"""Checkpoints: untrusted files in, whole files out."""
+"""Weights in one file: reading untrusted ones, writing whole ones."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def load_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged or hostile file may break the reader in any way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{option}: {path} is no readable checkpoint of tensors: {reason}") from error
+        raise ValueError(f"{option}: {path} is not a readable checkpoint of tensors: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{option}: {path} holds a {type(checkpoint).__name__}, expected a dict of tensors")
     return checkpoint
 
 
 def find_state_dict(checkpoint: dict[str, Any], keys: Sequence[str], path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict under the first of ``keys`` that is there, or the checkpoint itself if it is a bare one.
+    """Return the state dict under the first of ``keys`` that is there, or the checkpoint itself if it is a bare one.
 
     A ``module.`` (DDP) or ``_orig_mod.`` (compile) prefix on the names is removed.
     """
@@ -63,7 +63,7 @@ def find_state_dict(checkpoint: dict[str, Any], keys: Sequence[str], path: str |
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], path: str | Path, what: str) -> None:
     """Load ``state`` into ``module``; names and shapes must all fit, else a ``ValueError`` says which do not.
 
-    Tensors are taken over, not copied, so a module on the meta device may be loaded.
+    Tensors are assigned, not copied, so a module on the meta device may be loaded.
     """
     own = module.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -84,7 +84,7 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], path: str |
 
 
 def state_sha256(state: dict[str, torch.Tensor]) -> str:
-    """Hex SHA-256 over names, shapes and bytes of tensors: tells weights apart however their file was written."""
+    """Return a hex SHA-256 of names, shapes and bytes of tensors, which does not depend on how a file was written."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

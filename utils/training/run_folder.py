@@ -1,4 +1,4 @@
-"""Where a run writes, and its checkpoints: saved aside and renamed, copied to the durable place, pruned, resumed."""
+"""A run's folder and its checkpoints: written aside and renamed, copied to the durable place, pruned, resumed."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class RunFolder:
             self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def newest(self) -> Path | None:
-        """The whole checkpoint of the highest step in any of the folders; damaged ones are noted and left alone."""
+        """Return the whole checkpoint of the highest step in any of the folders; damaged ones are noted and stay."""
         found = [p for folder in self.checkpoint_folders if folder.is_dir() for p in folder.iterdir() if p.is_dir()]
         # the sort is stable: of two places the first, local one is tried first
         for path in sorted((p for p in found if CHECKPOINT_NAME.fullmatch(p.name)), key=lambda p: -int(p.name)):
@@ -90,9 +90,10 @@ class RunFolder:
         return None
 
     def resume(self, state: TrainingState, run: dict[str, Any], start: Path | None = None) -> int:
-        """Restore ``state`` from the newest checkpoint, or from ``start`` if there is none; the steps done, else 0.
+        """Restore ``state`` and return the number of completed steps (0: new run).
 
-        ``run``: the options that may not change in mid-run, as the checkpoint must have them too.
+        From the newest checkpoint, or from ``start`` if there is none. run: options that may not change in mid-run,
+        which the checkpoint must have too.
         """
         path = self.world.broadcast((self.newest() or start) if self.world.is_main else None)
         if path is None:
@@ -222,9 +223,9 @@ def _replace(folder: Path, target: Path) -> None:
 
 
 def check_same_run(before: dict[str, Any] | None, now: dict[str, Any], path: Path) -> None:
-    """``ValueError`` if a run found on disk was made with options that cannot change in mid-run."""
+    """Raise ``ValueError`` if the run at ``path`` has other options that may not change in mid-run."""
     if before is None:
-        raise ValueError(f"{path} is no checkpoint of a training run of ours; move it out of the run's folder")
+        raise ValueError(f"{path} is not a checkpoint of a training run of ours; move it out of the run's folder")
     differing = [k for k, v in now.items() if before.get(k) != v]
     if differing:
         k = differing[0]

@@ -49,14 +49,14 @@ class StopSignal:
                 os._exit(1)
 
     def begin_vote(self) -> None:
-        """Start asking all ranks whether one was signalled: between hosts, so that no device is waited for."""
+        """Start to ask all ranks whether one was signalled; over hosts, so that no device is waited for."""
         self._steps, self._in_step = self._steps + 1, True
         self._asked.fill_(float(self.received))
         if self._group is not None:
             self._work = dist.all_reduce(self._asked, dist.ReduceOp.MAX, self._group, async_op=True)
 
     def should_stop(self) -> bool:
-        """Whether a rank had been signalled when asked: the same answer on all of them."""
+        """Return whether a rank had been signalled at ``begin_vote``: the same on all ranks."""
         if self._work is not None:
             self._work.wait()
         self._in_step = False

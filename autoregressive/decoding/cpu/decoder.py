@@ -1,6 +1,7 @@
 """The decoding step by our own kernels.
 
-At few rows a step is bound by reading the weights, and torch's operators reach half of the memory's speed. layout.h
+For few rows a step takes the time of reading the weights from memory, which torch's operators do at half of the
+memory's speed. layout.h
 shows how weights and cache lie in memory; this file brings them there. They are float32 or bfloat16. Where the
 processor does not multiply bfloat16 they are only kept in it, at half the bytes, and arithmetic is float32.
 """
@@ -90,7 +91,7 @@ def _gate_and_up(w1: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
 
 
 def _rotary(freqs_cis: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """cos and sin (T, hd / 2, 2) -> (T, 2, channels): cos, cos, ... and -sin, sin, ..., zero beyond head_dim."""
+    """Return cos and sin (T, hd / 2, 2) as (T, 2, channels): cos, cos, ... and -sin, sin, ..., 0 beyond head_dim."""
     cos, sin = freqs_cis.unbind(-1)  # (T, hd / 2)
     turn = torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)], 1).flatten(2)  # (T, 2, hd)
     return F.pad(turn, (0, -head_dim % LANES)).contiguous()  # (T, 2, channels)
@@ -186,7 +187,7 @@ class CPUDecoder(StepDecoder):
         return PackedCache(_pages(UNIT_BYTES * torch.Size(shape).numel()).view(torch.int32).view(shape))
 
     def trunk(self, x: torch.Tensor, start: int, cache: PackedCache) -> torch.Tensor:
-        """Blocks and final norm of slots from ``start``: (B, t, D) of any type -> (B, t, D) float32."""
+        """Apply blocks and final norm to slots from ``start``: (B, t, D) of any type -> (B, t, D) float32."""
         batch, t, _ = x.shape
         store = cache.store
         assert start + t <= self.order.num_tokens and batch <= store.shape[1], "more slots or rows than the cache has"
@@ -198,7 +199,7 @@ class CPUDecoder(StepDecoder):
         return hidden
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The output layer: (..., D) -> logits (..., V) float32."""
+        """Apply the output layer: (..., D) -> logits (..., V) float32."""
         hidden = hidden.float().contiguous()  # (..., D)
         rows = hidden.numel() // self.config.dim
         logits = hidden.new_empty(*hidden.shape[:-1], self.config.vocab_size)  # (..., V)
