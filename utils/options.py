@@ -32,6 +32,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 def make_parser(description: str, example: str) -> argparse.ArgumentParser:
     """Return a parser that shows defaults and an example, and accepts no abbreviations."""
     return argparse.ArgumentParser(
+        usage="%(prog)s [options]",
         description=description,
         epilog=f"example:\n  {example}",
         formatter_class=_HelpFormatter,

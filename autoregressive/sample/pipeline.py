@@ -15,19 +15,23 @@ from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import CFG_SCHEDULES, SamplingOptions
 from autoregressive.models.gpt import GPT, GPT_models
 from autoregressive.models.load import load_gpt, resolve_parallelism
-from tokenizer.vq_model import VQ_models, VQModel, load_vq, require_tokenizer
+from tokenizer.options import add_tokenizer_options, load_tokenizer
+from tokenizer.vq_model import VQModel, require_tokenizer
 from utils.distributed import World
 from utils.files import require_file, sha256_file
-from utils.options import add_retired, positive_int
+from utils.options import positive_int
 
 DEFAULT_IMAGE_SIZE = 384  # of the released models
+RETIRED_OPTIONS = {
+    "--gpt-type": (True, "every model here is class-conditional (c2i)"),
+    "--cls-token-num": (True, "every model here has one class token"),
+}
 
 
 def add_model_options(parser: ArgumentParser) -> None:
     """Add the options selecting the models, under the published names; all but the two files are optional."""
     group = parser.add_argument_group("models (options other than the files are optional where a checkpoint has them)")
     group.add_argument("--gpt-ckpt", help="GPT checkpoint, released or trained here")
-    group.add_argument("--vq-ckpt", help="tokenizer checkpoint, released or trained here")
     group.add_argument("--gpt-model", choices=list(GPT_models), help="size of the GPT (default: the checkpoint's)")
     group.add_argument("--gpt-ema", action="store_true", help="sample from the moving average of the GPT's weights")
     group.add_argument("--from-fsdp", action="store_true", help="require --gpt-ckpt to be a bare state dict")
@@ -38,22 +42,7 @@ def add_model_options(parser: ArgumentParser) -> None:
         "--image-size", type=positive_int, help="side of generated images, pixels (default: the checkpoint's, else 384)"
     )
     group.add_argument("--downsample-size", type=positive_int, help="pixels per code (default: the tokenizer's)")
-    group.add_argument(
-        "--vq-model", choices=list(VQ_models), help="size of the tokenizer (default: the checkpoint's, else VQ-16)"
-    )
-    group.add_argument(
-        "--codebook-size", type=positive_int, help="codebook entries (default: the checkpoint's, else 16384)"
-    )
-    group.add_argument(
-        "--codebook-embed-dim", type=positive_int, help="width of a codebook entry (default: the checkpoint's, else 8)"
-    )
-    add_retired(
-        parser,
-        {
-            "--gpt-type": (True, "every model here is class-conditional (c2i)"),
-            "--cls-token-num": (True, "every model here has one class token"),
-        },
-    )
+    add_tokenizer_options(group, required=False)
 
 
 def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int, compiled: bool) -> None:
@@ -178,12 +167,10 @@ class Pipeline:
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def resolved_options(self) -> dict[str, object]:
-        """Return the model options as the checkpoints record them."""
-        gpt, vq = self.gpt, self.vq.config
-        resolved = dict(gpt_model=self.gpt_name, vq_model=self.vq_name, image_size=self.image_size)
-        resolved |= dict(downsample_size=vq.downsample, ar_token_num=gpt.order.n, spe_token_num=gpt.order.n - 1)
-        resolved |= dict(num_classes=gpt.config.num_classes, codebook_size=vq.codebook_size)
-        return resolved | dict(codebook_embed_dim=vq.codebook_embed_dim)
+        """Return the GPT's options as the checkpoints record them."""
+        order, downsample = self.gpt.order, self.vq.config.downsample
+        resolved = dict(gpt_model=self.gpt_name, image_size=self.image_size, downsample_size=downsample)
+        return resolved | dict(ar_token_num=order.n, spe_token_num=order.n - 1, num_classes=self.gpt.config.num_classes)
 
     def facts(self) -> dict[str, object]:
         """Return hashes and configs of the checkpoints, for the record beside the samples."""
@@ -205,9 +192,7 @@ def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
     if args.quantize != "none":
         quantization(args.quantize)  # torchao is there
 
-    vq, vq_name = load_vq(
-        args.vq_ckpt, args.vq_model, codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim
-    )
+    vq, vq_name = load_tokenizer(args)
     gpt, gpt_name, checkpoint = load_gpt_for(args, vq)
 
     wanted = compiled if args.compile is None and world.device.type == "cuda" else args.compile

@@ -13,12 +13,18 @@ import numpy as np
 import torch
 
 from autoregressive.decoding.sampling import image_randomness
-from autoregressive.sample.pipeline import Pipeline, add_model_options, add_sampling_options, load_pipeline
+from autoregressive.sample.pipeline import (
+    RETIRED_OPTIONS,
+    Pipeline,
+    add_model_options,
+    add_sampling_options,
+    load_pipeline,
+)
 from utils.distributed import init_distributed
 from utils.files import prepare_folder
 from utils.images import image_grid, labelled_rows, save_gif, save_png, to_uint8
 from utils.logger import progress
-from utils.options import count, make_parser, positive_int, run_main, write_options
+from utils.options import add_retired, count, make_parser, positive_int, run_main, write_options
 
 GREY = 96  # of codes that are not decoded yet
 PUBLISHED_CLASSES = ["207", "360", "387", "974", "88", "979", "417", "279"]
@@ -44,6 +50,7 @@ def parse_args() -> Namespace:
         "--trace", action="store_true", help="also write a .gif and a strip of the images as they fill in"
     )
     output.add_argument("--trace-frames", type=positive_int, default=48, help="maximum number of frames of --trace")
+    add_retired(parser, RETIRED_OPTIONS)
     return parser.parse_args()
 
 

@@ -24,13 +24,19 @@ import torch
 
 from autoregressive.decoding.decoder import Way
 from autoregressive.decoding.sampling import image_randomness
-from autoregressive.sample.pipeline import Pipeline, add_model_options, add_sampling_options, load_pipeline
+from autoregressive.sample.pipeline import (
+    RETIRED_OPTIONS,
+    Pipeline,
+    add_model_options,
+    add_sampling_options,
+    load_pipeline,
+)
 from utils.distributed import World, init_distributed
 from utils.files import prepare_folder
 from utils.images import save_png, to_uint8
 from utils.logger import create_logger, progress
 from utils.npz import SampleFile
-from utils.options import count, make_parser, positive_int, run_main, write_options
+from utils.options import add_retired, count, make_parser, positive_int, run_main, write_options
 
 
 def parse_args() -> Namespace:
@@ -56,6 +62,7 @@ def parse_args() -> Namespace:
     )
     output.add_argument("--global-seed", type=count, default=0, help="random seed of classes and tokens")
     output.add_argument("--png", action="store_true", help="also write each image as a numbered .png")
+    add_retired(parser, RETIRED_OPTIONS)
     return parser.parse_args()
 
 

@@ -37,7 +37,8 @@ from dataset.codes import (
     write_shard,
 )
 from dataset.imagenet import CenterCrop, ImageFiles, Unreadable, list_images, to_model_range
-from tokenizer.vq_model import VQ_models, VQModel, load_vq
+from tokenizer.options import add_tokenizer_options, load_tokenizer
+from tokenizer.vq_model import VQModel
 from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import World, init_distributed
 from utils.files import prepare_folder
@@ -68,19 +69,7 @@ def parse_args() -> Namespace:
     )
     data.add_argument("--no-flip", action="store_true", help="leave out the mirror images (for text or digits)")
     data.add_argument("--debug", action="store_true", help="extract only the first 100 images")
-    vq = parser.add_argument_group("tokenizer")
-    vq.add_argument("--vq-ckpt", required=True, help="tokenizer checkpoint, released or trained here")
-    vq.add_argument(
-        "--vq-model", choices=list(VQ_models), help="size of the tokenizer (default: the checkpoint's, else VQ-16)"
-    )
-    vq.add_argument(
-        "--codebook-size",
-        type=positive_int,
-        help="codebook entries (default: the checkpoint's, else those of --vq-model)",
-    )
-    vq.add_argument(
-        "--codebook-embed-dim", type=positive_int, help="width of a codebook entry (default: the checkpoint's, else 8)"
-    )
+    add_tokenizer_options(parser.add_argument_group("tokenizer"))
     work = parser.add_argument_group("work")
     work.add_argument(
         "--precision",
@@ -267,11 +256,8 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     listing = list_images(args.data_path)
     samples = listing.samples[:100] if args.debug else listing.samples
-    vq, name = load_vq(
-        args.vq_ckpt, args.vq_model, codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim
-    )
+    vq, name = load_tokenizer(args)
     plan = make_plan(args, samples, listing.classes, vq, name)
-    args.vq_model, args.codebook_size, args.codebook_embed_dim = name, plan.codebook_size, vq.config.codebook_embed_dim
     prepare_folder(args.code_path, "--code-path")
     start_codes(args.code_path, plan)
     if world.is_main:

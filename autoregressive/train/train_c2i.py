@@ -146,8 +146,8 @@ def parse_args() -> Namespace:
         "--vq-ckpt", help="the codes' tokenizer: writes a picture of 16 samples every --sample-every steps"
     )
     watch.add_argument("--sample-every", type=positive_int, default=5000, help="steps between pictures")
-    add_output_options(parser, "results")
-    parser.add_argument(
+    output = add_output_options(parser, "results")
+    output.add_argument(
         "--export",
         choices=["pt", "safetensors", "none"],
         default="pt",

@@ -47,12 +47,12 @@ def add_precision_option(group: _ArgumentGroup, choices: Iterable[str]) -> None:
         "--mixed-precision",
         choices=["auto", *choices],
         default="auto",
-        help=f"type of matrix products and convolutions; weights stay float32. {AUTO_HELP}; published runs are in bf16",
+        help=f"data type of matrix products and convolutions; weights stay float32. {AUTO_HELP}; published runs are in bf16",
     )
 
 
-def add_output_options(parser: ArgumentParser, results_dir: str) -> None:
-    """Add the options of logs and checkpoints."""
+def add_output_options(parser: ArgumentParser, results_dir: str) -> _ArgumentGroup:
+    """Add the options of logs and checkpoints; returns their group."""
     group = parser.add_argument_group("output")
     group.add_argument(
         "--cloud-save-path", required=True, help="durable folder of checkpoints, for instance on a network disk"
@@ -73,6 +73,7 @@ def add_output_options(parser: ArgumentParser, results_dir: str) -> None:
         action="store_true",
         help="build everything, take two steps, log the memory and time to expect; writes no files",
     )
+    return group
 
 
 def split_batch(global_batch: int, world_size: int, accumulation: int) -> int:
