@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 import sys
 from argparse import BooleanOptionalAction, Namespace
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from dataset.epochs import EpochOrder
@@ -24,19 +23,18 @@ from dataset.imagenet import ImageFiles, RandomCrop, list_images, to_model_range
 from tokenizer.discriminator import DISCRIMINATORS
 from tokenizer.vq_loss import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, PIXEL_LOSSES, Adversary, ReconstructionLoss
 from tokenizer.vq_model import VQ_models, VQModel, load_vq, make_vq_config
+from tokenizer.vq_state import VQState, place_codebook, revive_dead_codes
 from utils.checkpoints.folder import read_sharded
-from utils.distributed import World, init_distributed
+from utils.distributed import init_distributed
 from utils.options import add_retired, amount, count, fraction, make_parser, positive_int, resolve, run_main
 from utils.parallel import delay_sync, replicate
 from utils.performance import usable_cores
 from utils.precision import autocast, log_level, resolve_precision
 from utils.training.options import add_optimizer_options, add_output_options, add_precision_option, split_batch
 from utils.training.run import TrainingRun
-from utils.training.state import Guard, TrainingState, learning_rate, make_training_state
+from utils.training.state import learning_rate, make_training_state
 from utils.training.stop_signal import StopSignal
 
-KMEANS_ITERATIONS = 10
-LATENTS_PER_ENTRY = 8  # of the first images, to place each entry of a new codebook
 LOG_LINE = (
     ": loss {loss:.4f}, reconstruction {reconstruction:.4f}, {terms}codebook {codebook:.4f}, "
     "codebook used {codebook_used:.1%}, perplexity {perplexity:.4g}, grad norm {grad_norm:.3f}, lr {lr:.2e}, "
@@ -212,44 +210,6 @@ def make_loader(args: Namespace, order: EpochOrder, steps: range, rank: int, siz
     return DataLoader(files, batch_sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available())
 
 
-@dataclass
-class VQState(TrainingState):
-    """State of the tokenizer and its discriminator, saved and resumed as one."""
-
-    discriminator: TrainingState | None = None
-
-    def set_learning_rate(self, lr: float) -> None:
-        """Set it for both."""
-        super().set_learning_rate(lr)
-        if self.discriminator:
-            self.discriminator.set_learning_rate(lr)
-
-    @property
-    def guards(self) -> list[Guard]:
-        """Guards of both."""
-        return super().guards + (self.discriminator.guards if self.discriminator else [])
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Parameters of both."""
-        return super().parameters() + (self.discriminator.parameters() if self.discriminator else [])
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Tensors of the tokenizer, and those of the discriminator under ``discriminator.``."""
-        others = self.discriminator.tensors() if self.discriminator else {}
-        return super().tensors() | {f"discriminator.{k}": v for k, v in others.items()}
-
-    def scalars(self) -> dict[str, Any]:
-        """Scalars of the tokenizer, and those of the discriminator under ``discriminator``."""
-        others = {"discriminator": self.discriminator.scalars()} if self.discriminator else {}
-        return super().scalars() | others
-
-    def load_scalars(self, scalars: dict[str, Any]) -> None:
-        """Restore ``scalars``."""
-        super().load_scalars(scalars)
-        if self.discriminator:
-            self.discriminator.load_scalars(scalars["discriminator"])
-
-
 def fixed_options(args: Namespace, model: VQModel, order: EpochOrder) -> dict[str, Any]:
     """Return what may not change between a run and its resumption."""
     fixed = ("image_size", "epochs", "global_batch_size", "global_seed", "lr_schedule")
@@ -264,38 +224,6 @@ def load_discriminator(args: Namespace, adversary: Adversary | None) -> None:
     pretrained = read_sharded(Path(args.vq_ckpt), "discriminator.model.")
     if pretrained.keys() == adversary.model.state_dict().keys():
         adversary.model.load_state_dict(pretrained)
-
-
-@torch.no_grad()
-def place_codebook(args: Namespace, model: VQModel, order: EpochOrder, world: World) -> None:
-    """Set the entries of a new codebook from the latents of the first images, on rank 0 for all."""
-    size, tokens = model.config.codebook_size, (args.image_size // model.config.downsample) ** 2
-    available = order.steps_per_epoch * order.batch * tokens
-    if available < size:
-        raise ValueError(
-            f"--codebook-init {args.codebook_init}: {order.length} images have {available} latents for {size} entries"
-        )
-    if world.is_main:
-        steps = min(-(-LATENTS_PER_ENTRY * size // (order.batch * tokens)), order.steps_per_epoch)
-        batches = make_loader(args, order, range(steps), 0, 1)
-        latents = torch.cat([model.quantize.rows(model.latent(to_model_range(p, world.device))) for p, _, _ in batches])
-        iterations = KMEANS_ITERATIONS if args.codebook_init == "kmeans" else 0
-        model.quantize.fit(latents, iterations, torch.Generator().manual_seed(args.global_seed))
-    entries = world.broadcast(model.quantize.embedding.weight.cpu())  # (V, C)
-    model.quantize.embedding.weight.copy_(entries)
-
-
-@torch.no_grad()
-def revive_dead_codes(args: Namespace, world: World, state: VQState, images: torch.Tensor, step: int) -> None:
-    """Move dead entries, of weights and moving average, to latents of ``images`` (b, 3, S, S) of all ranks."""
-    model, average = state.model, state.ema and state.ema.average
-    dead = model.quantize.dead()  # (V,)
-    with autocast(world.device, args.mixed_precision):
-        rows = model.quantize.rows(model.latent(images))  # (N, C)
-    generator = torch.Generator().manual_seed(args.global_seed + step)
-    model.quantize.move(dead, world.gather(rows), generator)
-    if average:
-        average["quantize.embedding.weight"][dead] = model.quantize.embedding.weight[dead]
 
 
 def log_header(
@@ -342,7 +270,8 @@ def main() -> None:
         start_folder(args),
     )  # fmt: skip
     if run.first_step == 0 and args.codebook_init != "uniform":
-        place_codebook(args, model, order, world)
+        first = make_loader(args, order, range(order.steps_per_epoch), 0, 1)
+        place_codebook(args, world, model, (pixels for pixels, _, _ in first), order.steps_per_epoch * order.batch)
         if state.ema:
             state.ema.start(model)
     forward = replicate(world, model)

@@ -47,7 +47,8 @@ def add_precision_option(group: _ArgumentGroup, choices: Iterable[str]) -> None:
         "--mixed-precision",
         choices=["auto", *choices],
         default="auto",
-        help=f"data type of matrix products and convolutions; weights stay float32. {AUTO_HELP}; published runs are in bf16",
+        help="data type of matrix products and convolutions; weights stay float32. "
+        f"{AUTO_HELP}; published runs are in bf16",
     )
 
 
