@@ -321,7 +321,7 @@ def test_dry_run_forecasts_and_writes_nothing(work, monkeypatch, capfd, tmp_path
     options = ("--code-path", work / "codes", *TRAIN_OPTIONS, "--cloud-save-path", tmp_path / "c", "--dry-run")
     log = quietly(capfd, monkeypatch, *options, "--results-dir", tmp_path / "r", "--vq-ckpt", work / "vq.pt")
     assert "1,591,808 parameters" in log and "step 2 " in log and "step 3 " not in log
-    assert "dry run: 0.02 GiB a process" in log and "for the 15 steps to do; nothing was written" in log
+    assert "dry run: 0.02 GiB per process" in log and "for the 15 steps to do; nothing was written" in log
     assert not list(tmp_path.iterdir())
 
 
