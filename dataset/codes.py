@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import uuid
 import zipfile
 from collections.abc import Sequence
@@ -25,9 +24,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from utils.files import atomic_path, require_folder, sha256_file, write_json
+from utils.npz import map_member, open_npz
 
 
 @dataclass(frozen=True)
@@ -197,24 +196,6 @@ def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) ->
     return meta
 
 
-def _map_npy(path: Path, member: zipfile.ZipInfo) -> np.ndarray:
-    """Map an uncompressed ``.npy`` member of a zip file into memory, without keeping the file open."""
-    if member.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{path}: {member.filename} is compressed; a shard is stored uncompressed")
-    with open(path, "rb") as f:
-        f.seek(member.header_offset + 26)  # lengths of name and extra field end the zip's local header
-        f.seek(member.header_offset + 30 + sum(struct.unpack("<HH", f.read(4))))
-        version = np.lib.format.read_magic(f)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, fortran_order, dtype = read_header[version](f)
-        start = f.tell()
-    if dtype.hasobject or fortran_order:
-        raise ValueError(f"{path}: {member.filename} is not a plain array")
-    # numpy.memmap keeps one file descriptor a map, and a large set has more shards than a process may open files
-    whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
-    return np.frombuffer(whole, dtype, int(np.prod(shape, dtype=np.int64)), start).reshape(shape)
-
-
 class Codes:
     """Cached codes of a data set, random access; what every reader offers."""
 
@@ -264,11 +245,10 @@ class ShardedCodes(Codes):
     @staticmethod
     def _open(path: Path) -> tuple[np.ndarray, np.ndarray]:
         try:
-            with zipfile.ZipFile(path) as archive:
-                codes, labels = (_map_npy(path, archive.getinfo(f"{k}.npy")) for k in ("codes", "labels"))
-        except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, KeyError, struct.error) as error:
+            with open_npz(path) as archive:
+                return map_member(archive, "codes"), map_member(archive, "labels")
+        except ValueError as error:
             raise ValueError(f"{path} is missing or damaged ({error}); delete it and extract again") from error
-        return codes, labels
 
     def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
         """Codes (B, tokens) int64, raster order, of B (image, crop) pairs."""

@@ -1,21 +1,34 @@
-"""A set of images as one ``.npz`` of ``arr_0`` uint8 (N, H, W, 3) and ``labels`` int64 (N,), written in chunks.
+"""``.npz`` files: arrays read safely or mapped in place, and a set of images written by many processes.
 
-Every process writes its chunks straight to where they belong in the final file, so nothing is packed or copied. A byte
-per chunk beside it says which are there: written after the chunk, so that a process killed in between only makes that
-chunk again. Plain writes, not a memory map: over a network disk a map writes whole pages, and with them the edges of a
-neighbour's images as they were.
+What is read may come from anybody: nothing is unpickled, and the size that an array's header promises is held against
+the bytes in the archive before memory is taken for it.
+
+What is written is ``arr_0`` uint8 (N, H, W, 3) and ``labels`` int64 (N,). Every process writes its chunks straight to
+where they belong in the final file, so nothing is packed or copied. A byte per chunk in a second file records which
+are done: it is written after the chunk, so that a process killed in between only makes that chunk again. Plain writes,
+not a memory map: over a network disk a map writes whole pages, and with them the edges of a neighbour's images as they
+were.
 """
 
 from __future__ import annotations
 
 import io
+import lzma
+import math
 import os
 import shutil
 import struct
+import tokenize
+import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from utils.files import atomic_path
@@ -23,6 +36,103 @@ from utils.files import atomic_path
 BLOCK = 1 << 24  # bytes read at a time for the checksum
 _LARGE = 0xFFFFFFFF  # in a zip's field: the value stands in the zip64 extra field
 _DATE = 0x21  # 1980-01-01, so that equal images are equal bytes
+
+
+_HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+# what zipfile raises for damaged, encrypted or foreign files
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+_ZIP_ERRORS += (MemoryError, EOFError, NotImplementedError, RuntimeError, OSError)
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """Turn whatever ``zipfile`` raises into a ``ValueError`` of one line."""
+    try:
+        yield
+    except _ZIP_ERRORS as error:
+        raise ValueError(f"{path} is no whole .npz file: {str(error) or type(error).__name__}") from error
+
+
+@contextmanager
+def open_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
+    """Open an archive for ``open_member`` and ``map_member``; ``ValueError`` if it is not a whole ``.npz``."""
+    with _readable(path):
+        archive = zipfile.ZipFile(path)
+    with archive:
+        yield archive
+
+
+@dataclass(frozen=True)
+class Member:
+    """One array of an archive: its header is read and checked, its values are still to be read."""
+
+    path: str  # of the archive
+    name: str
+    stream: BinaryIO
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Return the next values as an array of ``shape``."""
+        with _readable(self.path):
+            data = bytearray(self.stream.read(math.prod(shape) * self.dtype.itemsize))
+            values = np.frombuffer(data, self.dtype)
+            if values.size != math.prod(shape):
+                raise EOFError(f"{self.name} ends too early")
+        return values.reshape(shape, order="F" if self.fortran_order else "C")
+
+
+def open_member(archive: zipfile.ZipFile, name: str) -> Member:
+    """Read the header of array ``name`` and compare its size with the number of bytes in the archive.
+
+    Raises ``ValueError`` if the array is missing, holds Python objects or is damaged.
+    """
+    path = archive.filename
+    if f"{name}.npy" not in archive.namelist():
+        raise ValueError(f"{path} holds no array {name}")
+    with _readable(path):
+        stream = archive.open(f"{name}.npy")
+        try:
+            version = np.lib.format.read_magic(stream)
+            if version not in _HEADER_READERS:
+                raise ValueError(f"written in version {version} of the format")
+            shape, fortran_order, dtype = _HEADER_READERS[version](stream)
+        except (ValueError, KeyError, IndexError, SyntaxError, tokenize.TokenError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{path}: {name} is no readable array: {reason}") from error
+        present = archive.getinfo(f"{name}.npy").file_size - stream.tell()
+
+    if any(type(side) is not int or side < 0 for side in shape):
+        raise ValueError(f"{path}: {name} is no readable array: its shape is {shape}")
+    if dtype.hasobject:
+        raise ValueError(f"{path}: {name} holds Python objects, which are never loaded; expected numbers")
+    member = Member(path, name, stream, shape, fortran_order, dtype)
+    if member.num_bytes != present:
+        raise ValueError(
+            f"{path}: {name} should have {member.num_bytes} bytes of values and has {present}: damaged file"
+        )
+    return member
+
+
+def map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Map array ``name`` of an uncompressed archive into memory, without keeping the file open."""
+    member, info = open_member(archive, name), archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED or member.fortran_order:
+        raise ValueError(f"{member.path}: {name} is compressed or in Fortran order and cannot be mapped")
+
+    with _readable(member.path), open(member.path, "rb") as f:
+        f.seek(info.header_offset + 26)  # the lengths of name and extra field end the zip's local header
+        start = info.header_offset + 30 + sum(struct.unpack("<HH", f.read(4))) + member.stream.tell()
+        # numpy.memmap keeps one file descriptor per map; a set of codes has more shards than a process may open files
+        size = os.path.getsize(member.path)
+        whole = torch.from_file(member.path, shared=False, size=size, dtype=torch.uint8).numpy()
+    return np.frombuffer(whole, member.dtype, math.prod(member.shape), start).reshape(member.shape)
 
 
 class SampleFile:

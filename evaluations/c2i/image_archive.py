@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import lzma
 import math
 import re
-import struct
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -22,11 +17,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from dataset.imagenet import open_image
 from evaluations.c2i.metrics import Statistics
 from utils.files import require_file
+from utils.npz import Member, open_member, open_npz
 
 IMAGES, LABELS = "arr_0", ("labels", "arr_1")  # guided-diffusion saves labels as a second positional array
 LARGEST_IMAGE = 1 << 26  # values of one image
 LARGEST_WHOLE = 1 << 30  # bytes of an array that is read at once: 8 times the statistics of 4096 features
-HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 @dataclass(frozen=True)
@@ -58,9 +53,9 @@ class ImageArchive:
         Only batches ``rank``, ``rank + size``, ... are handed out. Holds one batch at a time. Raises ``ValueError`` for
         a damaged file and for floats outside 0-255.
         """
-        with _readable(self.path), zipfile.ZipFile(self.path) as archive:
-            member = _open_member(archive, IMAGES, self.path)
-            whole = _read_whole(archive, IMAGES, self.path) if member.fortran_order else None
+        with open_npz(self.path) as archive:
+            member = open_member(archive, IMAGES)
+            whole = _read_whole(archive, IMAGES) if member.fortran_order else None
             for index, start in enumerate(range(0, self.count, batch_size)):
                 shape = (min(batch_size, self.count - start), *member.shape[1:])
                 batch = member.read(shape) if whole is None else whole[start : start + batch_size]
@@ -127,9 +122,9 @@ def open_archive(path: str | Path, name: str) -> ImageArchive:
     holds them with another dtype or shape, Python objects or too few bytes.
     """
     path = require_file(path, name)
-    with _readable(path), zipfile.ZipFile(path) as archive:
+    with open_npz(path) as archive:
         found = [entry.removesuffix(".npy") for entry in archive.namelist() if entry.endswith(".npy")]
-        shape = _image_shape(_open_member(archive, IMAGES, path), path) if IMAGES in found else None
+        shape = _image_shape(open_member(archive, IMAGES), path) if IMAGES in found else None
         pool = _read_statistics(archive, "mu", "sigma", found, path)
         spatial = _read_statistics(archive, "mu_s", "sigma_s", found, path)
         labels = _read_labels(archive, shape, found, path)
@@ -139,48 +134,7 @@ def open_archive(path: str | Path, name: str) -> ImageArchive:
     return ImageArchive(path, shape, pool, spatial, labels)
 
 
-@dataclass
-class _Member:
-    """One array of an archive, its header read, its values still to come."""
-
-    stream: BinaryIO
-    name: str
-    shape: tuple[int, ...]
-    fortran_order: bool
-    dtype: np.dtype
-
-    def read(self, shape: tuple[int, ...]) -> np.ndarray:
-        """The next values as an array of ``shape``."""
-        data = bytearray(self.stream.read(math.prod(shape) * self.dtype.itemsize))
-        values = np.frombuffer(data, self.dtype)
-        if values.size != math.prod(shape):
-            raise EOFError(f"{self.name} ends too early")
-        return values.reshape(shape, order="F" if self.fortran_order else "C")
-
-
-def _open_member(archive: zipfile.ZipFile, name: str, path: Path) -> _Member:
-    """Read the header of an array, and hold it against the number of bytes that are there."""
-    info = archive.getinfo(f"{name}.npy")
-    stream = archive.open(info)
-    try:
-        version = np.lib.format.read_magic(stream)
-        if version not in HEADER_READERS:
-            raise ValueError(f"written in version {version} of the format")
-        shape, fortran_order, dtype = HEADER_READERS[version](stream)
-    except (ValueError, KeyError, IndexError, SyntaxError, tokenize.TokenError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: {name} is no readable array: {reason}") from error
-    if any(type(side) is not int or side < 0 for side in shape):
-        raise ValueError(f"{path}: {name} is no readable array: its shape is {shape}")
-    if dtype.hasobject:
-        raise ValueError(f"{path}: {name} holds Python objects, which are never loaded; expected numbers")
-    expected, present = math.prod(shape) * dtype.itemsize, info.file_size - stream.tell()
-    if expected != present:
-        raise ValueError(f"{path}: {name} should have {expected} bytes of values and has {present}: damaged file")
-    return _Member(stream, name, shape, fortran_order, dtype)
-
-
-def _image_shape(member: _Member, path: Path) -> tuple[int, int, int, int]:
+def _image_shape(member: Member, path: Path) -> tuple[int, int, int, int]:
     shape, dtype = member.shape, member.dtype
     if len(shape) != 4 or shape[3] != 3 or 0 in shape:
         raise ValueError(f"{path}: {member.name} has the shape {shape}, expected images (N, H, W, 3)")
@@ -199,7 +153,7 @@ def _read_statistics(
         return None
     if len(present) == 1:
         raise ValueError(f"{path} holds {present[0]} without its partner; expected {mu_name} and {sigma_name}")
-    mu, sigma = (_read_whole(archive, name, path) for name in present)
+    mu, sigma = (_read_whole(archive, name) for name in present)
     if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or mu.ndim != 1 or sigma.shape != mu.shape * 2:
         raise ValueError(
             f"{path}: {mu_name} is {mu.dtype} {mu.shape} and {sigma_name} {sigma.dtype} {sigma.shape}, "
@@ -218,20 +172,20 @@ def _read_labels(
     name = next((n for n in LABELS if n in found), None)
     if name is None or shape is None:
         return None
-    member = _open_member(archive, name, path)
-    if name != LABELS[0] and (member.shape != shape[:1] or member.dtype.kind not in "iu"):
+    member = open_member(archive, name)
+    if member.shape == shape[:1] and member.dtype.kind in "iu":
+        return member.read(member.shape)
+    if name != LABELS[0]:
         return None  # a second positional array of something else
-    labels = member.read(member.shape) if member.shape == shape[:1] else np.zeros(member.shape[:0])
-    if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
-        raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}, expected {shape[0]} integers")
-    return labels
+    raise ValueError(f"{path}: labels are {member.dtype} {member.shape}, expected {shape[0]} integers")
 
 
-def _read_whole(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
-    member = _open_member(archive, name, path)
-    size = math.prod(member.shape) * member.dtype.itemsize
-    if size > LARGEST_WHOLE:
-        raise ValueError(f"{path}: {name} would take {size:,} bytes of memory, at most {LARGEST_WHOLE:,} are read")
+def _read_whole(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    member = open_member(archive, name)
+    if member.num_bytes > LARGEST_WHOLE:
+        raise ValueError(
+            f"{member.path}: {name} would take {member.num_bytes:,} bytes of memory, at most {LARGEST_WHOLE:,} are read"
+        )
     return member.read(member.shape)
 
 
@@ -239,22 +193,3 @@ def _check_range(batch: np.ndarray, path: Path) -> None:
     low, high = float(batch.min()), float(batch.max())
     if not (low >= 0 and high <= 255):
         raise ValueError(f"{path}: arr_0 has values in {low:g}..{high:g}, expected 0..255")
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn what ``zipfile`` raises for damaged, encrypted or foreign files into one ``ValueError``."""
-    try:
-        yield
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        lzma.LZMAError,
-        MemoryError,
-        EOFError,
-        struct.error,
-        NotImplementedError,
-        RuntimeError,
-        OSError,
-    ) as error:
-        raise ValueError(f"{path} is no whole .npz file: {error}") from error
