@@ -17,6 +17,7 @@ from utils.files import write_json
 from utils.images import image_grid, save_png, to_uint8
 from utils.logger import progress
 from utils.options import make_parser, positive_int, run_main
+from utils.quality import codebook_usage, perplexity
 
 CHUNK = 4096
 
@@ -31,14 +32,14 @@ def verify(folder: Path, codes: ShardedCodes) -> None:
         raise ValueError(f"{len(damaged)} damaged shards: {'; '.join(damaged)}; extract_codes_c2i.sh makes them again")
 
 
-def count_codes(codes: ShardedCodes) -> np.ndarray:
+def count_codes(codes: ShardedCodes) -> torch.Tensor:
     """How often each codebook entry occurs over all images and crops: (V,) int64."""
     counts = np.zeros(codes.meta["codebook_size"], np.int64)
     for first in range(0, len(codes), CHUNK):
         images = np.arange(first, min(first + CHUNK, len(codes)))
         for crop in range(codes.num_crops):
             counts += np.bincount(codes.gather(images, np.full(len(images), crop)).ravel(), minlength=len(counts))
-    return counts
+    return torch.from_numpy(counts)
 
 
 def draw(codes: ShardedCodes, vq_ckpt: str, rows: int, output: Path) -> None:
@@ -72,10 +73,8 @@ def main() -> None:
         raise ValueError(f"--code-path {folder} is in the published layout; scripts/convert_codes.py makes shards")
     output = Path(args.output) if args.output else folder / "inspect.png"
     verify(folder, codes)
-    usage = count_codes(codes)
+    counts = count_codes(codes)
     per_class = np.bincount(codes.labels, minlength=codes.num_classes)
-    probability = usage[usage > 0] / usage.sum()
-    perplexity = float(np.exp(-(probability * np.log(probability)).sum()))
     meta = codes.meta
     print(
         f"{folder}: {len(codes):,} images x {codes.num_crops} crops of {meta['image_size']}x{meta['image_size']} as "
@@ -84,12 +83,12 @@ def main() -> None:
         f"shards     {len(meta['shards'])}, all whole; {meta['num_skipped_images']} unreadable images left out\n"
         f"tokenizer  sha256 {meta['tokenizer_sha256']}\n"
         f"classes    {codes.num_classes}, {per_class.min()} to {per_class.max()} images each\n"
-        f"codebook   {(usage > 0).sum():,} of {len(usage):,} entries occur ({(usage > 0).mean():.1%}), "
-        f"perplexity {perplexity:,.0f}"
+        f"codebook   {(counts > 0).sum():,} of {len(counts):,} entries occur ({codebook_usage(counts):.1%}), "
+        f"perplexity {perplexity(counts):,.0f}"
     )
-    counts = {"images_per_class": dict(zip(meta["classes"], per_class.tolist(), strict=True))}
-    counts |= {"codebook_counts": usage.tolist(), "codebook_perplexity": perplexity}
-    write_json(output.with_suffix(".json"), counts)
+    report = {"images_per_class": dict(zip(meta["classes"], per_class.tolist(), strict=True))}
+    report |= {"codebook_counts": counts.tolist(), "codebook_perplexity": perplexity(counts)}
+    write_json(output.with_suffix(".json"), report)
     if args.vq_ckpt:
         draw(codes, args.vq_ckpt, args.rows, output)
         print(f"{output}: one image a row, its crops in order")

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from dataset.imagenet import CenterCrop, ImageFiles, list_images, to_model_range
 from tokenizer.vq_loss import find_vgg, load_lpips
@@ -32,6 +31,7 @@ from utils.logger import create_logger, progress
 from utils.npz import SampleFile
 from utils.options import add_retired, count, make_parser, positive_int, run_main, write_options
 from utils.performance import usable_cores
+from utils.quality import codebook_usage, perplexity, psnr, ssim
 
 SHOWN = {
     "psnr": "PSNR {:.2f} dB",
@@ -69,19 +69,6 @@ def parse_args() -> Namespace:
         },
     )
     return parser.parse_args()
-
-
-def psnr(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """10 log10(255^2 / mean squared error) of each pair of uint8 (N, H, W, 3): (N,) dB."""
-    error = np.square(images.astype(np.float64) - reconstructions).mean(axis=(1, 2, 3))
-    return 10 * np.log10(255.0**2 / np.maximum(error, 1e-10))
-
-
-def ssim(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """Structural similarity (Wang et al. 2004: Gaussian window of 11, sigma 1.5) of each pair of uint8 (N, H, W, 3):
-    (N,), 1 for equal ones; the mean over colours and pixels, mirrored at the borders."""
-    pair = (torch.from_numpy(x).permute(0, 3, 1, 2).float() for x in (reconstructions, images))  # (N, 3, H, W) each
-    return structural_similarity_index_measure(*pair, data_range=255.0, reduction="none").reshape(-1).numpy()
 
 
 class Reconstructor:
@@ -153,10 +140,9 @@ class Reconstructor:
                     chunks.setdefault(key, []).append(npz[key])
         scores = {k: np.concatenate(v) for k, v in chunks.items()}
         labels, codes = scores.pop("labels"), scores.pop("codes")  # (N,), (N, h, w)
-        p = np.bincount(codes.reshape(-1), minlength=self.vq.config.codebook_size) / codes.size  # (V,)
+        counts = torch.from_numpy(np.bincount(codes.reshape(-1), minlength=self.vq.config.codebook_size))  # (V,)
         figures = {k: float(v.astype(np.float64).mean()) for k, v in scores.items()}
-        figures |= {"codebook_used": float((p > 0).mean())}
-        return figures | {"perplexity": float(np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()))}, labels
+        return figures | {"codebook_used": codebook_usage(counts), "perplexity": perplexity(counts)}, labels
 
     def draw(self) -> None:
         """The picture: images, spread over the set, each beside its reconstruction."""

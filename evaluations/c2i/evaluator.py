@@ -19,7 +19,6 @@ import torch
 
 from evaluations.c2i.classifier import load_classifier
 from evaluations.c2i.extra_metrics import (
-    SSIM_WINDOW,
     class_frechet,
     frechet_interval,
     kernel_distance,
@@ -44,6 +43,7 @@ from utils.distributed import World, init_distributed
 from utils.files import atomic_path, prepare_folder, require_file, sha256_file
 from utils.logger import progress
 from utils.options import make_parser, positive_int, run_main, write_options
+from utils.quality import SSIM_WINDOW
 
 PRETRAINED_MODELS = Path(__file__).resolve().parents[2] / "pretrained_models"
 NEIGHBOURS = 3

@@ -9,22 +9,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.image.kid import poly_mmd
 
 from evaluations.c2i.features import Features
 from evaluations.c2i.metrics import frechet_distance, frechet_distance_of_few, mean_and_covariance
 from utils.checkpoints.weights_file import find_state_dict, load_checkpoint, load_strictly
 from utils.distributed import World
 from utils.logger import progress
+from utils.quality import psnr, ssim
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-SSIM_WINDOW = 11  # pixels
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIZE = 224
 
@@ -35,6 +31,8 @@ def kernel_distance(reference: np.ndarray, samples: np.ndarray, seed: int = 0) -
     Features (N, D) and (M, D) float32 (Binkowski et al. 2018, arXiv 1801.01401, section 4; not multiplied by 1,000).
     Sets with fewer than 1,000 rows give subsets of their size.
     """
+    from torchmetrics.image.kid import poly_mmd  # takes over a second
+
     rng = np.random.default_rng(seed)
     size = min(KID_SUBSET_SIZE, len(reference), len(samples))
     values = []
@@ -84,19 +82,12 @@ def frechet_interval(
 def paired_quality(
     pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device | str = "cpu"
 ) -> tuple[float, float]:
-    """PSNR in dB and SSIM, each the mean over images, of pairs of batches (B, H, W, 3) in 0-255, H and W at least 11.
-
-    Identical images count as 100 dB. SSIM with an 11 x 11 Gaussian window (Wang et al. 2004) on RGB.
-    """
-    psnr, ssim = [], []
+    """PSNR in dB and SSIM, each the mean over images, of pairs of batches (B, H, W, 3) in 0-255."""
+    psnrs, ssims = [], []
     for first, second in pairs:
-        x, y = (b.to(device).permute(0, 3, 1, 2).float() for b in (first, second))  # (B, 3, H, W)
-        found = peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))  # (B,)
-        psnr.append(found.clamp(max=100.0))
-        ssim.append(
-            structural_similarity_index_measure(x, y, data_range=255.0, kernel_size=SSIM_WINDOW, reduction="none")
-        )  # (B,)
-    return torch.cat(psnr).mean().item(), torch.cat(ssim).mean().item()
+        psnrs.append(psnr(first.numpy(), second.numpy()))  # (B,)
+        ssims.append(ssim(first.numpy(), second.numpy(), device))  # (B,)
+    return np.concatenate(psnrs).mean().item(), np.concatenate(ssims).mean(dtype=np.float64).item()
 
 
 class DinoFeatures(nn.Module):
@@ -107,10 +98,12 @@ class DinoFeatures(nn.Module):
     """
 
     def __init__(self, name: str = DINOV2) -> None:
+        import timm  # takes over a second
+
         super().__init__()
         self.network = timm.create_model(name, num_classes=0, dynamic_img_size=True)
-        self.register_buffer("mean", torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(timm.data.IMAGENET_DEFAULT_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(timm.data.IMAGENET_DEFAULT_STD).view(3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> Features:
         """``images`` (B, H, W, 3) uint8, or float32 in 0-255; pool features (B, 1024)."""
