@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluations.c2i import evaluator, image_archive, report, self_check, sweep
+from evaluations.c2i import evaluator, image_sets, report, self_check, sweep
 from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier, save_classifier
-from evaluations.c2i.image_archive import open_archive
+from evaluations.c2i.image_sets import open_archive
 from evaluations.c2i.metrics import mean_and_covariance
 from tests.conftest import run_command
 from tests.test_inception import recipe_state
@@ -475,7 +475,7 @@ def test_names_are_ordered_by_number_and_settings_found_beside_a_folder(sets):
     save_images(sets / "cfg-1.75-seed-0", np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(3, 3))
     for i in range(12):
         (sets / "cfg-1.75-seed-0" / f"{i:03}.png").rename(sets / "cfg-1.75-seed-0" / f"{i}.png")
-    images = image_archive.open_images(sets / "cfg-1.75-seed-0", "SAMPLES")
+    images = image_sets.open_images(sets / "cfg-1.75-seed-0", "SAMPLES")
     assert torch.cat(list(images.batches(5)))[:, 0, 0, 0].tolist() == list(range(12))
     (sets / "cfg-1.75-seed-0.json").write_text(json.dumps({"options": {"cfg_scale": 1.75}}))
     assert report.settings_of(images.path) == {"cfg_scale": 1.75}
@@ -524,7 +524,7 @@ def test_openai_samples_are_compared_with_their_published_figures():
 
 def test_a_zip_bomb_is_not_unpacked(sets, evaluate, monkeypatch):
     """Statistics are read whole, so their size is bounded before; 200 kB on disk say they are 200 MB here."""
-    monkeypatch.setattr(image_archive, "LARGEST_WHOLE", 100_000_000)
+    monkeypatch.setattr(image_sets, "LARGEST_WHOLE", 100_000_000)
     np.savez_compressed(sets / "sam.npz", mu=np.zeros(5000), sigma=np.zeros((5000, 5000)))
     with pytest.raises(ValueError, match="sigma would take 200,000,000 bytes of memory"):
         evaluate(sets)

@@ -1,7 +1,7 @@
 """FID, sFID, Inception Score, Precision and Recall of generated images against a reference set.
 
 REF and each SAMPLES: an .npz with images (arr_0, uint8 N x H x W x 3), stored statistics (mu, sigma and mu_s,
-sigma_s), or both; or a folder of images. Numbers out: to the screen, to a .txt and to a .metrics.json beside the
+sigma_s), or both; or a folder of images. The metrics go to the screen, to a .txt and to a .metrics.json beside the
 samples. Under torchrun the images are shared among the processes.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,10 @@ import numpy as np
 import torch
 
 from evaluations.c2i.classifier import load_classifier
-from evaluations.c2i.extra_metrics import (
-    class_frechet,
-    frechet_interval,
-    kernel_distance,
-    load_dinov2,
-    paired_quality,
-)
-from evaluations.c2i.features import FeatureNetwork, Features
-from evaluations.c2i.image_archive import ImageSet, open_images
+from evaluations.c2i.extra_metrics import class_frechet, frechet_interval, kernel_distance, load_dinov2, paired_quality
+from evaluations.c2i.features import FeatureNetwork, Features, MeasuredSet, measure_reference, measure_set
+from evaluations.c2i.image_sets import ImageSet, open_images
 from evaluations.c2i.inception import download_weights, find_weights, load_inception
-from evaluations.c2i.measured_set import MeasuredSet, measure_reference, measure_set, reference_hashes
 from evaluations.c2i.metrics import (
     PrecisionRecall,
     class_accuracy,
@@ -49,13 +43,27 @@ PRETRAINED_MODELS = Path(__file__).resolve().parents[2] / "pretrained_models"
 NEIGHBOURS = 3
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What all sets of samples are evaluated with, and the reference they are compared with."""
+
+    args: argparse.Namespace
+    world: World
+    network: FeatureNetwork | None
+    dino: FeatureNetwork | None
+    reference: ImageSet
+    measured_reference: MeasuredSet
+    dino_reference: MeasuredSet
+
+
 def main() -> None:
-    """Read options and files, extract features, print and write the numbers."""
+    """Read options and files, extract features, print and write the metrics."""
     args = parse_args()
     world = choose_world(args.device)
     if args.download and not args.inception_weights and world.is_main:
         download_weights(PRETRAINED_MODELS)
     world.barrier()
+
     if args.self_check:
         if world.is_main:
             self_check(args.inception_weights, PRETRAINED_MODELS, args.allow_unknown_weights)
@@ -63,12 +71,19 @@ def main() -> None:
             return
     if args.reference is None or not args.samples:
         raise ValueError("REF and SAMPLES are required (see --help)")
+
     reference = open_images(args.reference, "REF")
     sets = [open_images(path, "SAMPLES") for path in args.samples]
-    outputs = [output_paths(s, args) for s in sets]
+    outputs = [output_paths(samples, args) for samples in sets]
     check_outputs([path for pair in outputs for path in pair], args)
-    needed = any(s.count for s in sets), any(reference_needs_images(reference, s) for s in sets)
-    network, network_file = load_network(args, world) if any(needed) else (None, None)
+    for samples in sets:
+        check_options(reference, samples, args)
+
+    # reference images are needed for Precision and Recall, and for statistics that are not stored
+    read_samples = any(samples.count for samples in sets)
+    stored = reference.pool is not None and reference.spatial is not None
+    read_reference = reference.count > 0 and (read_samples or not stored)
+    network, network_file = load_network(args, world) if read_samples or read_reference else (None, None)
     for samples in sets:
         check_files(reference, samples, network, args, world)
     if args.compile and network is not None:
@@ -76,28 +91,24 @@ def main() -> None:
     dino = load_dinov2(require_file(args.dinov2, "--dinov2")).to(world.device) if args.dinov2 else None
 
     say(world, "computing reference batch activations...")
-    keep, batch = needed[1] and not args.no_cache, args.batch_size
-    hashes = reference_hashes(reference, network_file["sha256"] if network_file else "", keep and world.is_main)
-    measured = measure_reference(reference, network if needed[1] else None, hashes, keep, batch, world)
+    cache, batch = not args.no_cache, args.batch_size
+    sha256 = network_file["sha256"] if network_file else ""
+    measured = measure_reference(reference, network if read_reference else None, sha256, cache, batch, world)
     say(world, "computing/reading reference batch statistics...")
-    dino_hashes = [hashes[0], sha256_file(args.dinov2)] if dino else []
-    dino_reference = (
-        measure_reference(reference.without_statistics(), dino, dino_hashes, keep, batch, world) if dino else None
-    )
+    sha256 = sha256_file(args.dinov2) if dino else ""
+    dino_measured = measure_reference(reference.without_statistics(), dino, sha256, cache, batch, world)
+
+    inputs = Inputs(args, world, network, dino, reference, measured, dino_measured)
     results = []
     for samples, (text, output) in zip(sets, outputs, strict=True):
-        result = evaluate(reference, measured, samples, network, args, world)
-        if dino is not None and samples.count:
-            found = measure_set(samples.without_statistics(), dino, "DINOv2", batch, world)
-            if world.is_main:
-                result["metrics"]["fd_dinov2"] = frechet_distance(*found.pool, *dino_reference.pool, args.frechet)
-        if world.is_main:
-            finish(result, text)
-            table = compare_with_published(samples.path.name, result["metrics"]) if args.self_check else None
-            if table:
-                print(table)
-            write_options(output, args, **result, reference_images=reference.count, network=network_file)
+        result = evaluate(inputs, samples)
+        if result is None:
+            continue
         results.append(result)
+        write_text(result, text)
+        if args.self_check and (table := compare_with_published(samples.path.name, result["metrics"])):
+            print(table)
+        write_options(output, args, **result, reference_images=reference.count, network=network_file)
     if args.markdown and world.is_main:
         with atomic_path(args.markdown) as temporary:
             temporary.write_text(markdown(results))
@@ -209,12 +220,6 @@ def choose_world(name: str | None) -> World:
         raise ValueError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def reference_needs_images(reference: ImageSet, samples: ImageSet) -> bool:
-    """Whether the reference images are needed: for Precision and Recall, or for statistics that are not stored."""
-    stored = reference.pool is not None and reference.spatial is not None
-    return reference.count > 0 and (samples.count > 0 or not stored)
-
-
 def load_network(args: argparse.Namespace, world: World) -> tuple[FeatureNetwork, dict[str, str]]:
     """The feature network on its device, and the name and hash of its file."""
     if args.feature_network:
@@ -227,36 +232,8 @@ def load_network(args: argparse.Namespace, world: World) -> tuple[FeatureNetwork
     return network.to(world.device), {"path": str(path), "sha256": sha256_file(path)}
 
 
-def check_files(
-    reference: ImageSet,
-    samples: ImageSet,
-    network: FeatureNetwork | None,
-    args: argparse.Namespace,
-    world: World,
-) -> None:
-    """Find what would end in an error later on, by the first image of each file."""
-    sizes: dict[str, set[int]] = {"pool": set(), "spatial": set()}
-    for images in (reference, samples):
-        for kind, stored in (("pool", images.pool), ("spatial", images.spatial)):
-            if stored is not None:
-                sizes[kind].add(len(stored.mu))
-        if network is None or not images.count:
-            continue
-        if images.count <= NEIGHBOURS:
-            raise ValueError(f"{images.path} holds {images.count} images, at least {NEIGHBOURS + 1} are needed")
-        check_values(images, args.batch_size)
-        first = first_features(images, network, world)
-        sizes["pool"].add(first.pool.shape[1])
-        if first.spatial is not None:
-            sizes["spatial"].add(first.spatial.shape[1])
-        if args.feature_network and images is samples and samples.labels is not None:
-            require_labels(samples.labels, samples.count, first.probabilities.shape[1])
-    for kind, found in sizes.items():
-        if len(found) > 1:
-            numbers = " and ".join(str(n) for n in sorted(found))
-            raise ValueError(
-                f"stored statistics and network do not belong together: {kind} features of {numbers} values"
-            )
+def check_options(reference: ImageSet, samples: ImageSet, args: argparse.Namespace) -> None:
+    """Refuse options for which the two sets lack images, labels or size."""
     for option, wanted in (("--kid", args.kid), ("--dinov2", args.dinov2)):
         if wanted and not (reference.count and samples.count):
             raise ValueError(f"{option} needs the images of REF and SAMPLES, not statistics alone")
@@ -266,90 +243,119 @@ def check_files(
         raise ValueError("--class-fid needs labels of REF and SAMPLES (an array `labels` in each .npz)")
     if args.paired and (reference.shape != samples.shape or not samples.count):
         raise ValueError(f"--paired: REF holds {reference.shape}, SAMPLES {samples.shape}; expected the same images")
-    if args.paired and samples.shape and min(samples.shape[1:3]) < SSIM_WINDOW:
+    if args.paired and min(samples.shape[1:3]) < SSIM_WINDOW:
         raise ValueError(f"--paired: images of {samples.path} are smaller than SSIM's window of {SSIM_WINDOW} pixels")
 
 
-def check_values(images: ImageSet, batch_size: int) -> None:
-    """Refuse images in [0, 1]: nothing of a whole batch is brighter."""
-    peak = next(images.batches(batch_size)).max().item()
-    if peak <= 1:
-        raise ValueError(f"{images.path}: the first images have no value above {peak:g}, expected values in 0..255")
-
-
-@torch.inference_mode()
-def first_features(images: ImageSet, network: FeatureNetwork, world: World) -> Features:
-    """Features of the first image alone."""
-    return network(next(images.batches(1)).to(world.device))
-
-
-def evaluate(
+def check_files(
     reference: ImageSet,
-    ref: MeasuredSet,
     samples: ImageSet,
     network: FeatureNetwork | None,
     args: argparse.Namespace,
     world: World,
-) -> dict[str, Any]:
-    """All numbers of one set of samples, and how they were come by; numbers on rank 0 only."""
-    warnings = warnings_before(reference, samples)
+) -> None:
+    """Find errors that would otherwise show up late, from the first batch of each set."""
+    widths: dict[str, set[int]] = {"pool": set(), "spatial": set()}
+    for images in (reference, samples):
+        features = first_features(images, network, args.batch_size, world)
+        for kind in widths:
+            if (stored := getattr(images, kind)) is not None:
+                widths[kind].add(len(stored.mu))
+            if (computed := getattr(features, kind, None)) is not None:
+                widths[kind].add(computed.shape[1])
+    if args.feature_network and samples.labels is not None:
+        require_labels(samples.labels, samples.count, features.probabilities.shape[1])
+    for kind, found in widths.items():
+        if len(found) > 1:
+            numbers = " and ".join(str(n) for n in sorted(found))
+            raise ValueError(
+                f"stored statistics and network do not belong together: {kind} features of {numbers} values"
+            )
+
+
+@torch.inference_mode()
+def first_features(images: ImageSet, network: FeatureNetwork | None, batch_size: int, world: World) -> Features | None:
+    """Check the first batch and return the features of its first image; None without images or network."""
+    if network is None or not images.count:
+        return None
+    if images.count <= NEIGHBOURS:
+        raise ValueError(f"{images.path} holds {images.count} images, at least {NEIGHBOURS + 1} are needed")
+    batch = next(images.batches(batch_size))
+    peak = batch.max().item()
+    if peak <= 1:  # nothing in a whole batch is brighter: values in [0, 1]
+        raise ValueError(f"{images.path}: the first images have no value above {peak:g}, expected values in 0..255")
+    return network(batch[:1].to(world.device))
+
+
+def evaluate(inputs: Inputs, samples: ImageSet) -> dict[str, Any] | None:
+    """Return all metrics of one set of samples and the settings behind them; None on all ranks but 0."""
+    args, world = inputs.args, inputs.world
+    warnings = warnings_before(inputs.reference, samples)
     for line in warnings if world.is_main else []:
         print(line, file=sys.stderr)
+
     say(world, "computing sample batch activations...")
-    measured = measure_set(samples, network if samples.count else None, "samples", args.batch_size, world)
+    network = inputs.network if samples.count else None
+    measured = measure_set(samples, network, "samples", args.batch_size, world)
     say(world, "computing/reading sample batch statistics...")
-    result = {"samples": str(samples.path), "sample_images": samples.count, "made_with": settings_of(samples.path)}
-    result |= {"metrics": {}, "distances": None, "warnings": warnings}
+    dino = inputs.dino if samples.count else None
+    dino_measured = measure_set(samples.without_statistics(), dino, "DINOv2", args.batch_size, world)
     if not world.is_main:
-        return result
+        return None
+
+    late_warnings = warnings_after(samples, measured.features) if measured.features is not None else []
+    for line in late_warnings:
+        print(line, file=sys.stderr)
     say(world, "Computing evaluations...")
-    metrics, features = result["metrics"], measured.features
-    metrics["fid"] = frechet_distance(*measured.pool, *ref.pool, args.frechet)
+    metrics, details = compute_metrics(inputs, samples, measured)
+    if dino is not None:
+        metrics["fd_dinov2"] = frechet_distance(*dino_measured.pool, *inputs.dino_reference.pool, args.frechet)
+    return {
+        "samples": str(samples.path),
+        "sample_images": samples.count,
+        "made_with": settings_of(samples.path),
+        "metrics": metrics,
+        "warnings": warnings + late_warnings,
+        **details,
+    }
+
+
+def compute_metrics(
+    inputs: Inputs, samples: ImageSet, measured: MeasuredSet
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return the metrics by name, and details: the precision of distances, FID per class."""
+    args, world, ref = inputs.args, inputs.world, inputs.measured_reference
+    features, details = measured.features, {"distances": None}
+
+    metrics = {"fid": frechet_distance(*measured.pool, *ref.pool, args.frechet)}
     if ref.spatial is not None and measured.spatial is not None:
         metrics["sfid"] = frechet_distance(*measured.spatial, *ref.spatial, args.frechet)
     if features is not None:
         metrics["inception_score"] = inception_score(features.probabilities)
         if args.feature_network and samples.labels is not None:
             metrics["class_accuracy"] = class_accuracy(features.probabilities, samples.labels)
-        for line in warnings_after(samples, features):
-            warnings.append(line)
-            print(line, file=sys.stderr)
     if features is not None and ref.features is not None:
-        found = precision_recall(ref.features.pool, features.pool, NEIGHBOURS, args.exact_distances, world.device)
-        metrics |= {"precision": found.precision, "recall": found.recall}
-        result["distances"] = describe_distances(found, args.exact_distances)
-    further_metrics(result, reference, ref, samples, measured, args, world)
-    return result
+        result = precision_recall(ref.features.pool, features.pool, NEIGHBOURS, args.exact_distances, world.device)
+        metrics |= {"precision": result.precision, "recall": result.recall}
+        details["distances"] = describe_distances(result, args.exact_distances)
 
-
-def further_metrics(
-    result: dict[str, Any],
-    reference: ImageSet,
-    ref: MeasuredSet,
-    samples: ImageSet,
-    measured: MeasuredSet,
-    args: argparse.Namespace,
-    world: World,
-) -> None:
-    """What the options ask for beside the published numbers, into ``result``."""
-    metrics = result["metrics"]
     if args.kid:
-        mean, deviation = kernel_distance(ref.features.pool, measured.features.pool)
-        metrics |= {"kid": mean, "kid_std": deviation}
+        metrics["kid"], metrics["kid_std"] = kernel_distance(ref.features.pool, features.pool)
     if args.bootstrap:
-        low, high = frechet_interval(ref.pool, measured.features.pool, metrics["fid"], args.bootstrap, world)
-        metrics |= {"fid_low": low, "fid_high": high}
+        interval = frechet_interval(ref.pool, features.pool, metrics["fid"], args.bootstrap, world)
+        metrics["fid_low"], metrics["fid_high"] = interval
     if args.class_fid:
-        by_class = class_frechet(ref.features.pool, reference.labels, measured.features.pool, samples.labels)
+        by_class = class_frechet(ref.features.pool, inputs.reference.labels, features.pool, samples.labels)
         if not by_class:
             raise ValueError("--class-fid: no class has two images in REF and in SAMPLES")
         metrics["class_fid"] = float(np.mean(list(by_class.values())))
-        result["fid_of_class"] = by_class
+        details["fid_of_class"] = by_class
     if args.paired:
-        batches = zip(reference.batches(args.batch_size), samples.batches(args.batch_size), strict=True)
+        batches = zip(inputs.reference.batches(args.batch_size), samples.batches(args.batch_size), strict=True)
         count = -(-samples.count // args.batch_size)
         pairs = progress(world, "PSNR and SSIM", count, unit="batch", items=batches)
         metrics["psnr"], metrics["ssim"] = paired_quality(pairs, world.device)
+    return metrics, details
 
 
 def describe_distances(result: PrecisionRecall, exact: bool) -> str:
@@ -362,8 +368,8 @@ def describe_distances(result: PrecisionRecall, exact: bool) -> str:
     return text
 
 
-def finish(result: dict[str, Any], text_path: Path) -> None:
-    """Print the numbers, write them to ``text_path``."""
+def write_text(result: dict[str, Any], text_path: Path) -> None:
+    """Print the metrics and write them to ``text_path``."""
     lines = text_lines(result["metrics"])
     print(lines, end="")
     if result["distances"]:

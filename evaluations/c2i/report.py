@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from evaluations.c2i.features import ImageFeatures
-from evaluations.c2i.image_archive import ImageSet
+from evaluations.c2i.image_sets import ImageSet
 
 PUBLISHED_SAMPLES = 50_000
 TITLES = {

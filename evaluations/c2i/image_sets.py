@@ -68,7 +68,7 @@ class ImageArchive:
 
 
 @dataclass(frozen=True)
-class ImageFiles:
+class ImageFolderSet:
     """A folder of images of one size in place of an ``ImageArchive``, ordered by name, 2.png before 10.png."""
 
     path: Path
@@ -88,7 +88,7 @@ class ImageFiles:
         for start in range(rank * batch_size, self.count, size * batch_size):
             yield torch.stack([self._read(file) for file in self.files[start : start + batch_size]])
 
-    def without_statistics(self) -> ImageFiles:
+    def without_statistics(self) -> ImageFolderSet:
         """The same: a folder stores none."""
         return self
 
@@ -100,7 +100,7 @@ class ImageFiles:
         return torch.from_numpy(pixels)
 
 
-ImageSet: TypeAlias = ImageArchive | ImageFiles
+ImageSet: TypeAlias = ImageArchive | ImageFolderSet
 
 
 def open_images(path: str | Path, name: str) -> ImageSet:
@@ -112,7 +112,7 @@ def open_images(path: str | Path, name: str) -> ImageSet:
     if not files:
         raise ValueError(f"{name}: no images in {path}")
     height, width, channels = np.array(open_image(files[0])).shape
-    return ImageFiles(Path(path), (len(files), height, width, channels), files)
+    return ImageFolderSet(Path(path), (len(files), height, width, channels), files)
 
 
 def open_archive(path: str | Path, name: str) -> ImageArchive:
