@@ -1,4 +1,4 @@
-"""Which process makes which shard of cached codes, decided by claim files on a disk that all processes share."""
+"""Assigns shards of cached codes to processes by claim files on a shared disk."""
 
 from __future__ import annotations
 
@@ -14,44 +14,46 @@ from utils.files import remove_temporary
 
 
 class Claims:
-    """Which process makes which shard, by files on a disk that all of them share.
+    """The shards that this process has claimed; leaving the context releases them.
 
-    A claim is ``shards/00012.claim``, created exclusively. It lapses when its process is gone (known on the same
-    machine) or has not renewed it for ``timeout`` seconds. Should two processes ever make the same shard, both write
-    the same bytes, each whole.
+    A claim is a file ``shards/00012.claim``, created exclusively. It lapses when its process has ended (detected only
+    on the same machine) or has not renewed it for ``timeout`` seconds. If two processes ever make the same shard, both
+    write the same bytes atomically.
     """
 
     def __init__(self, folder: str | Path, timeout: float = 900.0):
         self.folder, self.timeout = folder, timeout
         self._machine = _machine()
         self._text = f"{self._machine} {os.getpid()} {uuid.uuid4().hex}"
-        self._mine: set[int] = set()
+        self._claimed: set[int] = set()
 
     def _path(self, shard: int) -> Path:
         return shard_path(self.folder, shard).with_suffix(".claim")
 
     def free(self, shard: int) -> bool:
-        """Whether ``take`` would now succeed."""
+        """Return whether ``take`` would succeed now."""
         return not self._path(shard).exists() or self._lapsed(self._path(shard))
 
     def take(self, shard: int) -> bool:
-        """Claim ``shard`` if nobody alive has; False if somebody has, or the shard is there already."""
+        """Claim ``shard``; False if another live process holds it, or if the shard exists already."""
         path = self._path(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
         if self._lapsed(path):
             aside = path.with_suffix(f".lapsed-{uuid.uuid4().hex[:8]}")
             try:
-                os.rename(path, aside)  # of several processes that see it lapse, one gets it
+                os.rename(path, aside)  # of several processes that see it lapse, one succeeds
             except FileNotFoundError:
                 return False
             aside.unlink()
+
         try:
             with open(path, "x") as f:
                 f.write(self._text)
         except FileExistsError:
             return False
-        self._mine.add(shard)
-        if shard_path(self.folder, shard).exists():  # finished between our look and our claim
+
+        self._claimed.add(shard)
+        if shard_path(self.folder, shard).exists():  # finished after our last look, before our claim
             self.release(shard)
             return False
         remove_temporary(shard_path(self.folder, shard))
@@ -73,34 +75,34 @@ class Claims:
                 pass
         return age > self.timeout
 
-    def _is_mine(self, shard: int) -> bool:
+    def _is_held(self, shard: int) -> bool:
         try:
             return self._path(shard).read_text() == self._text
         except FileNotFoundError:
             return False
 
     def renew(self) -> None:
-        """Say that this process is alive."""
-        for shard in self._mine:
-            if self._is_mine(shard):
+        """Show that this process is alive, for all its claims."""
+        for shard in self._claimed:
+            if self._is_held(shard):
                 os.utime(self._path(shard))
 
     def release(self, shard: int) -> None:
-        """Give up a claim, when the shard is there."""
-        self._mine.discard(shard)
-        if self._is_mine(shard):
+        """Give up a claim; one that another process has taken over is left alone."""
+        self._claimed.discard(shard)
+        if self._is_held(shard):
             self._path(shard).unlink()
 
     def __enter__(self) -> Claims:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for shard in list(self._mine):
+        for shard in list(self._claimed):
             self.release(shard)
 
 
 def _machine() -> str:
-    """Where a process id means something: host, boot and, on Linux, process namespace, as one word."""
+    """Return what process ids are unique within, as one word: host and, on Linux, boot and process namespace."""
     parts = [platform.node()]
     with suppress(OSError):  # not Linux
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]

@@ -1,13 +1,12 @@
 """``.npz`` files: arrays read safely or mapped in place, and a set of images written by many processes.
 
-What is read may come from anybody: nothing is unpickled, and the size that an array's header promises is held against
-the bytes in the archive before memory is taken for it.
+Reading trusts no file: nothing is unpickled, and the size in an array's header is compared with the bytes in the
+archive before memory is allocated.
 
-What is written is ``arr_0`` uint8 (N, H, W, 3) and ``labels`` int64 (N,). Every process writes its chunks straight to
-where they belong in the final file, so nothing is packed or copied. A byte per chunk in a second file records which
-are done: it is written after the chunk, so that a process killed in between only makes that chunk again. Plain writes,
-not a memory map: over a network disk a map writes whole pages, and with them the edges of a neighbour's images as they
-were.
+Writing produces ``arr_0`` uint8 (N, H, W, 3) and ``labels`` int64 (N,). Every process writes its chunks directly to
+their position in the final file, so nothing is packed or copied. A second file has one byte per chunk, written after
+the chunk: if a process is killed in between, only that chunk is made again. Files are written with plain writes rather
+than a memory map, which on a network disk writes whole pages and could overwrite a neighbour's images.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from tqdm import tqdm
 from utils.files import atomic_path
 
 BLOCK = 1 << 24  # bytes read at a time for the checksum
-_LARGE = 0xFFFFFFFF  # in a zip's field: the value stands in the zip64 extra field
-_DATE = 0x21  # 1980-01-01, so that equal images are equal bytes
+_LARGE = 0xFFFFFFFF  # in a field of a zip: the value is in the zip64 extra field
+_DATE = 0x21  # 1980-01-01, so that equal images give equal files
 
 
 _HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -64,7 +63,7 @@ def open_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
 
 @dataclass(frozen=True)
 class Member:
-    """One array of an archive: its header is read and checked, its values are still to be read."""
+    """One array of an archive, with its header read and checked, its values not read yet."""
 
     path: str  # of the archive
     name: str
@@ -136,7 +135,7 @@ def map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 
 class SampleFile:
-    """The file under construction; ``fingerprint`` keeps sets of other options or weights apart."""
+    """An unfinished set of images; ``fingerprint`` distinguishes sets made with other options or weights."""
 
     def __init__(self, npz: Path, fingerprint: str, shape: tuple[int, int, int, int], chunk: int):
         self.npz, self.fingerprint, self.shape, self.chunk = npz, fingerprint, shape, chunk
@@ -152,7 +151,7 @@ class SampleFile:
         self._end = self._start + shape[0] * self._image_bytes
 
     def create(self) -> None:
-        """Make the file, or keep what an earlier run has done of it; only one process calls this."""
+        """Create the file, unless an earlier run has begun it; to be called by one process only."""
         if self.has_begun():
             return
         free = shutil.disk_usage(self.npz.parent).free
@@ -163,21 +162,21 @@ class SampleFile:
         with open(self.partial, "wb") as f:
             f.write(_local_header(b"arr_0.npy", 0, self._size) + self._npy_header)
             f.truncate(self._end)
-        with atomic_path(self.record) as temporary:  # last, as it is what says that there is a file to go on with
+        with atomic_path(self.record) as temporary:  # last: its existence marks a file that can be continued
             temporary.write_bytes(bytes(self.num_chunks))
 
     def has_begun(self) -> bool:
-        """Return whether there is a file under construction to go on with."""
+        """Return whether there is an unfinished file that can be continued."""
         if not (self.record.exists() and self.partial.exists()):
             return False
         return self.partial.stat().st_size >= self._end and self.record.stat().st_size == self.num_chunks
 
     def missing(self) -> list[int]:
-        """Chunks that are still to be made."""
+        """Return the chunks that are still to be written."""
         return [i for i, done in enumerate(self.record.read_bytes()) if not done]
 
     def images_of(self, chunk: int) -> range:
-        """Indices of the images of one chunk; the last may be shorter."""
+        """Return the indices of the images of one chunk; the last chunk may be shorter."""
         return range(chunk * self.chunk, min((chunk + 1) * self.chunk, self.shape[0]))
 
     def write(self, chunk: int, images: np.ndarray) -> None:
@@ -188,11 +187,11 @@ class SampleFile:
             _write_at(self.record, chunk, b"\1")
         except OSError as error:
             raise ValueError(
-                f"{self.partial} cannot be written: {error.strerror}; the same command goes on from here"
+                f"{self.partial} cannot be written: {error.strerror}; the same command continues from here"
             ) from error
 
     def finish(self, labels: np.ndarray, bar: tqdm) -> None:
-        """Checksum, labels, table of contents; then the file gets its name. Only one process calls this."""
+        """Add checksum, labels and table of contents, then rename the file; to be called by one process only."""
         assert not self.missing()
         crc = zlib.crc32(self._npy_header)
         with open(self.partial, "r+b") as f:
@@ -202,18 +201,15 @@ class SampleFile:
                 bar.update(len(block) / self._image_bytes)
             f.seek(0)
             f.write(_local_header(b"arr_0.npy", crc, self._size))
-            f.truncate(self._end)  # of what a run killed here has written behind
+
+            f.truncate(self._end)  # remove what a run killed here has appended
             f.seek(self._end)
             array = io.BytesIO()
             np.lib.format.write_array(array, labels, allow_pickle=False)
             text = array.getvalue()
             f.write(_local_header(b"labels.npy", zlib.crc32(text), len(text)) + text)
-            f.write(
-                _end_of_zip(
-                    f.tell(),
-                    [(b"arr_0.npy", crc, self._size, 0), (b"labels.npy", zlib.crc32(text), len(text), self._end)],
-                )
-            )
+            files = [(b"arr_0.npy", crc, self._size, 0), (b"labels.npy", zlib.crc32(text), len(text), self._end)]
+            f.write(_end_of_zip(f.tell(), files))
             f.flush()
             os.fsync(f.fileno())
         bar.close()
@@ -221,7 +217,7 @@ class SampleFile:
         self.clean()
 
     def clean(self) -> None:
-        """Remove the record of a file that has its name."""
+        """Remove the record of chunks of a finished file."""
         self.record.unlink(missing_ok=True)
 
 
@@ -234,13 +230,13 @@ def _write_at(path: Path, offset: int, content: bytes) -> None:
 
 
 def _local_header(name: bytes, crc: int, size: int) -> bytes:
-    """What stands before a stored file of a zip, in zip64 form whatever its size (APPNOTE 4.3.7, 4.5.3)."""
+    """Return the header of a stored file in a zip, in zip64 form for every size (APPNOTE 4.3.7, 4.5.3)."""
     fields = (0x04034B50, 45, 0, 0, 0, _DATE, crc, _LARGE, _LARGE, len(name), 20)
     return struct.pack("<I5H3I2H", *fields) + name + struct.pack("<2H2Q", 1, 16, size, size)
 
 
 def _end_of_zip(position: int, files: list[tuple[bytes, int, int, int]]) -> bytes:
-    """Central directory and end records at ``position``, for files of (name, crc, size, offset) (APPNOTE 4.3.12-16)."""
+    """Return the table of contents at ``position`` for files of (name, crc, size, offset) (APPNOTE 4.3.12-16)."""
     directory = b""
     for name, crc, size, offset in files:
         fields = (0x02014B50, 45, 45, 0, 0, 0, _DATE, crc, _LARGE, _LARGE, len(name), 28, 0, 0, 0, 0, _LARGE)

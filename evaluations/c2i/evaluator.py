@@ -116,79 +116,72 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = make_parser(
         __doc__, "python3 evaluations/c2i/evaluator.py VIRTUAL_imagenet256_labeled.npz samples/samples.npz"
     )
-    parser.add_argument("reference", metavar="REF", nargs="?", help="reference .npz or folder of images")
-    parser.add_argument("samples", metavar="SAMPLES", nargs="*", help="sample .npz or folder; one or several")
-    group = parser.add_argument_group("feature network")
-    group.add_argument(
-        "--inception-weights",
-        metavar="FILE",
-        help="weights of the 2015 Inception, .pb or .pth (else looked for in pretrained_models/)",
-    )
-    group.add_argument("--allow-unknown-weights", action="store_true", help="take weights of any size and sha256")
-    group.add_argument("--download", action="store_true", help="fetch the weights once if they are not there")
-    group.add_argument(
-        "--feature-network", metavar="FILE", help="classifier of train_classifier.py to use instead of Inception"
-    )
-    group.add_argument(
-        "--self-check",
-        action="store_true",
-        help="check weights, resize, network and formulas against stored numbers; REF and SAMPLES may be left out",
-    )
-    group = parser.add_argument_group("how the published numbers are computed")
-    group.add_argument(
-        "--exact-distances", action="store_true", help="float32 distances for Precision and Recall, not float16"
-    )
-    group.add_argument(
-        "--frechet",
-        choices=["symmetric", "sqrtm"],
-        default="symmetric",
-        help="trace of FID by eigenvalues, or by scipy's matrix square root as published (slower, equal to 1e-9)",
-    )
-    group = parser.add_argument_group("further numbers, off by default")
-    group.add_argument("--kid", action="store_true", help="kernel distance, mean and deviation over 100 subsets")
-    group.add_argument("--dinov2", metavar="FILE", help="FD-DINOv2, with timm's weights of its ViT-L/14")
-    group.add_argument("--class-fid", action="store_true", help="FID within each class; both sets need labels")
-    group.add_argument(
-        "--bootstrap", type=positive_int, metavar="DRAWS", help="95%% interval of FID over resampled images"
-    )
-    group.add_argument(
-        "--paired",
-        action="store_true",
-        help="PSNR and SSIM of image i of SAMPLES with image i of REF, for tokenizers (FID is then rFID)",
-    )
-    group = parser.add_argument_group("running")
-    group.add_argument("--batch-size", type=positive_int, default=64, help="images a forward pass")
-    group.add_argument(
-        "--compile", action="store_true", help="torch.compile the feature network; pays from some 10,000 images on"
-    )
-    group.add_argument("--device", help="cpu, cuda, cuda:1 or mps (else the best there is)")
-    group.add_argument(
-        "--no-cache", action="store_true", help="do not keep the reference's features in a file beside it"
-    )
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--output", metavar="JSON", help="numbers, options and environment (default: SAMPLES.metrics.json)"
-    )
-    group.add_argument("--markdown", metavar="FILE", help="write a Markdown table, one row for each SAMPLES")
+    parser.add_argument("reference", metavar="REF", nargs="?", help="reference: .npz or folder of images")
+    parser.add_argument("samples", metavar="SAMPLES", nargs="*", help="one or more sets of samples: .npz or folder")
+
+    group = parser.add_argument_group("Feature network")
+    text = "weights of the 2015 Inception, .pb or .pth (default: a published file in pretrained_models/)"
+    group.add_argument("--inception-weights", metavar="FILE", help=text)
+    text = "accept Inception weights whose size or sha256 is not a published one"
+    group.add_argument("--allow-unknown-weights", action="store_true", help=text)
+    text = "download the Inception weights to pretrained_models/ if they are missing"
+    group.add_argument("--download", action="store_true", help=text)
+    text = "classifier from train_classifier.py to use instead of Inception"
+    group.add_argument("--feature-network", metavar="FILE", help=text)
+    text = "check weights, resize, network and formulas against stored values; makes REF and SAMPLES optional"
+    group.add_argument("--self-check", action="store_true", help=text)
+
+    group = parser.add_argument_group("Numerics")
+    text = "compute Precision and Recall with float32 distances instead of the published float16"
+    group.add_argument("--exact-distances", action="store_true", help=text)
+    text = "how FID takes its matrix square root: from eigenvalues, or by scipy as published (slower, equal to 1e-9)"
+    group.add_argument("--frechet", choices=["symmetric", "sqrtm"], default="symmetric", help=text)
+
+    group = parser.add_argument_group("Additional metrics")
+    text = "compute KID: mean and standard deviation over 100 subsets"
+    group.add_argument("--kid", action="store_true", help=text)
+    text = "compute FD-DINOv2 with this file of timm's DINOv2 ViT-L/14 weights"
+    group.add_argument("--dinov2", metavar="FILE", help=text)
+    text = "compute FID within each class; both sets need labels"
+    group.add_argument("--class-fid", action="store_true", help=text)
+    text = "compute a 95%% interval of FID from this many bootstrap resamplings of the samples"
+    group.add_argument("--bootstrap", type=positive_int, metavar="DRAWS", help=text)
+    text = "compute PSNR and SSIM between image i of SAMPLES and image i of REF, for tokenizers (FID is then rFID)"
+    group.add_argument("--paired", action="store_true", help=text)
+
+    group = parser.add_argument_group("Execution")
+    group.add_argument("--batch-size", type=positive_int, default=64, help="images per forward pass")
+    text = "compile the feature network with torch.compile; pays off from about 10,000 images"
+    group.add_argument("--compile", action="store_true", help=text)
+    group.add_argument("--device", help="device to run on: cpu, cuda, cuda:1 or mps (default: the fastest available)")
+    text = "do not cache the features of the reference in a file beside it"
+    group.add_argument("--no-cache", action="store_true", help=text)
+
+    group = parser.add_argument_group("Output")
+    text = "JSON file for metrics, options and environment (default: SAMPLES.metrics.json)"
+    group.add_argument("--output", metavar="JSON", help=text)
+    text = "write the metrics as a Markdown table to this file, one row per SAMPLES"
+    group.add_argument("--markdown", metavar="FILE", help=text)
     return parser.parse_args()
 
 
 def output_paths(samples: ImageSet, args: argparse.Namespace) -> tuple[Path, Path]:
-    """Where text and JSON go, checked: ``x.npz`` -> ``x.txt``, ``x.metrics.json``; the same beside a folder ``x``.
+    """Return the paths of text and JSON: ``x.txt`` and ``x.metrics.json`` beside ``x.npz`` or the folder ``x``.
 
-    A file of another name is refused, for its text could replace the file itself.
+    Raises ``ValueError`` for a file without the ending .npz, whose text could replace the file itself, and for paths
+    that cannot be written.
     """
     if not samples.path.is_dir() and samples.path.suffix != ".npz":
-        raise ValueError(f"SAMPLES: the name of {samples.path} does not end in .npz, so the .txt beside it has no name")
+        raise ValueError(f"SAMPLES: the name of {samples.path} does not end in .npz, which the name of the .txt needs")
     if args.output and len(args.samples) > 1:
-        raise ValueError("--output names one file; leave it out where there are several SAMPLES")
-    place = samples.path.resolve() if samples.path.is_dir() else samples.path.with_suffix("")
-    text = place.with_name(f"{place.name}.txt")
-    output = Path(args.output or place.with_name(f"{place.name}.metrics.json"))
+        raise ValueError("--output names one file; leave it out if there are several SAMPLES")
+    base = samples.path.resolve() if samples.path.is_dir() else samples.path.with_suffix("")
+    text = base.with_name(f"{base.name}.txt")
+    output = Path(args.output or base.with_name(f"{base.name}.metrics.json"))
     for path, option in ((output, "--output"), (Path(args.markdown or output), "--markdown")):
         prepare_folder(path.parent, option)
         if path.is_dir():
@@ -197,43 +190,43 @@ def output_paths(samples: ImageSet, args: argparse.Namespace) -> tuple[Path, Pat
 
 
 def check_outputs(outputs: list[Path], args: argparse.Namespace) -> None:
-    """Refuse to write over what is read, or to write two results to one place."""
-    read = (args.reference, *args.samples, args.inception_weights, args.feature_network, args.dinov2)
-    taken = {Path(p).resolve() for p in read if p}
+    """Raise ``ValueError`` if an output is also an input, or if two outputs have one path."""
+    inputs = (args.reference, *args.samples, args.inception_weights, args.feature_network, args.dinov2)
+    taken = {Path(p).resolve() for p in inputs if p}
     for path in [*outputs, *([Path(args.markdown)] if args.markdown else [])]:
         if path.resolve() in taken:
-            raise ValueError(f"{path} would be written over: it is read or written already; give another name")
+            raise ValueError(f"{path} would be written over: it is an input or another output; give another name")
         taken.add(path.resolve())
 
 
 def choose_world(name: str | None) -> World:
-    """This process among its peers, on the device of that name, tried out, or on the best there is."""
+    """Join the other processes, on the device of that name if it works, or on the fastest available."""
     world = init_distributed()
     if name is None:
         return world
     try:
         device = torch.empty(0, device=name).device
         if world.size > 1 and device.type == "cuda":
-            raise ValueError(f"--device {name}: {world.size} processes take a GPU each; leave it out")
+            raise ValueError(f"--device {name}: {world.size} processes use one GPU each; leave it out")
         return World(world.rank, world.size, device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def load_network(args: argparse.Namespace, world: World) -> tuple[FeatureNetwork, dict[str, str]]:
-    """The feature network on its device, and the name and hash of its file."""
+    """Return the feature network on its device, and the path and hash of its file."""
     if args.feature_network:
         path = require_file(args.feature_network, "--feature-network")
         network = load_classifier(path, "--feature-network")[0]
     else:
         path = find_weights(args.inception_weights, PRETRAINED_MODELS, args.allow_unknown_weights)
         network = load_inception(path)
-    say(world, f"features by {path} on {world.device}")
+    say(world, f"feature network: {path} on {world.device}")
     return network.to(world.device), {"path": str(path), "sha256": sha256_file(path)}
 
 
 def check_options(reference: ImageSet, samples: ImageSet, args: argparse.Namespace) -> None:
-    """Refuse options for which the two sets lack images, labels or size."""
+    """Raise ``ValueError`` for options that need images, labels or sizes which the two sets do not have."""
     for option, wanted in (("--kid", args.kid), ("--dinov2", args.dinov2)):
         if wanted and not (reference.count and samples.count):
             raise ValueError(f"{option} needs the images of REF and SAMPLES, not statistics alone")
@@ -254,7 +247,7 @@ def check_files(
     args: argparse.Namespace,
     world: World,
 ) -> None:
-    """Find errors that would otherwise show up late, from the first batch of each set."""
+    """Raise ``ValueError`` for errors that would otherwise show up late, by a look at the first batch of each set."""
     widths: dict[str, set[int]] = {"pool": set(), "spatial": set()}
     for images in (reference, samples):
         features = first_features(images, network, args.batch_size, world)
@@ -359,7 +352,7 @@ def compute_metrics(
 
 
 def describe_distances(result: PrecisionRecall, exact: bool) -> str:
-    """Which precision the distances had."""
+    """Return a description of the precision of the distances."""
     if exact:
         return "float32 (--exact-distances)"
     text = "float16, as in the TensorFlow evaluator"
@@ -380,7 +373,7 @@ def write_text(result: dict[str, Any], text_path: Path) -> None:
 
 
 def say(world: World, line: str) -> None:
-    """Print on rank 0, at once."""
+    """Print ``line`` on rank 0 and flush it."""
     if world.is_main:
         print(line, flush=True)
 

@@ -1,8 +1,8 @@
-"""TensorFlow's frozen graphs without TensorFlow: the constants and the switches of nodes in a GraphDef ``.pb``.
+"""Reads the constants and boolean attributes of a frozen TensorFlow graph (``.pb``) without TensorFlow.
 
-Only the protobuf wire format and the few messages on the way to a constant are read (graph.proto, node_def.proto,
-attr_value.proto, tensor.proto, tensor_shape.proto of TensorFlow); all other fields are stepped over. Nothing in the
-file is executed.
+Decodes the protobuf wire format and the few messages that lead to a constant (graph.proto, node_def.proto,
+attr_value.proto, tensor.proto, tensor_shape.proto of TensorFlow) and skips all other fields. Nothing in the file is
+executed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-# of a field's key: its lowest three bits say how the value is written
+# wire types: the lowest three bits of a field's key
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-# the DataType enum's numeric members -> numpy's, with the field of TensorProto that lists values of the type
+# numeric members of the DataType enum -> numpy dtype, and the field of TensorProto that lists values of this type
 DTYPES: dict[int, tuple[str, int]] = {
     1: ("<f4", 5),
     2: ("<f8", 6),
@@ -31,11 +31,11 @@ DTYPES: dict[int, tuple[str, int]] = {
     23: ("<u8", 17),
 }
 SHAPE, CONTENT = 2, 4  # fields of TensorProto
-LARGEST = 1 << 28  # bytes of all constants, where a repeated last value may stand for many
+LARGEST = 1 << 28  # bytes of all constants: one repeated value can stand for a huge array
 
 
 class Node(NamedTuple):
-    """One operation: its kind, its constant (of a ``Const`` of numbers, else None) and its boolean attributes."""
+    """One operation: its type, its value (None unless it is a numeric ``Const``) and its boolean attributes."""
 
     op: str
     value: np.ndarray | None
@@ -43,7 +43,7 @@ class Node(NamedTuple):
 
 
 def read_graphdef(data: bytes) -> dict[str, Node]:
-    """Nodes of a serialised GraphDef by name; ``ValueError`` for anything else."""
+    """Return the nodes of a serialised GraphDef by name; ``ValueError`` for anything else."""
     nodes, size = {}, 0
     try:
         for field, value in _fields(memoryview(data)):
@@ -79,7 +79,7 @@ def _node(data: memoryview) -> tuple[str, Node]:
 
 
 def _tensor(data: memoryview) -> np.ndarray | None:
-    """A TensorProto: its bytes, or its list of values, whose last stands for all that are left out."""
+    """Decode a TensorProto: raw bytes, or a list of values whose last value fills the rest of the shape."""
     fields: dict[int, list[int | memoryview]] = {}
     for field, content in _fields(data):
         fields.setdefault(field, []).append(content)
@@ -101,7 +101,7 @@ def _tensor(data: memoryview) -> np.ndarray | None:
 
 
 def _values(content: int | memoryview, dtype: np.dtype) -> np.ndarray:
-    """Values of one field of a TensorProto: packed or a single one, as ``dtype``."""
+    """Return the values of one field of a TensorProto, packed or single, as ``dtype``."""
     if isinstance(content, int):
         words = np.array([content], np.uint64)
     elif dtype.kind == "f" and dtype.itemsize > 2:
@@ -129,7 +129,7 @@ def _message(content: int | memoryview) -> memoryview:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Field numbers and values of one message: numbers as unsigned integers (their bits), the rest as bytes."""
+    """Yield number and value of each field of a message: numbers as unsigned integers (their bits), others as bytes."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position)
@@ -158,7 +158,7 @@ def _varints(data: memoryview) -> Iterator[int]:
 
 
 def _varint(data: memoryview, position: int) -> tuple[int, int]:
-    """An integer of 7 bits a byte, lowest first, and where the next field begins."""
+    """Return an integer, stored in 7 bits per byte with the lowest first, and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         byte = data[position]

@@ -1,4 +1,4 @@
-"""What the evaluator reads, ``.npz`` or folder: images as a stream, statistics and labels whole, nothing unpickled."""
+"""Sets of images for the evaluator, ``.npz`` or folder: images in batches, statistics and labels at once."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from utils.npz import Member, open_member, open_npz
 
 IMAGES, LABELS = "arr_0", ("labels", "arr_1")  # guided-diffusion saves labels as a second positional array
 LARGEST_IMAGE = 1 << 26  # values of one image
-LARGEST_WHOLE = 1 << 30  # bytes of an array that is read at once: 8 times the statistics of 4096 features
+LARGEST_WHOLE = 1 << 30  # bytes of an array read at once: 8 times the statistics of 4096 features
 
 
 @dataclass(frozen=True)
 class ImageArchive:
-    """What an ``.npz`` holds: images ``arr_0`` (N, H, W, 3), read batch by batch, statistics, labels (N,).
+    """An ``.npz`` of images ``arr_0`` (N, H, W, 3), read in batches, and of statistics and labels (N,).
 
-    ``shape`` is that of the images, None if there are none; ``pool`` and ``spatial`` are the stored statistics
-    (``mu``, ``sigma`` and ``mu_s``, ``sigma_s``), None if there are none.
+    ``shape`` is the shape of the images; ``pool`` and ``spatial`` are the stored statistics (``mu``, ``sigma`` and
+    ``mu_s``, ``sigma_s``). Whatever the file does not hold is None.
     """
 
     path: Path
@@ -44,14 +44,14 @@ class ImageArchive:
         return self.shape[0] if self.shape else 0
 
     def without_statistics(self) -> ImageArchive:
-        """The same images alone."""
+        """Return the images alone."""
         return replace(self, pool=None, spatial=None)
 
     def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[torch.Tensor]:
-        """The images in file order: (B, H, W, 3) uint8, or float32 for a file of floats, values 0-255.
+        """Yield images in file order: (B, H, W, 3) uint8, or float32 for a file of floats, values 0-255.
 
-        Only batches ``rank``, ``rank + size``, ... are handed out. Holds one batch at a time. Raises ``ValueError`` for
-        a damaged file and for floats outside 0-255.
+        Yields only batches ``rank``, ``rank + size``, ... and holds one batch at a time. Raises ``ValueError`` for a
+        damaged file and for floats outside 0-255.
         """
         with open_npz(self.path) as archive:
             member = open_member(archive, IMAGES)
@@ -69,7 +69,7 @@ class ImageArchive:
 
 @dataclass(frozen=True)
 class ImageFolderSet:
-    """A folder of images of one size in place of an ``ImageArchive``, ordered by name, 2.png before 10.png."""
+    """A folder of images of one size, with the interface of ``ImageArchive``; sorted by name, 2.png before 10.png."""
 
     path: Path
     shape: tuple[int, int, int, int]
@@ -84,12 +84,12 @@ class ImageFolderSet:
         return len(self.files)
 
     def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[torch.Tensor]:
-        """As of ``ImageArchive``; ``ValueError`` for a file that is no image or has another size than the first."""
+        """See ``ImageArchive``; ``ValueError`` for a file that is not an image or differs in size from the first."""
         for start in range(rank * batch_size, self.count, size * batch_size):
             yield torch.stack([self._read(file) for file in self.files[start : start + batch_size]])
 
     def without_statistics(self) -> ImageFolderSet:
-        """The same: a folder stores none."""
+        """Return the set itself: a folder has no statistics."""
         return self
 
     def _read(self, file: Path) -> torch.Tensor:
@@ -104,7 +104,7 @@ ImageSet: TypeAlias = ImageArchive | ImageFolderSet
 
 
 def open_images(path: str | Path, name: str) -> ImageSet:
-    """A folder of images or an ``.npz``; ``name`` is what messages call it. ``ValueError`` for anything else."""
+    """Open a folder of images or an ``.npz``; ``name`` is its name in error messages."""
     if not Path(path).is_dir():
         return open_archive(path, name)
     found = [p for p in Path(path).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS]
@@ -116,10 +116,10 @@ def open_images(path: str | Path, name: str) -> ImageSet:
 
 
 def open_archive(path: str | Path, name: str) -> ImageArchive:
-    """Look into an ``.npz`` without reading its images; ``name`` is what messages call it.
+    """Open an ``.npz`` without reading its images; ``name`` is its name in error messages.
 
-    Raises one-line ``ValueError`` for a file that is no whole ``.npz``, holds neither images nor statistics, or
-    holds them with another dtype or shape, Python objects or too few bytes.
+    Raises ``ValueError`` if the file is damaged, holds neither images nor statistics, or holds them with another dtype
+    or shape.
     """
     path = require_file(path, name)
     with open_npz(path) as archive:
@@ -176,7 +176,7 @@ def _read_labels(
     if member.shape == shape[:1] and member.dtype.kind in "iu":
         return member.read(member.shape)
     if name != LABELS[0]:
-        return None  # a second positional array of something else
+        return None  # the second positional array is not labels
     raise ValueError(f"{path}: labels are {member.dtype} {member.shape}, expected {shape[0]} integers")
 
 
