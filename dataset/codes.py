@@ -287,13 +287,13 @@ class PublishedCodes(Codes):
 
     @staticmethod
     def _only_folder(folder: Path, end: str, option: str) -> Path:
-        found = sorted(p for p in folder.glob(f"*{end}") if p.is_dir())
-        if len(found) != 1:
+        folders = sorted(p for p in folder.glob(f"*{end}") if p.is_dir())
+        if len(folders) != 1:
             raise ValueError(
                 f"{option}: {folder} holds no codes: expected meta.json with shards/ (written by "
                 f"extract_codes_c2i.sh when it ends) or one folder *_codes beside one *_labels"
             )
-        return found[0]
+        return folders[0]
 
     @staticmethod
     def _read(path: Path) -> np.ndarray:

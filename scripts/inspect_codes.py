@@ -64,7 +64,7 @@ def main() -> None:
     )
     parser.add_argument("--code-path", required=True, help="folder of codes made by extract_codes_c2i.sh")
     parser.add_argument("--vq-ckpt", help="tokenizer that made the codes, to draw decoded codes (default: no picture)")
-    parser.add_argument("--rows", type=positive_int, default=8, help="images in the picture")
+    parser.add_argument("--rows", type=positive_int, default=8, help="images in the picture, one per row")
     text = "PNG to write; the counts go to a .json beside it (default: CODE_PATH/inspect.png)"
     parser.add_argument("--output", help=text)
     args = parser.parse_args()

@@ -36,7 +36,6 @@ BLOCK = 1 << 24  # bytes read at a time for the checksum
 _LARGE = 0xFFFFFFFF  # in a field of a zip: the value is in the zip64 extra field
 _DATE = 0x21  # 1980-01-01, so that equal images give equal files
 
-
 _HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 # what zipfile raises for damaged, encrypted or foreign files
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
@@ -49,7 +48,7 @@ def _readable(path: str | Path) -> Iterator[None]:
     try:
         yield
     except _ZIP_ERRORS as error:
-        raise ValueError(f"{path} is no whole .npz file: {str(error) or type(error).__name__}") from error
+        raise ValueError(f"{path} is not a whole .npz file: {str(error) or type(error).__name__}") from error
 
 
 @contextmanager
@@ -104,11 +103,11 @@ def open_member(archive: zipfile.ZipFile, name: str) -> Member:
             shape, fortran_order, dtype = _HEADER_READERS[version](stream)
         except (ValueError, KeyError, IndexError, SyntaxError, tokenize.TokenError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{path}: {name} is no readable array: {reason}") from error
+            raise ValueError(f"{path}: {name} is not a readable array: {reason}") from error
         present = archive.getinfo(f"{name}.npy").file_size - stream.tell()
 
     if any(type(side) is not int or side < 0 for side in shape):
-        raise ValueError(f"{path}: {name} is no readable array: its shape is {shape}")
+        raise ValueError(f"{path}: {name} is not a readable array: its shape is {shape}")
     if dtype.hasobject:
         raise ValueError(f"{path}: {name} holds Python objects, which are never loaded; expected numbers")
     member = Member(path, name, stream, shape, fortran_order, dtype)

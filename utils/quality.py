@@ -31,14 +31,14 @@ def ssim(images: np.ndarray, others: np.ndarray, device: torch.device | str = "c
 
 
 def codebook_usage(counts: torch.Tensor) -> float:
-    """Return the fraction of codebook entries that occur, from how often each does, (V,)."""
+    """Return the fraction of codebook entries that occur; ``counts`` (V,) are the occurrences of each."""
     return (counts > 0).sum().item() / len(counts)
 
 
 def perplexity(counts: torch.Tensor) -> float:
-    """exp(entropy) of codes of which ``counts`` (V,) says how often each occurs.
+    """exp(entropy) of the distribution given by ``counts`` (V,), the occurrences of each codebook entry.
 
-    It is the number of entries in use if all of them were used equally often: at most V, and 1 if nothing was counted.
+    It equals the number of entries in use if these are used equally often: at most V, and 1 without any counts.
     """
     p = counts.cpu().double() / counts.sum().clamp(min=1).cpu()  # (V,)
     return torch.special.entr(p).sum().exp().item()

@@ -45,7 +45,7 @@ NEIGHBOURS = 3
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all sets of samples are evaluated with, and the reference they are compared with."""
+    """The networks and the measured reference that every set of samples is evaluated with."""
 
     args: argparse.Namespace
     world: World
@@ -258,12 +258,10 @@ def check_files(
                 widths[kind].add(computed.shape[1])
     if args.feature_network and samples.labels is not None:
         require_labels(samples.labels, samples.count, features.probabilities.shape[1])
-    for kind, found in widths.items():
-        if len(found) > 1:
-            numbers = " and ".join(str(n) for n in sorted(found))
-            raise ValueError(
-                f"stored statistics and network do not belong together: {kind} features of {numbers} values"
-            )
+    for kind, numbers in widths.items():
+        if len(numbers) > 1:
+            text = " and ".join(str(n) for n in sorted(numbers))
+            raise ValueError(f"stored statistics and network do not belong together: {kind} features of {text} values")
 
 
 @torch.inference_mode()

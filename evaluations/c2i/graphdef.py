@@ -52,11 +52,11 @@ def read_graphdef(data: bytes) -> dict[str, Node]:
                 nodes[name] = node
                 size += 0 if node.value is None else node.value.nbytes
                 if size > LARGEST:
-                    raise ValueError(f"no GraphDef of ours: its constants take more than {LARGEST:,} bytes")
+                    raise ValueError(f"GraphDef too large: its constants take more than {LARGEST:,} bytes")
     except (IndexError, TypeError, OverflowError, MemoryError, UnicodeDecodeError) as error:
-        raise ValueError(f"no GraphDef: {error}") from error
+        raise ValueError(f"not a GraphDef: {error}") from error
     if not nodes:
-        raise ValueError("no GraphDef: it has no nodes")
+        raise ValueError("not a GraphDef: it has no nodes")
     return nodes
 
 
@@ -96,7 +96,7 @@ def _tensor(data: memoryview) -> np.ndarray | None:
         if len(values) < count <= LARGEST // dtype.itemsize:
             values = np.concatenate([values, np.full(count - len(values), values[-1])])
     if len(values) != count:
-        raise ValueError(f"no GraphDef: a tensor of shape {shape} has {len(values)} values")
+        raise ValueError(f"not a GraphDef: a tensor of shape {shape} has {len(values)} values")
     return values.reshape(shape)
 
 
@@ -118,13 +118,13 @@ def _values(content: int | memoryview, dtype: np.dtype) -> np.ndarray:
 def _shape(data: memoryview) -> tuple[int, ...]:
     sizes = [dict(_fields(_message(content))).get(1, 0) for field, content in _fields(data) if field == 2]
     if any(not 0 <= s < 1 << 31 for s in sizes):
-        raise ValueError(f"no GraphDef: a tensor of shape {sizes}")
+        raise ValueError(f"not a GraphDef: a tensor of shape {sizes}")
     return tuple(sizes)
 
 
 def _message(content: int | memoryview) -> memoryview:
     if isinstance(content, int):
-        raise ValueError("no GraphDef: a number where a message should be")
+        raise ValueError("not a GraphDef: a number where a message should be")
     return content
 
 
@@ -143,10 +143,10 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         elif kind in (FIXED32, FIXED64):
             length = 4 if kind == FIXED32 else 8
         else:
-            raise ValueError(f"no GraphDef: unknown kind of field {kind}")
+            raise ValueError(f"not a GraphDef: unknown kind of field {kind}")
         content, position = data[position : position + length], position + length
         if position > len(data):
-            raise ValueError("no GraphDef: it ends within a field")
+            raise ValueError("not a GraphDef: it ends within a field")
         yield field, content if kind == BYTES else int.from_bytes(content, "little")
 
 
@@ -166,4 +166,4 @@ def _varint(data: memoryview, position: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value & 0xFFFFFFFFFFFFFFFF, position
-    raise ValueError("no GraphDef: a number of more than 64 bits")
+    raise ValueError("not a GraphDef: a number of more than 64 bits")

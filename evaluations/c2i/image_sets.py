@@ -95,8 +95,8 @@ class ImageFolderSet:
     def _read(self, file: Path) -> torch.Tensor:
         pixels = np.array(open_image(file))  # (H, W, 3) uint8
         if pixels.shape != self.shape[1:]:
-            found, others = (f"{s[1]}x{s[0]}" for s in (pixels.shape, self.shape[1:]))
-            raise ValueError(f"{file} has {found} pixels, the first image of {self.path} has {others}")
+            size, first_size = (f"{s[1]}x{s[0]}" for s in (pixels.shape, self.shape[1:]))
+            raise ValueError(f"{file} has {size} pixels, the first image of {self.path} has {first_size}")
         return torch.from_numpy(pixels)
 
 
@@ -107,8 +107,8 @@ def open_images(path: str | Path, name: str) -> ImageSet:
     """Open a folder of images or an ``.npz``; ``name`` is its name in error messages."""
     if not Path(path).is_dir():
         return open_archive(path, name)
-    found = [p for p in Path(path).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS]
-    files = tuple(sorted(found, key=lambda p: [w.zfill(20) if w.isdigit() else w for w in re.split(r"(\d+)", str(p))]))
+    images = [p for p in Path(path).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS]
+    files = tuple(sorted(images, key=lambda p: [w.zfill(20) if w.isdigit() else w for w in re.split(r"(\d+)", str(p))]))
     if not files:
         raise ValueError(f"{name}: no images in {path}")
     height, width, channels = np.array(open_image(files[0])).shape
@@ -123,14 +123,14 @@ def open_archive(path: str | Path, name: str) -> ImageArchive:
     """
     path = require_file(path, name)
     with open_npz(path) as archive:
-        found = [entry.removesuffix(".npy") for entry in archive.namelist() if entry.endswith(".npy")]
-        shape = _image_shape(open_member(archive, IMAGES), path) if IMAGES in found else None
-        pool = _read_statistics(archive, "mu", "sigma", found, path)
-        spatial = _read_statistics(archive, "mu_s", "sigma_s", found, path)
-        labels = _read_labels(archive, shape, found, path)
+        names = [entry.removesuffix(".npy") for entry in archive.namelist() if entry.endswith(".npy")]
+        shape = _image_shape(open_member(archive, IMAGES), path) if IMAGES in names else None
+        pool = _read_statistics(archive, "mu", "sigma", names, path)
+        spatial = _read_statistics(archive, "mu_s", "sigma_s", names, path)
+        labels = _read_labels(archive, shape, names, path)
     if shape is None and pool is None:
-        keys = ", ".join(found) or "nothing"
-        raise ValueError(f"{name}: {path} holds neither images (arr_0) nor statistics (mu and sigma); found {keys}")
+        found = ", ".join(names) or "nothing"
+        raise ValueError(f"{name}: {path} holds neither images (arr_0) nor statistics (mu and sigma); found {found}")
     return ImageArchive(path, shape, pool, spatial, labels)
 
 
@@ -141,14 +141,14 @@ def _image_shape(member: Member, path: Path) -> tuple[int, int, int, int]:
     if dtype != np.uint8 and dtype.kind != "f":
         raise ValueError(f"{path}: {member.name} is {dtype}, expected uint8 (or floats) with values 0-255")
     if math.prod(shape[1:]) > LARGEST_IMAGE:
-        raise ValueError(f"{path}: images of {shape[2]}x{shape[1]} pixels are larger than any that fit in memory by 64")
+        raise ValueError(f"{path}: images of {shape[2]}x{shape[1]} pixels are too large to be read in batches")
     return shape
 
 
 def _read_statistics(
-    archive: zipfile.ZipFile, mu_name: str, sigma_name: str, found: list[str], path: Path
+    archive: zipfile.ZipFile, mu_name: str, sigma_name: str, names: list[str], path: Path
 ) -> Statistics | None:
-    present = [name for name in (mu_name, sigma_name) if name in found]
+    present = [name for name in (mu_name, sigma_name) if name in names]
     if not present:
         return None
     if len(present) == 1:
@@ -162,14 +162,14 @@ def _read_statistics(
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError(f"{path}: {mu_name} or {sigma_name} holds values that are not finite")
     if (sigma.diagonal() < 0).any() or not np.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-6 * abs(sigma).max()):
-        raise ValueError(f"{path}: {sigma_name} is no covariance: not symmetric, or a variance is negative")
+        raise ValueError(f"{path}: {sigma_name} is not a covariance: not symmetric, or a variance is negative")
     return Statistics(mu, sigma)
 
 
 def _read_labels(
-    archive: zipfile.ZipFile, shape: tuple[int, ...] | None, found: list[str], path: Path
+    archive: zipfile.ZipFile, shape: tuple[int, ...] | None, names: list[str], path: Path
 ) -> np.ndarray | None:
-    name = next((n for n in LABELS if n in found), None)
+    name = next((n for n in LABELS if n in names), None)
     if name is None or shape is None:
         return None
     member = open_member(archive, name)

@@ -261,8 +261,8 @@ def _factor(sigma: torch.Tensor) -> torch.Tensor:
     return vectors[:, kept] * values[kept].sqrt()
 
 
-def _require_features(x: np.ndarray, what: str, least: int) -> None:
+def _require_features(x: np.ndarray, name: str, least: int) -> None:
     if x.ndim != 2 or len(x) < least:
-        raise ValueError(f"{what} have the shape {tuple(x.shape)}, expected at least {least} rows")
+        raise ValueError(f"{name} have the shape {tuple(x.shape)}, expected at least {least} rows")
     if not np.isfinite(x).all():
-        raise ValueError(f"{what} hold values that are not finite")
+        raise ValueError(f"{name} hold values that are not finite")

@@ -153,8 +153,8 @@ def recipe_constants(use_gamma: bool = True) -> dict[str, np.ndarray]:
     return {k: v.astype(np.float32) for k, v in constants.items()}
 
 
-def _close(what: str, found: object, expected: object, relative: float) -> None:
+def _close(name: str, computed: object, expected: object, relative: float) -> None:
     """Raise ``AssertionError`` if an error exceeds ``relative`` times the largest expected value."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    error = np.abs(found - expected).max() / np.abs(expected).max()
-    assert error <= relative, f"{what} are {found.tolist()}, expected {expected.tolist()}"
+    computed, expected = np.asarray(computed, np.float64), np.asarray(expected, np.float64)
+    error = np.abs(computed - expected).max() / np.abs(expected).max()
+    assert error <= relative, f"{name} are {computed.tolist()}, expected {expected.tolist()}"

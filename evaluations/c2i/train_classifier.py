@@ -84,9 +84,9 @@ def open_folder(path: str, option: str, image_size: int) -> ImageFolder:
         raise ValueError(f"{option}: {path} has no class folders: {error}") from error
 
 
-def load_images(dataset: ImageFolder, world: World, what: str) -> tuple[torch.Tensor, torch.Tensor]:
+def load_images(dataset: ImageFolder, world: World, description: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Read all images as uint8 (N, S, S, 3) and their labels (N,) into memory."""
-    bar = progress(world, what, len(dataset), unit="image", items=dataset)
+    bar = progress(world, description, len(dataset), unit="image", items=dataset)
     images = torch.stack([image for image, _ in bar])  # (N, 3, S, S)
     return images.permute(0, 2, 3, 1).contiguous(), torch.tensor(dataset.targets)
 
