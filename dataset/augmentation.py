@@ -31,11 +31,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def random_crop(
-    image: Image.Image,
-    size: int,
-    rng: np.random.Generator,
-    min_fraction: float = 0.8,
-    max_fraction: float = 1.0,
+    image: Image.Image, size: int, rng: np.random.Generator, min_fraction: float = 0.8, max_fraction: float = 1.0
 ) -> np.ndarray:
     """Return a random square of ``min_fraction``..``max_fraction`` of the shorter side: uint8 (size, size, 3).
 

@@ -208,7 +208,7 @@ class Codes:
     num_crops: int
     num_tokens: int
     num_classes: int
-    crop_weights: np.ndarray | None  # (num_crops,) probability of drawing each crop; None: equal
+    crop_weights: np.ndarray | None = None  # (num_crops,) probability of drawing each crop; None: equal
     meta: dict  # as in meta.json; empty for the published layout
 
     def __len__(self) -> int:
@@ -225,8 +225,6 @@ class Codes:
 
 class ShardedCodes(Codes):
     """Reader of our shards; threads may share it."""
-
-    crop_weights = None
 
     def __init__(self, folder: str | Path):
         self.meta = _read_json(Path(folder) / "meta.json")
@@ -269,8 +267,6 @@ class ShardedCodes(Codes):
 
 class PublishedCodes(Codes):
     """Reader of the published layout, per image ``*_codes/0.npy`` [1, crops, tokens] and ``*_labels/0.npy`` [1]."""
-
-    crop_weights = None
 
     def __init__(self, folder: str | Path, option: str = "--code-path"):
         self._codes, labels = (self._only_folder(Path(folder), end, option) for end in ("_codes", "_labels"))

@@ -23,15 +23,8 @@ from evaluations.c2i.extra_metrics import class_frechet, frechet_interval, kerne
 from evaluations.c2i.features import FeatureNetwork, Features, MeasuredSet, measure_reference, measure_set
 from evaluations.c2i.image_sets import ImageSet, open_images
 from evaluations.c2i.inception import download_weights, find_weights, load_inception
-from evaluations.c2i.metrics import (
-    PrecisionRecall,
-    class_accuracy,
-    frechet_distance,
-    inception_score,
-    precision_recall,
-    require_labels,
-)
-from evaluations.c2i.report import markdown, settings_of, text_lines, warnings_after, warnings_before
+from evaluations.c2i.metrics import class_accuracy, frechet_distance, inception_score, precision_recall, require_labels
+from evaluations.c2i.report import as_text, describe_distances, markdown, settings_of, warnings_after, warnings_before
 from evaluations.c2i.self_check import compare_with_published, self_check
 from utils.distributed import World, init_distributed
 from utils.files import atomic_path, prepare_folder, require_file, sha256_file
@@ -142,12 +135,10 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--frechet", choices=["symmetric", "sqrtm"], default="symmetric", help=text)
 
     group = parser.add_argument_group("Additional metrics")
-    text = "compute KID: mean and standard deviation over 100 subsets"
-    group.add_argument("--kid", action="store_true", help=text)
+    group.add_argument("--kid", action="store_true", help="compute KID: mean and standard deviation over 100 subsets")
     text = "compute FD-DINOv2 with this file of timm's DINOv2 ViT-L/14 weights"
     group.add_argument("--dinov2", metavar="FILE", help=text)
-    text = "compute FID within each class; both sets need labels"
-    group.add_argument("--class-fid", action="store_true", help=text)
+    group.add_argument("--class-fid", action="store_true", help="compute FID within each class; both sets need labels")
     text = "compute a 95%% interval of FID from this many bootstrap resamplings of the samples"
     group.add_argument("--bootstrap", type=positive_int, metavar="DRAWS", help=text)
     text = "compute PSNR and SSIM between image i of SAMPLES and image i of REF, for tokenizers (FID is then rFID)"
@@ -241,11 +232,7 @@ def check_options(reference: ImageSet, samples: ImageSet, args: argparse.Namespa
 
 
 def check_files(
-    reference: ImageSet,
-    samples: ImageSet,
-    network: FeatureNetwork | None,
-    args: argparse.Namespace,
-    world: World,
+    reference: ImageSet, samples: ImageSet, network: FeatureNetwork | None, args: argparse.Namespace, world: World
 ) -> None:
     """Raise ``ValueError`` for errors that would otherwise show up late, by a look at the first batch of each set."""
     widths: dict[str, set[int]] = {"pool": set(), "spatial": set()}
@@ -349,19 +336,9 @@ def compute_metrics(
     return metrics, details
 
 
-def describe_distances(result: PrecisionRecall, exact: bool) -> str:
-    """Return a description of the precision of the distances."""
-    if exact:
-        return "float32 (--exact-distances)"
-    text = "float16, as in the TensorFlow evaluator"
-    if result.float32_blocks:
-        text += f"; {result.float32_blocks} of {result.blocks} blocks overflow and are float32"
-    return text
-
-
 def write_text(result: dict[str, Any], text_path: Path) -> None:
     """Print the metrics and write them to ``text_path``."""
-    lines = text_lines(result["metrics"])
+    lines = as_text(result["metrics"])
     print(lines, end="")
     if result["distances"]:
         print(f"distances: {result['distances']}")

@@ -17,14 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
-from torchvision.models.inception import (
-    BasicConv2d,
-    InceptionA,
-    InceptionB,
-    InceptionC,
-    InceptionD,
-    InceptionE,
-)
+from torchvision.models.inception import BasicConv2d, InceptionA, InceptionB, InceptionC, InceptionD, InceptionE
 
 from evaluations.c2i.features import Features
 from evaluations.c2i.graphdef import Node, read_graphdef
@@ -281,65 +274,39 @@ def download_weights(folder: Path) -> None:
 
 
 # Convolutions of each block: torchvision's name -> TensorFlow's scope within the block's scope in the 2015 graph.
+# fmt: off
 _SCOPES_A = {
-    "branch1x1": "conv",
-    "branch5x5_1": "tower/conv",
-    "branch5x5_2": "tower/conv_1",
-    "branch3x3dbl_1": "tower_1/conv",
-    "branch3x3dbl_2": "tower_1/conv_1",
-    "branch3x3dbl_3": "tower_1/conv_2",
+    "branch1x1": "conv", "branch5x5_1": "tower/conv", "branch5x5_2": "tower/conv_1",
+    "branch3x3dbl_1": "tower_1/conv", "branch3x3dbl_2": "tower_1/conv_1", "branch3x3dbl_3": "tower_1/conv_2",
     "branch_pool": "tower_2/conv",
 }
 _SCOPES_B = {
-    "branch3x3": "conv",
-    "branch3x3dbl_1": "tower/conv",
-    "branch3x3dbl_2": "tower/conv_1",
+    "branch3x3": "conv", "branch3x3dbl_1": "tower/conv", "branch3x3dbl_2": "tower/conv_1",
     "branch3x3dbl_3": "tower/conv_2",
 }
 _SCOPES_C = {
-    "branch1x1": "conv",
-    "branch7x7_1": "tower/conv",
-    "branch7x7_2": "tower/conv_1",
-    "branch7x7_3": "tower/conv_2",
-    "branch7x7dbl_1": "tower_1/conv",
-    "branch7x7dbl_2": "tower_1/conv_1",
-    "branch7x7dbl_3": "tower_1/conv_2",
-    "branch7x7dbl_4": "tower_1/conv_3",
-    "branch7x7dbl_5": "tower_1/conv_4",
+    "branch1x1": "conv", "branch7x7_1": "tower/conv", "branch7x7_2": "tower/conv_1",
+    "branch7x7_3": "tower/conv_2", "branch7x7dbl_1": "tower_1/conv", "branch7x7dbl_2": "tower_1/conv_1",
+    "branch7x7dbl_3": "tower_1/conv_2", "branch7x7dbl_4": "tower_1/conv_3", "branch7x7dbl_5": "tower_1/conv_4",
     "branch_pool": "tower_2/conv",
 }
 _SCOPES_D = {
-    "branch3x3_1": "tower/conv",
-    "branch3x3_2": "tower/conv_1",
-    "branch7x7x3_1": "tower_1/conv",
-    "branch7x7x3_2": "tower_1/conv_1",
-    "branch7x7x3_3": "tower_1/conv_2",
-    "branch7x7x3_4": "tower_1/conv_3",
+    "branch3x3_1": "tower/conv", "branch3x3_2": "tower/conv_1", "branch7x7x3_1": "tower_1/conv",
+    "branch7x7x3_2": "tower_1/conv_1", "branch7x7x3_3": "tower_1/conv_2", "branch7x7x3_4": "tower_1/conv_3",
 }
 _SCOPES_E = {
-    "branch1x1": "conv",
-    "branch3x3_1": "tower/conv",
-    "branch3x3_2a": "tower/mixed/conv",
-    "branch3x3_2b": "tower/mixed/conv_1",
-    "branch3x3dbl_1": "tower_1/conv",
-    "branch3x3dbl_2": "tower_1/conv_1",
-    "branch3x3dbl_3a": "tower_1/mixed/conv",
-    "branch3x3dbl_3b": "tower_1/mixed/conv_1",
+    "branch1x1": "conv", "branch3x3_1": "tower/conv", "branch3x3_2a": "tower/mixed/conv",
+    "branch3x3_2b": "tower/mixed/conv_1", "branch3x3dbl_1": "tower_1/conv", "branch3x3dbl_2": "tower_1/conv_1",
+    "branch3x3dbl_3a": "tower_1/mixed/conv", "branch3x3dbl_3b": "tower_1/mixed/conv_1",
     "branch_pool": "tower_2/conv",
 }
 _BLOCKS = {
-    "Mixed_5b": ("mixed", _SCOPES_A),
-    "Mixed_5c": ("mixed_1", _SCOPES_A),
-    "Mixed_5d": ("mixed_2", _SCOPES_A),
-    "Mixed_6a": ("mixed_3", _SCOPES_B),
-    "Mixed_6b": ("mixed_4", _SCOPES_C),
-    "Mixed_6c": ("mixed_5", _SCOPES_C),
-    "Mixed_6d": ("mixed_6", _SCOPES_C),
-    "Mixed_6e": ("mixed_7", _SCOPES_C),
-    "Mixed_7a": ("mixed_8", _SCOPES_D),
-    "Mixed_7b": ("mixed_9", _SCOPES_E),
-    "Mixed_7c": ("mixed_10", _SCOPES_E),
+    "Mixed_5b": ("mixed", _SCOPES_A), "Mixed_5c": ("mixed_1", _SCOPES_A), "Mixed_5d": ("mixed_2", _SCOPES_A),
+    "Mixed_6a": ("mixed_3", _SCOPES_B), "Mixed_6b": ("mixed_4", _SCOPES_C), "Mixed_6c": ("mixed_5", _SCOPES_C),
+    "Mixed_6d": ("mixed_6", _SCOPES_C), "Mixed_6e": ("mixed_7", _SCOPES_C), "Mixed_7a": ("mixed_8", _SCOPES_D),
+    "Mixed_7b": ("mixed_9", _SCOPES_E), "Mixed_7c": ("mixed_10", _SCOPES_E),
 }
+# fmt: on
 TENSORFLOW_SCOPES = {
     "Conv2d_1a_3x3": "conv",
     "Conv2d_2a_3x3": "conv_1",

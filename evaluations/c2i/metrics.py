@@ -140,11 +140,7 @@ def require_labels(labels: np.ndarray, count: int, classes: int) -> None:
 
 
 def precision_recall(
-    reference: np.ndarray,
-    samples: np.ndarray,
-    k: int = 3,
-    exact: bool = False,
-    device: torch.device | str = "cpu",
+    reference: np.ndarray, samples: np.ndarray, k: int = 3, exact: bool = False, device: torch.device | str = "cpu"
 ) -> PrecisionRecall:
     """precision = |{s: |s - r|^2 <= radius(r) for some r}| / |S|; recall is the same with the sets exchanged.
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from evaluations.c2i.features import ImageFeatures
 from evaluations.c2i.image_sets import ImageSet
+from evaluations.c2i.metrics import PrecisionRecall
 
 PUBLISHED_SAMPLES = 50_000
 TITLES = {
@@ -84,7 +85,17 @@ def settings_of(samples: Path) -> dict[str, Any] | None:
         return None
 
 
-def text_lines(metrics: dict[str, float]) -> str:
+def describe_distances(result: PrecisionRecall, exact: bool) -> str:
+    """Return a description of the precision of the distances."""
+    if exact:
+        return "float32 (--exact-distances)"
+    text = "float16, as in the TensorFlow evaluator"
+    if result.float32_blocks:
+        text += f"; {result.float32_blocks} of {result.blocks} blocks overflow and are float32"
+    return text
+
+
+def as_text(metrics: dict[str, float]) -> str:
     """Return one line ``title: value`` per metric, as the published evaluator prints them."""
     return "".join(f"{title}: {metrics[name]}\n" for name, title in TITLES.items() if name in metrics)
 

@@ -60,12 +60,7 @@ def parse_args() -> Namespace:
     )
     parser.add_argument("reference", metavar="REF", help="reference for the evaluator: .npz or folder of images")
     parser.add_argument("--cfg-scales", type=float, nargs="+", required=True, help="guidance scales to evaluate")
-    parser.add_argument(
-        "--sample",
-        required=True,
-        metavar="OPTIONS",
-        help="options for sample_c2i.sh, as one string",
-    )
+    parser.add_argument("--sample", required=True, metavar="OPTIONS", help="options for sample_c2i.sh, as one string")
     parser.add_argument("--evaluate", default="", metavar="OPTIONS", help="options for evaluator.py, as one string")
     parser.add_argument("--output", default="sweep", help="folder for samples, metrics and plot")
     return parser.parse_args()
