@@ -1,45 +1,41 @@
-"""Cached code grids: shards that appear whole or not at all, and a memory-mapped reader.
+"""Cached code grids: shards written atomically, and a memory-mapped reader.
 
-A folder of codes holds ``plan.json`` (what is to be made, written first), ``shards/00000.npz`` ... and
-``meta.json`` (written last: the same facts with counts and checksums). A shard is a plain uncompressed npz of
+A folder of codes holds ``plan.json`` (the plan of all shards, written first), ``shards/00000.npz`` ... and
+``meta.json`` (written last: the plan with counts and checksums). A shard is an uncompressed npz of
 
     codes    uint16 (images, crops, tokens), raster order (uint32 where the codebook has over 65,536 entries)
     labels   int64  (images,)
-    index    int64  (images,) place of the image in the sorted listing of the source folder
-    skipped  int64  (unreadable images,) the same of those left out
+    index    int64  (images,) position of the image in the sorted listing of the source folder
+    skipped  int64  (unreadable images,) position of images that were left out
     reasons  str    (unreadable images,)
 
-so ``numpy.load`` reads it anywhere, its zip CRCs tell damage, and the reader maps its codes in place. Processes on
-any number of machines share the work by claim files alone.
+so ``numpy.load`` reads it anywhere, its zip CRCs detect damage, and the reader maps its codes in place. Processes on
+any number of machines share the work through the claim files of ``dataset/claims.py``.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import struct
-import time
 import uuid
 import zipfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from utils.files import atomic_path, remove_temporary, require_folder, sha256_file, write_json
+from utils.files import atomic_path, require_folder, sha256_file, write_json
+from utils.npz import map_member, open_npz
 
 
 @dataclass(frozen=True)
 class CodesPlan:
-    """What a folder of codes is made of; a rerun must agree with it in every field."""
+    """What the content of a folder of codes depends on; a rerun must agree in every field."""
 
     classes: list[str]
     num_images: int  # files in the source listing
-    source_sha256: str  # of the listing: relative paths, one a line
+    source_sha256: str  # of the listing: relative paths, one per line
     image_size: int
     grid: list[int]  # height, width in codes
     crops: list[str]  # names, in order
@@ -48,11 +44,11 @@ class CodesPlan:
     tokenizer: str  # name, such as VQ-16
     tokenizer_sha256: str  # of its weights
     precision: str
-    shard_size: int  # images
+    shard_size: int  # images per shard
 
     @property
     def num_tokens(self) -> int:
-        """Codes of one crop."""
+        """Codes per crop."""
         return self.grid[0] * self.grid[1]
 
     @property
@@ -66,20 +62,20 @@ class CodesPlan:
         return np.uint16 if self.codebook_size <= 1 << 16 else np.uint32
 
     def shard_images(self, shard: int) -> range:
-        """Source indices of one shard."""
+        """Return the source indices of one shard."""
         first = shard * self.shard_size
         return range(first, min(first + self.shard_size, self.num_images))
 
 
 def shard_path(folder: str | Path, shard: int) -> Path:
-    """Where shard number ``shard`` stands."""
+    """Return the path of shard number ``shard``."""
     return Path(folder) / "shards" / f"{shard:05d}.npz"
 
 
 def start_codes(folder: str | Path, plan: CodesPlan) -> None:
-    """Record ``plan`` in ``folder``, or check that it is the one recorded there; ``ValueError`` says what differs.
+    """Record ``plan`` in ``folder``; ``ValueError`` naming the differences if another plan is recorded there.
 
-    Of several processes that start at once one records its plan and the others compare theirs with it.
+    Of several processes that start at once, one records its plan and the others compare theirs with it.
     """
     path = Path(folder) / "plan.json"
     aside = path.with_name(f"plan.json.tmp-{uuid.uuid4().hex[:8]}")
@@ -91,13 +87,14 @@ def start_codes(folder: str | Path, plan: CodesPlan) -> None:
         pass
     finally:
         aside.unlink()
-    before, now = _read_json(path), json.loads(json.dumps(asdict(plan)))
-    differing = [k for k in now if before.get(k) != now[k]]
-    if differing:
+
+    recorded = _read_json(path)
+    wanted = json.loads(json.dumps(asdict(plan)))
+    if differing := [k for k in wanted if recorded.get(k) != wanted[k]]:
         k = differing[0]
         raise ValueError(
             f"--code-path: {folder} already holds codes made with another {', '.join(differing)} "
-            f"({k}: {_short(before.get(k))} there, {_short(now[k])} now); give another folder or delete it"
+            f"({k}: {_short(recorded.get(k))} there, {_short(wanted[k])} now); give another folder or delete it"
         )
 
 
@@ -112,102 +109,8 @@ def _read_json(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is missing or damaged: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
+        raise ValueError(f"{path} is damaged: it does not hold a JSON object")
     return value
-
-
-def _machine() -> str:
-    """Where a process id means something: host, boot and, on Linux, process namespace, as one word."""
-    parts = [platform.node()]
-    with suppress(OSError):  # not Linux
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    return "/".join(parts).replace(" ", "_")
-
-
-class Claims:
-    """Which process makes which shard, by files on a disk that all of them share.
-
-    A claim is ``shards/00012.claim``, created exclusively. It lapses when its process is gone (known on the same
-    machine) or has not renewed it for ``timeout`` seconds. Should two processes ever make the same shard, both write
-    the same bytes, each whole.
-    """
-
-    def __init__(self, folder: str | Path, timeout: float = 900.0):
-        self.folder, self.timeout = folder, timeout
-        self._machine = _machine()
-        self._text = f"{self._machine} {os.getpid()} {uuid.uuid4().hex}"
-        self._mine: set[int] = set()
-
-    def _path(self, shard: int) -> Path:
-        return shard_path(self.folder, shard).with_suffix(".claim")
-
-    def free(self, shard: int) -> bool:
-        """Whether ``take`` would now succeed."""
-        return not self._path(shard).exists() or self._lapsed(self._path(shard))
-
-    def take(self, shard: int) -> bool:
-        """Claim ``shard`` if nobody alive has; False if somebody has, or the shard is there already."""
-        path = self._path(shard)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self._lapsed(path):
-            aside = path.with_suffix(f".lapsed-{uuid.uuid4().hex[:8]}")
-            try:
-                os.rename(path, aside)  # of several processes that see it lapse, one gets it
-            except FileNotFoundError:
-                return False
-            aside.unlink()
-        try:
-            with open(path, "x") as f:
-                f.write(self._text)
-        except FileExistsError:
-            return False
-        self._mine.add(shard)
-        if shard_path(self.folder, shard).exists():  # finished between our look and our claim
-            self.release(shard)
-            return False
-        remove_temporary(shard_path(self.folder, shard))
-        return True
-
-    def _lapsed(self, path: Path) -> bool:
-        try:
-            machine, _, rest = path.read_text().partition(" ")
-            age = time.time() - path.stat().st_mtime
-        except FileNotFoundError:
-            return False
-        pid = rest.partition(" ")[0]
-        if machine == self._machine and pid.isdigit():
-            try:
-                os.kill(int(pid), 0)
-            except ProcessLookupError:
-                return True
-            except PermissionError:
-                pass
-        return age > self.timeout
-
-    def _is_mine(self, shard: int) -> bool:
-        try:
-            return self._path(shard).read_text() == self._text
-        except FileNotFoundError:
-            return False
-
-    def renew(self) -> None:
-        """Say that this process is alive."""
-        for shard in self._mine:
-            if self._is_mine(shard):
-                os.utime(self._path(shard))
-
-    def release(self, shard: int) -> None:
-        """Give up a claim, when the shard is there."""
-        self._mine.discard(shard)
-        if self._is_mine(shard):
-            self._path(shard).unlink()
-
-    def __enter__(self) -> Claims:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for shard in list(self._mine):
-            self.release(shard)
 
 
 def write_shard(
@@ -219,8 +122,10 @@ def write_shard(
     index: np.ndarray,
     skipped: Sequence[tuple[int, str]] = (),
 ) -> None:
-    """Write one shard atomically; codes (images, crops, tokens), labels and index (images,), skipped (index, reason)
-    of unreadable images."""
+    """Write one shard atomically: codes (images, crops, tokens), labels and index (images,).
+
+    ``skipped``: (index, reason) of unreadable images.
+    """
     assert codes.shape[1:] == (len(plan.crops), plan.num_tokens), codes.shape
     assert len(codes) == len(labels) == len(index)
     arrays = {"codes": codes.astype(plan.dtype), "labels": labels, "index": index}
@@ -231,18 +136,18 @@ def write_shard(
 
 
 def shard_damage(folder: str | Path, plan: CodesPlan, shard: int) -> str | None:
-    """What is wrong with a shard that is there, or None: every byte is checked against the zip's CRCs."""
+    """Return what is wrong with an existing shard, or None; every byte is checked against the zip's CRCs."""
     path = shard_path(folder, shard)
     try:
         with zipfile.ZipFile(path) as archive:
             if bad := archive.testzip():
                 return f"checksum of {bad} fails"
         with np.load(path, allow_pickle=False) as arrays:
-            together = np.sort(np.concatenate([arrays["index"], arrays["skipped"]]))
+            indices = np.sort(np.concatenate([arrays["index"], arrays["skipped"]]))
             shape, labels = arrays["codes"].shape, arrays["labels"].shape
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         return str(error)
-    if not np.array_equal(together, plan.shard_images(shard)):
+    if not np.array_equal(indices, plan.shard_images(shard)):
         return "it does not hold each of its images once"
     if shape != (*labels, len(plan.crops), plan.num_tokens):
         return f"codes of shape {shape} and labels of shape {labels} are not those of the plan"
@@ -250,7 +155,7 @@ def shard_damage(folder: str | Path, plan: CodesPlan, shard: int) -> str | None:
 
 
 def finished_damage(folder: str | Path, meta: dict, shard: int) -> str | None:
-    """Return what is wrong with a shard of a finished folder, its checksum in ``meta`` included, or None."""
+    """Return what is wrong with a shard of a finished folder, or None; also checks its checksum in ``meta``."""
     plan = CodesPlan(**{f.name: meta[f.name] for f in fields(CodesPlan)})
     if (damage := shard_damage(folder, plan, shard)) is not None:
         return damage
@@ -260,20 +165,21 @@ def finished_damage(folder: str | Path, meta: dict, shard: int) -> str | None:
 
 
 def num_skipped(path: str | Path) -> int:
-    """Unreadable images that a whole shard leaves out."""
+    """Return the number of unreadable images that a shard leaves out."""
     with np.load(path, allow_pickle=False) as arrays:
         return len(arrays["skipped"])
 
 
 def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) -> dict | None:
-    """Write ``meta.json``, and ``skipped.json`` if images were unreadable; returns meta.
+    """Write ``meta.json``, and ``skipped.json`` if images were unreadable, and return the content of ``meta.json``.
 
-    None, and nothing written, while any shard is missing or damaged. ``sources``: paths in listing order, to name the
-    unreadable images by.
+    Returns None and writes nothing while a shard is missing or damaged. ``sources``: paths in listing order, which
+    ``skipped.json`` names.
     """
     paths = [shard_path(folder, s) for s in range(plan.num_shards)]
     if not all(p.exists() for p in paths) or any(shard_damage(folder, plan, s) for s in range(plan.num_shards)):
         return None
+
     shards, skipped = [], []
     for path in paths:
         with np.load(path, allow_pickle=False) as arrays:
@@ -281,6 +187,7 @@ def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) ->
             rows = zip(arrays["skipped"].tolist(), arrays["reasons"].tolist(), strict=True)
             skipped += [{"index": i, "path": sources[i], "reason": reason} for i, reason in rows]
         shards.append({"file": f"shards/{path.name}", "images": count, "sha256": sha256_file(path)})
+
     report = Path(folder) / "skipped.json"
     if skipped:
         write_json(report, skipped)
@@ -289,55 +196,35 @@ def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) ->
     counts = {"num_coded_images": sum(s["images"] for s in shards), "num_skipped_images": len(skipped)}
     meta = {**asdict(plan), **counts, "shards": shards}
     write_json(Path(folder) / "meta.json", meta)
-    for claim in (Path(folder) / "shards").glob("*.claim"):  # of processes killed right after their last shard
+    for claim in (Path(folder) / "shards").glob("*.claim"):  # left by processes killed right after their last shard
         claim.unlink(missing_ok=True)
     return meta
 
 
-def _map_npy(path: Path, member: zipfile.ZipInfo) -> np.ndarray:
-    """Map an uncompressed ``.npy`` member of a zip file into memory, without keeping the file open."""
-    if member.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{path}: {member.filename} is compressed; a shard is stored uncompressed")
-    with open(path, "rb") as f:
-        f.seek(member.header_offset + 26)  # lengths of name and extra field end the zip's local header
-        f.seek(member.header_offset + 30 + sum(struct.unpack("<HH", f.read(4))))
-        version = np.lib.format.read_magic(f)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, fortran_order, dtype = read_header[version](f)
-        start = f.tell()
-    if dtype.hasobject or fortran_order:
-        raise ValueError(f"{path}: {member.filename} is not a plain array")
-    # numpy.memmap keeps one file descriptor a map, and a large set has more shards than a process may open files
-    whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
-    return np.frombuffer(whole, dtype, int(np.prod(shape, dtype=np.int64)), start).reshape(shape)
-
-
 class Codes:
-    """Cached codes of a data set, random access; what every reader offers."""
+    """Interface of the readers: random access to the cached codes of a data set."""
 
     labels: np.ndarray  # (N,) int64
     num_crops: int
     num_tokens: int
     num_classes: int
-    crop_weights: np.ndarray | None  # (num_crops,) how often to draw each crop; None: equally
+    crop_weights: np.ndarray | None = None  # (num_crops,) probability of drawing each crop; None: equal
     meta: dict  # as in meta.json; empty for the published layout
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
-        """Codes (B, tokens) int64, raster order, of B (image, crop) pairs."""
+        """Return codes (B, tokens) int64, in raster order, of B (image, crop) pairs."""
         raise NotImplementedError
 
     def batch(self, images: np.ndarray, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Codes (B, tokens) int64 and labels (B,) int64 of B (image, crop) pairs."""
+        """Return codes (B, tokens) int64 and labels (B,) int64 of B (image, crop) pairs."""
         return self.gather(images, crops), self.labels[images]
 
 
 class ShardedCodes(Codes):
-    """The reader of our shards; see ``Codes``. Threads may share it."""
-
-    crop_weights = None
+    """Reader of our shards; threads may share it."""
 
     def __init__(self, folder: str | Path):
         self.meta = _read_json(Path(folder) / "meta.json")
@@ -361,29 +248,25 @@ class ShardedCodes(Codes):
     @staticmethod
     def _open(path: Path) -> tuple[np.ndarray, np.ndarray]:
         try:
-            with zipfile.ZipFile(path) as archive:
-                codes, labels = (_map_npy(path, archive.getinfo(f"{k}.npy")) for k in ("codes", "labels"))
-        except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, KeyError, struct.error) as error:
+            with open_npz(path) as archive:
+                return map_member(archive, "codes"), map_member(archive, "labels")
+        except ValueError as error:
             raise ValueError(f"{path} is missing or damaged ({error}); delete it and extract again") from error
-        return codes, labels
 
     def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
-        """Codes (B, tokens) int64, raster order, of B (image, crop) pairs."""
         images, crops = np.asarray(images), np.asarray(crops)
         out = np.empty((len(images), self.num_tokens), np.int64)
         shard_of = np.searchsorted(self._ends, images, side="right")
         for shard in np.unique(shard_of):
-            here = np.flatnonzero(shard_of == shard)
+            rows = np.flatnonzero(shard_of == shard)
             codes = self._shards[shard]
-            out[here] = codes[images[here] - (self._ends[shard] - len(codes)), crops[here]]
+            first_image = self._ends[shard] - len(codes)
+            out[rows] = codes[images[rows] - first_image, crops[rows]]
         return out
 
 
 class PublishedCodes(Codes):
-    """The reader of the published layout, two files an image: ``*_codes/0.npy`` [1, crops, tokens] and
-    ``*_labels/0.npy`` [1]; see ``Codes``."""
-
-    crop_weights = None
+    """Reader of the published layout, per image ``*_codes/0.npy`` [1, crops, tokens] and ``*_labels/0.npy`` [1]."""
 
     def __init__(self, folder: str | Path, option: str = "--code-path"):
         self._codes, labels = (self._only_folder(Path(folder), end, option) for end in ("_codes", "_labels"))
@@ -400,13 +283,13 @@ class PublishedCodes(Codes):
 
     @staticmethod
     def _only_folder(folder: Path, end: str, option: str) -> Path:
-        found = sorted(p for p in folder.glob(f"*{end}") if p.is_dir())
-        if len(found) != 1:
+        folders = sorted(p for p in folder.glob(f"*{end}") if p.is_dir())
+        if len(folders) != 1:
             raise ValueError(
                 f"{option}: {folder} holds no codes: expected meta.json with shards/ (written by "
-                f"extract_codes_c2i.sh when it is done) or one folder *_codes beside one *_labels"
+                f"extract_codes_c2i.sh when it ends) or one folder *_codes beside one *_labels"
             )
-        return found[0]
+        return folders[0]
 
     @staticmethod
     def _read(path: Path) -> np.ndarray:
@@ -416,12 +299,11 @@ class PublishedCodes(Codes):
             raise ValueError(f"{path} is missing or damaged: {error}") from error
 
     def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
-        """Codes (B, tokens) int64, raster order, of B (image, crop) pairs."""
         pairs = zip(images, crops, strict=True)
         return np.stack([self.image(i)[c] for i, c in pairs]).astype(np.int64)
 
     def image(self, i: int) -> np.ndarray:
-        """All crops (crops, tokens) of one image."""
+        """Return all crops (crops, tokens) of one image."""
         path = self._codes / f"{i}.npy"
         codes = self._read(path)
         if codes.shape != (1, self.num_crops, self.num_tokens):
@@ -430,7 +312,7 @@ class PublishedCodes(Codes):
 
 
 def open_codes(folder: str | Path, option: str = "--code-path") -> Codes:
-    """Open a folder of codes, ours or the published layout; ``ValueError`` naming ``option`` if it is neither."""
+    """Open a folder of codes, in our or the published layout; ``ValueError`` naming ``option`` if it is neither."""
     require_folder(folder, option, "make it with scripts/autoregressive/extract_codes_c2i.sh")
     if (Path(folder) / "meta.json").is_file():
         return ShardedCodes(folder)
@@ -440,16 +322,16 @@ def open_codes(folder: str | Path, option: str = "--code-path") -> Codes:
 
 
 class MixedCodes(Codes):
-    """Two sets of codes of the same images, such as ten crops at range 1.1 and at 1.05, as one; see ``Codes``.
+    """Two sets of codes of the same images, such as ten crops at range 1.1 and ten at 1.05, as one.
 
-    Crop numbers run over both. ``crop_weights`` (num_crops,) says how often each crop is to be drawn: the second
-    set's crops have ``weight`` together.
+    Crops of the second set are numbered after those of the first. The second set is drawn with probability ``weight``,
+    which ``crop_weights`` divides equally among its crops.
     """
 
     def __init__(self, first: Codes, second: Codes, weight: float):
-        for what in ("tokenizer_sha256", "source_sha256", "grid", "classes", "image_size"):
-            if first.meta.get(what) != second.meta.get(what):
-                raise ValueError(f"--mix-code-path: its {what} differs from that of --code-path; both must fit")
+        for name in ("tokenizer_sha256", "source_sha256", "grid", "classes", "image_size"):
+            if first.meta.get(name) != second.meta.get(name):
+                raise ValueError(f"--mix-code-path: its {name} differs from that of --code-path; they must be equal")
         if first.num_tokens != second.num_tokens or not np.array_equal(first.labels, second.labels):
             raise ValueError("--mix-code-path holds other images than --code-path: labels or code counts differ")
         self.parts, self.labels, self.meta = (first, second), first.labels, first.meta
@@ -459,10 +341,9 @@ class MixedCodes(Codes):
         self.crop_weights = np.array(shares)
 
     def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
-        """Codes (B, tokens) int64, raster order, of B (image, crop) pairs."""
         images, crops = np.asarray(images), np.asarray(crops)
         out = np.empty((len(images), self.num_tokens), np.int64)
         split = self.parts[0].num_crops
-        for part, here, offset in zip(self.parts, (crops < split, crops >= split), (0, split), strict=True):
-            out[here] = part.gather(images[here], crops[here] - offset)
+        for part, rows, offset in zip(self.parts, (crops < split, crops >= split), (0, split), strict=True):
+            out[rows] = part.gather(images[rows], crops[rows] - offset)
         return out

@@ -18,10 +18,10 @@ from utils.files import require_folder
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """An image file as upright 8-bit RGB, whatever its mode.
+    """Read an image file of any mode as upright 8-bit RGB.
 
-    Raises ``ValueError`` with the path if the file is no readable image, and the ``OSError`` itself where the disk or
-    the network fails: that says nothing about the image.
+    Raises ``ValueError`` with the path if the file is not a readable image. An ``OSError`` of the disk or network is
+    passed on: the image itself may be intact.
     """
     try:
         with Image.open(path) as file:
@@ -36,9 +36,9 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def list_images(root: str | Path, option: str = "--data-path") -> ImageFolder:
-    """Classes (sorted folder names) and files of ``root``, in torchvision's order; ``ValueError`` if there are none.
+    """List classes (sorted folder names) and files of ``root``, in torchvision's order, without opening the files.
 
-    Only ``classes`` and ``samples`` (path, label) are used; nothing is opened.
+    Only ``classes`` and ``samples`` (path, label) are used. Raises ``ValueError`` if there are none.
     """
     require_folder(root, option, "expected one sub-folder of images per class")
     try:
@@ -52,7 +52,7 @@ def list_images(root: str | Path, option: str = "--data-path") -> ImageFolder:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """Transform for ``ImageFiles``: the central square of side ``size``."""
+    """Transform for ``ImageFiles``: central square of side ``size``."""
 
     size: int
 
@@ -62,7 +62,7 @@ class CenterCrop:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Transform for ``ImageFiles``: a random crop of side ``size``, mirrored half the time if ``flip``."""
+    """Transform for ``ImageFiles``: random crop of side ``size``; with ``flip``, half of the crops are mirrored."""
 
     size: int
     flip: bool
@@ -75,7 +75,7 @@ class RandomCrop:
 
 
 class Unreadable(NamedTuple):
-    """Stands for an image that could not be read; ``fatal`` where the disk failed and not the image."""
+    """Replaces an image that could not be read; ``fatal`` if the disk failed rather than the image."""
 
     index: int
     reason: str
@@ -83,11 +83,11 @@ class Unreadable(NamedTuple):
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Decode files and apply ``transform`` (PIL image, key -> uint8 (H, W, 3) array); items are looked up by key.
+    """Data set that decodes files and applies ``transform`` (PIL image, key -> uint8 (H, W, 3) array).
 
-    A key is (index, epoch): a transform that needs randomness draws it from these, so that an item is the same
-    whenever and wherever it is made. With ``tolerant`` an unreadable file yields ``Unreadable``, else an error.
-    Paths are kept in one array, which worker processes share; a list would be copied to each as it is read.
+    Items are looked up by key, which is (index, epoch): transforms draw their randomness from the key, so that an item
+    does not depend on when and where it is made. With ``tolerant``, an unreadable file gives ``Unreadable`` instead of
+    an error. Paths are stored in one array, whose memory worker processes share; a list would be copied to each.
     """
 
     def __init__(
@@ -104,12 +104,12 @@ class ImageFiles(torch.utils.data.Dataset):
         self.tolerant = tolerant
 
     def path(self, index: int) -> str:
-        """Path of one file."""
+        """Return the path of one file."""
         start = self.ends[index - 1] if index else 0
         return os.fsdecode(self.paths[start : self.ends[index]].tobytes())
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int] | Unreadable:
-        """uint8 (H, W, 3), label, index."""
+        """Return uint8 (H, W, 3), label and index."""
         index = key[0]
         try:
             pixels = self.transform(open_image(self.path(index)), key)
@@ -126,7 +126,7 @@ class ImageFiles(torch.utils.data.Dataset):
 def to_model_range(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
     """uint8 (..., H, W, 3) -> float32 (N, 3, H, W) in [-1, 1] on ``device``, leading dimensions flattened.
 
-    Channels-last in memory: the view of the pixels as they are.
+    Channels-last in memory, as the pixels are.
     """
     pixels = pixels.to(device, non_blocking=True).flatten(0, -4).permute(0, 3, 1, 2)  # (N, 3, H, W)
     return pixels.float() / 127.5 - 1.0  # (N, 3, H, W)

@@ -1,4 +1,4 @@
-"""What a folder of codes holds: verify every shard, count classes and codebook usage, draw decoded codes."""
+"""Inspect a folder of codes: verify every shard, count classes and codebook usage, draw decoded codes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from utils.files import write_json
 from utils.images import image_grid, save_png, to_uint8
 from utils.logger import progress
 from utils.options import make_parser, positive_int, run_main
+from utils.quality import codebook_usage, perplexity
 
 CHUNK = 4096
 
 
 def verify(folder: Path, codes: ShardedCodes) -> None:
-    """Check every shard's bytes and content; ``ValueError`` names those that are damaged."""
+    """Check bytes and content of every shard; ``ValueError`` naming the damaged ones."""
     damaged, shards = [], range(len(codes.meta["shards"]))
     for i in progress(init_distributed(), "verifying", len(shards), unit="shards", items=shards):
         if damage := finished_damage(folder, codes.meta, i):
@@ -31,22 +32,22 @@ def verify(folder: Path, codes: ShardedCodes) -> None:
         raise ValueError(f"{len(damaged)} damaged shards: {'; '.join(damaged)}; extract_codes_c2i.sh makes them again")
 
 
-def count_codes(codes: ShardedCodes) -> np.ndarray:
-    """How often each codebook entry occurs over all images and crops: (V,) int64."""
+def count_codes(codes: ShardedCodes) -> torch.Tensor:
+    """Count how often each codebook entry occurs over all images and crops: (V,) int64."""
     counts = np.zeros(codes.meta["codebook_size"], np.int64)
     for first in range(0, len(codes), CHUNK):
         images = np.arange(first, min(first + CHUNK, len(codes)))
         for crop in range(codes.num_crops):
             counts += np.bincount(codes.gather(images, np.full(len(images), crop)).ravel(), minlength=len(counts))
-    return counts
+    return torch.from_numpy(counts)
 
 
 def draw(codes: ShardedCodes, vq_ckpt: str, rows: int, output: Path) -> None:
-    """Decode all crops of ``rows`` images spread over the set; one row per image."""
+    """Decode all crops of ``rows`` images from all over the set; one row per image."""
     vq, _ = load_vq(vq_ckpt, None)
     require_tokenizer(vq, codes.meta["tokenizer_sha256"], vq_ckpt, "--code-path")
     images = np.linspace(0, len(codes) - 1, min(rows, len(codes))).astype(np.int64)
-    pictures = []
+    pictures = []  # (K, S, S, 3) each
     for image in progress(init_distributed(), "decoding", len(images), unit="images", items=images):
         tokens = codes.gather(np.full(codes.num_crops, image), np.arange(codes.num_crops))  # (K, T)
         with torch.inference_mode():
@@ -56,26 +57,27 @@ def draw(codes: ShardedCodes, vq_ckpt: str, rows: int, output: Path) -> None:
 
 
 def main() -> None:
-    """Verify, count, print, draw."""
+    """Verify the shards, print and write the counts, draw."""
     parser = make_parser(
         __doc__,
         "python3 scripts/inspect_codes.py --code-path CODES --vq-ckpt ./pretrained_models/vq_ds16_c2i.pt",
     )
-    parser.add_argument("--code-path", required=True, help="folder of codes, from extract_codes_c2i.sh")
-    parser.add_argument("--vq-ckpt", help="its tokenizer, to draw decoded codes (default: no picture)")
-    parser.add_argument("--rows", type=positive_int, default=8, help="images in the picture")
-    parser.add_argument("--output", help="picture, and .json of the counts beside it (default: CODES/inspect.png)")
+    parser.add_argument("--code-path", required=True, help="folder of codes made by extract_codes_c2i.sh")
+    parser.add_argument("--vq-ckpt", help="tokenizer that made the codes, to draw decoded codes (default: no picture)")
+    parser.add_argument("--rows", type=positive_int, default=8, help="images in the picture, one per row")
+    text = "PNG to write; the counts go to a .json beside it (default: CODE_PATH/inspect.png)"
+    parser.add_argument("--output", help=text)
     args = parser.parse_args()
+
     folder = Path(args.code_path)
     codes = open_codes(folder)
     if not isinstance(codes, ShardedCodes):
         raise ValueError(f"--code-path {folder} is in the published layout; scripts/convert_codes.py makes shards")
     output = Path(args.output) if args.output else folder / "inspect.png"
     verify(folder, codes)
-    usage = count_codes(codes)
+
+    counts = count_codes(codes)
     per_class = np.bincount(codes.labels, minlength=codes.num_classes)
-    probability = usage[usage > 0] / usage.sum()
-    perplexity = float(np.exp(-(probability * np.log(probability)).sum()))
     meta = codes.meta
     print(
         f"{folder}: {len(codes):,} images x {codes.num_crops} crops of {meta['image_size']}x{meta['image_size']} as "
@@ -84,15 +86,15 @@ def main() -> None:
         f"shards     {len(meta['shards'])}, all whole; {meta['num_skipped_images']} unreadable images left out\n"
         f"tokenizer  sha256 {meta['tokenizer_sha256']}\n"
         f"classes    {codes.num_classes}, {per_class.min()} to {per_class.max()} images each\n"
-        f"codebook   {(usage > 0).sum():,} of {len(usage):,} entries occur ({(usage > 0).mean():.1%}), "
-        f"perplexity {perplexity:,.0f}"
+        f"codebook   {(counts > 0).sum():,} of {len(counts):,} entries occur ({codebook_usage(counts):.1%}), "
+        f"perplexity {perplexity(counts):,.0f}"
     )
-    counts = {"images_per_class": dict(zip(meta["classes"], per_class.tolist(), strict=True))}
-    counts |= {"codebook_counts": usage.tolist(), "codebook_perplexity": perplexity}
-    write_json(output.with_suffix(".json"), counts)
+    report = {"images_per_class": dict(zip(meta["classes"], per_class.tolist(), strict=True))}
+    report |= {"codebook_counts": counts.tolist(), "codebook_perplexity": perplexity(counts)}
+    write_json(output.with_suffix(".json"), report)
     if args.vq_ckpt:
         draw(codes, args.vq_ckpt, args.rows, output)
-        print(f"{output}: one image a row, its crops in order")
+        print(f"{output}: one row per image, its crops in order")
 
 
 if __name__ == "__main__":

@@ -129,11 +129,11 @@ def test_is_a_feature_network(tmp_path):
     assert content["config"] == {"image_size": 16, "num_classes": 5, "width": 64}
 
 
-def test_turn_and_shift_keeps_the_picture_in_place():
+def test_rotate_and_shift_keeps_the_picture_in_place():
     """Small changes only: a centred spot stays within the largest shift, and no two images move alike."""
     x = torch.full((16, 3, 32, 32), -1.0)
     x[:, :, 15:17, 15:17] = 1
-    moved = train_classifier.turn_and_shift(x, torch.Generator().manual_seed(0))
+    moved = train_classifier.rotate_and_shift(x, torch.Generator().manual_seed(0))
     assert moved.shape == x.shape
     spread = (moved > -0.9).nonzero()[:, 2:]
     assert (spread - 15.5).abs().max() <= 0.5 + 32 * train_classifier.MAX_SHIFT + 1

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from autoregressive.train.data import CodeBatches
+from dataset.claims import Claims
 from dataset.codes import (
-    Claims,
     CodesPlan,
     MixedCodes,
     finish_codes,

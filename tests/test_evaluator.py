@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluations.c2i import evaluator, image_archive, report, self_check, sweep
+from evaluations.c2i import evaluator, image_sets, report, self_check, sweep
 from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier, save_classifier
-from evaluations.c2i.image_archive import open_archive
+from evaluations.c2i.image_sets import open_archive
 from evaluations.c2i.metrics import mean_and_covariance
 from tests.conftest import run_command
 from tests.test_inception import recipe_state
@@ -219,9 +219,9 @@ IMAGES = np.full((5, 8, 8, 3), 9, np.uint8)
         ({"arr_0": IMAGES - 20.0}, r"values in -11..-11, expected 0..255"),
         ({"arr_0": IMAGES / 255.0}, "no value above .*expected values in 0..255"),
         ({"arr_0": IMAGES // 9}, "first images have no value above 1, expected values in 0..255"),
-        ({"arr_0": np.broadcast_to(np.uint8(3), (4, 9000, 9000, 3))[:1]}, "images of 9000x9000 pixels are larger"),
-        ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "sigma is no covariance"),
-        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 9.0], [0.0, 1.0]])}, "sigma is no covariance"),
+        ({"arr_0": np.broadcast_to(np.uint8(3), (4, 9000, 9000, 3))[:1]}, "images of 9000x9000 pixels are too large"),
+        ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "sigma is not a covariance"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 9.0], [0.0, 1.0]])}, "sigma is not a covariance"),
         ({"arr_0": IMAGES * np.nan}, "values in nan"),
         ({"arr_0": IMAGES[:, :4, :4]}, "trained on 8x8x3 images, these are 4x4x3"),
         ({"arr_0": IMAGES, "labels": np.zeros(4, int)}, "labels are .*expected 5 integers"),
@@ -254,9 +254,9 @@ def shorten_the_header(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda _: b"no zip at all", "is no whole .npz file"),
-        (truncate, "is no whole .npz file"),
-        (flip_a_pixel, "is no whole .npz file: Bad CRC"),
+        (lambda _: b"no zip at all", "is not a whole .npz file"),
+        (truncate, "is not a whole .npz file"),
+        (flip_a_pixel, "is not a whole .npz file: Bad CRC"),
         (shorten_the_header, "should have 4608 bytes of values and has 4800"),
     ],
 )
@@ -272,7 +272,7 @@ def test_damaged_files_are_one_line(sets, evaluate, damage, message):
 def test_a_pickle_inside_an_archive_is_never_run(sets, evaluate):
     with zipfile.ZipFile(sets / "sam.npz", "w") as archive:
         archive.writestr("arr_0.npy", b"cos\nsystem\n(S'touch ran'\ntR.")
-    with pytest.raises(ValueError, match="arr_0 is no readable array"):
+    with pytest.raises(ValueError, match="arr_0 is not a readable array"):
         evaluate(sets)
     assert not (sets / "ran").exists()
 
@@ -475,7 +475,7 @@ def test_names_are_ordered_by_number_and_settings_found_beside_a_folder(sets):
     save_images(sets / "cfg-1.75-seed-0", np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(3, 3))
     for i in range(12):
         (sets / "cfg-1.75-seed-0" / f"{i:03}.png").rename(sets / "cfg-1.75-seed-0" / f"{i}.png")
-    images = image_archive.open_images(sets / "cfg-1.75-seed-0", "SAMPLES")
+    images = image_sets.open_images(sets / "cfg-1.75-seed-0", "SAMPLES")
     assert torch.cat(list(images.batches(5)))[:, 0, 0, 0].tolist() == list(range(12))
     (sets / "cfg-1.75-seed-0.json").write_text(json.dumps({"options": {"cfg_scale": 1.75}}))
     assert report.settings_of(images.path) == {"cfg_scale": 1.75}
@@ -524,7 +524,7 @@ def test_openai_samples_are_compared_with_their_published_figures():
 
 def test_a_zip_bomb_is_not_unpacked(sets, evaluate, monkeypatch):
     """Statistics are read whole, so their size is bounded before; 200 kB on disk say they are 200 MB here."""
-    monkeypatch.setattr(image_archive, "LARGEST_WHOLE", 100_000_000)
+    monkeypatch.setattr(image_sets, "LARGEST_WHOLE", 100_000_000)
     np.savez_compressed(sets / "sam.npz", mu=np.zeros(5000), sigma=np.zeros((5000, 5000)))
     with pytest.raises(ValueError, match="sigma would take 200,000,000 bytes of memory"):
         evaluate(sets)

@@ -132,7 +132,7 @@ def test_an_empty_constant_and_a_misplaced_message():
     node = field(1, field(1, b"x") + field(2, b"Const") + attribute("value", field(8, empty)))
     assert read_graphdef(node)["x"].value.shape == (0,)
     wrong = field(1, 1) + field(2, field(2, field(1, b"ab")))
-    with pytest.raises(ValueError, match="no GraphDef"):
+    with pytest.raises(ValueError, match="not a GraphDef"):
         read_graphdef(field(1, field(1, b"x") + field(2, b"Const") + attribute("value", field(8, wrong))))
 
 

@@ -14,8 +14,8 @@ from tests.conftest import run_command
 from tests.test_training import quietly
 from tests.test_vq_loss import slow_lpips
 from tokenizer import reconstruct_vq
-from tokenizer.reconstruct_vq import psnr, ssim
 from tokenizer.vq_model import load_vq
+from utils.quality import psnr, ssim
 
 SCRIPT = ("bash", "scripts/tokenizer/reconstruction_vq.sh")
 
@@ -43,6 +43,7 @@ def contents(folder: Path) -> dict[str, str]:
 def test_psnr_and_ssim_closed_forms():
     black, grey = np.zeros((2, 16, 16, 3), np.uint8), np.full((2, 16, 16, 3), 51, np.uint8)
     assert psnr(black, grey) == pytest.approx([20 * math.log10(5)] * 2)
+    assert psnr(grey, grey) == pytest.approx([100] * 2)  # as in the evaluator
     assert ssim(grey, grey) == pytest.approx([1, 1])
     c1 = (0.01 * 255) ** 2  # flat images: variances and covariance are 0, means 0 and 51
     assert ssim(black, grey) == pytest.approx([c1 / (51**2 + c1)] * 2, rel=1e-3)

@@ -1,7 +1,8 @@
-"""Images -> reconstructions and the images themselves in one .npz each, PSNR, SSIM, LPIPS, codebook usage, a picture.
+"""Reconstruct images with a tokenizer; report PSNR, SSIM, LPIPS and codebook usage.
 
-The evaluator makes rFID of the two files. Images are dealt out in chunks of the batch size, so any number of processes,
-interrupted or not, ends in the same files and figures.
+Writes reconstructions and images to one .npz each, from which the evaluator computes rFID, and a picture of pairs.
+Images are divided into chunks of the batch size, so any number of processes, interrupted or not, gives the same files
+and metrics.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from dataset.imagenet import CenterCrop, ImageFiles, list_images, to_model_range
 from tokenizer.vq_loss import find_vgg, load_lpips
@@ -32,6 +32,7 @@ from utils.logger import create_logger, progress
 from utils.npz import SampleFile
 from utils.options import add_retired, count, make_parser, positive_int, run_main, write_options
 from utils.performance import usable_cores
+from utils.quality import codebook_usage, perplexity, psnr, ssim
 
 SHOWN = {
     "psnr": "PSNR {:.2f} dB",
@@ -43,49 +44,41 @@ SHOWN = {
 
 
 def parse_args() -> Namespace:
-    """Options; names and defaults of the published script."""
+    """Parse the command line; names and defaults are those of the published script."""
     parser = make_parser(
         __doc__,
         "bash scripts/tokenizer/reconstruction_vq.sh --data-path IMAGENET/val "
         "--vq-ckpt ./pretrained_models/vq_ds16_c2i.pt",
     )
-    parser.add_argument("--data-path", required=True, help="folder with one sub-folder of images per class")
-    parser.add_argument("--vq-ckpt", help="tokenizer checkpoint")
-    parser.add_argument("--vq-model", choices=list(VQ_models), help="size (default: the checkpoint's, else VQ-16)")
-    parser.add_argument("--codebook-size", type=positive_int, help="entries (default: the checkpoint's, else 16384)")
-    parser.add_argument("--codebook-embed-dim", type=positive_int, help="entry width (default: the checkpoint's or 8)")
+    parser.add_argument("--data-path", required=True, help="images: folder with one sub-folder per class")
+    parser.add_argument("--vq-ckpt", help="tokenizer checkpoint: file of weights or folder of a training checkpoint")
+    parser.add_argument(
+        "--vq-model", choices=list(VQ_models), help="tokenizer size (default: the checkpoint's, else VQ-16)"
+    )
+    text = "number of codebook entries (default: the checkpoint's, else 16384)"
+    parser.add_argument("--codebook-size", type=positive_int, help=text)
+    text = "width of a codebook entry (default: the checkpoint's, else 8)"
+    parser.add_argument("--codebook-embed-dim", type=positive_int, help=text)
     parser.add_argument("--image-size", type=positive_int, default=256, help="side of the centre crop, pixels")
-    parser.add_argument("--image-size-eval", type=positive_int, default=256, help="side of what is written, pixels")
+    parser.add_argument("--image-size-eval", type=positive_int, default=256, help="side of the written images, pixels")
     parser.add_argument("--sample-dir", default="reconstructions", help="folder to write to")
-    parser.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images at once")
-    parser.add_argument("--num-workers", type=count, default=4, help="decoding processes, at most one per core")
-    parser.add_argument("--vgg-weights", help="vgg16-397923af.pth, for LPIPS (default: torch.hub's copy, if any)")
-    parser.add_argument("--pairs", type=positive_int, default=20, help="images in the picture")
+    parser.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images per forward pass")
+    parser.add_argument("--num-workers", type=count, default=4, help="image-decoding processes, at most one per core")
+    text = "VGG16 weights vgg16-397923af.pth for LPIPS (default: torch.hub's copy; without one, no LPIPS)"
+    parser.add_argument("--vgg-weights", help=text)
+    parser.add_argument("--pairs", type=positive_int, default=20, help="images in the picture, each in both versions")
     add_retired(
         parser,
         {
-            "--dataset": (True, "any folder of class folders is read the same way"),
-            "--global-seed": (True, "reconstruction draws nothing at random"),
+            "--dataset": (True, "every folder of class folders is read the same way"),
+            "--global-seed": (True, "reconstruction is deterministic"),
         },
     )
     return parser.parse_args()
 
 
-def psnr(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """10 log10(255^2 / mean squared error) of each pair of uint8 (N, H, W, 3): (N,) dB."""
-    error = np.square(images.astype(np.float64) - reconstructions).mean(axis=(1, 2, 3))
-    return 10 * np.log10(255.0**2 / np.maximum(error, 1e-10))
-
-
-def ssim(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """Structural similarity (Wang et al. 2004: Gaussian window of 11, sigma 1.5) of each pair of uint8 (N, H, W, 3):
-    (N,), 1 for equal ones; the mean over colours and pixels, mirrored at the borders."""
-    pair = (torch.from_numpy(x).permute(0, 3, 1, 2).float() for x in (reconstructions, images))  # (N, 3, H, W) each
-    return structural_similarity_index_measure(*pair, data_range=255.0, reduction="none").reshape(-1).numpy()
-
-
 class Reconstructor:
-    """Makes and measures the chunks of two files: reconstructions and images, both uint8 (N, E, E, 3)."""
+    """Writes and measures two sets of images: reconstructions and originals, both uint8 (N, E, E, 3)."""
 
     def __init__(self, args: Namespace, world: World, vq: VQModel, lpips: nn.Module | None, name: str):
         self.args, self.world, self.vq, self.lpips = args, world, vq, lpips
@@ -97,55 +90,58 @@ class Reconstructor:
         paths = (Path(f"{base}.npz"), Path(f"{base}-inputs.npz"))
         self.files = [SampleFile(p, self.fingerprint, shape, args.per_proc_batch_size) for p in paths]
         self.figures, self.picture = Path(f"{base}.json"), Path(f"{base}.png")
-        self.scores = Path(f"{base}.{self.fingerprint}.scores")  # a small .npz a chunk, until all are there
+        self.scores = Path(f"{base}.{self.fingerprint}.scores")  # one small .npz per chunk, until all exist
 
     def _fingerprint(self) -> str:
-        """Short hash of everything that the files and figures depend on."""
+        """Return a short hash of everything that the files and metrics depend on."""
         args = self.args
         options = [args.image_size, args.image_size_eval, args.per_proc_batch_size, self.lpips is not None]
         text = json.dumps([state_sha256(self.vq.weights()), options, self.samples])
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def finished(self) -> list[bool]:
-        """Which of the two files are there; ``ValueError`` if one of other options or weights has its name."""
-        there = [file.npz.exists() for file in self.files]
-        if any(there):
+        """Return which files are finished; ``ValueError`` if they were made with other options or weights."""
+        finished = [file.npz.exists() for file in self.files]
+        if any(finished):
             before = json.loads(self.figures.read_text()) if self.figures.is_file() else {}
             if before.get("fingerprint") != self.fingerprint:
                 raise ValueError(
-                    f"--sample-dir: {self.files[there.index(True)].npz} is there, made with other options, images or "
-                    f"weights (see {self.figures.name} beside it); move it away or give another folder"
+                    f"--sample-dir: {self.files[finished.index(True)].npz} already exists, made with other options, "
+                    f"images or weights (see {self.figures.name} beside it); move it away or give another folder"
                 )
-        return there
+        return finished
 
     def make(self, chunks: list[int]) -> None:
-        """Reconstruct, measure and write ``chunks``; the scores come first: a written chunk is never made again."""
+        """Reconstruct, measure and write ``chunks``; scores are written first, as written images are not made again."""
         keys = [[(i, 0) for i in self.files[0].images_of(chunk)] for chunk in chunks]
         workers = min(self.args.num_workers, usable_cores())
         loader = DataLoader(self.images, batch_sampler=keys, num_workers=workers)
         batches = progress(self.world, "reconstructing", len(chunks), unit="batches", items=loader)
         for chunk, (pixels, labels, _) in zip(chunks, batches, strict=True):
             images = to_model_range(pixels, self.world.device)  # (B, 3, S, S)
-            real, made, codes = self.pairs(images)  # (B, E, E, 3) twice, (B, h, w)
-            scores = {"psnr": psnr(real, made), "ssim": ssim(real, made)}  # (B,) each
+            originals, reconstructions, codes = self.pairs(images)  # (B, E, E, 3) twice, (B, h, w)
+
+            pair = (originals, reconstructions)
+            scores = {"psnr": psnr(*pair), "ssim": ssim(*pair)}  # (B,) each
             if self.lpips is not None:
-                both = (to_model_range(torch.from_numpy(x), self.world.device) for x in (real, made))
-                scores["lpips"] = self.lpips(*both).flatten().cpu().numpy()  # (B,)
+                in_range = (to_model_range(torch.from_numpy(x), self.world.device) for x in pair)
+                scores["lpips"] = self.lpips(*in_range).flatten().cpu().numpy()  # (B,)
+
             with atomic_path(self.scores / f"{chunk:07d}.npz") as temporary, open(temporary, "wb") as f:
                 np.savez(f, codes=codes.astype(np.uint32), labels=labels.numpy(), **scores)
-            for file, content in zip(self.files, (made, real), strict=True):
+            for file, content in zip(self.files, (reconstructions, originals), strict=True):
                 if file.partial.exists():
                     file.write(chunk, content)
 
     def pairs(self, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Images (B, 3, S, S) in [-1, 1] and their reconstructions as uint8 (B, E, E, 3), codes (B, h, w)."""
+        """Images (B, 3, S, S) in [-1, 1] -> originals and reconstructions uint8 (B, E, E, 3), codes (B, h, w)."""
         size = self.args.image_size_eval
         codes = self.vq.encode(images)  # (B, h, w)
-        made = to_uint8(self.vq.decode_code(codes), size)  # (B, E, E, 3)
-        return to_uint8(images, size).cpu().numpy(), made.cpu().numpy(), codes.cpu().numpy()
+        reconstructions = to_uint8(self.vq.decode_code(codes), size)  # (B, E, E, 3)
+        return to_uint8(images, size).cpu().numpy(), reconstructions.cpu().numpy(), codes.cpu().numpy()
 
     def summarise(self) -> tuple[dict[str, float], np.ndarray]:
-        """Means over all images, usage and perplexity of the codebook; and the labels (N,)."""
+        """Return mean scores, codebook usage and perplexity over all images; and the labels (N,)."""
         chunks: dict[str, list[np.ndarray]] = {}
         for path in sorted(self.scores.iterdir()):
             with np.load(path) as npz:
@@ -153,20 +149,20 @@ class Reconstructor:
                     chunks.setdefault(key, []).append(npz[key])
         scores = {k: np.concatenate(v) for k, v in chunks.items()}
         labels, codes = scores.pop("labels"), scores.pop("codes")  # (N,), (N, h, w)
-        p = np.bincount(codes.reshape(-1), minlength=self.vq.config.codebook_size) / codes.size  # (V,)
+        counts = torch.from_numpy(np.bincount(codes.reshape(-1), minlength=self.vq.config.codebook_size))  # (V,)
         figures = {k: float(v.astype(np.float64).mean()) for k, v in scores.items()}
-        figures |= {"codebook_used": float((p > 0).mean())}
-        return figures | {"perplexity": float(np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()))}, labels
+        return figures | {"codebook_used": codebook_usage(counts), "perplexity": perplexity(counts)}, labels
 
     def draw(self) -> None:
-        """The picture: images, spread over the set, each beside its reconstruction."""
+        """Draw images from all over the set, each beside its reconstruction."""
         chosen = np.linspace(0, len(self.samples) - 1, min(self.args.pairs, len(self.samples)), dtype=int)
         pixels = torch.stack([self.images[int(i), 0][0] for i in chosen])  # (N, S, S, 3)
-        real, made, _ = self.pairs(to_model_range(pixels, self.world.device))  # (N, E, E, 3) each
-        save_png(self.picture, image_grid(np.stack([real, made], 1).reshape(-1, *real.shape[1:]), columns=10))
+        originals, reconstructions, _ = self.pairs(to_model_range(pixels, self.world.device))  # (N, E, E, 3) each
+        pairs = np.stack([originals, reconstructions], axis=1).reshape(-1, *originals.shape[1:])  # (2N, E, E, 3)
+        save_png(self.picture, image_grid(pairs, columns=10))
 
     def finish(self) -> dict[str, float]:
-        """Figures and picture, then the files get their names; one process only."""
+        """Write metrics and picture, then give the files their names; to be called by one process only."""
         figures, labels = self.summarise()
         vgg = find_vgg(self.args.vgg_weights) if self.lpips is not None else None
         facts = {"fingerprint": self.fingerprint, "lpips_backbone": vgg, "images": len(self.samples)}
@@ -180,28 +176,29 @@ class Reconstructor:
 
 
 def open_lpips(args: Namespace) -> nn.Module | None:
-    """LPIPS if the weights are there; ``ValueError`` if ``--vgg-weights`` names none."""
+    """Return LPIPS, or None without weights; ``ValueError`` if the file of ``--vgg-weights`` does not exist."""
     return load_lpips(args.vgg_weights) if find_vgg(args.vgg_weights) is not None else None
 
 
 @torch.inference_mode()
 def main() -> None:
-    """Make every chunk that is missing, then figures, picture and files."""
+    """Reconstruct every missing chunk, then finish metrics, picture and files."""
     args = parse_args()
     world = init_distributed()
     logger = create_logger(world)
     vq, name = load_vq(
         args.vq_ckpt, args.vq_model, codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim
     )
-    vq.config.grid(args.image_size)  # they fit
+    vq.config.grid(args.image_size)  # raises if they do not fit
     lpips = open_lpips(args)
     if lpips is None:
-        logger.info("no VGG16 weights (see --vgg-weights): without LPIPS")
+        logger.info("LPIPS is left out: no VGG16 weights (see --vgg-weights)")
     else:
         lpips.to(world.device)
     prepare_folder(args.sample_dir, "--sample-dir")
     vq.to(world.device, memory_format=torch.channels_last)
     r = Reconstructor(args, world, vq, lpips, f"{name}-{Path(args.vq_ckpt).stem}-size-{args.image_size}")
+
     finished = r.finished()
     world.barrier()  # every rank has looked before any file gets its name
     if not all(finished):
@@ -215,6 +212,7 @@ def main() -> None:
         world.barrier()  # every rank has listed before any rank writes
         r.make(missing[world.rank :: world.size])
         world.barrier()
+
     if world.is_main:
         if not all(finished):
             r.finish()

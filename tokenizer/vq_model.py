@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from utils import quality
 from utils.checkpoints.folder import read_meta, read_sharded
 from utils.checkpoints.weights_file import find_state_dict, load_checkpoint, load_strictly, state_sha256
 from utils.options import resolve
@@ -299,13 +300,11 @@ class VectorQuantizer(nn.Module):
 
     def usage(self) -> float:
         """Fraction of the codebook that occurs in the window."""
-        return (self.window_counts() > 0).double().mean().item()
+        return quality.codebook_usage(self.window_counts())
 
     def perplexity(self) -> float:
-        """exp(entropy) of the codes in the window: entries used if all were used equally often; V at most."""
-        counts = self.window_counts()  # (V,)
-        p = counts / counts.sum().clamp(min=1)  # (V,)
-        return torch.special.entr(p.double()).sum().exp().item()
+        """exp(entropy) of the codes in the window."""
+        return quality.perplexity(self.window_counts())
 
     def dead(self) -> torch.Tensor:
         """Entries that a full window does not hold, (V,) bool; none while it is filling."""

@@ -1,32 +1,140 @@
-"""A set of images as one ``.npz`` of ``arr_0`` uint8 (N, H, W, 3) and ``labels`` int64 (N,), written in chunks.
+"""``.npz`` files: arrays read safely or mapped in place, and a set of images written by many processes.
 
-Every process writes its chunks straight to where they belong in the final file, so nothing is packed or copied. A byte
-per chunk beside it says which are there: written after the chunk, so that a process killed in between only makes that
-chunk again. Plain writes, not a memory map: over a network disk a map writes whole pages, and with them the edges of a
-neighbour's images as they were.
+Reading trusts no file: nothing is unpickled, and the size in an array's header is compared with the bytes in the
+archive before memory is allocated.
+
+Writing produces ``arr_0`` uint8 (N, H, W, 3) and ``labels`` int64 (N,). Every process writes its chunks directly to
+their position in the final file, so nothing is packed or copied. A second file has one byte per chunk, written after
+the chunk: if a process is killed in between, only that chunk is made again. Files are written with plain writes rather
+than a memory map, which on a network disk writes whole pages and could overwrite a neighbour's images.
 """
 
 from __future__ import annotations
 
 import io
+import lzma
+import math
 import os
 import shutil
 import struct
+import tokenize
+import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from utils.files import atomic_path
 
 BLOCK = 1 << 24  # bytes read at a time for the checksum
-_LARGE = 0xFFFFFFFF  # in a zip's field: the value stands in the zip64 extra field
-_DATE = 0x21  # 1980-01-01, so that equal images are equal bytes
+_LARGE = 0xFFFFFFFF  # in a field of a zip: the value is in the zip64 extra field
+_DATE = 0x21  # 1980-01-01, so that equal images give equal files
+
+_HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+# what zipfile raises for damaged, encrypted or foreign files
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+_ZIP_ERRORS += (MemoryError, EOFError, NotImplementedError, RuntimeError, OSError)
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """Turn whatever ``zipfile`` raises into a ``ValueError`` of one line."""
+    try:
+        yield
+    except _ZIP_ERRORS as error:
+        raise ValueError(f"{path} is not a whole .npz file: {str(error) or type(error).__name__}") from error
+
+
+@contextmanager
+def open_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
+    """Open an archive for ``open_member`` and ``map_member``; ``ValueError`` if it is not a whole ``.npz``."""
+    with _readable(path):
+        archive = zipfile.ZipFile(path)
+    with archive:
+        yield archive
+
+
+@dataclass(frozen=True)
+class Member:
+    """One array of an archive, with its header read and checked, its values not read yet."""
+
+    path: str  # of the archive
+    name: str
+    stream: BinaryIO
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Return the next values as an array of ``shape``."""
+        with _readable(self.path):
+            data = bytearray(self.stream.read(math.prod(shape) * self.dtype.itemsize))
+            values = np.frombuffer(data, self.dtype)
+            if values.size != math.prod(shape):
+                raise EOFError(f"{self.name} ends too early")
+        return values.reshape(shape, order="F" if self.fortran_order else "C")
+
+
+def open_member(archive: zipfile.ZipFile, name: str) -> Member:
+    """Read the header of array ``name`` and compare its size with the number of bytes in the archive.
+
+    Raises ``ValueError`` if the array is missing, holds Python objects or is damaged.
+    """
+    path = archive.filename
+    if f"{name}.npy" not in archive.namelist():
+        raise ValueError(f"{path} holds no array {name}")
+    with _readable(path):
+        stream = archive.open(f"{name}.npy")
+        try:
+            version = np.lib.format.read_magic(stream)
+            if version not in _HEADER_READERS:
+                raise ValueError(f"written in version {version} of the format")
+            shape, fortran_order, dtype = _HEADER_READERS[version](stream)
+        except (ValueError, KeyError, IndexError, SyntaxError, tokenize.TokenError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{path}: {name} is not a readable array: {reason}") from error
+        present = archive.getinfo(f"{name}.npy").file_size - stream.tell()
+
+    if any(type(side) is not int or side < 0 for side in shape):
+        raise ValueError(f"{path}: {name} is not a readable array: its shape is {shape}")
+    if dtype.hasobject:
+        raise ValueError(f"{path}: {name} holds Python objects, which are never loaded; expected numbers")
+    member = Member(path, name, stream, shape, fortran_order, dtype)
+    if member.num_bytes != present:
+        raise ValueError(
+            f"{path}: {name} should have {member.num_bytes} bytes of values and has {present}: damaged file"
+        )
+    return member
+
+
+def map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Map array ``name`` of an uncompressed archive into memory, without keeping the file open."""
+    member, info = open_member(archive, name), archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED or member.fortran_order:
+        raise ValueError(f"{member.path}: {name} is compressed or in Fortran order and cannot be mapped")
+
+    with _readable(member.path), open(member.path, "rb") as f:
+        f.seek(info.header_offset + 26)  # the lengths of name and extra field end the zip's local header
+        start = info.header_offset + 30 + sum(struct.unpack("<HH", f.read(4))) + member.stream.tell()
+        # numpy.memmap keeps one file descriptor per map; a set of codes has more shards than a process may open files
+        size = os.path.getsize(member.path)
+        whole = torch.from_file(member.path, shared=False, size=size, dtype=torch.uint8).numpy()
+    return np.frombuffer(whole, member.dtype, math.prod(member.shape), start).reshape(member.shape)
 
 
 class SampleFile:
-    """The file under construction; ``fingerprint`` keeps sets of other options or weights apart."""
+    """An unfinished set of images; ``fingerprint`` distinguishes sets made with other options or weights."""
 
     def __init__(self, npz: Path, fingerprint: str, shape: tuple[int, int, int, int], chunk: int):
         self.npz, self.fingerprint, self.shape, self.chunk = npz, fingerprint, shape, chunk
@@ -42,7 +150,7 @@ class SampleFile:
         self._end = self._start + shape[0] * self._image_bytes
 
     def create(self) -> None:
-        """Make the file, or keep what an earlier run has done of it; only one process calls this."""
+        """Create the file, unless an earlier run has begun it; to be called by one process only."""
         if self.has_begun():
             return
         free = shutil.disk_usage(self.npz.parent).free
@@ -53,21 +161,21 @@ class SampleFile:
         with open(self.partial, "wb") as f:
             f.write(_local_header(b"arr_0.npy", 0, self._size) + self._npy_header)
             f.truncate(self._end)
-        with atomic_path(self.record) as temporary:  # last, as it is what says that there is a file to go on with
+        with atomic_path(self.record) as temporary:  # last: its existence marks a file that can be continued
             temporary.write_bytes(bytes(self.num_chunks))
 
     def has_begun(self) -> bool:
-        """Return whether there is a file under construction to go on with."""
+        """Return whether there is an unfinished file that can be continued."""
         if not (self.record.exists() and self.partial.exists()):
             return False
         return self.partial.stat().st_size >= self._end and self.record.stat().st_size == self.num_chunks
 
     def missing(self) -> list[int]:
-        """Chunks that are still to be made."""
+        """Return the chunks that are still to be written."""
         return [i for i, done in enumerate(self.record.read_bytes()) if not done]
 
     def images_of(self, chunk: int) -> range:
-        """Indices of the images of one chunk; the last may be shorter."""
+        """Return the indices of the images of one chunk; the last chunk may be shorter."""
         return range(chunk * self.chunk, min((chunk + 1) * self.chunk, self.shape[0]))
 
     def write(self, chunk: int, images: np.ndarray) -> None:
@@ -78,11 +186,11 @@ class SampleFile:
             _write_at(self.record, chunk, b"\1")
         except OSError as error:
             raise ValueError(
-                f"{self.partial} cannot be written: {error.strerror}; the same command goes on from here"
+                f"{self.partial} cannot be written: {error.strerror}; the same command continues from here"
             ) from error
 
     def finish(self, labels: np.ndarray, bar: tqdm) -> None:
-        """Checksum, labels, table of contents; then the file gets its name. Only one process calls this."""
+        """Add checksum, labels and table of contents, then rename the file; to be called by one process only."""
         assert not self.missing()
         crc = zlib.crc32(self._npy_header)
         with open(self.partial, "r+b") as f:
@@ -92,18 +200,15 @@ class SampleFile:
                 bar.update(len(block) / self._image_bytes)
             f.seek(0)
             f.write(_local_header(b"arr_0.npy", crc, self._size))
-            f.truncate(self._end)  # of what a run killed here has written behind
+
+            f.truncate(self._end)  # remove what a run killed here has appended
             f.seek(self._end)
             array = io.BytesIO()
             np.lib.format.write_array(array, labels, allow_pickle=False)
             text = array.getvalue()
             f.write(_local_header(b"labels.npy", zlib.crc32(text), len(text)) + text)
-            f.write(
-                _end_of_zip(
-                    f.tell(),
-                    [(b"arr_0.npy", crc, self._size, 0), (b"labels.npy", zlib.crc32(text), len(text), self._end)],
-                )
-            )
+            files = [(b"arr_0.npy", crc, self._size, 0), (b"labels.npy", zlib.crc32(text), len(text), self._end)]
+            f.write(_end_of_zip(f.tell(), files))
             f.flush()
             os.fsync(f.fileno())
         bar.close()
@@ -111,7 +216,7 @@ class SampleFile:
         self.clean()
 
     def clean(self) -> None:
-        """Remove the record of a file that has its name."""
+        """Remove the record of chunks of a finished file."""
         self.record.unlink(missing_ok=True)
 
 
@@ -124,13 +229,13 @@ def _write_at(path: Path, offset: int, content: bytes) -> None:
 
 
 def _local_header(name: bytes, crc: int, size: int) -> bytes:
-    """What stands before a stored file of a zip, in zip64 form whatever its size (APPNOTE 4.3.7, 4.5.3)."""
+    """Return the header of a stored file in a zip, in zip64 form for every size (APPNOTE 4.3.7, 4.5.3)."""
     fields = (0x04034B50, 45, 0, 0, 0, _DATE, crc, _LARGE, _LARGE, len(name), 20)
     return struct.pack("<I5H3I2H", *fields) + name + struct.pack("<2H2Q", 1, 16, size, size)
 
 
 def _end_of_zip(position: int, files: list[tuple[bytes, int, int, int]]) -> bytes:
-    """Central directory and end records at ``position``, for files of (name, crc, size, offset) (APPNOTE 4.3.12-16)."""
+    """Return the table of contents at ``position`` for files of (name, crc, size, offset) (APPNOTE 4.3.12-16)."""
     directory = b""
     for name, crc, size, offset in files:
         fields = (0x02014B50, 45, 45, 0, 0, 0, _DATE, crc, _LARGE, _LARGE, len(name), 28, 0, 0, 0, 0, _LARGE)

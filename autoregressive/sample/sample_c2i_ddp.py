@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import zipfile
 from argparse import Namespace
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,7 +34,7 @@ from utils.distributed import World, init_distributed
 from utils.files import prepare_folder
 from utils.images import save_png, to_uint8
 from utils.logger import create_logger, progress
-from utils.npz import SampleFile
+from utils.npz import SampleFile, open_member, open_npz
 from utils.options import add_retired, count, make_parser, positive_int, run_main, write_options
 
 
@@ -193,13 +192,12 @@ def make_chunks(
 
 
 def write_pngs(npz: Path, world: World) -> None:
-    """Write each image as a numbered .png into a folder beside the npz."""
-    with zipfile.ZipFile(npz) as archive, archive.open("arr_0.npy") as f:
-        np.lib.format.read_magic(f)
-        (total, *shape), _, _ = np.lib.format.read_array_header_1_0(f)
+    """Write each image as a numbered .png into a folder beside the npz, one image in memory at a time."""
+    with open_npz(npz) as archive:
+        images = open_member(archive, "arr_0")
+        total, *shape = images.shape
         for i in progress(world, "writing PNGs", total, unit="images", items=range(total)):
-            pixels = np.frombuffer(f.read(int(np.prod(shape))), np.uint8).reshape(shape)
-            save_png(npz.with_suffix("") / f"{i:06d}.png", pixels)
+            save_png(npz.with_suffix("") / f"{i:06d}.png", images.read(tuple(shape)))
 
 
 if __name__ == "__main__":

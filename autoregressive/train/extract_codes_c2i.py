@@ -26,16 +26,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset.augmentation import crop_names, take_crops
-from dataset.codes import (
-    Claims,
-    CodesPlan,
-    finish_codes,
-    num_skipped,
-    shard_damage,
-    shard_path,
-    start_codes,
-    write_shard,
-)
+from dataset.claims import Claims
+from dataset.codes import CodesPlan, finish_codes, num_skipped, shard_damage, shard_path, start_codes, write_shard
 from dataset.imagenet import CenterCrop, ImageFiles, Unreadable, list_images, to_model_range
 from tokenizer.options import add_tokenizer_options, load_tokenizer
 from tokenizer.vq_model import VQModel

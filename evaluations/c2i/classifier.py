@@ -1,6 +1,6 @@
-"""A small image classifier that stands in for Inception where images are small and few, as in the quickstart.
+"""A small image classifier that replaces Inception for few and small images, as in the quickstart.
 
-Its figures compare runs on the same data with the same classifier file, and nothing else.
+Its metrics are comparable only between runs on the same data with the same classifier file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from utils.checkpoints.weights_file import load_checkpoint, load_strictly, save_
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """Images of ``image_size`` x ``image_size``, number of classes, number of pool features."""
+    """Side of the images in pixels, number of classes, number of pool features."""
 
     image_size: int
     num_classes: int
@@ -26,7 +26,7 @@ class ClassifierConfig:
 
 
 class SmallClassifier(nn.Module):
-    """images (B, S, S, 3) -> ``Features`` without a spatial part; a ``FeatureNetwork``."""
+    """A ``FeatureNetwork``: images (B, S, S, 3) -> ``Features`` without spatial features."""
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -43,13 +43,13 @@ class SmallClassifier(nn.Module):
         """``images`` (B, S, S, 3) uint8, or float32 in 0-255. Raises ``ValueError`` for another image size."""
         size = self.config.image_size
         if tuple(images.shape[1:]) != (size, size, 3):
-            found = "x".join(str(n) for n in images.shape[1:])
-            raise ValueError(f"the feature network was trained on {size}x{size}x3 images, these are {found}")
+            shape = "x".join(str(n) for n in images.shape[1:])
+            raise ValueError(f"the feature network was trained on {size}x{size}x3 images, these are {shape}")
         pool = self.pool_features(images.permute(0, 3, 1, 2).float() / 127.5 - 1)  # (B, D)
         return Features(pool, None, self.head(pool).softmax(dim=1))
 
     def pool_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) in [-1, 1] -> (B, D), the input of the last linear layer."""
+        """(B, 3, S, S) in [-1, 1] -> (B, D), input of the last linear layer."""
         x = self.stem(x)  # (B, D/4, S, S)
         x = self.conv1(self.down1(x))  # (B, D, S/2, S/2)
         x = self.conv2(self.down2(x))  # (B, D, S/4, S/4)
@@ -66,15 +66,15 @@ def _conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential
 
 
 def save_classifier(path: str | Path, network: SmallClassifier, classes: list[str], **facts: Any) -> None:
-    """Write weights, config, class names and ``facts`` whole or not at all; ``load_classifier`` reads them."""
+    """Write weights, config, class names and ``facts`` atomically; ``load_classifier`` reads them."""
     content = {"model": network.state_dict(), "config": asdict(network.config), "classes": classes, **facts}
     save_checkpoint(content, path)
 
 
 def load_classifier(path: str | Path, option: str) -> tuple[SmallClassifier, dict[str, Any]]:
-    """The network in evaluation mode on the CPU, and the whole content of its file.
+    """Return the network, in evaluation mode on the CPU, and the content of its file.
 
-    Raises ``ValueError`` that names ``option`` if the file is not one of ``save_classifier``.
+    Raises ``ValueError`` naming ``option`` if the file was not written by ``save_classifier``.
     """
     content = load_checkpoint(path, option)
     try:

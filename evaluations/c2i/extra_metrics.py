@@ -1,7 +1,4 @@
-"""Figures beside the published five, each asked for by an option: KID, FID per class, bootstrap, PSNR and SSIM, DINOv2.
-
-Where a kept library has a figure (torchmetrics, timm) it computes it here.
-"""
+"""Metrics beyond the published five, each behind an option: KID, FID per class, bootstrap, PSNR, SSIM, FD-DINOv2."""
 
 from __future__ import annotations
 
@@ -9,32 +6,30 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.image.kid import poly_mmd
 
 from evaluations.c2i.features import Features
 from evaluations.c2i.metrics import frechet_distance, frechet_distance_of_few, mean_and_covariance
 from utils.checkpoints.weights_file import find_state_dict, load_checkpoint, load_strictly
 from utils.distributed import World
 from utils.logger import progress
+from utils.quality import psnr, ssim
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-SSIM_WINDOW = 11  # pixels
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIZE = 224
 
 
 def kernel_distance(reference: np.ndarray, samples: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """KID: mean and standard deviation over 100 subsets of 1,000 of the squared MMD with the kernel (x.y / D + 1)^3.
+    """KID: mean and standard deviation, over 100 subsets of 1,000, of the squared MMD with kernel (x.y / D + 1)^3.
 
     Features (N, D) and (M, D) float32 (Binkowski et al. 2018, arXiv 1801.01401, section 4; not multiplied by 1,000).
-    Sets with fewer than 1,000 rows give subsets of their size.
+    If a set has fewer than 1,000 rows, subsets have as many.
     """
+    from torchmetrics.image.kid import poly_mmd  # takes over a second
+
     rng = np.random.default_rng(seed)
     size = min(KID_SUBSET_SIZE, len(reference), len(samples))
     values = []
@@ -49,13 +44,13 @@ def kernel_distance(reference: np.ndarray, samples: np.ndarray, seed: int = 0) -
 def class_frechet(
     reference: np.ndarray, reference_labels: np.ndarray, samples: np.ndarray, labels: np.ndarray
 ) -> dict[int, float]:
-    """FID within each class that both sets have at least two images of; labels (N,) and (M,) integers."""
-    found = {}
+    """Return FID by class, for classes with at least two images in both sets; labels (N,) and (M,) integers."""
+    distances = {}
     for label in np.intersect1d(reference_labels, labels):
         real, fake = reference[reference_labels == label], samples[labels == label]
         if min(len(real), len(fake)) > 1:
-            found[int(label)] = frechet_distance_of_few(real, fake)
-    return found
+            distances[int(label)] = frechet_distance_of_few(real, fake)
+    return distances
 
 
 def frechet_interval(
@@ -66,11 +61,11 @@ def frechet_interval(
     world: World,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """95% interval around ``distance``, the FID of the sample features (M, D) to the statistics (mu, sigma).
+    """Return a 95% interval around ``distance``, the FID of sample features (M, D) to the statistics (mu, sigma).
 
-    Percentiles 2.5 and 97.5 of ``draws`` bootstrap resamplings, moved by their mean's difference to ``distance``:
-    resampled sets repeat images, which raises FID by as much again as the finite set does, far more than the interval
-    is wide. What is left is the noise of drawing M samples, not FID's bias at M.
+    Its ends are percentiles 2.5 and 97.5 of FID over ``draws`` bootstrap resamplings, shifted so that their mean is
+    ``distance``: resampled sets repeat images, which raises FID as much again as the finite set does, far more than
+    the interval is wide. The interval shows the noise of drawing M samples, not FID's bias at M.
     """
     rng = np.random.default_rng(seed)
     values = []
@@ -84,36 +79,31 @@ def frechet_interval(
 def paired_quality(
     pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device | str = "cpu"
 ) -> tuple[float, float]:
-    """PSNR in dB and SSIM, each the mean over images, of pairs of batches (B, H, W, 3) in 0-255, H and W at least 11.
-
-    Identical images count as 100 dB. SSIM with an 11 x 11 Gaussian window (Wang et al. 2004) on RGB.
-    """
-    psnr, ssim = [], []
+    """Return mean PSNR in dB and mean SSIM over pairs of images; batches (B, H, W, 3) in 0-255."""
+    psnrs, ssims = [], []
     for first, second in pairs:
-        x, y = (b.to(device).permute(0, 3, 1, 2).float() for b in (first, second))  # (B, 3, H, W)
-        found = peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))  # (B,)
-        psnr.append(found.clamp(max=100.0))
-        ssim.append(
-            structural_similarity_index_measure(x, y, data_range=255.0, kernel_size=SSIM_WINDOW, reduction="none")
-        )  # (B,)
-    return torch.cat(psnr).mean().item(), torch.cat(ssim).mean().item()
+        psnrs.append(psnr(first.numpy(), second.numpy()))  # (B,)
+        ssims.append(ssim(first.numpy(), second.numpy(), device))  # (B,)
+    return np.concatenate(psnrs).mean().item(), np.concatenate(ssims).mean(dtype=np.float64).item()
 
 
 class DinoFeatures(nn.Module):
-    """images (B, H, W, 3) -> class tokens of DINOv2 ViT-L/14 as pool features; a ``FeatureNetwork``.
+    """A ``FeatureNetwork`` for FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675): class tokens of DINOv2 ViT-L/14.
 
-    For FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675): 224 x 224 by antialiased bicubic resize, ImageNet's mean and
-    deviation. ``probabilities`` are empty.
+    Images are resized to 224 x 224 (bicubic, antialiased) and normalised by ImageNet's mean and standard deviation.
+    ``probabilities`` are empty.
     """
 
     def __init__(self, name: str = DINOV2) -> None:
+        import timm  # takes over a second
+
         super().__init__()
         self.network = timm.create_model(name, num_classes=0, dynamic_img_size=True)
-        self.register_buffer("mean", torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(timm.data.IMAGENET_DEFAULT_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(timm.data.IMAGENET_DEFAULT_STD).view(3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> Features:
-        """``images`` (B, H, W, 3) uint8, or float32 in 0-255; pool features (B, 1024)."""
+        """``images`` (B, H, W, 3) uint8, or float32 in 0-255 -> pool features (B, 1024)."""
         x = images.permute(0, 3, 1, 2).float()  # (B, 3, H, W)
         x = F.interpolate(x, (DINOV2_SIZE,) * 2, mode="bicubic", antialias=True)  # (B, 3, 224, 224)
         x = (x.clamp(0, 255) / 255 - self.mean) / self.std  # (B, 3, 224, 224)
@@ -122,7 +112,7 @@ class DinoFeatures(nn.Module):
 
 
 def load_dinov2(path: str | Path, name: str = DINOV2) -> DinoFeatures:
-    """The network with timm's weights of that name from a file; ``ValueError`` if it holds something else."""
+    """Load the network with timm's weights ``name`` from a file; ``ValueError`` if the file holds something else."""
     model = DinoFeatures(name)
     state = find_state_dict(load_checkpoint(path, "--dinov2"), ("model", "state_dict"), path)
     load_strictly(model.network, state, path, f"timm's {name}")

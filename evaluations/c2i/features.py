@@ -1,20 +1,29 @@
-"""What the evaluator asks of a network: images in, features and class probabilities out."""
+"""Images -> features -> statistics, shared among all processes; those of the reference are cached on disk."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from itertools import zip_longest
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from evaluations.c2i.image_sets import ImageArchive, ImageSet, open_archive
+from evaluations.c2i.metrics import Statistics, mean_and_covariance
 from utils.distributed import World
+from utils.files import atomic_path, sha256_file
+from utils.logger import progress
+
+VERSION = 1  # of the cache files: to be raised when resize, network or statistics change
 
 
 class Features(NamedTuple):
-    """A network's view of B images, float32.
+    """A network's float32 output for B images.
 
     ``pool`` (B, D) for FID, Precision and Recall; ``spatial`` (B, S) for sFID, or None if the network has none;
     ``probabilities`` (B, classes), rows that sum to 1, for the Inception Score and class accuracy.
@@ -26,7 +35,7 @@ class Features(NamedTuple):
 
 
 class FeatureNetwork(Protocol):
-    """Any network that can stand in for Inception."""
+    """Any network that can replace Inception."""
 
     def __call__(self, images: torch.Tensor) -> Features:
         """``images`` (B, H, W, 3) uint8, or float32 in the same range 0-255, on the network's device."""
@@ -42,18 +51,27 @@ class ImageFeatures(NamedTuple):
     hashes: np.ndarray
 
 
+class MeasuredSet(NamedTuple):
+    """Features of a set of images (None without images, and on all ranks but 0), statistics of both kinds."""
+
+    features: ImageFeatures | None
+    pool: Statistics | None
+    spatial: Statistics | None
+
+
 @torch.inference_mode()
 def extract_features(network: FeatureNetwork, batches: Iterable[torch.Tensor], world: World) -> ImageFeatures | None:
-    """Run every batch (B, H, W, 3) through ``network`` and join the results in order, on rank 0; None elsewhere.
+    """Run every batch (B, H, W, 3) through ``network`` and return the results in order on rank 0, None elsewhere.
 
-    ``batches`` are those of this rank, which must be each ``world.size``-th one of the whole set.
+    ``batches`` are those of this rank: every ``world.size``-th batch of the whole set.
     """
     parts = []
     # cudnn's default rounds the inputs of a float32 convolution to 10 bits
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for images in batches:
-            found = [None if x is None else x.cpu().numpy() for x in network(images.to(world.device))]
-            parts.append((*found, _hashes(images)))
+            features = [None if x is None else x.cpu().numpy() for x in network(images.to(world.device))]
+            parts.append((*features, _hashes(images)))
+
     ranks = world.gather_objects(parts)
     if ranks is None:
         return None
@@ -64,3 +82,87 @@ def extract_features(network: FeatureNetwork, batches: Iterable[torch.Tensor], w
 def _hashes(images: torch.Tensor) -> np.ndarray:
     digests = b"".join(hashlib.blake2b(image.numpy(), digest_size=8).digest() for image in images)
     return np.frombuffer(digests, np.uint64)
+
+
+def measure_set(
+    images: ImageSet, network: FeatureNetwork | None, name: str, batch_size: int, world: World
+) -> MeasuredSet:
+    """Run all images through ``network``, if there is one; stored statistics take precedence over computed ones.
+
+    Every rank must call this; only rank 0 gets the features and statistics.
+    """
+    features = None
+    if network is not None:
+        with progress(world, name, images.count, unit="image") as bar:
+            batches = _count_up(images.batches(batch_size, world.rank, world.size), bar, images.count, world.size)
+            features = extract_features(network, batches, world)
+    pool, spatial = images.pool, images.spatial
+    if features is not None:
+        pool = pool or mean_and_covariance(features.pool)
+        if spatial is None and features.spatial is not None:
+            spatial = mean_and_covariance(features.spatial)
+    return MeasuredSet(features, pool, spatial)
+
+
+def _count_up(batches: Iterator[torch.Tensor], bar: tqdm, total: int, size: int) -> Iterator[torch.Tensor]:
+    """Yield the batches; per batch, advance the bar by its images and as many for each of the other ranks."""
+    for batch in batches:
+        yield batch
+        bar.update(min(len(batch) * size, total - bar.n))
+
+
+def measure_reference(
+    images: ImageSet, network: FeatureNetwork | None, network_sha256: str, cache: bool, batch_size: int, world: World
+) -> MeasuredSet:
+    """``measure_set``, with ``cache`` from a file beside the reference if an earlier call has written one.
+
+    The file's name and content hold the SHA-256 of the reference and of the network.
+    """
+    cache = cache and network is not None and isinstance(images, ImageArchive)
+    cached = None
+    if cache and world.is_main:
+        hashes = (sha256_file(images.path), network_sha256)
+        path = images.path.with_name(f"{images.path.name}.{'-'.join(h[:8] for h in hashes)}.features.npz")
+        key = f"{VERSION} {' '.join(hashes)}"
+        cached = _read_cache(path, key, images)
+    if world.broadcast(cached is not None):
+        return cached or MeasuredSet(None, None, None)
+
+    measured = measure_set(images, network, "reference", batch_size, world)
+    if cache and world.is_main:
+        _write_cache(path, key, measured)
+    return measured
+
+
+def _read_cache(path: Path, key: str, images: ImageSet) -> MeasuredSet | None:
+    """Return what ``_write_cache`` wrote under ``key``; None if the file is missing, damaged or of another key."""
+    if not path.exists():
+        return None
+    try:
+        statistics = open_archive(path, "cached features")
+        with np.load(path, allow_pickle=False) as z:
+            pool, written_key = z["pool"], str(z["key"])
+        if written_key != key or statistics.pool is None or len(statistics.pool.mu) != pool.shape[1]:
+            raise ValueError("it belongs to something else")
+        if len(pool) != images.count or pool.dtype != np.float32 or not np.isfinite(pool).all():
+            raise ValueError(f"it holds features {pool.dtype} {pool.shape}")
+    except Exception as error:  # a damaged file may break the reader in any way
+        print(f"note: {path} is not whole ({error}) and is made again", file=sys.stderr)
+        return None
+    print(f"features of the reference are read from {path}")
+    no_probabilities, no_hashes = np.zeros((len(pool), 0), np.float32), np.zeros(0, np.uint64)
+    features = ImageFeatures(pool, None, no_probabilities, no_hashes)
+    return MeasuredSet(features, statistics.pool, statistics.spatial)
+
+
+def _write_cache(path: Path, key: str, measured: MeasuredSet) -> None:
+    """Write pool features and statistics; a folder that cannot be written to is only noted."""
+    arrays = {"pool": measured.features.pool, "key": np.array(key)}
+    for names, statistics in ((("mu", "sigma"), measured.pool), (("mu_s", "sigma_s"), measured.spatial)):
+        if statistics is not None:
+            arrays |= dict(zip(names, statistics, strict=True))
+    try:
+        with atomic_path(path) as temporary, open(temporary, "wb") as f:
+            np.savez(f, **arrays)
+    except OSError as error:
+        print(f"note: features of the reference are not cached: {path}: {error.strerror}", file=sys.stderr)

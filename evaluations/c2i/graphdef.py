@@ -1,8 +1,8 @@
-"""TensorFlow's frozen graphs without TensorFlow: the constants and the switches of nodes in a GraphDef ``.pb``.
+"""Reads the constants and boolean attributes of a frozen TensorFlow graph (``.pb``) without TensorFlow.
 
-Only the protobuf wire format and the few messages on the way to a constant are read (graph.proto, node_def.proto,
-attr_value.proto, tensor.proto, tensor_shape.proto of TensorFlow); all other fields are stepped over. Nothing in the
-file is executed.
+Decodes the protobuf wire format and the few messages that lead to a constant (graph.proto, node_def.proto,
+attr_value.proto, tensor.proto, tensor_shape.proto of TensorFlow) and skips all other fields. Nothing in the file is
+executed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-# of a field's key: its lowest three bits say how the value is written
+# wire types: the lowest three bits of a field's key
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-# the DataType enum's numeric members -> numpy's, with the field of TensorProto that lists values of the type
+# numeric members of the DataType enum -> numpy dtype, and the field of TensorProto that lists values of this type
 DTYPES: dict[int, tuple[str, int]] = {
     1: ("<f4", 5),
     2: ("<f8", 6),
@@ -31,11 +31,11 @@ DTYPES: dict[int, tuple[str, int]] = {
     23: ("<u8", 17),
 }
 SHAPE, CONTENT = 2, 4  # fields of TensorProto
-LARGEST = 1 << 28  # bytes of all constants, where a repeated last value may stand for many
+LARGEST = 1 << 28  # bytes of all constants: one repeated value can stand for a huge array
 
 
 class Node(NamedTuple):
-    """One operation: its kind, its constant (of a ``Const`` of numbers, else None) and its boolean attributes."""
+    """One operation: its type, its value (None unless it is a numeric ``Const``) and its boolean attributes."""
 
     op: str
     value: np.ndarray | None
@@ -43,7 +43,7 @@ class Node(NamedTuple):
 
 
 def read_graphdef(data: bytes) -> dict[str, Node]:
-    """Nodes of a serialised GraphDef by name; ``ValueError`` for anything else."""
+    """Return the nodes of a serialised GraphDef by name; ``ValueError`` for anything else."""
     nodes, size = {}, 0
     try:
         for field, value in _fields(memoryview(data)):
@@ -52,11 +52,11 @@ def read_graphdef(data: bytes) -> dict[str, Node]:
                 nodes[name] = node
                 size += 0 if node.value is None else node.value.nbytes
                 if size > LARGEST:
-                    raise ValueError(f"no GraphDef of ours: its constants take more than {LARGEST:,} bytes")
+                    raise ValueError(f"GraphDef too large: its constants take more than {LARGEST:,} bytes")
     except (IndexError, TypeError, OverflowError, MemoryError, UnicodeDecodeError) as error:
-        raise ValueError(f"no GraphDef: {error}") from error
+        raise ValueError(f"not a GraphDef: {error}") from error
     if not nodes:
-        raise ValueError("no GraphDef: it has no nodes")
+        raise ValueError("not a GraphDef: it has no nodes")
     return nodes
 
 
@@ -79,7 +79,7 @@ def _node(data: memoryview) -> tuple[str, Node]:
 
 
 def _tensor(data: memoryview) -> np.ndarray | None:
-    """A TensorProto: its bytes, or its list of values, whose last stands for all that are left out."""
+    """Decode a TensorProto: raw bytes, or a list of values whose last value fills the rest of the shape."""
     fields: dict[int, list[int | memoryview]] = {}
     for field, content in _fields(data):
         fields.setdefault(field, []).append(content)
@@ -96,12 +96,12 @@ def _tensor(data: memoryview) -> np.ndarray | None:
         if len(values) < count <= LARGEST // dtype.itemsize:
             values = np.concatenate([values, np.full(count - len(values), values[-1])])
     if len(values) != count:
-        raise ValueError(f"no GraphDef: a tensor of shape {shape} has {len(values)} values")
+        raise ValueError(f"not a GraphDef: a tensor of shape {shape} has {len(values)} values")
     return values.reshape(shape)
 
 
 def _values(content: int | memoryview, dtype: np.dtype) -> np.ndarray:
-    """Values of one field of a TensorProto: packed or a single one, as ``dtype``."""
+    """Return the values of one field of a TensorProto, packed or single, as ``dtype``."""
     if isinstance(content, int):
         words = np.array([content], np.uint64)
     elif dtype.kind == "f" and dtype.itemsize > 2:
@@ -118,18 +118,18 @@ def _values(content: int | memoryview, dtype: np.dtype) -> np.ndarray:
 def _shape(data: memoryview) -> tuple[int, ...]:
     sizes = [dict(_fields(_message(content))).get(1, 0) for field, content in _fields(data) if field == 2]
     if any(not 0 <= s < 1 << 31 for s in sizes):
-        raise ValueError(f"no GraphDef: a tensor of shape {sizes}")
+        raise ValueError(f"not a GraphDef: a tensor of shape {sizes}")
     return tuple(sizes)
 
 
 def _message(content: int | memoryview) -> memoryview:
     if isinstance(content, int):
-        raise ValueError("no GraphDef: a number where a message should be")
+        raise ValueError("not a GraphDef: a number where a message should be")
     return content
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Field numbers and values of one message: numbers as unsigned integers (their bits), the rest as bytes."""
+    """Yield number and value of each field of a message: numbers as unsigned integers (their bits), others as bytes."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position)
@@ -143,10 +143,10 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         elif kind in (FIXED32, FIXED64):
             length = 4 if kind == FIXED32 else 8
         else:
-            raise ValueError(f"no GraphDef: unknown kind of field {kind}")
+            raise ValueError(f"not a GraphDef: unknown kind of field {kind}")
         content, position = data[position : position + length], position + length
         if position > len(data):
-            raise ValueError("no GraphDef: it ends within a field")
+            raise ValueError("not a GraphDef: it ends within a field")
         yield field, content if kind == BYTES else int.from_bytes(content, "little")
 
 
@@ -158,7 +158,7 @@ def _varints(data: memoryview) -> Iterator[int]:
 
 
 def _varint(data: memoryview, position: int) -> tuple[int, int]:
-    """An integer of 7 bits a byte, lowest first, and where the next field begins."""
+    """Return an integer, stored in 7 bits per byte with the lowest first, and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         byte = data[position]
@@ -166,4 +166,4 @@ def _varint(data: memoryview, position: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value & 0xFFFFFFFFFFFFFFFF, position
-    raise ValueError("no GraphDef: a number of more than 64 bits")
+    raise ValueError("not a GraphDef: a number of more than 64 bits")

@@ -1,9 +1,9 @@
 """The Inception network of December 2015, as the TensorFlow evaluator runs it.
 
-uint8 images of any size in; pool features (2048), spatial features (2023) and softmax (1008) out. The published
-FID figures stand on this network and no other Inception gives the same numbers. Parameter names are those of
-torchvision and pytorch-fid. Where this network differs from torchvision's: TF1's resize, no zeros counted in the
-average pools, a max pool in the last block, 1008 classes and no bias.
+Input: uint8 images of any size. Output: pool features (2048), spatial features (2023) and softmax (1008). All
+published FIDs use this network, and no other Inception gives the same numbers. Parameter names are those of
+torchvision and pytorch-fid. Differences from torchvision's network: TF1's resize, average pools that do not count the
+padding, a max pool in the last block, 1008 classes and no bias.
 """
 
 from __future__ import annotations
@@ -17,14 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
-from torchvision.models.inception import (
-    BasicConv2d,
-    InceptionA,
-    InceptionB,
-    InceptionC,
-    InceptionD,
-    InceptionE,
-)
+from torchvision.models.inception import BasicConv2d, InceptionA, InceptionB, InceptionC, InceptionD, InceptionE
 
 from evaluations.c2i.features import Features
 from evaluations.c2i.graphdef import Node, read_graphdef
@@ -38,7 +31,7 @@ CLASSES = 1008
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A published weights file, known by its hash."""
+    """A published weights file, identified by its hash."""
 
     name: str
     size: int
@@ -72,7 +65,7 @@ DOWNLOADED = PUBLISHED_WEIGHTS[1]
 
 
 class Inception2015(nn.Module):
-    """images (B, H, W, 3) -> ``Features``; a ``FeatureNetwork``. Only for evaluation, in float32."""
+    """A ``FeatureNetwork``: images (B, H, W, 3) -> ``Features``. Only for evaluation, in float32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +88,7 @@ class Inception2015(nn.Module):
         self.fc = nn.Linear(2048, CLASSES)
 
     def forward(self, images: torch.Tensor) -> Features:
-        """``images`` (B, H, W, 3) uint8, or float32 in 0-255; returns float32 pool, spatial and probabilities."""
+        """``images`` (B, H, W, 3) uint8, or float32 in 0-255 -> float32 pool, spatial and probabilities."""
         x = resize_tf1(images, IMAGE_SIZE)  # (B, 299, 299, 3)
         x = (x - 128) * 0.0078125  # (B, 299, 299, 3) in [-1, 1)
         x = x.permute(0, 3, 1, 2)  # (B, 3, 299, 299), channels last in memory
@@ -168,7 +161,7 @@ class BlockE(InceptionE):
 
 
 class LastBlockE(BlockE):
-    """Mixed_7c, whose pool is a maximum."""
+    """Mixed_7c, with a max pool."""
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """3x3 pooling before the last branch: (B, C, 8, 8) -> the same."""
@@ -176,15 +169,15 @@ class LastBlockE(BlockE):
 
 
 def _average_pool(x: torch.Tensor) -> torch.Tensor:
-    """3x3 means over the pixels that are there; what lies outside the map counts for nothing."""
+    """3x3 means over the pixels inside the map; padding is not counted."""
     return F.avg_pool2d(x, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 
 
 def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
-    """TF1's bilinear resize: (B, H, W, C) of any dtype -> float32 (B, size, size, C), bit for bit.
+    """TF1's bilinear resize, bit for bit: (B, H, W, C) of any dtype -> float32 (B, size, size, C).
 
-    Output i looks at input i * (H / size), without the half-pixel shift and without antialiasing; columns are
-    interpolated first.
+    Output i is at input position i * (H / size), without half-pixel shift or antialiasing; columns are interpolated
+    first.
     """
     x = images.float()  # (B, H, W, C)
     low, high, weight = _resize_grid(x.shape[2], size, x.device)
@@ -196,7 +189,7 @@ def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _resize_grid(length: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Lower and upper neighbour (int64) and weight of the upper one (float32), each (size,)."""
+    """Return lower and upper neighbour (int64) and the upper one's weight (float32), each (size,)."""
     scale = float(np.float32(length) / np.float32(size))
     position = torch.arange(size, dtype=torch.float32, device=device) * scale
     low = position.floor()
@@ -204,10 +197,9 @@ def _resize_grid(length: int, size: int, device: torch.device) -> tuple[torch.Te
 
 
 def load_inception(path: str | Path) -> Inception2015:
-    """The network with the weights of a TensorFlow graph (``.pb``) or of a state dict in pytorch-fid's names (any other
-    name), on the CPU, ready to evaluate.
+    """Load the network from a TensorFlow graph (``.pb``) or a state dict with pytorch-fid's names, on the CPU.
 
-    Raises ``ValueError`` if the file is not such a file.
+    Raises ``ValueError`` if the file is neither.
     """
     if Path(path).suffix == ".pb":
         try:
@@ -218,9 +210,9 @@ def load_inception(path: str | Path) -> Inception2015:
 
 
 def state_of_graph(nodes: Mapping[str, Node]) -> dict[str, torch.Tensor]:
-    """Our state dict of the nodes of the 2015 graph; ``ValueError`` if a constant is missing.
+    """Convert the nodes of the 2015 graph to our state dict; ``ValueError`` if a constant is missing.
 
-    A batch norm whose ``scale_after_normalization`` is off does not use its gamma.
+    A batch norm without ``scale_after_normalization`` ignores its gamma, so gamma becomes 1.
     """
     constants = {name: node.value for name, node in nodes.items() if node.value is not None}
     for name, node in nodes.items():
@@ -234,7 +226,7 @@ def state_of_graph(nodes: Mapping[str, Node]) -> dict[str, torch.Tensor]:
 
 
 def build_inception(state: Mapping[str, torch.Tensor], source: str | Path) -> Inception2015:
-    """The network with the weights of ``state``, batch norms folded into the convolutions, channels last."""
+    """Build the network from ``state``, with batch norms folded into the convolutions, in channels-last format."""
     network = Inception2015()
     counters = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
     load_strictly(network, {**counters, **state}, source, "the Inception network of 2015")
@@ -247,11 +239,11 @@ def build_inception(state: Mapping[str, torch.Tensor], source: str | Path) -> In
 
 
 def find_weights(path: str | Path | None, folder: Path, allow_unknown: bool) -> Path:
-    """The weights file to use: ``path``, or a published one in ``folder``; its hash must be a published one.
+    """Return the weights file to use: ``path``, or a published file in ``folder``; its hash must be a published one.
 
-    Raises ``ValueError`` that names the file, its size, hash, source and place.
+    Raises ``ValueError`` naming the expected files with size, hash and source.
     """
-    wanted = f"expected {' or '.join(str(w) for w in PUBLISHED_WEIGHTS)} in {folder}/ or where --inception-weights says"
+    wanted = f"expected {' or '.join(str(w) for w in PUBLISHED_WEIGHTS)} in {folder}/ or at --inception-weights"
     if path is None:
         path = next((folder / w.name for w in PUBLISHED_WEIGHTS if (folder / w.name).is_file()), None)
         if path is None:
@@ -266,12 +258,12 @@ def find_weights(path: str | Path | None, folder: Path, allow_unknown: bool) -> 
     how = "sha256" if of_size else "size"
     raise ValueError(
         f"--inception-weights: {path} ({size:,} bytes) is not a published file by its {how}: {wanted}; "
-        "--allow-unknown-weights takes it as it is"
+        "--allow-unknown-weights accepts it"
     )
 
 
 def download_weights(folder: Path) -> None:
-    """Fetch a published file into ``folder``, unless one is there; its sha256 is checked before it gets its name."""
+    """Download a published file into ``folder``, unless one exists; its sha256 is checked before it gets its name."""
     if any((folder / w.name).is_file() for w in PUBLISHED_WEIGHTS):
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -281,66 +273,40 @@ def download_weights(folder: Path) -> None:
         raise ValueError(f"--download: {DOWNLOADED.source} cannot be fetched into {folder}: {error}") from error
 
 
-# The 2015 graph's scopes of each block's convolutions: torchvision's name -> TensorFlow's, below the block's own.
+# Convolutions of each block: torchvision's name -> TensorFlow's scope within the block's scope in the 2015 graph.
+# fmt: off
 _SCOPES_A = {
-    "branch1x1": "conv",
-    "branch5x5_1": "tower/conv",
-    "branch5x5_2": "tower/conv_1",
-    "branch3x3dbl_1": "tower_1/conv",
-    "branch3x3dbl_2": "tower_1/conv_1",
-    "branch3x3dbl_3": "tower_1/conv_2",
+    "branch1x1": "conv", "branch5x5_1": "tower/conv", "branch5x5_2": "tower/conv_1",
+    "branch3x3dbl_1": "tower_1/conv", "branch3x3dbl_2": "tower_1/conv_1", "branch3x3dbl_3": "tower_1/conv_2",
     "branch_pool": "tower_2/conv",
 }
 _SCOPES_B = {
-    "branch3x3": "conv",
-    "branch3x3dbl_1": "tower/conv",
-    "branch3x3dbl_2": "tower/conv_1",
+    "branch3x3": "conv", "branch3x3dbl_1": "tower/conv", "branch3x3dbl_2": "tower/conv_1",
     "branch3x3dbl_3": "tower/conv_2",
 }
 _SCOPES_C = {
-    "branch1x1": "conv",
-    "branch7x7_1": "tower/conv",
-    "branch7x7_2": "tower/conv_1",
-    "branch7x7_3": "tower/conv_2",
-    "branch7x7dbl_1": "tower_1/conv",
-    "branch7x7dbl_2": "tower_1/conv_1",
-    "branch7x7dbl_3": "tower_1/conv_2",
-    "branch7x7dbl_4": "tower_1/conv_3",
-    "branch7x7dbl_5": "tower_1/conv_4",
+    "branch1x1": "conv", "branch7x7_1": "tower/conv", "branch7x7_2": "tower/conv_1",
+    "branch7x7_3": "tower/conv_2", "branch7x7dbl_1": "tower_1/conv", "branch7x7dbl_2": "tower_1/conv_1",
+    "branch7x7dbl_3": "tower_1/conv_2", "branch7x7dbl_4": "tower_1/conv_3", "branch7x7dbl_5": "tower_1/conv_4",
     "branch_pool": "tower_2/conv",
 }
 _SCOPES_D = {
-    "branch3x3_1": "tower/conv",
-    "branch3x3_2": "tower/conv_1",
-    "branch7x7x3_1": "tower_1/conv",
-    "branch7x7x3_2": "tower_1/conv_1",
-    "branch7x7x3_3": "tower_1/conv_2",
-    "branch7x7x3_4": "tower_1/conv_3",
+    "branch3x3_1": "tower/conv", "branch3x3_2": "tower/conv_1", "branch7x7x3_1": "tower_1/conv",
+    "branch7x7x3_2": "tower_1/conv_1", "branch7x7x3_3": "tower_1/conv_2", "branch7x7x3_4": "tower_1/conv_3",
 }
 _SCOPES_E = {
-    "branch1x1": "conv",
-    "branch3x3_1": "tower/conv",
-    "branch3x3_2a": "tower/mixed/conv",
-    "branch3x3_2b": "tower/mixed/conv_1",
-    "branch3x3dbl_1": "tower_1/conv",
-    "branch3x3dbl_2": "tower_1/conv_1",
-    "branch3x3dbl_3a": "tower_1/mixed/conv",
-    "branch3x3dbl_3b": "tower_1/mixed/conv_1",
+    "branch1x1": "conv", "branch3x3_1": "tower/conv", "branch3x3_2a": "tower/mixed/conv",
+    "branch3x3_2b": "tower/mixed/conv_1", "branch3x3dbl_1": "tower_1/conv", "branch3x3dbl_2": "tower_1/conv_1",
+    "branch3x3dbl_3a": "tower_1/mixed/conv", "branch3x3dbl_3b": "tower_1/mixed/conv_1",
     "branch_pool": "tower_2/conv",
 }
 _BLOCKS = {
-    "Mixed_5b": ("mixed", _SCOPES_A),
-    "Mixed_5c": ("mixed_1", _SCOPES_A),
-    "Mixed_5d": ("mixed_2", _SCOPES_A),
-    "Mixed_6a": ("mixed_3", _SCOPES_B),
-    "Mixed_6b": ("mixed_4", _SCOPES_C),
-    "Mixed_6c": ("mixed_5", _SCOPES_C),
-    "Mixed_6d": ("mixed_6", _SCOPES_C),
-    "Mixed_6e": ("mixed_7", _SCOPES_C),
-    "Mixed_7a": ("mixed_8", _SCOPES_D),
-    "Mixed_7b": ("mixed_9", _SCOPES_E),
-    "Mixed_7c": ("mixed_10", _SCOPES_E),
+    "Mixed_5b": ("mixed", _SCOPES_A), "Mixed_5c": ("mixed_1", _SCOPES_A), "Mixed_5d": ("mixed_2", _SCOPES_A),
+    "Mixed_6a": ("mixed_3", _SCOPES_B), "Mixed_6b": ("mixed_4", _SCOPES_C), "Mixed_6c": ("mixed_5", _SCOPES_C),
+    "Mixed_6d": ("mixed_6", _SCOPES_C), "Mixed_6e": ("mixed_7", _SCOPES_C), "Mixed_7a": ("mixed_8", _SCOPES_D),
+    "Mixed_7b": ("mixed_9", _SCOPES_E), "Mixed_7c": ("mixed_10", _SCOPES_E),
 }
+# fmt: on
 TENSORFLOW_SCOPES = {
     "Conv2d_1a_3x3": "conv",
     "Conv2d_2a_3x3": "conv_1",
@@ -353,7 +319,7 @@ TENSORFLOW_SCOPES = {
         for branch, inner in branches.items()
     },
 }
-# parameter below a convolution's module -> constant below its TensorFlow scope
+# parameter within a convolution's module -> constant within its TensorFlow scope
 TENSORFLOW_CONSTANTS = {
     "conv.weight": "conv2d_params",
     "bn.weight": "batchnorm/gamma",
@@ -364,7 +330,7 @@ TENSORFLOW_CONSTANTS = {
 
 
 def state_from_tensorflow(constants: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """The 2015 graph's constants by name (kernels HWIO, ``softmax/weights`` (2048, 1008)) -> our state dict."""
+    """Convert constants of the 2015 graph (kernels HWIO, ``softmax/weights`` (2048, 1008)) to our state dict."""
     state = {
         f"{module}.{parameter}": torch.tensor(constants[f"{scope}/{constant}"])
         for module, scope in TENSORFLOW_SCOPES.items()

@@ -14,10 +14,10 @@ import torch
 from scipy import linalg
 from scipy.special import rel_entr
 
-# Nearest-neighbour distances are decided upon in blocks of this many rows and columns: the overflow of one
-# distance sends its whole block to float32, so this number is part of the metric.
+# Nearest-neighbour distances are computed in blocks of this many rows and columns: the overflow of one
+# distance turns its whole block to float32, so this number is part of the metric.
 DISTANCE_BLOCK = 10_000
-# Rows of a block that are worked on at once; bounds the memory, changes nothing.
+# Rows of a block that are computed at once: bounds the memory, changes no result.
 DISTANCE_ROWS = 1_000
 
 
@@ -29,7 +29,7 @@ class Statistics(NamedTuple):
 
 
 class PrecisionRecall(NamedTuple):
-    """Two fractions in [0, 1], and how many of the distance blocks were worked out in float32."""
+    """Two fractions in [0, 1], and how many of the distance blocks were computed in float32."""
 
     precision: float
     recall: float
@@ -41,7 +41,7 @@ def mean_and_covariance(features: np.ndarray) -> Statistics:
     """mu = 1/N sum x,  Sigma = 1/(N-1) sum (x - mu)(x - mu)^T.
 
     ``features`` (N, D) float32, N >= 2, all finite. Returns float32 ``mu`` (D,) and float64 ``sigma`` (D, D): the
-    mean is taken in the dtype of the features, the covariance in float64. Raises ``ValueError`` for other input.
+    mean is computed in the dtype of the features, the covariance in float64. Raises ``ValueError`` for other input.
     """
     _require_features(features, "features", least=2)
     return Statistics(features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False)))
@@ -52,11 +52,10 @@ def frechet_distance(
 ) -> float:
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))  (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
 
-    With S1 = L L^T the last trace is the sum of the square roots of the eigenvalues of L^T S2 L. Without full rank,
-    where these lose half their digits, factors S1 = A A^T and S2 = B B^T are taken and the singular values of A^T B.
-    Both are symmetric in their arguments, where a matrix square root of S1 S2 is not. ``method`` "sqrtm" takes that
-    one, as the TensorFlow evaluator does. Means (D,), covariances (D, D), any float dtype. Raises ``ValueError`` when
-    the sizes differ.
+    With S1 = L L^T, the last trace is the sum of the square roots of the eigenvalues of L^T S2 L. These lose half
+    their digits without full rank; then it is the sum of the singular values of A^T B with S1 = A A^T and S2 = B B^T.
+    Both are symmetric in their arguments, unlike a matrix square root of S1 S2, which ``method`` "sqrtm" uses as the
+    TensorFlow evaluator does. Means (D,), covariances (D, D), any float dtype. Raises ``ValueError`` if sizes differ.
     """
     size = np.size(mu1)
     if not (np.shape(mu1) == np.shape(mu2) == (size,) and np.shape(sigma1) == np.shape(sigma2) == (size, size)):
@@ -68,9 +67,9 @@ def frechet_distance(
 
 
 def frechet_distance_of_few(first: np.ndarray, second: np.ndarray) -> float:
-    """``frechet_distance`` of the statistics of two sets of features (N, D) and (M, D), quick where N, M << D.
+    """Return the ``frechet_distance`` of two sets of features (N, D) and (M, D); fast for N, M << D.
 
-    The singular values of A^T B are those of an N x M matrix when A and B are the centred features themselves.
+    With the centred features themselves as A and B, A^T B is only N x M.
     """
     centred = []
     for x in (first, second):
@@ -84,7 +83,7 @@ def frechet_distance_of_few(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _trace_of_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
-    """tr((S1 S2)^(1/2)). By torch, whose LAPACK took 2.3 s at D = 2048 where numpy's takes 9 (2 cores)."""
+    """tr((S1 S2)^(1/2)). Uses torch, whose LAPACK takes 2.3 s at D = 2048; numpy's takes 9 s (2 cores)."""
     first, second = (torch.from_numpy(np.array(s, np.float64)) for s in (sigma1, sigma2))
     lower, full = _cholesky(first)
     if full and _cholesky(second)[1]:
@@ -93,14 +92,14 @@ def _trace_of_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
 
 
 def _cholesky(sigma: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """Lower factor of a covariance (D, D), and whether it has full rank by a wide margin."""
+    """Return the lower factor of a covariance (D, D), and whether it has full rank by a wide margin."""
     lower, failed = torch.linalg.cholesky_ex(sigma)
     pivots = lower.diagonal().square()
     return lower, not failed.item() and (pivots.min() > 1e-12 * pivots.max()).item()
 
 
 def _trace_by_sqrtm(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
-    """tr((S1 S2)^(1/2)) by the Schur method; a diagonal of 1e-6 is added where that fails, as published."""
+    """tr((S1 S2)^(1/2)) by the Schur method; if that fails, 1e-6 is added to the diagonals, as published."""
     root = linalg.sqrtm(np.dot(sigma1, sigma2))
     if not np.isfinite(root).all():
         offset = np.eye(len(sigma1)) * 1e-6
@@ -111,8 +110,8 @@ def _trace_by_sqrtm(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
 def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
     """Mean over the splits of exp(E_x KL(p(y|x) || p(y)))  (Salimans et al. 2016, arXiv 1606.03498, section 4).
 
-    ``probabilities`` (N, classes), rows that sum to 1, in file order; the splits are runs of ``split_size`` rows and
-    a short last one counts as much as any other. Raises ``ValueError`` for other input.
+    ``probabilities`` (N, classes), rows that sum to 1, in file order; each split is ``split_size`` consecutive rows,
+    and a shorter last split has the same weight. Raises ``ValueError`` for other input.
     """
     _require_features(probabilities, "probabilities", least=1)
     scores = []
@@ -123,7 +122,7 @@ def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
 
 
 def class_accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Fraction of images whose likeliest class is their label.
+    """Return the fraction of images whose most probable class is their label.
 
     ``probabilities`` (N, classes), ``labels`` (N,) integers in [0, classes). Raises ``ValueError`` for other input.
     """
@@ -141,18 +140,14 @@ def require_labels(labels: np.ndarray, count: int, classes: int) -> None:
 
 
 def precision_recall(
-    reference: np.ndarray,
-    samples: np.ndarray,
-    k: int = 3,
-    exact: bool = False,
-    device: torch.device | str = "cpu",
+    reference: np.ndarray, samples: np.ndarray, k: int = 3, exact: bool = False, device: torch.device | str = "cpu"
 ) -> PrecisionRecall:
-    """precision = |{s: |s - r|^2 <= radius(r) for some r}| / |S|, recall the same with the sets exchanged.
+    """precision = |{s: |s - r|^2 <= radius(r) for some r}| / |S|; recall is the same with the sets exchanged.
 
     radius(r) is the squared distance from r to its k-th nearest neighbour in its own set (Kynkaanniemi et al.
     2019, arXiv 1904.06991, eq. 1-2). ``reference`` (N, D) and ``samples`` (M, D) float32, N and M > k. Distances
-    are float16 as in the TensorFlow evaluator, a block with an overflow float32; ``exact`` makes all of them float32.
-    Holds at most one block of 10,000 x 10,000 at a time. Raises ``ValueError`` for sets that are too small.
+    are float16 as in the TensorFlow evaluator, but float32 in a block with an overflow, or everywhere if ``exact``.
+    Holds at most one block of 10,000 x 10,000 at a time. Raises ``ValueError`` if a set is too small.
     """
     _require_features(reference, "reference features", least=k + 1)
     _require_features(samples, "sample features", least=k + 1)
@@ -171,7 +166,7 @@ def precision_recall(
 
 
 class _Tally:
-    """How many distance blocks there were, and how many of them in float32."""
+    """Counts distance blocks, and those of them in float32."""
 
     def __init__(self) -> None:
         self.blocks = 0
@@ -179,9 +174,9 @@ class _Tally:
 
 
 def neighbour_radii(features: torch.Tensor, k: int, exact: bool, tally: _Tally | None = None) -> torch.Tensor:
-    """Squared distance from each row of ``features`` (N, D) to its k-th nearest other row: (N,) float32.
+    """Return the squared distance from each row of ``features`` (N, D) to its k-th nearest other row: (N,) float32.
 
-    A row counts as its own nearest neighbour, so it is the (k + 1)-th smallest distance of the row.
+    A row is its own nearest neighbour, so this is the (k + 1)-th smallest distance of the row.
     """
     nearest = torch.full((len(features), k + 1), torch.inf, device=features.device)
     for rows, _, distance in distance_slabs(features, features, exact, tally):
@@ -193,9 +188,9 @@ def neighbour_radii(features: torch.Tensor, k: int, exact: bool, tally: _Tally |
 def distance_slabs(
     u: torch.Tensor, v: torch.Tensor, exact: bool, tally: _Tally | None = None
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """|u_i - v_j|^2 for all rows of ``u`` (N, D) and ``v`` (M, D), in pieces: (rows, columns, float32 (n, m)).
+    """Yield |u_i - v_j|^2 for all rows of ``u`` (N, D) and ``v`` (M, D), in parts: (rows, columns, float32 (n, m)).
 
-    Each block is float16 if all of it stays finite so, else (or if ``exact``) float32.
+    A block is computed in float32 if ``exact`` or if float16 overflows, else in float16.
     """
     tally = tally or _Tally()
     for rows in _slices(0, len(u), DISTANCE_BLOCK):
@@ -212,7 +207,7 @@ def distance_slabs(
 
 
 def _half_block(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
-    """Distances as float16 (n, m), or None when one of them is not finite."""
+    """Return distances as float16 (n, m), or None if one of them is not finite."""
     u, v = u.half(), v.half()
     norm_u, norm_v = _half_squared_norms(u), _half_squared_norms(v)
     block = torch.empty(len(u), len(v), dtype=torch.float16, device=u.device)
@@ -234,8 +229,8 @@ def _distances(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def _half_squared_norms(x: torch.Tensor) -> torch.Tensor:
     """|x|^2 of float16 rows (N, D) as float16 (N,), rounded after each addition in TensorFlow's order on a CPU.
 
-    Rows of more than 1600 values are halved; what is left is summed in 32 interleaved running sums, these are
-    added as four groups of 8, and the 8 sums at the end are added in float32.
+    Rows of more than 1600 values are halved. Each part is summed in 32 interleaved running sums; these are added as
+    four groups of 8, and the last 8 sums are added in float32.
     """
     width = x.shape[1]
     if width > 1600:
@@ -250,20 +245,20 @@ def _half_squared_norms(x: torch.Tensor) -> torch.Tensor:
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
-    """[start, stop) in consecutive slices of at most ``size``."""
+    """Yield [start, stop) as consecutive slices of at most ``size``."""
     for begin in range(start, stop, size):
         yield slice(begin, min(begin + size, stop))
 
 
 def _factor(sigma: torch.Tensor) -> torch.Tensor:
-    """A (D, rank) with A A^T = sigma; eigenvalues within rounding of zero are left out."""
+    """Return A (D, rank) with A A^T = sigma; eigenvalues that are zero up to rounding are left out."""
     values, vectors = torch.linalg.eigh(sigma)
     kept = values > values.max() * len(values) * torch.finfo(torch.float64).eps
     return vectors[:, kept] * values[kept].sqrt()
 
 
-def _require_features(x: np.ndarray, what: str, least: int) -> None:
+def _require_features(x: np.ndarray, name: str, least: int) -> None:
     if x.ndim != 2 or len(x) < least:
-        raise ValueError(f"{what} have the shape {tuple(x.shape)}, expected at least {least} rows")
+        raise ValueError(f"{name} have the shape {tuple(x.shape)}, expected at least {least} rows")
     if not np.isfinite(x).all():
-        raise ValueError(f"{what} hold values that are not finite")
+        raise ValueError(f"{name} hold values that are not finite")

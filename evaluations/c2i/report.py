@@ -1,4 +1,4 @@
-"""What the evaluator says beside its numbers: warnings before and after, settings of the samples, a Markdown table."""
+"""Warnings, settings of the samples, text lines and the Markdown table of the evaluator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from evaluations.c2i.features import ImageFeatures
-from evaluations.c2i.image_archive import ImageSet
+from evaluations.c2i.image_sets import ImageSet
+from evaluations.c2i.metrics import PrecisionRecall
 
 PUBLISHED_SAMPLES = 50_000
 TITLES = {
@@ -41,31 +42,33 @@ SETTINGS = (
 
 
 def warnings_before(reference: ImageSet, samples: ImageSet) -> list[str]:
-    """What the user should know about the numbers before they come."""
-    found = []
+    """Return warnings and notes that need only the files' headers and labels."""
+    lines = []
     if not samples.count:
-        found.append(f"note: {samples.path} holds statistics alone: FID and sFID only")
+        lines.append(f"note: {samples.path} holds statistics alone: only FID and sFID")
     elif samples.count < PUBLISHED_SAMPLES:
-        found.append(
-            f"warning: {samples.count:,} sample images; published figures take {PUBLISHED_SAMPLES:,}, "
-            "and fewer give a higher FID"
+        lines.append(
+            f"warning: {samples.count:,} sample images; published figures use {PUBLISHED_SAMPLES:,}, "
+            "and fewer raise FID"
         )
     if samples.count and not reference.count:
-        found.append(f"note: {reference.path} holds statistics alone: no Precision, no Recall")
+        lines.append(f"note: {reference.path} holds statistics alone: no Precision, no Recall")
     if samples.shape and reference.shape and samples.shape[1:] != reference.shape[1:]:
         sizes = [f"{s.shape[2]}x{s.shape[1]}" for s in (samples, reference)]
-        found.append(f"warning: sample images are {sizes[0]}, the reference's {sizes[1]}; published figures take equal")
+        lines.append(
+            f"warning: sample images are {sizes[0]}, the reference's {sizes[1]}; published figures use one size"
+        )
     labels = samples.labels
     if labels is not None and len(np.unique(labels)) > 1 and (np.diff(labels) >= 0).all():
-        found.append(
-            "warning: samples are sorted by class; the Inception Score is taken over runs of 5,000 in file order "
-            "and comes out lower"
+        lines.append(
+            "warning: samples are sorted by class; the Inception Score is computed per 5,000 images in file order "
+            "and will be too low"
         )
-    return found
+    return lines
 
 
 def warnings_after(samples: ImageSet, features: ImageFeatures) -> list[str]:
-    """What only the images themselves could tell."""
+    """Return a warning about duplicate images, if there are any."""
     repeated = len(features.hashes) - len(np.unique(features.hashes))
     if not repeated:
         return []
@@ -73,28 +76,38 @@ def warnings_after(samples: ImageSet, features: ImageFeatures) -> list[str]:
 
 
 def settings_of(samples: Path) -> dict[str, Any] | None:
-    """The options in the JSON that the sampler wrote beside the samples; None if there is none to read."""
+    """Return the options from the JSON that the sampler wrote beside the samples; None if it cannot be read."""
     try:
-        place = samples.resolve() if samples.is_dir() else samples.with_suffix("")
-        options = json.loads(place.with_name(f"{place.name}.json").read_text())["options"]
+        base = samples.resolve() if samples.is_dir() else samples.with_suffix("")
+        options = json.loads(base.with_name(f"{base.name}.json").read_text())["options"]
         return options if isinstance(options, dict) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def text_lines(metrics: dict[str, float]) -> str:
-    """The published lines, ``title: value``."""
+def describe_distances(result: PrecisionRecall, exact: bool) -> str:
+    """Return a description of the precision of the distances."""
+    if exact:
+        return "float32 (--exact-distances)"
+    text = "float16, as in the TensorFlow evaluator"
+    if result.float32_blocks:
+        text += f"; {result.float32_blocks} of {result.blocks} blocks overflow and are float32"
+    return text
+
+
+def as_text(metrics: dict[str, float]) -> str:
+    """Return one line ``title: value`` per metric, as the published evaluator prints them."""
     return "".join(f"{title}: {metrics[name]}\n" for name, title in TITLES.items() if name in metrics)
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """A table with one row per sample file: its name, images, numbers and settings."""
+    """Return a table with one row per set of samples: name, number of images, metrics, settings."""
     names = [n for n in TITLES if any(n in r["metrics"] for r in results)]
     rows = [["Samples", "Images", *(TITLES[n] for n in names), "Settings"]]
     rows.append(["---"] + ["---:"] * (len(names) + 1) + ["---"])
     for result in results:
         numbers = [f"{result['metrics'][n]:.4f}" if n in result["metrics"] else "" for n in names]
-        made = result["made_with"] or {}
-        settings = ", ".join(f"{k} {made[k]}" for k in SETTINGS if k in made)
+        options = result["made_with"] or {}
+        settings = ", ".join(f"{k} {options[k]}" for k in SETTINGS if k in options)
         rows.append([Path(result["samples"]).name, f"{result['sample_images']:,}", *numbers, settings])
     return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |\n" for row in rows)

@@ -1,7 +1,7 @@
-"""Is this installation's evaluator the published one? Checks against stored numbers, or formulas where none are.
+"""Checks that the evaluator of this installation computes what the published TensorFlow evaluator does.
 
-TF1's resize and a network of seeded random weights stand for what the TensorFlow evaluator computes: their stored
-numbers are TensorFlow's (resize), or those of this network when it agreed with TensorFlow's features (golden tests).
+Resize and network are compared with stored values: TensorFlow's own for the resize, those of seeded random weights
+for the network, stored when it agreed with TensorFlow's features (golden tests). Formulas are checked in closed form.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from evaluations.c2i import inception
 from evaluations.c2i.metrics import frechet_distance, inception_score, precision_recall
 from utils.files import sha256_file
 
-# an image of 8 x 8 pixels, and what TensorFlow 2.21 makes of it at 299 x 299: sums a channel, and pixel (35, 55)
+# an image of 8 x 8 pixels; sums per channel and pixel (35, 55) of TensorFlow 2.21's resize of it to 299 x 299
 IMAGE = np.frombuffer(
     bytes.fromhex(
         "2611da52fe4cec176b8e862c91ab9883dd183da115b74daa935744739c4c408952ab0581d4a58b52aa29a9e954fa3d7f"
@@ -29,11 +29,11 @@ IMAGE = np.frombuffer(
 ).reshape(1, 8, 8, 3)
 RESIZED_SUMS = (11042524.93740177, 12586016.72127485, 10728167.19121981)
 RESIZED_PIXEL = (94.995895, 146.91473, 79.57858)
-# of the network with the recipe's weights: first values and sum, pool and spatial
+# features of this image by the network with the weights of `recipe_constants`: first values and sum
 POOL, POOL_SUM = (0.314783, 0.02594752, 0.08523279), 1619.4098
 SPATIAL, SPATIAL_SUM = (0.4310166, 0.760426, 0), 1181.2959
 
-# OpenAI's sample files and the figures published with them (guided-diffusion, evaluations)
+# OpenAI's sample files and the metrics published with them (guided-diffusion, evaluations)
 PUBLISHED = {
     "admnet_guided_imagenet128.npz": dict(
         inception_score=141.4767, fid=2.973289, sfid=5.094564, precision=0.78138, recall=0.5929
@@ -45,7 +45,7 @@ PUBLISHED = {
 
 
 def self_check(weights: str | None, folder: Path, allow_unknown: bool) -> None:
-    """Run all checks and print a line for each; ``ValueError`` at the end if one has failed."""
+    """Run all checks and print one line per check; ``ValueError`` at the end if one failed."""
     checks: dict[str, Callable[[], str]] = {
         "weights": lambda: check_weights(weights, folder, allow_unknown),
         "resize": check_resize,
@@ -67,14 +67,14 @@ def self_check(weights: str | None, folder: Path, allow_unknown: bool) -> None:
 
 
 def check_weights(weights: str | None, folder: Path, allow_unknown: bool) -> str:
-    """The weights file is a published one, and loads."""
+    """Check that the weights file is a published one and loads."""
     path = inception.find_weights(weights, folder, allow_unknown)
     inception.load_inception(path)
     return f"{path} loads, sha256 {sha256_file(path)}{' (not checked)' if allow_unknown else ' as published'}"
 
 
 def check_resize() -> str:
-    """TF1's resize, bit for bit at a pixel and to rounding in the sums."""
+    """Check TF1's resize: one pixel bit for bit, the sums up to rounding."""
     out = inception.resize_tf1(torch.tensor(IMAGE), inception.IMAGE_SIZE).numpy()
     assert np.array_equal(out[0, 35, 55], np.float32(RESIZED_PIXEL)), f"pixel (35, 55) is {out[0, 35, 55]}"
     _close("sums", out.sum(axis=(0, 1, 2), dtype=np.float64), RESIZED_SUMS, 1e-13)
@@ -83,7 +83,7 @@ def check_resize() -> str:
 
 @torch.inference_mode()
 def check_network() -> str:
-    """Features of the seeded network."""
+    """Check the features of the network with seeded weights."""
     network = inception.build_inception(inception.state_from_tensorflow(recipe_constants()), "recipe")
     pool, spatial, _ = (x.double().numpy()[0] for x in network(torch.tensor(IMAGE)))
     _close("pool features", [*pool[:3], pool.sum()], [*POOL, POOL_SUM], 1e-4)
@@ -92,7 +92,7 @@ def check_network() -> str:
 
 
 def check_frechet() -> str:
-    """Gaussians with commuting covariances: |m|^2 + sum (a - b)^2 over their standard deviations a, b."""
+    """Check FID of Gaussians with commuting covariances: |m|^2 + sum (a - b)^2 over their standard deviations a, b."""
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.standard_normal((64, 64)))[0]
     a, b, mean = rng.uniform(0.5, 2, 64), rng.uniform(0.5, 2, 64), rng.standard_normal(64)
@@ -103,13 +103,13 @@ def check_frechet() -> str:
 
 
 def check_inception_score() -> str:
-    """Sure predictions over all classes alike score their number, unsure ones 1."""
+    """Check that certain predictions of 10 equally frequent classes score 10, uniform predictions 1."""
     _close("score", [inception_score(np.eye(10).repeat(5, 0)), inception_score(np.full((50, 10), 0.1))], [10, 1], 1e-12)
-    return "10 sure classes score 10, none 1"
+    return "10 certain classes score 10, uniform predictions 1"
 
 
 def check_precision_recall() -> str:
-    """A set covers itself, and nothing far away, in both precisions."""
+    """Check that a set covers itself and nothing far away, in both precisions."""
     points = np.random.default_rng(0).standard_normal((50, 16)).astype(np.float32)
     for exact in (False, True):
         itself, elsewhere = precision_recall(points, points, exact=exact), precision_recall(points, points + 100)
@@ -118,18 +118,18 @@ def check_precision_recall() -> str:
 
 
 def compare_with_published(name: str, metrics: dict[str, float]) -> str | None:
-    """Published against measured figures of one of OpenAI's sample files, as a table; None for any other file."""
+    """Return a table of published and measured metrics for OpenAI's sample files; None for any other file."""
     if name not in PUBLISHED:
         return None
     lines = [f"{name}: published, measured, relative difference"]
     for metric, published in PUBLISHED[name].items():
-        found = metrics.get(metric, np.nan)
-        lines.append(f"  {metric:16} {published:11.6f} {found:11.6f} {found / published - 1:+.2e}")
+        measured = metrics.get(metric, np.nan)
+        lines.append(f"  {metric:16} {published:11.6f} {measured:11.6f} {measured / published - 1:+.2e}")
     return "\n".join(lines)
 
 
 def recipe_constants(use_gamma: bool = True) -> dict[str, np.ndarray]:
-    """Random constants of the 2015 graph, each seeded by its name; without ``use_gamma`` batch norms do not scale."""
+    """Return random constants of the 2015 graph, each seeded by its name; without ``use_gamma`` gamma is 1."""
     shapes = {k: tuple(v.shape) for k, v in inception.Inception2015().state_dict().items()}
     constants = {}
 
@@ -153,8 +153,8 @@ def recipe_constants(use_gamma: bool = True) -> dict[str, np.ndarray]:
     return {k: v.astype(np.float32) for k, v in constants.items()}
 
 
-def _close(what: str, found: object, expected: object, relative: float) -> None:
-    """``AssertionError`` unless all values are equal to ``relative`` of the largest."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    error = np.abs(found - expected).max() / np.abs(expected).max()
-    assert error <= relative, f"{what} are {found.tolist()}, expected {expected.tolist()}"
+def _close(name: str, computed: object, expected: object, relative: float) -> None:
+    """Raise ``AssertionError`` if an error exceeds ``relative`` times the largest expected value."""
+    computed, expected = np.asarray(computed, np.float64), np.asarray(expected, np.float64)
+    error = np.abs(computed - expected).max() / np.abs(expected).max()
+    assert error <= relative, f"{name} are {computed.tolist()}, expected {expected.tolist()}"

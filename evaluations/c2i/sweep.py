@@ -1,7 +1,7 @@
-"""A checkpoint at several guidance scales: sample, evaluate, plot FID and Inception Score, name the best.
+"""Sample and evaluate a checkpoint at several guidance scales; plot FID and Inception Score, report the best scale.
 
-Samples go to OUTPUT/cfg-SCALE/, where a sweep that was cut off goes on; numbers to OUTPUT/sweep.json and sweep.md, the
-plot to OUTPUT/sweep.png.
+Samples go to OUTPUT/cfg-SCALE/, metrics to OUTPUT/sweep.json and sweep.md, the plot to OUTPUT/sweep.png. The same
+command continues an interrupted sweep.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import matplotlib
 
-matplotlib.use("Agg")  # draws into files, needs no display
+matplotlib.use("Agg")  # draws to files and needs no display
 from matplotlib import pyplot
 
 from evaluations.c2i.report import markdown
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
-    """Sample and evaluate at each scale, write numbers and plot."""
+    """Sample and evaluate at each scale, write metrics and plot."""
     args = parse_args()
     if not Path(args.reference).exists():
         raise ValueError(f"REF: {args.reference} does not exist")
@@ -52,41 +52,41 @@ def main() -> None:
 
 
 def parse_args() -> Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = make_parser(
         __doc__,
         "python3 evaluations/c2i/sweep.py VIRTUAL_imagenet256_labeled.npz --cfg-scales 1.35 1.5 1.65 \\\n"
         '    --sample "--gpt-ckpt GPT.pt --vq-ckpt VQ.pt --image-size-eval 256" --output sweep',
     )
-    parser.add_argument("reference", metavar="REF", help="reference of the evaluator")
-    parser.add_argument("--cfg-scales", type=float, nargs="+", required=True, help="guidance scales to try")
-    parser.add_argument("--sample", required=True, metavar="OPTIONS", help="of scripts/autoregressive/sample_c2i.sh")
-    parser.add_argument("--evaluate", default="", metavar="OPTIONS", help="of evaluator.py")
-    parser.add_argument("--output", default="sweep", help="folder for samples, numbers and plot")
+    parser.add_argument("reference", metavar="REF", help="reference for the evaluator: .npz or folder of images")
+    parser.add_argument("--cfg-scales", type=float, nargs="+", required=True, help="guidance scales to evaluate")
+    parser.add_argument("--sample", required=True, metavar="OPTIONS", help="options for sample_c2i.sh, as one string")
+    parser.add_argument("--evaluate", default="", metavar="OPTIONS", help="options for evaluator.py, as one string")
+    parser.add_argument("--output", default="sweep", help="folder for samples, metrics and plot")
     return parser.parse_args()
 
 
 def sample(scale: float, folder: Path, options: list[str]) -> Path:
-    """The .npz of samples at ``scale``, which the sampler keeps if an earlier sweep has made it."""
+    """Return the .npz of samples at ``scale``; the sampler keeps one that an earlier sweep has finished."""
     script = ROOT / "scripts/autoregressive/sample_c2i.sh"
     call(["bash", script, *options, "--cfg-scale", scale, "--sample-dir", folder], f"sampling at --cfg-scale {scale}")
     files = list(folder.glob("*.npz"))
     if len(files) != 1:
         raise ValueError(
-            f"{folder} holds {len(files)} .npz files, expected the one of this sweep; give another --output"
+            f"{folder} holds {len(files)} .npz files, expected one from this sweep; choose another --output"
         )
     return files[0]
 
 
 def call(words: list[object], what: str) -> None:
-    """Run a command in the open; ``ValueError`` if it fails, after it has said why."""
+    """Run a command with its output shown; ``ValueError`` on a non-zero exit status."""
     done = subprocess.run([str(w) for w in words], check=False)
     if done.returncode:
         raise ValueError(f"the {what} failed with status {done.returncode}, see above")
 
 
 def plot(scales: list[float], metrics: list[dict[str, float]], path: Path) -> None:
-    """FID (left axis) and Inception Score (right) against the guidance scale, as a PNG."""
+    """Plot FID (left axis) and Inception Score (right axis) against the guidance scale, as a PNG."""
     figure, left = pyplot.subplots(figsize=(6, 4), layout="constrained")
     right = left.twinx()
     for axis, name, title, style in (

@@ -1,4 +1,4 @@
-"""Train the small classifier that the evaluator may use instead of Inception, on a class folder of small images."""
+"""Train a small image classifier, which the evaluator can use instead of Inception, on folders of images per class."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from utils.options import make_parser, positive_int, run_main
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.01
-MAX_DEGREES, MAX_SHIFT = 10.0, 0.06  # of the augmentation; the shift as a fraction of the image's side
+MAX_DEGREES, MAX_SHIFT = 10.0, 0.06  # augmentation: rotation, and shift as a fraction of the image's side
 
 
 def main() -> None:
-    """Read options, train unless that is done already, write the file."""
+    """Train and write the file, unless it exists with the same options."""
     args = parse_args()
     world = init_distributed()
     logger = create_logger(world)
@@ -42,7 +42,7 @@ def main() -> None:
     if args.output.exists():
         content = load_classifier(args.output, "--output")[1]
         if content.get("options") == options:
-            logger.info(f"{args.output} is there already, trained with these options: nothing to do")
+            logger.info(f"{args.output} already exists, trained with these options: nothing to do")
             logger.info(f"test accuracy: {content['test_accuracy']:.4f}")
             return
         logger.info(f"{args.output} was trained with other options: training again")
@@ -60,46 +60,41 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = make_parser(
         __doc__,
         "python3 evaluations/c2i/train_classifier.py --data-path digits/train --test-path digits/test "
         "--output pretrained_models/digits.pt --image-size 32",
     )
-    parser.add_argument("--data-path", required=True, help="folder with one folder of images per class")
-    parser.add_argument("--test-path", required=True, help="the same classes, held-out images")
-    parser.add_argument("--output", type=Path, required=True, help="file to write (.pt)")
+    parser.add_argument("--data-path", required=True, help="training images: folder with one sub-folder per class")
+    parser.add_argument("--test-path", required=True, help="test images: folder with the same sub-folders")
+    parser.add_argument("--output", type=Path, required=True, help="file of weights to write (.pt)")
     parser.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images")
-    parser.add_argument("--image-size", type=positive_int, default=32, help="side of the images in pixels")
-    parser.add_argument("--global-seed", type=int, default=0, help="seed of weights, order and augmentation")
+    parser.add_argument("--image-size", type=positive_int, default=32, help="side of the square images, in pixels")
+    parser.add_argument("--global-seed", type=int, default=0, help="seed of weights, data order and augmentation")
     return parser.parse_args()
 
 
 def open_folder(path: str, option: str, image_size: int) -> ImageFolder:
-    """The images of a class folder as uint8 (3, S, S), classes in sorted order."""
+    """Open the images of a class folder as uint8 (3, S, S), classes in sorted order."""
     transform = Compose([Resize(image_size), CenterCrop(image_size), PILToTensor()])
     try:
         return ImageFolder(require_folder(path, option), transform)
     except FileNotFoundError as error:
-        raise ValueError(f"{option}: {path} is no class folder: {error}") from error
+        raise ValueError(f"{option}: {path} has no class folders: {error}") from error
 
 
-def load_images(dataset: ImageFolder, world: World, what: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images as uint8 (N, S, S, 3) and labels (N,) in memory; they are small."""
-    bar = progress(world, what, len(dataset), unit="image", items=dataset)
+def load_images(dataset: ImageFolder, world: World, description: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read all images as uint8 (N, S, S, 3) and their labels (N,) into memory."""
+    bar = progress(world, description, len(dataset), unit="image", items=dataset)
     images = torch.stack([image for image, _ in bar])  # (N, 3, S, S)
     return images.permute(0, 2, 3, 1).contiguous(), torch.tensor(dataset.targets)
 
 
 def train(
-    network: SmallClassifier,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    epochs: int,
-    seed: int,
-    world: World,
+    network: SmallClassifier, images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int, world: World
 ) -> None:
-    """AdamW under one cosine, on images turned and shifted a little."""
+    """Train with AdamW and a one-cycle learning rate on slightly rotated and shifted images."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps = epochs * math.ceil(len(images) / BATCH_SIZE)
@@ -109,7 +104,7 @@ def train(
     for _ in range(epochs):
         for batch in torch.randperm(len(images), generator=generator).split(BATCH_SIZE):
             x = images[batch].permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, S, S)
-            x = turn_and_shift(x, generator).to(world.device)  # (B, 3, S, S)
+            x = rotate_and_shift(x, generator).to(world.device)  # (B, 3, S, S)
             loss = F.cross_entropy(network.logits(x), labels[batch].to(world.device))
             optimizer.zero_grad()
             loss.backward()
@@ -119,8 +114,8 @@ def train(
     bar.close()
 
 
-def turn_and_shift(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """(B, 3, S, S) -> the same, each image turned and shifted by its own random amounts; edges repeat."""
+def rotate_and_shift(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Rotate and shift each image of (B, 3, S, S) by random amounts of its own; edge pixels are repeated."""
     angle, right, down = torch.rand(3, len(x), generator=generator) * 2 - 1  # (B,) each, in [-1, 1)
     angle, right, down = angle * math.radians(MAX_DEGREES), right * 2 * MAX_SHIFT, down * 2 * MAX_SHIFT
     cos, sin = angle.cos(), angle.sin()

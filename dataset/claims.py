@@ -1,0 +1,109 @@
+"""Assigns shards of cached codes to processes by claim files on a shared disk."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from dataset.codes import shard_path
+from utils.files import remove_temporary
+
+
+class Claims:
+    """The shards that this process has claimed; leaving the context releases them.
+
+    A claim is a file ``shards/00012.claim``, created exclusively. It lapses when its process has ended (detected only
+    on the same machine) or has not renewed it for ``timeout`` seconds. If two processes ever make the same shard, both
+    write the same bytes atomically.
+    """
+
+    def __init__(self, folder: str | Path, timeout: float = 900.0):
+        self.folder, self.timeout = folder, timeout
+        self._machine = _machine()
+        self._text = f"{self._machine} {os.getpid()} {uuid.uuid4().hex}"
+        self._claimed: set[int] = set()
+
+    def _path(self, shard: int) -> Path:
+        return shard_path(self.folder, shard).with_suffix(".claim")
+
+    def free(self, shard: int) -> bool:
+        """Return whether ``take`` would succeed now."""
+        return not self._path(shard).exists() or self._lapsed(self._path(shard))
+
+    def take(self, shard: int) -> bool:
+        """Claim ``shard``; False if another live process holds it, or if the shard exists already."""
+        path = self._path(shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self._lapsed(path):
+            aside = path.with_suffix(f".lapsed-{uuid.uuid4().hex[:8]}")
+            try:
+                os.rename(path, aside)  # of several processes that see it lapse, one succeeds
+            except FileNotFoundError:
+                return False
+            aside.unlink()
+
+        try:
+            with open(path, "x") as f:
+                f.write(self._text)
+        except FileExistsError:
+            return False
+
+        self._claimed.add(shard)
+        if shard_path(self.folder, shard).exists():  # finished after our last look, before our claim
+            self.release(shard)
+            return False
+        remove_temporary(shard_path(self.folder, shard))
+        return True
+
+    def _lapsed(self, path: Path) -> bool:
+        try:
+            machine, _, rest = path.read_text().partition(" ")
+            age = time.time() - path.stat().st_mtime
+        except FileNotFoundError:
+            return False
+        pid = rest.partition(" ")[0]
+        if machine == self._machine and pid.isdigit():
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                return True
+            except PermissionError:
+                pass
+        return age > self.timeout
+
+    def _is_held(self, shard: int) -> bool:
+        try:
+            return self._path(shard).read_text() == self._text
+        except FileNotFoundError:
+            return False
+
+    def renew(self) -> None:
+        """Show that this process is alive, for all its claims."""
+        for shard in self._claimed:
+            if self._is_held(shard):
+                os.utime(self._path(shard))
+
+    def release(self, shard: int) -> None:
+        """Give up a claim; one that another process has taken over is left alone."""
+        self._claimed.discard(shard)
+        if self._is_held(shard):
+            self._path(shard).unlink()
+
+    def __enter__(self) -> Claims:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for shard in list(self._claimed):
+            self.release(shard)
+
+
+def _machine() -> str:
+    """Return what process ids are unique within, as one word: host and, on Linux, boot and process namespace."""
+    parts = [platform.node()]
+    with suppress(OSError):  # not Linux
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return "/".join(parts).replace(" ", "_")
