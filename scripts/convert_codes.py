@@ -12,7 +12,7 @@ import numpy as np
 
 from dataset.augmentation import crop_names
 from dataset.codes import CodesPlan, PublishedCodes, finish_codes, shard_damage, shard_path, start_codes, write_shard
-from tokenizer.vq_model import load_vq
+from tokenizer.load import load_vq
 from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import init_distributed
 from utils.files import remove_temporary, require_folder

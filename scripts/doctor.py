@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 try:
     from autoregressive.models.gpt import GPT_models
     from scripts.diagnosis.examination import FULL_MINUTES, FULL_N, QUICK_MINUTES, QUICK_N, examine
-    from utils.options import amount, make_parser, positive_int, run_main
+    from utils.options import make_parser, non_negative_float, positive_int, run_main
 except ImportError as error:  # the one thing that no check could report
     python = Path(__file__).resolve().parents[1] / ".venv" / "bin" / "python"
     hint = f"; or use {python}, which quickstart.sh made" if python.exists() else ""
@@ -33,7 +33,7 @@ def make_doctor_parser() -> ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="two minutes at most, fewer checks")
     parser.add_argument(
         "--minutes",
-        type=amount,
+        type=non_negative_float,
         help=f"time for all checks (default: {FULL_MINUTES}; with --quick {QUICK_MINUTES})",
     )
     parser.add_argument(

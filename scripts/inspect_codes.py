@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dataset.codes import ShardedCodes, finished_damage, open_codes, shard_path
-from tokenizer.vq_model import load_vq, require_tokenizer
+from tokenizer.load import load_vq, require_tokenizer
 from utils.distributed import init_distributed
 from utils.files import write_json
 from utils.images import image_grid, save_png, to_uint8

@@ -14,7 +14,7 @@ from tests.conftest import run_command
 from tests.test_training import quietly
 from tests.test_vq_loss import slow_lpips
 from tokenizer import reconstruct_vq
-from tokenizer.vq_model import load_vq
+from tokenizer.load import load_vq
 from utils.quality import psnr, ssim
 
 SCRIPT = ("bash", "scripts/tokenizer/reconstruction_vq.sh")

@@ -217,7 +217,7 @@ def test_extracted_codes_are_those_of_the_crops(work):
 
     from dataset.augmentation import center_crop
     from dataset.codes import open_codes
-    from tokenizer.vq_model import load_vq
+    from tokenizer.load import load_vq
 
     vq, _ = load_vq(work / "vq.pt", None)
     pixels = center_crop(Image.open(work / "images" / "bee" / "3.png"), 35)

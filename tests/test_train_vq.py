@@ -18,7 +18,8 @@ from tests.test_architecture import declared_options
 from tests.test_training import newest, quietly, wait_for
 from tests.test_utils import small_state, take_step
 from tokenizer import train_vq, vq_model
-from tokenizer.vq_model import VQConfig, VQModel, load_vq
+from tokenizer.load import load_vq
+from tokenizer.vq_model import VQConfig, VQModel
 from utils.checkpoints.folder import read_sharded
 from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import World

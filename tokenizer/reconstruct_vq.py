@@ -22,15 +22,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dataset.imagenet import CenterCrop, ImageFiles, list_images, to_model_range
+from tokenizer.load import add_tokenizer_options, load_tokenizer
 from tokenizer.vq_loss import find_vgg, load_lpips
-from tokenizer.vq_model import VQ_models, VQModel, load_vq
+from tokenizer.vq_model import VQModel
 from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import World, init_distributed
 from utils.files import atomic_path, prepare_folder
 from utils.images import image_grid, save_png, to_uint8
 from utils.logger import create_logger, progress
 from utils.npz import SampleFile
-from utils.options import add_retired, count, make_parser, positive_int, run_main, write_options
+from utils.options import add_retired, make_parser, non_negative_int, positive_int, run_main, write_options
 from utils.performance import usable_cores
 from utils.quality import codebook_usage, perplexity, psnr, ssim
 
@@ -51,19 +52,14 @@ def parse_args() -> Namespace:
         "--vq-ckpt ./pretrained_models/vq_ds16_c2i.pt",
     )
     parser.add_argument("--data-path", required=True, help="images: folder with one sub-folder per class")
-    parser.add_argument("--vq-ckpt", help="tokenizer checkpoint: file of weights or folder of a training checkpoint")
-    parser.add_argument(
-        "--vq-model", choices=list(VQ_models), help="tokenizer size (default: the checkpoint's, else VQ-16)"
-    )
-    text = "number of codebook entries (default: the checkpoint's, else 16384)"
-    parser.add_argument("--codebook-size", type=positive_int, help=text)
-    text = "width of a codebook entry (default: the checkpoint's, else 8)"
-    parser.add_argument("--codebook-embed-dim", type=positive_int, help=text)
+    add_tokenizer_options(parser.add_argument_group("tokenizer"), required=False)
     parser.add_argument("--image-size", type=positive_int, default=256, help="side of the centre crop, pixels")
     parser.add_argument("--image-size-eval", type=positive_int, default=256, help="side of the written images, pixels")
     parser.add_argument("--sample-dir", default="reconstructions", help="folder to write to")
     parser.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images per forward pass")
-    parser.add_argument("--num-workers", type=count, default=4, help="image-decoding processes, at most one per core")
+    parser.add_argument(
+        "--num-workers", type=non_negative_int, default=4, help="image-decoding processes, at most one per core"
+    )
     text = "VGG16 weights vgg16-397923af.pth for LPIPS (default: torch.hub's copy; without one, no LPIPS)"
     parser.add_argument("--vgg-weights", help=text)
     parser.add_argument("--pairs", type=positive_int, default=20, help="images in the picture, each in both versions")
@@ -186,9 +182,7 @@ def main() -> None:
     args = parse_args()
     world = init_distributed()
     logger = create_logger(world)
-    vq, name = load_vq(
-        args.vq_ckpt, args.vq_model, codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim
-    )
+    vq, name = load_tokenizer(args)
     vq.config.grid(args.image_size)  # raises if they do not fit
     lpips = open_lpips(args)
     if lpips is None:

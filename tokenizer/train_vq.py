@@ -21,12 +21,22 @@ from torch.utils.data import DataLoader
 from dataset.epochs import EpochOrder
 from dataset.imagenet import ImageFiles, RandomCrop, list_images, to_model_range
 from tokenizer.discriminator import DISCRIMINATORS
+from tokenizer.load import load_vq
 from tokenizer.vq_loss import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, PIXEL_LOSSES, Adversary, ReconstructionLoss
-from tokenizer.vq_model import VQ_models, VQModel, load_vq, make_vq_config
+from tokenizer.vq_model import VQ_models, VQModel, make_vq_config
 from tokenizer.vq_state import VQState, place_codebook, revive_dead_codes
 from utils.checkpoints.folder import read_sharded
 from utils.distributed import init_distributed
-from utils.options import add_retired, amount, count, fraction, make_parser, positive_int, resolve, run_main
+from utils.options import (
+    add_retired,
+    fraction,
+    make_parser,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+    resolve,
+    run_main,
+)
 from utils.parallel import delay_sync, replicate
 from utils.performance import usable_cores
 from utils.precision import autocast, log_level, resolve_precision
@@ -59,7 +69,9 @@ def parse_args() -> Namespace:
     )
     data.add_argument("--image-size", type=positive_int, default=256, help="side of the training crops, pixels")
     data.add_argument("--no-flip", action="store_true", help="do not mirror images (for text or digits)")
-    data.add_argument("--num-workers", type=count, default=16, help="processes that read images, at most one per core")
+    data.add_argument(
+        "--num-workers", type=non_negative_int, default=16, help="processes that read images, at most one per core"
+    )
     model = parser.add_argument_group("model")
     model.add_argument("--vq-model", choices=list(VQ_models), default="VQ-16", help="size of the tokenizer")
     model.add_argument(
@@ -90,36 +102,46 @@ def parse_args() -> Namespace:
     )
     model.add_argument(
         "--revive-dead-codes",
-        type=count,
+        type=non_negative_int,
         default=0,
         help="steps between moves of entries absent from the last 65,536 codes to current latents; 0: never",
     )
     loss = parser.add_argument_group("loss")
     loss.add_argument("--reconstruction-loss", choices=list(PIXEL_LOSSES), default="l2", help="loss between pixels")
-    loss.add_argument("--reconstruction-weight", type=amount, default=1.0, help="weight of the pixel loss")
-    loss.add_argument("--codebook-weight", type=amount, default=1.0, help="weight of the quantizer's losses")
+    loss.add_argument("--reconstruction-weight", type=non_negative_float, default=1.0, help="weight of the pixel loss")
+    loss.add_argument(
+        "--codebook-weight", type=non_negative_float, default=1.0, help="weight of the quantizer's losses"
+    )
     loss.add_argument(
         "--commit-loss-beta",
-        type=amount,
+        type=non_negative_float,
         default=0.25,
         help="weight of the commitment loss within the quantizer's losses",
     )
     loss.add_argument(
         "--entropy-loss-ratio",
-        type=amount,
+        type=non_negative_float,
         default=0.0,
         help="weight of the entropy loss within the quantizer's losses",
     )
-    loss.add_argument("--perceptual-weight", type=amount, default=1.0, help="weight of the LPIPS loss; 0 disables it")
+    loss.add_argument(
+        "--perceptual-weight", type=non_negative_float, default=1.0, help="weight of the LPIPS loss; 0 disables it"
+    )
     loss.add_argument(
         "--vgg-weights", help="torchvision's vgg16-397923af.pth, the network of LPIPS (default: torch.hub's copy)"
     )
     gan = parser.add_argument_group("GAN loss")
     gan.add_argument(
-        "--disc-weight", type=amount, default=0.5, help="weight of the GAN loss; 0 trains without a discriminator"
+        "--disc-weight",
+        type=non_negative_float,
+        default=0.5,
+        help="weight of the GAN loss; 0 trains without a discriminator",
     )
     gan.add_argument(
-        "--disc-start", type=count, default=20000, help="first step with the GAN loss, as the log counts steps"
+        "--disc-start",
+        type=non_negative_int,
+        default=20000,
+        help="first step with the GAN loss, as the log counts steps",
     )
     gan.add_argument(
         "--disc-type", choices=DISCRIMINATORS, default="patchgan", help="architecture of the discriminator"
@@ -138,7 +160,7 @@ def parse_args() -> Namespace:
     training.add_argument(
         "--global-batch-size", type=positive_int, default=128, help="images per step, of all processes"
     )
-    training.add_argument("--lr", type=amount, default=1e-4, help="learning rate")
+    training.add_argument("--lr", type=non_negative_float, default=1e-4, help="learning rate")
     training.add_argument(
         "--lr-schedule",
         choices=["constant", "cosine"],

@@ -9,8 +9,7 @@ Images are float (B, 3, H, W) in [-1, 1]; codes are int64 (B, H/f, W/f), f = ``c
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,9 +18,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from utils import quality
-from utils.checkpoints.folder import read_meta, read_sharded
-from utils.checkpoints.weights_file import find_state_dict, load_checkpoint, load_strictly, state_sha256
-from utils.options import resolve
 
 USAGE_WINDOW = 65536  # codes over which codebook usage is counted; the size is part of released checkpoints
 
@@ -395,44 +391,3 @@ class VQModel(nn.Module):
 def make_vq_config(vq_model: str, **written: object) -> VQConfig:
     """Config of a size of the table; fields that are not None override it."""
     return VQConfig(**VQ_models[vq_model] | {k: v for k, v in written.items() if v is not None})
-
-
-def require_tokenizer(vq: VQModel, sha256: str | None, path: str | Path, source: str) -> None:
-    """Raise ``ValueError`` unless ``vq``, read from ``path``, made the codes that ``source`` holds or learned.
-
-    sha256: of that tokenizer's weights; None, where it is not known, fits any.
-    """
-    if sha256 is not None and sha256 != state_sha256(vq.weights()):
-        raise ValueError(f"--vq-ckpt {path} is not the tokenizer that made the codes of {source}")
-
-
-def load_vq(path: str | Path | None, vq_model: str | None, **written: object) -> tuple[VQModel, str]:
-    """Tokenizer of a checkpoint file or of a training checkpoint's folder, in ``eval()`` mode on the CPU, and the name
-    of its size.
-
-    Our own checkpoints carry their config; for released ones it is that of ``vq_model`` (default VQ-16) with the
-    fields ``written`` (None: not written by the user). Raises ``ValueError`` where the two contradict, or where
-    names or shapes do not fit.
-    """
-    if path is not None and (Path(path) / "meta.json").is_file():
-        checkpoint = read_meta(Path(path)) | {"model": read_sharded(Path(path), "model.")}
-        checkpoint |= {"ema": average} if (average := read_sharded(Path(path), "ema.")) else {}
-    else:
-        checkpoint = load_checkpoint(path, "--vq-ckpt")
-    own = checkpoint.get("config")
-    if own is not None:
-        known = {f.name for f in fields(VQConfig)}
-        if not isinstance(own, dict) or set(own) != known:
-            raise ValueError(f"--vq-ckpt: {path} holds no tokenizer: its config is of another model")
-        config = VQConfig(**own | {"ch_mult": tuple(own["ch_mult"])})
-        name = resolve("--vq-model", vq_model, checkpoint["vq_model"], f"--vq-ckpt {path}")
-        for field, value in written.items():
-            resolve(f"--{field.replace('_', '-')}", value, getattr(config, field), f"--vq-ckpt {path}")
-    else:
-        name = vq_model or "VQ-16"
-        config = make_vq_config(name, **written)
-    with torch.device("meta"):
-        model = VQModel(config)
-    state = find_state_dict(checkpoint, ("ema", "model", "state_dict"), path)
-    load_strictly(model, state, path, f"the tokenizer {name}")
-    return model.eval().requires_grad_(False), name

@@ -69,7 +69,7 @@ def positive_int(text: str) -> int:
     return value
 
 
-def count(text: str) -> int:
+def non_negative_int(text: str) -> int:
     """argparse type: an integer of at least 0; also for seeds, which must fit 63 bits."""
     value = int(text)
     if not 0 <= value < 1 << 63:
@@ -77,7 +77,7 @@ def count(text: str) -> int:
     return value
 
 
-def amount(text: str) -> float:
+def non_negative_float(text: str) -> float:
     """argparse type: a finite number of at least 0."""
     value = float(text)
     if not 0.0 <= value < math.inf:

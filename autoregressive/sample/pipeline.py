@@ -15,8 +15,8 @@ from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import CFG_SCHEDULES, SamplingOptions
 from autoregressive.models.gpt import GPT, GPT_models
 from autoregressive.models.load import load_gpt, resolve_parallelism
-from tokenizer.options import add_tokenizer_options, load_tokenizer
-from tokenizer.vq_model import VQModel, require_tokenizer
+from tokenizer.load import add_tokenizer_options, load_tokenizer, require_tokenizer
+from tokenizer.vq_model import VQModel
 from utils.distributed import World
 from utils.files import require_file, sha256_file
 from utils.options import positive_int

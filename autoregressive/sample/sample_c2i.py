@@ -24,7 +24,7 @@ from utils.distributed import init_distributed
 from utils.files import prepare_folder
 from utils.images import image_grid, labelled_rows, save_gif, save_png, to_uint8
 from utils.logger import progress
-from utils.options import add_retired, count, make_parser, positive_int, run_main, write_options
+from utils.options import add_retired, make_parser, non_negative_int, positive_int, run_main, write_options
 
 GREY = 96  # of codes that are not decoded yet
 PUBLISHED_CLASSES = ["207", "360", "387", "974", "88", "979", "417", "279"]
@@ -44,7 +44,7 @@ def parse_args() -> Namespace:
         "--classes", nargs="+", default=PUBLISHED_CLASSES, help="class ids, or names separated by commas"
     )
     output.add_argument("--images-per-class", type=positive_int, default=4, help="images per class")
-    output.add_argument("--seed", type=count, default=0, help="random seed of the tokens")
+    output.add_argument("--seed", type=non_negative_int, default=0, help="random seed of the tokens")
     output.add_argument("--output", default="samples/grid.png", help="file of the picture, .png")
     output.add_argument(
         "--trace", action="store_true", help="also write a .gif and a strip of the images as they fill in"

@@ -35,7 +35,7 @@ from utils.files import prepare_folder
 from utils.images import save_png, to_uint8
 from utils.logger import create_logger, progress
 from utils.npz import SampleFile, open_member, open_npz
-from utils.options import add_retired, count, make_parser, positive_int, run_main, write_options
+from utils.options import add_retired, make_parser, non_negative_int, positive_int, run_main, write_options
 
 
 def parse_args() -> Namespace:
@@ -59,7 +59,7 @@ def parse_args() -> Namespace:
         default="random",
         help="classes of the images. random: drawn per image, as published; balanced: all classes equally often",
     )
-    output.add_argument("--global-seed", type=count, default=0, help="random seed of classes and tokens")
+    output.add_argument("--global-seed", type=non_negative_int, default=0, help="random seed of classes and tokens")
     output.add_argument("--png", action="store_true", help="also write each image as a numbered .png")
     add_retired(parser, RETIRED_OPTIONS)
     return parser.parse_args()

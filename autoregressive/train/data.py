@@ -9,7 +9,8 @@ import torch
 
 from dataset.codes import Codes, MixedCodes, open_codes
 from dataset.epochs import EpochOrder
-from tokenizer.vq_model import VQModel, load_vq, require_tokenizer
+from tokenizer.load import load_vq, require_tokenizer
+from tokenizer.vq_model import VQModel
 from utils.distributed import World
 from utils.options import resolve
 

@@ -29,13 +29,21 @@ from dataset.augmentation import crop_names, take_crops
 from dataset.claims import Claims
 from dataset.codes import CodesPlan, finish_codes, num_skipped, shard_damage, shard_path, start_codes, write_shard
 from dataset.imagenet import CenterCrop, ImageFiles, Unreadable, list_images, to_model_range
-from tokenizer.options import add_tokenizer_options, load_tokenizer
+from tokenizer.load import add_tokenizer_options, load_tokenizer
 from tokenizer.vq_model import VQModel
 from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import World, init_distributed
 from utils.files import prepare_folder
 from utils.logger import create_logger, progress
-from utils.options import add_retired, amount, count, make_parser, positive_int, run_main, write_options
+from utils.options import (
+    add_retired,
+    make_parser,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+    run_main,
+    write_options,
+)
 from utils.performance import usable_cores
 from utils.precision import autocast, log_level, resolve_precision
 
@@ -57,7 +65,10 @@ def parse_args() -> Namespace:
         help="take five crops, and their mirror images: the corners and the centre of a larger square",
     )
     data.add_argument(
-        "--crop-range", type=amount, default=1.1, help="side of the square of --ten-crop, as a multiple of --image-size"
+        "--crop-range",
+        type=non_negative_float,
+        default=1.1,
+        help="side of the square of --ten-crop, as a multiple of --image-size",
     )
     data.add_argument("--no-flip", action="store_true", help="leave out the mirror images (for text or digits)")
     data.add_argument("--debug", action="store_true", help="extract only the first 100 images")
@@ -77,7 +88,9 @@ def parse_args() -> Namespace:
     work.add_argument(
         "--retry-skipped", action="store_true", help="make shards again that lack images because they were unreadable"
     )
-    work.add_argument("--num-workers", type=count, default=24, help="processes that read images, at most one per core")
+    work.add_argument(
+        "--num-workers", type=non_negative_int, default=24, help="processes that read images, at most one per core"
+    )
     add_retired(
         parser,
         {

@@ -26,7 +26,7 @@ from autoregressive.train.watch import draw_samples, validate
 from dataset.codes import Codes
 from utils.distributed import World, init_distributed
 from utils.files import require_folder
-from utils.options import add_retired, amount, fraction, make_parser, positive_int, resolve, run_main
+from utils.options import add_retired, fraction, make_parser, non_negative_float, positive_int, resolve, run_main
 from utils.parallel import DATA_PARALLEL, delay_sync, replicate, shard
 from utils.performance import peak_flops
 from utils.precision import AUTOCAST_DTYPE, autocast, log_level, resolve_precision
@@ -90,13 +90,13 @@ def parse_args() -> Namespace:
     )
     training.add_argument("--epochs", type=positive_int, help="passes over the images, one crop each (recipe: 300)")
     training.add_argument("--global-batch-size", type=positive_int, help="images per step, of all processes (recipe)")
-    training.add_argument("--lr", type=amount, help="peak learning rate (recipe)")
+    training.add_argument("--lr", type=non_negative_float, help="peak learning rate (recipe)")
     training.add_argument(
         "--lr-schedule",
         choices=["constant", "cosine"],
         help="learning rate after the warm-up; cosine ends at 0 (recipe)",
     )
-    training.add_argument("--warmup-epochs", type=amount, help="epochs of linear warm-up (recipe)")
+    training.add_argument("--warmup-epochs", type=non_negative_float, help="epochs of linear warm-up (recipe)")
     add_optimizer_options(parser)
     speed = parser.add_argument_group("processes, precision, memory")
     speed.add_argument(

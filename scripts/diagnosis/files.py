@@ -19,7 +19,7 @@ from autoregressive.models.load import load_gpt
 from dataset.codes import Codes, finished_damage, open_codes
 from dataset.imagenet import list_images, open_image
 from scripts.diagnosis.check import BROKEN, OK, Context, NotHere, Result, reason_of
-from tokenizer.vq_model import load_vq
+from tokenizer.load import load_vq
 from utils.checkpoints.folder import read_meta, read_sharded
 from utils.checkpoints.weights_file import state_sha256
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, _ArgumentGroup
 from collections.abc import Iterable
 
-from utils.options import amount, count, fraction, positive_int
+from utils.options import fraction, non_negative_float, non_negative_int, positive_int
 from utils.precision import AUTO_HELP
 
 
@@ -13,19 +13,22 @@ def add_optimizer_options(parser: ArgumentParser) -> None:
     """Add the options of the update itself."""
     group = parser.add_argument_group("optimizer")
     group.add_argument(
-        "--weight-decay", type=amount, default=0.05, help="weight decay of AdamW, on matrices and convolutions only"
+        "--weight-decay",
+        type=non_negative_float,
+        default=0.05,
+        help="weight decay of AdamW, on matrices and convolutions only",
     )
     group.add_argument("--beta1", type=fraction, default=0.9, help="AdamW's decay of the mean of gradients")
     group.add_argument("--beta2", type=fraction, default=0.95, help="AdamW's decay of the mean of squared gradients")
     group.add_argument(
-        "--max-grad-norm", type=amount, default=1.0, help="clip the gradient to this norm; 0 disables it"
+        "--max-grad-norm", type=non_negative_float, default=1.0, help="clip the gradient to this norm; 0 disables it"
     )
     group.add_argument("--gradient-accumulation-steps", type=positive_int, default=1, help="micro-batches per step")
     group.add_argument("--ema", action="store_true", help="also keep an exponential moving average of the weights")
     group.add_argument("--ema-decay", type=fraction, default=0.9999, help="decay of the moving average of --ema")
     group.add_argument(
         "--max-loss-spike",
-        type=amount,
+        type=non_negative_float,
         default=1.0,
         help="skip steps whose loss is this far above its running mean; 0: skip only steps with a loss or gradient "
         "that is not a finite number",
@@ -37,7 +40,7 @@ def add_optimizer_options(parser: ArgumentParser) -> None:
         help="stop the run after this many consecutive skipped steps (looked at when a line is logged)",
     )
     group.add_argument(
-        "--global-seed", type=count, default=0, help="random seed of weights, data order, crops and dropout"
+        "--global-seed", type=non_negative_int, default=0, help="random seed of weights, data order, crops and dropout"
     )
 
 
@@ -66,7 +69,10 @@ def add_output_options(parser: ArgumentParser, results_dir: str) -> _ArgumentGro
     group.add_argument("--ckpt-every", type=positive_int, default=5000, help="steps between checkpoints")
     group.add_argument("--keep-last", type=positive_int, default=3, help="number of newest checkpoints to keep")
     group.add_argument(
-        "--keep-every", type=count, default=50000, help="also keep checkpoints at multiples of this many steps; 0: none"
+        "--keep-every",
+        type=non_negative_int,
+        default=50000,
+        help="also keep checkpoints at multiples of this many steps; 0: none",
     )
     group.add_argument("--wandb-project", help="also log to this Weights & Biases project (needs the package wandb)")
     group.add_argument(
