@@ -33,7 +33,7 @@ from tests.conftest import (
     train,
 )
 from tokenizer.vq_model import VQModel, make_vq_config
-from utils.options import run
+from utils.options import run_main
 
 SAMPLE = ("bash", "scripts/autoregressive/sample_c2i.sh")
 
@@ -439,7 +439,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     options = [o.format(work=work, trained=trained) for o in options]
     monkeypatch.setattr(sys, "argv", [str(word) for word in (script[1], *base, *options)])
     with pytest.raises(SystemExit) as stop:
-        run(module.main)
+        run_main(module.main)
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and message in line
