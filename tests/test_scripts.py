@@ -122,7 +122,7 @@ def test_broken_images_are_left_out_and_reported(work, tmp_path):
     extract(work, tmp_path / "codes", "--data-path", images)
     skipped = json.loads((tmp_path / "codes" / "skipped.json").read_text())
     assert sorted(os.path.relpath(s["path"], images) for s in skipped) == sorted(broken)
-    thin_reason = "an image of 1x9000000 is too thin to bring its shorter side to 35"
+    thin_reason = "an image of 1x9000000 is too thin to resize its shorter side to 35"
     reasons = {os.path.basename(s["path"]): s["reason"] for s in skipped}
     assert reasons.pop("0j thin.png") == thin_reason
     assert all("is not a readable image" in reason for reason in reasons.values())
