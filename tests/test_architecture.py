@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT, declared_options
 
 # layer -> what it may import of ours; entry scripts may import everything below them
 ALLOWED = {
@@ -42,21 +42,18 @@ def test_imports_flow_one_way(path):
         assert any(module == a or module.startswith(a + ".") for a in ALLOWED[layer]), f"{path} imports {module}"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.name)
+def test_test_files_share_through_helpers_alone(path):
+    imports = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
+    names = {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+    shared = ("tests.helpers", "tests.effects")
+    assert not [name for name in names if name.startswith("tests.") and not name.startswith(shared)]
+
+
 def test_no_script_imports_another():
     names = {str(p.with_suffix("")).replace("/", ".") for p in SCRIPTS}
     for path in SOURCES:
         assert not imported_modules(path) & names, path
-
-
-def declared_options(path: Path) -> set[str]:
-    """Destinations of every add_argument of a file but the ones that are accepted without effect."""
-    found = set()
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
-            flags = [a.value for a in node.args if isinstance(a, ast.Constant)]
-            long = [f for f in flags if f.startswith("--")] or flags
-            found |= {f.lstrip("-").replace("-", "_") for f in long[:1]}
-    return found
 
 
 # one legal value each: choices of argparse reject everything else, and nothing depends on them

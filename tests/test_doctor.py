@@ -21,9 +21,9 @@ from scripts.diagnosis import examination, files, golden, machine, resume, speed
 from scripts.diagnosis.check import BROKEN, LEFT_OUT, NOT_HERE, OK, SLOW, Check, Context, Result, run_here
 from scripts.diagnosis.checks import list_checks
 from scripts.diagnosis.examination import examine, report_prefix, run_checks
+from scripts.diagnosis.models import fill_from_names
 from scripts.diagnosis.report import advice, as_markdown, as_text
-from tests.conftest import GOLDEN, ROOT, fill_from_names, run_command
-from tests.test_codes import make_plan, write_all
+from tests.helpers import GOLDEN, ROOT, make_plan, run_command, write_all
 from tokenizer.vq_model import VQModel, make_vq_config
 from utils.checkpoints.weights_file import state_sha256
 

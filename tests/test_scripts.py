@@ -21,19 +21,10 @@ from PIL import Image
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.sample import sample_c2i, sample_c2i_ddp
 from autoregressive.train import extract_codes_c2i, train_c2i
-from tests.conftest import (
-    EXTRACT,
-    TRAIN,
-    TRAIN_OPTIONS,
-    extract,
-    fill_from_names,
-    kill,
-    run_command,
-    start,
-    train,
-)
+from scripts.diagnosis.models import fill_from_names
+from tests.helpers import EXTRACT, TRAIN, TRAIN_OPTIONS, extract, kill, run_command, start, train
 from tokenizer.vq_model import VQModel, make_vq_config
-from utils.options import run
+from utils.options import run_main
 
 SAMPLE = ("bash", "scripts/autoregressive/sample_c2i.sh")
 
@@ -439,7 +430,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     options = [o.format(work=work, trained=trained) for o in options]
     monkeypatch.setattr(sys, "argv", [str(word) for word in (script[1], *base, *options)])
     with pytest.raises(SystemExit) as stop:
-        run(module.main)
+        run_main(module.main)
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and message in line

@@ -13,10 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import TRAIN_VQ, kill, run_command, same_tensors, start
-from tests.test_architecture import declared_options
-from tests.test_training import newest, quietly, wait_for
-from tests.test_utils import small_state, take_step
+from tests.helpers import (
+    TRAIN_VQ,
+    declared_options,
+    kill,
+    newest,
+    quietly,
+    run_command,
+    same_tensors,
+    small_state,
+    start,
+    take_step,
+    wait_for,
+)
 from tokenizer import train_vq, vq_model
 from tokenizer.vq_model import VQConfig, VQModel, load_vq
 from utils.checkpoints.folder import read_sharded

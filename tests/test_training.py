@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -17,48 +16,31 @@ import torch
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.load import load_gpt
 from autoregressive.train import train_c2i
-from tests.conftest import (
+from scripts.diagnosis.models import fill_from_names
+from tests.helpers import GPT_RUN as NAME
+from tests.helpers import (
+    NO_DROPOUT,
     TRAIN,
     TRAIN_OPTIONS,
+    curve,
+    declared_options,
     extract,
-    fill_from_names,
     kill,
+    newest,
+    quietly,
     run_command,
     same_tensors,
     start,
     train,
+    wait_for,
 )
-from tests.test_architecture import declared_options
 from utils.checkpoints.weights_file import load_checkpoint, state_sha256
-from utils.options import run_main
 from utils.training import state as training_state
 from utils.training.state import Guard
-
-NAME = "GPT-T-4x-32"
-NO_DROPOUT = ("--dropout-p", 0, "--attn-dropout-p", 0, "--token-dropout-p", 0, "--class-dropout-prob", 0)
 
 
 def weights(cloud: Path, step: int, key: str = "model", name: str = NAME) -> dict[str, torch.Tensor]:
     return torch.load(cloud / name / "checkpoints" / f"{step:07d}.pt", weights_only=True)[key]
-
-
-def curve(cloud: Path, what: str = "loss") -> list[float]:
-    lines = (cloud / NAME / "metrics.jsonl").read_text().splitlines()
-    return [v[what] for v in map(json.loads, lines) if what in v]
-
-
-def quietly(capfd, monkeypatch, *options: object, main=train_c2i.main) -> str:
-    """Train in this process, as starting one for each option takes minutes; what it prints, also if it stops."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
-    try:
-        run_main(main)
-    except SystemExit:
-        pass
-    finally:
-        signal.set_wakeup_fd(-1)  # the run's socket is closed by now
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)
-    return "".join(capfd.readouterr())
 
 
 def start_from(trained: Path, cloud: Path, step: int) -> None:
@@ -122,10 +104,6 @@ def test_killed_at_random_moments_ends_in_the_same_bits(work, uninterrupted, tmp
     assert newest(folder) < STEPS
     assert "resumed at step" in run_command(*command, nproc=nproc).stdout
     assert final_hashes(tmp_path) == uninterrupted(mode, nproc)
-
-
-def newest(folder: Path) -> int:
-    return max((int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit()), default=0)
 
 
 def test_spreading_over_processes_changes_nothing_but_rounding(work, monkeypatch, capfd, tmp_path):
@@ -199,13 +177,6 @@ def test_sigterm_saves_and_the_run_goes_on(work, uninterrupted, tmp_path):
     assert saved == seen < STEPS and "stopped by a signal" in log.read_text()
     assert f"resumed at step {saved}" in run_command(*command, nproc=2).stdout
     assert final_hashes(tmp_path) == uninterrupted("fsdp", 2)
-
-
-def wait_for(what, process) -> None:
-    deadline = time.time() + 120
-    while not what():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.002)
 
 
 def test_sigusr1_ends_one_process_with_status_0(work, tmp_path):
