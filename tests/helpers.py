@@ -132,15 +132,20 @@ def same_tensors(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def is_declaration(node: ast.AST) -> bool:
+    """Return whether ``node`` is a call of ``add_argument``."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"
+
+
 def declared_options(path: Path) -> set[str]:
-    """Destinations of every add_argument of a file but the ones that are accepted without effect."""
-    found = set()
+    """Return the destinations of every add_argument of a file but those that are accepted without effect."""
+    names = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+        if is_declaration(node):
             flags = [a.value for a in node.args if isinstance(a, ast.Constant)]
             long = [f for f in flags if f.startswith("--")] or flags
-            found |= {f.lstrip("-").replace("-", "_") for f in long[:1]}
-    return found
+            names |= {f.lstrip("-").replace("-", "_") for f in long[:1]}
+    return names
 
 
 def small_config(**changes) -> GPTConfig:
