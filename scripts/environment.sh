@@ -16,36 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 requirements=$1
 
 if [ -n "${PYTHON:-}" ]; then
-    "$PYTHON" - "$PYTHON" "$requirements" <<'END' || exit 2
-import importlib.metadata, importlib.util, re, shlex, sys
-
-
-def wanted(path):
-    for line in open(path):
-        line = line.split("#")[0].strip()
-        if line.startswith("-r "):
-            yield from wanted(line[3:].strip())
-        elif line:
-            yield line
-
-
-def is_there(requirement):
-    name, _, least = requirement.partition(">=")
-    try:
-        version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return importlib.util.find_spec(name) is not None
-    numbers = [[int(n) for n in re.findall(r"\d+", v.split("+")[0])] for v in (version, least)]
-    return numbers[0] >= numbers[1]
-
-
-if sys.version_info < (3, 10):
-    sys.exit("error: %s is Python %d.%d, 3.10 or newer is needed" % (sys.argv[1], *sys.version_info[:2]))
-missing = [r for r in wanted(sys.argv[2]) if not is_there(r)]
-if missing:
-    command = " ".join(map(shlex.quote, [sys.argv[1], "-m", "pip", "install", *missing]))
-    sys.exit("error: %s lacks %s; to install: %s" % (sys.argv[1], ", ".join(missing), command))
-END
+    "$PYTHON" - "$PYTHON" "$requirements" <<< 'import sys; from scripts.requirements import check; check(*sys.argv[1:])' || exit 2
     case $bin in
         .python/*)
             # the interpreter may have another name, or stand beside a python that is not meant

@@ -22,7 +22,7 @@ SAMPLES=$Q/samples/GPT-T-0001500-size-32-size-32-VQ-4-topk-0-topp-0.8-temperatur
 started=$SECONDS
 
 step "1/9 digits: 400 of each class to train on, 100 held out" $Q/digits/test/9/499.png \
-    python scripts/digits.py --output $Q/digits
+    python scripts/quickstart/digits.py --output $Q/digits
 step "2/9 tokenizer: 32x32 images <-> 8x8 codes; the first picture comes after it" $VQ \
     bash scripts/tokenizer/train_vq.sh --data-path $Q/digits/train --cloud-save-path $Q/tokenizer --no-local-save \
     --vq-model VQ-4 --image-size 32 --no-flip --epochs 2 --global-batch-size 16 --lr 1e-3 --lr-schedule cosine \

@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -18,19 +15,9 @@ import torch
 from PIL import Image
 
 from scripts.diagnosis.models import fill_from_names
+from tests.helpers import VGG16, extract, open_golden, train
 from tokenizer.vq_model import VQModel, make_vq_config
 from utils.precision import cpu_name
-
-ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = (ROOT.parent / "shared" / "golden", ROOT / "tests" / "golden")
-# those in tests/golden: a clone has them, so no test may do without; all others are in ../shared/golden alone
-SHIPPED_GOLDEN = {
-    *("gpt_tiny_n1.npz", "gpt_tiny_n4.npz", "gpt_tiny_n9.npz", "gpt_tiny_n16.npz"),
-    *("sampling.npz", "state_dict_manifest.json", "vq16.npz"),
-}
-
-# widths of VGG16's convolutions, 0: pooling
-VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
 
 # one test process may not take the whole machine from the processes it starts
 torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -55,18 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def golden():
-    """``golden(name)`` opens ../shared/golden/name, or the copy in tests/golden.
-
-    Without either the test fails if the repository ships that file, and is skipped if it does not.
-    """
-
-    def open_golden(name: str):
-        path = next((folder / name for folder in GOLDEN if (folder / name).is_file()), None)
-        if path is None:
-            stop = pytest.fail if name in SHIPPED_GOLDEN else pytest.skip
-            stop(f"golden file {name} is not there (looked in {GOLDEN[0]} and {GOLDEN[1]})")
-        return np.load(path, allow_pickle=False) if path.suffix == ".npz" else path.read_text()
-
+    """``golden(name)`` opens a golden file: see ``open_golden``."""
     return open_golden
 
 
@@ -75,24 +51,6 @@ def own_process():
     """``own_process(f, *args)`` is ``f(*args)`` of a new process: if torch's compiler takes that down, a test fails."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         yield lambda f, *args: pool.submit(f, *args).result(timeout=300)
-
-
-def run_command(
-    *command: object, nproc: int = 1, check: bool = True, **environment: str
-) -> subprocess.CompletedProcess:
-    """Run a command line from the repository's root as a user would, on the CPU with ``nproc`` processes."""
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
-    env |= {"PYTHON": sys.executable, "nproc_per_node": str(nproc), "CUDA_VISIBLE_DEVICES": "", **environment}
-    words = [sys.executable if w == "python3" else str(w) for w in command]
-    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    if check and done.returncode != 0:
-        raise AssertionError(f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return done
-
-
-EXTRACT = ("bash", "scripts/autoregressive/extract_codes_c2i.sh")
-TRAIN = ("bash", "scripts/autoregressive/train_c2i.sh")
-TRAIN_VQ = ("bash", "scripts/tokenizer/train_vq.sh")
 
 
 @pytest.fixture(scope="session")
@@ -125,37 +83,6 @@ def vgg(tmp_path_factory) -> Path:
         place += 1
     torch.save(state, path)
     return path
-
-
-def extract(work: Path, codes: Path, *options: object, nproc: int = 1):
-    base = ("--vq-ckpt", work / "vq.pt", "--data-path", work / "images", "--code-path", codes, "--image-size", 32)
-    return run_command(*EXTRACT, *base, "--ten-crop", "--shard-size", 5, "--num-workers", 1, *options, nproc=nproc)
-
-
-def start(command: list[object], **environment: str) -> subprocess.Popen:
-    """A command in a session of its own, to be killed whole."""
-    env = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "nproc_per_node": "1", **environment}
-    words = [str(w) for w in command]
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen(words, cwd=ROOT, env=env, start_new_session=True, stdout=quiet, stderr=quiet)
-
-
-def kill(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def same_tensors(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-TRAIN_OPTIONS = ("--gpt-model", "GPT-T", "--epochs", 5, "--global-batch-size", 8, "--lr", 1e-3, "--warmup-epochs", 1)
-
-
-def train(work: Path, cloud: Path, *options: object, **run_options):
-    base = ("--cloud-save-path", cloud, "--no-local-save", "--code-path", work / "codes", "--spe-token-num", 3)
-    base += ("--ar-token-num", 4, "--mixed-precision", "none", "--log-every", 1, *TRAIN_OPTIONS)
-    return run_command(*TRAIN, *base, *options, **run_options)
 
 
 @pytest.fixture(scope="session")

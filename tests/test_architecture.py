@@ -1,14 +1,14 @@
 """The shape of the tree: imports flow one way, every option is read, every script explains itself."""
 
 import ast
-import re
+import functools
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT, declared_options, is_declaration
 
 # layer -> what it may import of ours; entry scripts may import everything below them
 ALLOWED = {
@@ -42,33 +42,41 @@ def test_imports_flow_one_way(path):
         assert any(module == a or module.startswith(a + ".") for a in ALLOWED[layer]), f"{path} imports {module}"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.name)
+def test_test_files_share_through_helpers_alone(path):
+    imports = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
+    names = {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+    shared = ("tests.helpers", "tests.effects")
+    assert not [name for name in names if name.startswith("tests.") and not name.startswith(shared)]
+
+
 def test_no_script_imports_another():
     names = {str(p.with_suffix("")).replace("/", ".") for p in SCRIPTS}
     for path in SOURCES:
         assert not imported_modules(path) & names, path
 
 
-def declared_options(path: Path) -> set[str]:
-    """Destinations of every add_argument of a file but the ones that are accepted without effect."""
-    found = set()
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
-            flags = [a.value for a in node.args if isinstance(a, ast.Constant)]
-            long = [f for f in flags if f.startswith("--")] or flags
-            found |= {f.lstrip("-").replace("-", "_") for f in long[:1]}
-    return found
-
-
-# one legal value each: choices of argparse reject everything else, and nothing depends on them
+@functools.cache
+def names_read(path: Path) -> set[str]:
+    """Names that a file reads as args.NAME, holds as a string, or has as a field of a class (filled from options)."""
+    names = set()
+    tree = ast.parse((ROOT / path).read_text())
+    declared = {a for n in ast.walk(tree) if isinstance(n, ast.Call) and is_declaration(n) for a in n.args}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and getattr(node.value, "attr", getattr(node.value, "id", "")) == "args":
+            names.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in declared:
+            names.add(node.value)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return names
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if declared_options(p)], ids=str)
 def test_every_option_is_read(path):
-    """A declared option is read as args.NAME, or by name through a loop over names, somewhere in its layer."""
+    """A declared option is read somewhere in its layer; of trainers, tests/effects.py asks for more."""
     layer = [p for p in SOURCES if path.parts[0] in ("utils", p.parts[0])]
-    text = "\n".join((ROOT / p).read_text() for p in layer)
-    unread = {n for n in declared_options(path) if not re.search(rf'args\.{n}\b|"{n}"|    {n}: ', text)}
-    assert not unread
+    assert declared_options(path) <= set().union(*map(names_read, layer))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=str)

@@ -24,26 +24,8 @@ from dataset.codes import (
     write_shard,
 )
 from dataset.epochs import EpochOrder
+from tests.helpers import make_plan, write_all
 from utils.distributed import World
-
-
-def make_plan(**changes) -> CodesPlan:
-    base = dict(classes=["a", "b", "c"], num_images=10, source_sha256="s", image_size=8, grid=[2, 2])
-    base |= dict(crops=["center", "center_of_flipped"], crop_range=1.0, codebook_size=70, tokenizer="VQ-4")
-    base |= dict(tokenizer_sha256="t", precision="none", shard_size=4)
-    return CodesPlan(**base | changes)
-
-
-def write_all(folder, plan: CodesPlan) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    codes = rng.integers(0, plan.codebook_size, (plan.num_images, len(plan.crops), plan.num_tokens))
-    labels = np.arange(plan.num_images) % 3
-    start_codes(folder, plan)
-    for shard in range(plan.num_shards):
-        index = np.array(plan.shard_images(shard))
-        write_shard(folder, plan, shard, codes[index], labels[index], index)
-    finish_codes(folder, plan, [f"{i}.png" for i in range(plan.num_images)])
-    return codes, labels
 
 
 @pytest.mark.parametrize("codebook_size", [70, 100_000])

@@ -20,8 +20,9 @@ from autoregressive.decoding.decoder import Way, choose_way, possible_ways
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import SamplingOptions, image_randomness
 from autoregressive.models.gpt import GPT
-from tests.conftest import ROOT, fill_from_names
-from tests.test_gpt import random_codes, small_config, tiny_gpt
+from scripts.diagnosis.models import fill_from_names
+from scripts.diagnosis.models import golden_gpt as tiny_gpt
+from tests.helpers import ROOT, random_codes, small_config
 
 CPU = torch.device("cpu")
 # name -> flags after our own, and what the processor must have to run the result

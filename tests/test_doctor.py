@@ -17,13 +17,14 @@ from PIL import Image
 
 from autoregressive.decoding.cpu import build
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from scripts import requirements
 from scripts.diagnosis import examination, files, golden, machine, resume, speed
 from scripts.diagnosis.check import BROKEN, LEFT_OUT, NOT_HERE, OK, SLOW, Check, Context, Result, run_here
 from scripts.diagnosis.checks import list_checks
 from scripts.diagnosis.examination import examine, report_prefix, run_checks
+from scripts.diagnosis.models import fill_from_names
 from scripts.diagnosis.report import advice, as_markdown, as_text
-from tests.conftest import GOLDEN, ROOT, fill_from_names, run_command
-from tests.test_codes import make_plan, write_all
+from tests.helpers import GOLDEN, ROOT, make_plan, run_command, write_all
 from tokenizer.vq_model import VQModel, make_vq_config
 from utils.checkpoints.weights_file import state_sha256
 
@@ -203,7 +204,7 @@ def test_no_compiler_is_slow_and_its_kernels_are_not_here(monkeypatch, tmp_path)
 
 def test_missing_and_old_packages_are_named(monkeypatch):
     versions = {"torch": "1.13.0", "timm": "missing"}
-    monkeypatch.setattr(machine, "version_of", lambda package: versions.get(package, "99.1"))
+    monkeypatch.setattr(requirements, "version_of", lambda package: versions.get(package, "99.1"))
     result = result_of(machine.check_packages)
     assert result.status == BROKEN and "torch>=2.7 (1.13.0)" in result.detail and "timm>=1.0 (missing)" in result.detail
     versions.clear()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 PROBE = 'source scripts/environment.sh requirements-dev.txt; echo "$PYTHON"; python --probe; python3 --probe'
 # stands for an interpreter: says which one it is, logs what it is told to do, looks for packages in FAKE_PACKAGES

@@ -17,8 +17,7 @@ from evaluations.c2i import evaluator, image_sets, report, self_check, sweep
 from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier, save_classifier
 from evaluations.c2i.image_sets import open_archive
 from evaluations.c2i.metrics import mean_and_covariance
-from tests.conftest import run_command
-from tests.test_inception import recipe_state
+from tests.helpers import recipe_state, run_command
 
 FIVE = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
 

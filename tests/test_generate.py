@@ -10,8 +10,9 @@ from autoregressive.decoding.generate import Generator, generate
 from autoregressive.decoding.sampling import SamplingOptions, filter_logits, image_randomness, sample
 from autoregressive.models.gpt import GPT
 from autoregressive.sample.pipeline import quantize
-from tests.conftest import fill_from_names
-from tests.test_gpt import random_codes, small_config, tiny_gpt
+from scripts.diagnosis.models import fill_from_names
+from scripts.diagnosis.models import golden_gpt as tiny_gpt
+from tests.helpers import random_codes, small_config
 
 GREEDY = dict(temperature=0.0)
 

@@ -12,8 +12,9 @@ from autoregressive.models.dropout import Dropout
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.linear_cross_entropy import linear_cross_entropy
 from autoregressive.models.region_order import RegionOrder
+from scripts.diagnosis.models import fill_from_names
 from scripts.diagnosis.models import golden_gpt as tiny_gpt
-from tests.conftest import fill_from_names
+from tests.helpers import random_codes, small_config
 
 
 @pytest.mark.parametrize("n", [1, 4, 9, 16])
@@ -56,16 +57,6 @@ def test_small_sizes_are_small():
 
     assert parameters("GPT-T") < 2e6
     assert 5.5e6 < parameters("GPT-S") < 6.5e6
-
-
-def small_config(**changes) -> GPTConfig:
-    base = dict(n_layer=2, dim=32, n_head=4, vocab_size=19, num_classes=3, grid_height=4, grid_width=4)
-    return GPTConfig(**base | changes)
-
-
-def random_codes(config: GPTConfig, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    codes = torch.randint(config.vocab_size, (batch, config.grid_height * config.grid_width))
-    return codes, torch.randint(config.num_classes, (batch,))
 
 
 @pytest.mark.parametrize("n_kv_head", [None, 2, 1])

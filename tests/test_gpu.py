@@ -6,7 +6,7 @@ import torch
 from autoregressive.decoding.decoder import Way, make_decoder
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import SamplingOptions
-from tests.test_gpt import tiny_gpt
+from scripts.diagnosis.models import golden_gpt as tiny_gpt
 from utils.checkpoints.folder import read_sharded, save_sharded
 from utils.precision import autocast
 from utils.training.log import Window

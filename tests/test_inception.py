@@ -7,12 +7,7 @@ import pytest
 import torch
 
 from evaluations.c2i import inception
-from evaluations.c2i.self_check import recipe_constants
-
-
-def recipe_state(use_gamma: bool = True) -> dict[str, torch.Tensor]:
-    """The recipe's weights under our names."""
-    return inception.state_from_tensorflow(recipe_constants(use_gamma))
+from tests.helpers import recipe_state
 
 
 def assert_close(found: torch.Tensor, expected: np.ndarray, relative: float) -> None:

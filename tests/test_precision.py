@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from autoregressive.train import extract_codes_c2i
-from tests.conftest import TRAIN_OPTIONS, run_command
-from tests.test_training import NAME, NO_DROPOUT, curve, quietly
+from tests.helpers import GPT_RUN as NAME
+from tests.helpers import NO_DROPOUT, TRAIN_OPTIONS, curve, quietly, run_command
 from utils import precision
 from utils.precision import has_bfloat16, is_emulated, limit_cpu, resolve_precision
 

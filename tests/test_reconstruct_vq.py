@@ -10,9 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import run_command
-from tests.test_training import quietly
-from tests.test_vq_loss import slow_lpips
+from tests.helpers import quietly, run_command, slow_lpips
 from tokenizer import reconstruct_vq
 from tokenizer.load import load_vq
 from utils.quality import psnr, ssim

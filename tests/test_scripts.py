@@ -21,17 +21,8 @@ from PIL import Image
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.sample import sample_c2i, sample_c2i_ddp
 from autoregressive.train import extract_codes_c2i, train_c2i
-from tests.conftest import (
-    EXTRACT,
-    TRAIN,
-    TRAIN_OPTIONS,
-    extract,
-    fill_from_names,
-    kill,
-    run_command,
-    start,
-    train,
-)
+from scripts.diagnosis.models import fill_from_names
+from tests.helpers import EXTRACT, TRAIN, TRAIN_OPTIONS, extract, kill, run_command, start, train
 from tokenizer.vq_model import VQModel, make_vq_config
 from utils.options import run_main
 

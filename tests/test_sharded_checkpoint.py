@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
-from tests.conftest import run_command, same_tensors, train
+from tests.helpers import run_command, same_tensors, train
 from utils.checkpoints import folder as sharded_checkpoint
 from utils.checkpoints.folder import load_sharded, read_contents, read_meta, read_sharded, save_sharded
 

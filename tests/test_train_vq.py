@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -13,19 +12,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import TRAIN_VQ, kill, run_command, same_tensors, start
-from tests.test_architecture import declared_options
-from tests.test_training import newest, quietly, wait_for
-from tests.test_utils import small_state, take_step
+from tests.effects import Command, Effect, Recorded, options_of
+from tests.helpers import (
+    TRAIN_VQ,
+    kill,
+    newest,
+    quietly,
+    run_command,
+    same_tensors,
+    small_state,
+    start,
+    take_step,
+    wait_for,
+)
 from tokenizer import train_vq, vq_model
 from tokenizer.load import load_vq
 from tokenizer.vq_model import VQConfig, VQModel
 from utils.checkpoints.folder import read_sharded
-from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import World
 from utils.training import run as training_run
 from utils.training import state as training_state
-from utils.training.state import Guard
 
 NAME = "VQ-4-24"
 NO_GAN = ("--perceptual-weight", 0, "--disc-weight", 0)
@@ -161,120 +167,86 @@ def test_resuming_with_another_discriminator_is_refused(whole, train, tmp_path):
     assert "another disc_type (disc_type: patchgan there, None now)" in train(tmp_path, *LIVELY, "--disc-weight", 0)
 
 
-# option -> (value, what it must change: weights, discriminator, average, files, what is printed, calls)
 EFFECTS = {
-    "data_face_path": ("{work}/images", "files"),
-    "image_size": (12, "files"),
-    "no_flip": (None, "model"),
-    "num_workers": (1, "loader"),
-    "vq_model": ("VQ-8", "printed of --vq-ckpt {work}/vq.pt"),
-    "vq_ckpt": ("{work}/vq.pt", "model"),
-    "finetune": (None, "printed of --vq-ckpt {folder} --epochs 3 --disc-weight 0.5 --image-size 24"),
-    "codebook_size": (32, "model"),
-    "codebook_embed_dim": (4, "model"),
-    "codebook_l2_norm": (None, "model"),
-    "dropout_p": (0.5, "model"),
-    "codebook_init": ("kmeans", "model"),
-    "revive_dead_codes": (1, "model"),
-    "reconstruction_loss": ("l1", "model"),
-    "reconstruction_weight": (0.5, "model"),
-    "codebook_weight": (0.5, "model"),
-    "commit_loss_beta": (0.5, "model"),
-    "entropy_loss_ratio": (0.1, "model"),
-    "perceptual_weight": (0.5, "model of --image-size 16 --vgg-weights {vgg}"),
-    "vgg_weights": ("{vgg}", "printed of --image-size 16 --perceptual-weight 0.5"),
-    "disc_weight": (0.5, "model of --disc-start 2 --image-size 24"),
-    "disc_start": (3, "model of --disc-weight 0.5 --disc-start 2 --image-size 24"),
-    "disc_type": ("stylegan", "printed of --disc-weight 0.5 --dry-run"),
-    "disc_loss": ("vanilla", "discriminator of --disc-weight 0.5 --disc-start 2 --image-size 24"),
-    "gen_loss": ("non-saturating", "model of --disc-weight 0.5 --disc-start 2 --image-size 24"),
-    "disc_adaptive_weight": (None, "model of --disc-weight 0.5 --disc-start 2 --image-size 24"),
-    "epochs": (2, "files"),
-    "global_batch_size": (12, "files"),
-    "lr": (1e-2, "model"),
-    "lr_schedule": ("cosine", "model"),
-    "mixed_precision": ("bf16", "model"),
-    "compile": (None, "compiles"),
-    "weight_decay": (0.9, "model"),
-    "beta1": (0.5, "model"),
-    "beta2": (0.5, "model"),
-    "max_grad_norm": (1e-3, "model"),
-    "gradient_accumulation_steps": (3, "printed"),
-    "ema": (None, "ema"),
-    "ema_decay": (0.01, "ema of --ema"),
-    "max_loss_spike": (0, "guard"),
-    "global_seed": (1, "model"),
-    "log_every": (1, "printed"),
-    "ckpt_every": (1, "files"),
-    "dry_run": (None, "files"),
+    "data_face_path": Effect("{work}/images", "files"),
+    "image_size": Effect(12, "files"),
+    "no_flip": Effect(None, "model"),
+    "num_workers": Effect(1, "loader"),
+    "vq_model": Effect("VQ-8", "printed", "--vq-ckpt {work}/vq.pt"),
+    "vq_ckpt": Effect("{work}/vq.pt", "model"),
+    "finetune": Effect(None, "printed", "--vq-ckpt {folder} --epochs 3 --disc-weight 0.5 --image-size 24"),
+    "codebook_size": Effect(32, "model"),
+    "codebook_embed_dim": Effect(4, "model"),
+    "codebook_l2_norm": Effect(False, "model"),
+    "dropout_p": Effect(0.5, "model"),
+    "codebook_init": Effect("kmeans", "model"),
+    "revive_dead_codes": Effect(1, "model"),
+    "reconstruction_loss": Effect("l1", "model"),
+    "reconstruction_weight": Effect(0.5, "model"),
+    "codebook_weight": Effect(0.5, "model"),
+    "commit_loss_beta": Effect(0.5, "model"),
+    "entropy_loss_ratio": Effect(0.1, "model"),
+    "perceptual_weight": Effect(0.5, "model", "--image-size 16 --vgg-weights {vgg}"),
+    "vgg_weights": Effect("{vgg}", "printed", "--image-size 16 --perceptual-weight 0.5"),
+    "disc_weight": Effect(0.5, "model", "--disc-start 2 --image-size 24"),
+    "disc_start": Effect(3, "model", "--disc-weight 0.5 --disc-start 2 --image-size 24"),
+    "disc_type": Effect("stylegan", "printed", "--disc-weight 0.5 --dry-run"),
+    "disc_loss": Effect("vanilla", "discriminator", "--disc-weight 0.5 --disc-start 2 --image-size 24"),
+    "gen_loss": Effect("non-saturating", "model", "--disc-weight 0.5 --disc-start 2 --image-size 24"),
+    "disc_adaptive_weight": Effect(None, "model", "--disc-weight 0.5 --disc-start 2 --image-size 24"),
+    "epochs": Effect(2, "files"),
+    "global_batch_size": Effect(12, "files"),
+    "lr": Effect(1e-2, "model"),
+    "lr_schedule": Effect("cosine", "model"),
+    "mixed_precision": Effect("bf16", "model"),
+    "compile": Effect(None, "compiles"),
+    "weight_decay": Effect(0.9, "model"),
+    "beta1": Effect(0.5, "model"),
+    "beta2": Effect(0.5, "model"),
+    "max_grad_norm": Effect(1e-3, "model"),
+    "gradient_accumulation_steps": Effect(3, "printed"),
+    "ema": Effect(None, "ema"),
+    "ema_decay": Effect(0.01, "ema", "--ema"),
+    "max_loss_spike": Effect(0, "guard"),
+    "global_seed": Effect(1, "model"),
+    "log_every": Effect(1, "printed"),
+    "ckpt_every": Effect(1, "files"),
+    "dry_run": Effect(None, "files"),
 }
 # read by helpers that both trainers call, where the loop has no part in it
 TESTED_WITH_THE_GPT = {"keep_last", "keep_every", "wandb_project", "max_skipped_steps", "no_local_save"}
 TESTED_WITH_THE_GPT |= {"results_dir"}
-RECORDED = {
-    "compiles": (torch.nn.Module, "compile", None),
-    "guard": (training_state, "Guard", Guard),
-    "loader": (train_vq, "DataLoader", train_vq.DataLoader),
-}
 
 
 def test_the_table_of_effects_names_every_option():
-    paths = (Path("tokenizer/train_vq.py"), Path("utils/training/options.py"))
-    required = {"data_path", "cloud_save_path"}
-    assert set().union(*map(declared_options, paths)) == set(EFFECTS) | required | TESTED_WITH_THE_GPT
+    declared = options_of("tokenizer/train_vq.py", "utils/training/options.py")
+    assert declared == set(EFFECTS) | {"data_path", "cloud_save_path"} | TESTED_WITH_THE_GPT
 
 
 @pytest.fixture(scope="module")
-def known(work, vgg, tmp_path_factory) -> dict:
-    """Where things are, and what came out without the option, by the options around it."""
-    return {"work": work, "vgg": vgg, "place": tmp_path_factory.mktemp("effects"), "without": {}}
+def command(work, vgg, whole, tmp_path_factory) -> Command:
+    """The training command, with the files that options in EFFECTS name."""
+    base = ("--data-path", "{work}/images", "--cloud-save-path", "{place}/cloud", "--results-dir", "{place}/results")
+    return Command(
+        main=train_vq.main,
+        base=(*base, *SMALL, *NO_GAN, "--log-every", 2, "--image-size", 8),
+        places={"work": work, "vgg": vgg, "folder": whole / NAME / "checkpoints" / "0000004"},
+        scratch=tmp_path_factory.mktemp("effects"),
+        printed=r"error: .*|step \d+.*?loss [0-9.]+|gan: .*|new run|resumed at .*",
+        weights=lambda place, part: read_sharded(max(place.glob("cloud/*/checkpoints/*/")), f"{part}."),
+        recorded={
+            "compiles": Recorded(torch.nn.Module, "compile", skip=True),
+            "guard": Recorded(training_state, "Guard"),
+            "loader": Recorded(train_vq, "DataLoader"),
+        },
+    )
 
 
 @pytest.mark.parametrize("option", EFFECTS)
-def test_every_option_has_an_effect(known, whole, tmp_path, monkeypatch, capfd, option):
-    """Trained in this process with the option and, once for all options of a kind, without."""
+def test_every_option_has_an_effect(command, tmp_path, monkeypatch, capfd, option):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(train_vq, "revive_dead_codes", revive_all_but_one)
-    value, effect = EFFECTS[option]
-    what, _, context = effect.partition(" of ")
-    calls: list[str] = []
-    if what in RECORDED:
-        owner, name, real = RECORDED[what]
-
-        def record(*args: object, **named: object) -> object:
-            calls.append(f"{[a for a in args if isinstance(a, float)]} {named.get('num_workers')}")
-            return real(*args, **named) if real else None
-
-        monkeypatch.setattr(owner, name, record)
-
-    def outcome(place: Path, *options: object) -> object:
-        base = [
-            "--data-path",
-            "{work}/images",
-            "--cloud-save-path",
-            "{place}/cloud",
-            "--results-dir",
-            "{place}/results",
-        ]
-        base += [*SMALL, *NO_GAN, "--log-every", 2, "--image-size", 8, *context.split(), *options]
-        places = {"work": known["work"], "vgg": known["vgg"], "place": place}
-        places["folder"] = whole / NAME / "checkpoints" / "0000004"
-        printed = quietly(capfd, monkeypatch, *(str(w).format(**places) for w in base), main=train_vq.main)
-        if what == "printed":
-            printed = re.findall(r"error: .*|step \d+.*?loss [0-9.]+|gan: .*|new run|resumed at .*", printed)
-            return [line.replace(str(place), "") for line in printed]
-        if what in ("model", "ema", "discriminator"):
-            newest_one = max(place.glob("cloud/*/checkpoints/*/"))
-            return state_sha256(read_sharded(newest_one, f"{what}."))
-        return calls if what in RECORDED else sorted(str(p.relative_to(place)) for p in place.rglob("*"))
-
-    flag = f"--{option.replace('_', '-')}" if option != "codebook_l2_norm" else "--no-codebook-l2-norm"
-    with_option = outcome(tmp_path / "with", flag, *([value] * (value is not None)))
-    calls = []
-    key = (what, context)
-    if key not in known["without"]:
-        known["without"][key] = outcome(known["place"] / str(len(known["without"])))
-    assert with_option != known["without"][key]
+    assert command.has_effect(option, EFFECTS[option], tmp_path, capfd, monkeypatch)
 
 
 def revive_all_but_one(args: Namespace, world: World, state: train_vq.VQState, *rest: object) -> None:

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -17,48 +16,30 @@ import torch
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.load import load_gpt
 from autoregressive.train import train_c2i
-from tests.conftest import (
+from scripts.diagnosis.models import fill_from_names
+from tests.effects import Command, Effect, Recorded, options_of
+from tests.helpers import GPT_RUN as NAME
+from tests.helpers import (
+    NO_DROPOUT,
     TRAIN,
     TRAIN_OPTIONS,
+    curve,
     extract,
-    fill_from_names,
     kill,
+    newest,
+    quietly,
     run_command,
     same_tensors,
     start,
     train,
+    wait_for,
 )
-from tests.test_architecture import declared_options
 from utils.checkpoints.weights_file import load_checkpoint, state_sha256
-from utils.options import run_main
 from utils.training import state as training_state
-from utils.training.state import Guard
-
-NAME = "GPT-T-4x-32"
-NO_DROPOUT = ("--dropout-p", 0, "--attn-dropout-p", 0, "--token-dropout-p", 0, "--class-dropout-prob", 0)
 
 
 def weights(cloud: Path, step: int, key: str = "model", name: str = NAME) -> dict[str, torch.Tensor]:
     return torch.load(cloud / name / "checkpoints" / f"{step:07d}.pt", weights_only=True)[key]
-
-
-def curve(cloud: Path, what: str = "loss") -> list[float]:
-    lines = (cloud / NAME / "metrics.jsonl").read_text().splitlines()
-    return [v[what] for v in map(json.loads, lines) if what in v]
-
-
-def quietly(capfd, monkeypatch, *options: object, main=train_c2i.main) -> str:
-    """Train in this process, as starting one for each option takes minutes; what it prints, also if it stops."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
-    try:
-        run_main(main)
-    except SystemExit:
-        pass
-    finally:
-        signal.set_wakeup_fd(-1)  # the run's socket is closed by now
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)
-    return "".join(capfd.readouterr())
 
 
 def start_from(trained: Path, cloud: Path, step: int) -> None:
@@ -122,10 +103,6 @@ def test_killed_at_random_moments_ends_in_the_same_bits(work, uninterrupted, tmp
     assert newest(folder) < STEPS
     assert "resumed at step" in run_command(*command, nproc=nproc).stdout
     assert final_hashes(tmp_path) == uninterrupted(mode, nproc)
-
-
-def newest(folder: Path) -> int:
-    return max((int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit()), default=0)
 
 
 def test_spreading_over_processes_changes_nothing_but_rounding(work, monkeypatch, capfd, tmp_path):
@@ -201,13 +178,6 @@ def test_sigterm_saves_and_the_run_goes_on(work, uninterrupted, tmp_path):
     assert final_hashes(tmp_path) == uninterrupted("fsdp", 2)
 
 
-def wait_for(what, process) -> None:
-    deadline = time.time() + 120
-    while not what():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.002)
-
-
 def test_sigusr1_ends_one_process_with_status_0(work, tmp_path):
     options = ["--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS, "--epochs", 3000, "--log-every", 1]
     process = start([*TRAIN, "--cloud-save-path", tmp_path, *options])
@@ -279,10 +249,10 @@ def test_resuming_takes_the_new_learning_rate(work, trained, monkeypatch, capfd,
     assert "another lr_schedule (lr_schedule: cosine there, constant now)" in other
 
 
-def test_resuming_on_codes_of_another_crop_range_is_refused(trained, effect_folders, monkeypatch, capfd, tmp_path):
+def test_resuming_on_codes_of_another_crop_range_is_refused(trained, command, monkeypatch, capfd, tmp_path):
     start_from(trained, tmp_path, 8)
     base = ("--cloud-save-path", tmp_path, "--no-local-save", *TRAIN_OPTIONS, "--mixed-precision", "none")
-    log = quietly(capfd, monkeypatch, *base, "--code-path", effect_folders["codes105"])
+    log = quietly(capfd, monkeypatch, *base, "--code-path", command.places["codes105"])
     assert "another crop_range (crop_range: 1.1 there, 1.05 now)" in log
 
 
@@ -362,118 +332,103 @@ def test_pictures_and_validation_while_training(work, monkeypatch, capfd, tmp_pa
     assert curve(tmp_path / "ddp", "val/loss")[-1] == pytest.approx(expected.item(), abs=1e-5)
 
 
-# option -> (value, what it must change: the trained model, its average, files, what is printed)
 EFFECTS = {
-    "mix_code_path": ("{codes105}", "model"),
-    "mix_weight": (0.1, "model of --mix-code-path {codes105}"),
-    "image_size": (64, "printed"),
-    "downsample_size": (8, "printed"),
-    "num_classes": (4, "printed"),
-    "vocab_size": (65, "printed"),
-    "gpt_model": ("GPT-S", "files"),
-    "gpt_ckpt": ("{trained}", "model"),
-    "gpt_resume": ("{resume}", "printed"),
-    "ar_token_num": (16, "files"),
-    "spe_token_num": (2, "printed"),
-    "dropout_p": (0.5, "model"),
-    "attn_dropout_p": (0.5, "model"),
-    "token_dropout_p": (0.5, "model"),
-    "class_dropout_prob": (1.0, "model"),
-    "drop_path_rate": (0.5, "model"),
-    "recipe": ("as-released", "model"),
-    "epochs": (2, "files"),
-    "global_batch_size": (12, "files"),
-    "lr": (1e-2, "model"),
-    "lr_schedule": ("constant", "model"),
-    "warmup_epochs": (1, "model"),
-    "mixed_precision": ("bf16", "model"),
-    "grad_precision": ("bf16", "model of --data-parallel fsdp"),
-    "data_parallel": ("fsdp", "printed"),
-    "shard_size": (1, "printed"),
-    "cpu_offload": (None, "printed"),
-    "activation_checkpointing": ("full", "recomputes"),
-    "attention": ("flex", "printed"),
-    "compile": (None, "compiles"),
-    "val_code_path": ("{codes105}", "printed"),
-    "val_every": (1, "printed of --val-code-path {codes105}"),
-    "val_images": (8, "metrics of --val-code-path {codes105}"),
-    "vq_ckpt": ("{work}/vq.pt", "files"),
-    "sample_every": (1, "files of --vq-ckpt {work}/vq.pt"),
-    "export": ("safetensors", "files"),
-    "weight_decay": (0.9, "model"),
-    "beta1": (0.5, "model"),
-    "beta2": (0.5, "model"),
-    "max_grad_norm": (1e-3, "model"),
-    "gradient_accumulation_steps": (3, "printed"),
-    "ema": (None, "ema"),
-    "ema_decay": (0.01, "ema of --ema"),
-    "max_loss_spike": (0, "guard"),
-    "max_skipped_steps": (1, "printed of --lr 1e30"),
-    "global_seed": (1, "model"),
-    "no_local_save": (None, "files"),
-    "results_dir": ("{place}/other", "files"),
-    "log_every": (1, "printed"),
-    "ckpt_every": (1, "files"),
-    "keep_last": (1, "files of --ckpt-every 1 --keep-every 0"),
-    "keep_every": (1, "files of --ckpt-every 1 --keep-last 1"),
-    "wandb_project": ("p", "printed"),
-    "dry_run": (None, "files"),
-}
-RECORDED = {
-    "compiles": (torch.nn.Module, "compile"),
-    "recomputes": (train_c2i.GPT, "recompute_activations"),
-    "guard": (training_state, "Guard"),
+    "mix_code_path": Effect("{codes105}", "model"),
+    "mix_weight": Effect(0.1, "model", "--mix-code-path {codes105}"),
+    "image_size": Effect(64, "printed"),
+    "downsample_size": Effect(8, "printed"),
+    "num_classes": Effect(4, "printed"),
+    "vocab_size": Effect(65, "printed"),
+    "gpt_model": Effect("GPT-S", "files"),
+    "gpt_ckpt": Effect("{trained}", "model"),
+    "gpt_resume": Effect("{resume}", "printed"),
+    "ar_token_num": Effect(16, "files"),
+    "spe_token_num": Effect(2, "printed"),
+    "dropout_p": Effect(0.5, "model"),
+    "attn_dropout_p": Effect(0.5, "model"),
+    "token_dropout_p": Effect(0.5, "model"),
+    "class_dropout_prob": Effect(1.0, "model"),
+    "drop_path_rate": Effect(0.5, "model"),
+    "recipe": Effect("as-released", "model"),
+    "epochs": Effect(2, "files"),
+    "global_batch_size": Effect(12, "files"),
+    "lr": Effect(1e-2, "model"),
+    "lr_schedule": Effect("constant", "model"),
+    "warmup_epochs": Effect(1, "model"),
+    "mixed_precision": Effect("bf16", "model"),
+    "grad_precision": Effect("bf16", "model", "--data-parallel fsdp"),
+    "data_parallel": Effect("fsdp", "printed"),
+    "shard_size": Effect(1, "printed"),
+    "cpu_offload": Effect(None, "printed"),
+    "activation_checkpointing": Effect("full", "recomputes"),
+    "attention": Effect("flex", "printed"),
+    "compile": Effect(None, "compiles"),
+    "val_code_path": Effect("{codes105}", "printed"),
+    "val_every": Effect(1, "printed", "--val-code-path {codes105}"),
+    "val_images": Effect(8, "metrics", "--val-code-path {codes105}"),
+    "vq_ckpt": Effect("{work}/vq.pt", "files"),
+    "sample_every": Effect(1, "files", "--vq-ckpt {work}/vq.pt"),
+    "export": Effect("safetensors", "files"),
+    "weight_decay": Effect(0.9, "model"),
+    "beta1": Effect(0.5, "model"),
+    "beta2": Effect(0.5, "model"),
+    "max_grad_norm": Effect(1e-3, "model"),
+    "gradient_accumulation_steps": Effect(3, "printed"),
+    "ema": Effect(None, "ema"),
+    "ema_decay": Effect(0.01, "ema", "--ema"),
+    "max_loss_spike": Effect(0, "guard"),
+    "max_skipped_steps": Effect(1, "printed", "--lr 1e30"),
+    "global_seed": Effect(1, "model"),
+    "no_local_save": Effect(None, "files"),
+    "results_dir": Effect("{place}/other", "files"),
+    "log_every": Effect(1, "printed"),
+    "ckpt_every": Effect(1, "files"),
+    "keep_last": Effect(1, "files", "--ckpt-every 1 --keep-every 0"),
+    "keep_every": Effect(1, "files", "--ckpt-every 1 --keep-last 1"),
+    "wandb_project": Effect("p", "printed"),
+    "dry_run": Effect(None, "files"),
 }
 REQUIRED = {"code_path", "cloud_save_path"}
 
 
 def test_the_table_of_effects_names_every_option():
-    paths = (Path("autoregressive/train/train_c2i.py"), Path("utils/training/options.py"))
-    assert set().union(*map(declared_options, paths)) == set(EFFECTS) | REQUIRED
+    declared = options_of("autoregressive/train/train_c2i.py", "utils/training/options.py")
+    assert declared == set(EFFECTS) | REQUIRED
 
 
 @pytest.fixture(scope="module")
-def effect_folders(work, trained, tmp_path_factory) -> dict[str, Path]:
+def command(work, trained, tmp_path_factory) -> Command:
+    """The training command, with the folders that options in EFFECTS name."""
     folder = tmp_path_factory.mktemp("effects")
     extract(work, folder / "codes105", "--crop-range", 1.05)
-    resume = trained.parent / "0000008"
-    return {"work": work, "trained": trained, "codes105": folder / "codes105", "resume": resume, "without": {}}
+    base = ["--code-path", "{work}/codes", "--cloud-save-path", "{place}/cloud", "--results-dir", "{place}/results"]
+    base += ["--gpt-model", "GPT-T", "--global-batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--lr", 1e-3]
+    base += ["--log-every", 2, "--ckpt-every", 2, "--mixed-precision", "none"]
+    return Command(
+        main=train_c2i.main,
+        base=tuple(base),
+        places={
+            "work": work,
+            "trained": trained,
+            "codes105": folder / "codes105",
+            "resume": trained.parent / "0000008",
+        },
+        scratch=folder,
+        printed=r"error: .*|step \d+.*?loss [0-9.]+|GPT-T: .*|resumed at .*",
+        weights=lambda place, part: load_checkpoint(next(place.rglob("*.pt")), "").get(part, {}),
+        recorded={
+            "compiles": Recorded(torch.nn.Module, "compile", skip=True),
+            "recomputes": Recorded(train_c2i.GPT, "recompute_activations"),
+            "guard": Recorded(training_state, "Guard"),
+        },
+    )
 
 
 @pytest.mark.parametrize("option", EFFECTS)
-def test_every_option_has_an_effect(effect_folders, tmp_path, monkeypatch, capfd, option):
-    """Trained in this process with the option and, once for all options of a kind, without."""
-    value, effect = EFFECTS[option]
-    what, _, context = effect.partition(" of ")
-    calls: list = []
-    if what in RECORDED:
-        monkeypatch.setattr(*RECORDED[what], lambda *args: calls.append(args[1:]) or Guard(torch.device("cpu"), 0, 1))
-    base = ["--code-path", "{work}/codes", "--cloud-save-path", "{place}/cloud", "--results-dir", "{place}/results"]
-    base += ["--gpt-model", "GPT-T", "--global-batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--lr", 1e-3]
-    base += ["--log-every", 2, "--ckpt-every", 2, "--mixed-precision", "none", *context.split()]
-
-    def train_with(place: Path, words: list[object]) -> tuple[Path, str]:
-        words = [str(w).format(**effect_folders, place=place) for w in (*base, *words)]
-        return place, quietly(capfd, monkeypatch, *words).replace(str(place), "")
-
-    words = [f"--{option.replace('_', '-')}"] + [value] * (value is not None)
-    with_option = outcome(what, *train_with(tmp_path, words), calls)
-    calls.clear()
-    if what in RECORDED:
-        without = outcome(what, *train_with(tmp_path / "without", []), calls)
-    else:
-        known = effect_folders["without"]
-        if context not in known:
-            known[context] = train_with(effect_folders["codes105"].parent / f"without{len(known)}", [])
-        without = outcome(what, *known[context], calls)
-    assert with_option != without
+def test_every_option_has_an_effect(command, tmp_path, monkeypatch, capfd, option):
+    assert command.has_effect(option, EFFECTS[option], tmp_path, capfd, monkeypatch)
 
 
-def outcome(what: str, place: Path, printed: str, calls: list) -> object:
-    if what in ("model", "ema"):
-        return state_sha256(load_checkpoint(next(place.rglob("*.pt")), "").get(what, {}))
-    if what == "metrics":
-        return [json.loads(line).get("val/loss") for line in next(place.rglob("*.jsonl")).read_text().splitlines()]
-    if what == "printed":
-        return re.findall(r"error: .*|step \d+.*?loss [0-9.]+|GPT-T: .*|resumed at .*", printed)
-    return sorted(str(p.relative_to(place)) for p in place.rglob("*")) if what == "files" else str(calls)
+def test_an_option_without_effect_is_found(command, tmp_path, monkeypatch, capfd):
+    """The harness itself: a default written out changes nothing, so tables of effects can fail."""
+    assert not command.has_effect("beta1", Effect(0.9, "model"), tmp_path, capfd, monkeypatch)

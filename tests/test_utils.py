@@ -15,7 +15,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from tests.conftest import same_tensors
+from tests.helpers import same_tensors, small_state, take_step
 from utils.checkpoints.weights_file import (
     export_checkpoint,
     find_state_dict,
@@ -32,7 +32,7 @@ from utils.training.log import Window
 from utils.training.options import split_batch
 from utils.training.run import prefetch
 from utils.training.run_folder import RunFolder
-from utils.training.state import Ema, Guard, TrainingState, make_adamw, seed_step
+from utils.training.state import Ema, Guard, make_adamw, seed_step
 
 CPU = torch.device("cpu")
 
@@ -210,19 +210,6 @@ def test_batch_that_does_not_split_is_named():
     assert split_batch(64, 4, 2) == 8
     with pytest.raises(ValueError, match="--global-batch-size 10 does not split over 4 processes"):
         split_batch(10, 4, 1)
-
-
-def small_state(value: float, spike: float = 0.0, patience: int = 3, fp16: bool = False) -> TrainingState:
-    model = torch.nn.Linear(2, 1, bias=False)
-    model.weight.data.fill_(value)
-    scaler, guard = torch.amp.GradScaler("cpu", enabled=fp16), Guard(CPU, spike, patience)
-    return TrainingState(model, make_adamw(model, 0.1, 0.0, (0.9, 0.95)), scaler, Ema(model), guard)
-
-
-def take_step(state: TrainingState, step: int, loss: float, max_norm: float = 0.0) -> None:
-    """One update whose loss and gradient are ``loss`` and (loss, loss)."""
-    state.scaler.scale(state.model(torch.full((1, 2), loss)).sum()).backward()
-    state.update(step, torch.tensor(loss), state.gradient_norm(), max_norm)
 
 
 @pytest.mark.parametrize("fp16", [False, True])

@@ -2,14 +2,12 @@
 
 import math
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torchmetrics.functional.image import lpips as torchmetrics_lpips
 
-from tests.conftest import VGG16
+from tests.helpers import slow_lpips
 from tokenizer import vq_loss
 from tokenizer.discriminator import PatchGAN, StyleGAN, make_discriminator
 from tokenizer.vq_loss import (
@@ -84,27 +82,6 @@ def test_generator_losses_fall_as_the_logits_rise(kind, each):
     assert loss.item() == pytest.approx(sum(map(each, logits)) / 3, rel=1e-6)
     slope = [(each(v + 1e-4) - each(v - 1e-4)) / 2e-4 / 3 for v in logits]
     assert x.grad.tolist() == pytest.approx(slope, rel=1e-3) and max(slope) < 0
-
-
-def slow_lpips(weights: Path, a: torch.Tensor, b: torch.Tensor) -> list[float]:
-    """Zhang et al. 2018, equation 1, from VGG16's table of layers."""
-    state = torch.load(weights, weights_only=True)
-    folder = Path(torchmetrics_lpips.__file__).parent
-    linear = torch.load(folder / "lpips_models" / "vgg.pth", map_location="cpu", weights_only=True)
-    shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).view(2, 3, 1, 1)
-    distance, place, stage = torch.zeros(len(a)), 0, 0
-    x = torch.cat([(a - shift) / scale, (b - shift) / scale])
-    for width in VGG16:
-        if width == 0:
-            one, other = (h / h.square().sum(1, keepdim=True).add(1e-8).sqrt() for h in x.chunk(2))
-            weight = linear[f"lin{stage}.model.1.weight"].view(1, -1, 1, 1)
-            distance += ((one - other).square() * weight).sum(1).mean((1, 2))
-            x, stage = F.max_pool2d(x, 2), stage + 1
-        else:
-            x = F.conv2d(x, state[f"features.{place}.weight"], state[f"features.{place}.bias"], padding=1).relu()
-            place += 1
-        place += 1
-    return distance.tolist()
 
 
 def test_lpips_against_a_slow_version(vgg):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tests.conftest import fill_from_names
+from scripts.diagnosis.models import fill_from_names
 from tokenizer.vq_model import USAGE_WINDOW, VQ_models, VQConfig, VQModel
 
 

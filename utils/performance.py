@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -50,15 +51,21 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def device_name() -> str:
-    """Return the GPU's name, else the processor's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def processor_name() -> str:
+    """Return the processor's name, with the one that ``PAR_CPU`` declares."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
+    if sys.platform == "darwin":
+        words = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        names = [subprocess.run(words, capture_output=True, text=True).stdout.strip()]
     declared = f", declared {cpu_name()}" if cpu_name() else ""
-    return (names[0] if names else platform.processor() or platform.machine()) + declared
+    return (next(filter(None, names), "") or platform.processor() or platform.machine()) + declared
+
+
+def device_name() -> str:
+    """Return the GPU's name, else the processor's."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from argparse import SUPPRESS, Namespace
-from collections.abc import Callable
+from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -23,25 +20,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from dataset.augmentation import center_crop, crop_names, take_crops
 from dataset.codes import CodesPlan, finish_codes, open_codes, start_codes, write_shard
 from dataset.imagenet import list_images, open_image, to_model_range
+from scripts.benchmarks.common import (
+    KEPT_MEMORY,
+    PublishedDataset,
+    add_output_options,
+    fastest,
+    run_way,
+    seconds,
+    write_published_codes,
+    write_results,
+)
 from tokenizer.vq_model import VQModel, make_vq_config
-from utils.files import write_json
 from utils.options import make_parser, positive_int, run_main
 from utils.performance import usable_cores
 
 CPU = torch.device("cpu")
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Wall-clock time of one call."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def published_codes(vq: VQModel, crops: torch.Tensor) -> np.ndarray:
@@ -96,13 +95,10 @@ def measure_extraction(args: Namespace, work: Path) -> dict[str, float]:
 
     "published" runs under glibc's allocator settings as they are, the others under those of scripts/launch.sh.
     """
-    kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     results, codes = {}, {}
     for way in ("published", "published, memory kept", "ours", "ours, bf16"):
-        words = [sys.executable, __file__, "--data-path", args.data_path, "--images", args.images]
-        words += ["--image-size", args.image_size, "--work", work, "--way", way]
-        environment = os.environ if way == "published" else os.environ | kept
-        subprocess.run([str(w) for w in words], env=environment, check=True)
+        options = dict(data_path=args.data_path, images=args.images, image_size=args.image_size, work=work, way=way)
+        run_way(__file__, {} if way == "published" else KEPT_MEMORY, **options)
         with np.load(work / f"{way}.npz", allow_pickle=False) as found:
             codes[way] = found["codes"]
             results |= {f"{way}: images/s": float(found["rate"]), f"{way}: peak GiB": float(found["peak"])}
@@ -116,33 +112,18 @@ def measure_ceiling(size: int) -> dict[str, float]:
     """GFLOP/s of a large float32 matrix product, and of the encoder; what the encoder's time goes to."""
     a = torch.randn(2048, 2048)
     a @ a
-    ceiling = max(2 * 2048**3 / seconds(lambda: a @ a) for _ in range(5)) / 1e9
+    ceiling = 2 * 2048**3 / fastest(lambda: a @ a, 5) / 1e9
     vq = VQModel(make_vq_config("VQ-16")).eval().to(memory_format=torch.channels_last)
     image = torch.randn(1, 3, size, size).contiguous(memory_format=torch.channels_last)
     with FlopCounterMode(display=False) as counter:
         vq.encode(image)
-    reached = counter.get_total_flops() / min(seconds(lambda: vq.encode(image)) for _ in range(3)) / 1e9
+    reached = counter.get_total_flops() / fastest(lambda: vq.encode(image), 3) / 1e9
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         vq.encode(image)
     events = sorted(trace.key_averages(), key=lambda e: -e.self_cpu_time_total)
     total = sum(e.self_cpu_time_total for e in events)
     result = {"GFLOP a crop": counter.get_total_flops() / 1e9, "encoder GFLOP/s": reached, "matmul GFLOP/s": ceiling}
     return result | {f"share of {e.key}": e.self_cpu_time_total / total for e in events[:5]}
-
-
-class PublishedDataset(Dataset):
-    """One .npy of codes and one of labels per image, a random crop of it."""
-
-    def __init__(self, folder: Path, count: int):
-        self.folder, self.count = folder, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = np.load(self.folder / "codes" / f"{i}.npy")
-        crop = torch.randint(codes.shape[1], (1,)).item()
-        return torch.from_numpy(codes[:, crop]), torch.from_numpy(np.load(self.folder / "labels" / f"{i}.npy"))
 
 
 def drop_page_cache(folder: Path) -> None:
@@ -162,11 +143,7 @@ def measure_loading(work: Path, count: int, batch: int = 256) -> dict[str, float
     """Images per second of random batches of 256, warm and cold, and disk use, of both layouts of the same codes."""
     codes = np.random.default_rng(0).integers(0, 16384, (count, 10, 576))
     published, ours = work / "published", work / "shards"
-    for kind in ("codes", "labels"):
-        (published / kind).mkdir(parents=True)
-    for i in range(count):
-        np.save(published / "codes" / f"{i}.npy", codes[i : i + 1])
-        np.save(published / "labels" / f"{i}.npy", np.array([i % 1000]))
+    write_published_codes(published, codes, np.arange(count) % 1000)
     plan = CodesPlan(
         classes=[str(c) for c in range(1000)],
         num_images=count,
@@ -207,7 +184,7 @@ def measure_loading(work: Path, count: int, batch: int = 256) -> dict[str, float
     for name, load, folder in (("published", load_published, published), ("ours", load_ours, ours)):
         drop_page_cache(folder)
         result[f"{name} cold images/s"] = count / seconds(load)
-        result[f"{name} warm images/s"] = count / min(seconds(load) for _ in range(2))
+        result[f"{name} warm images/s"] = count / fastest(load, 2)
     return result
 
 
@@ -218,25 +195,22 @@ def main() -> None:
     parser.add_argument("--images", type=positive_int, default=4, help="images to extract (ten crops each)")
     parser.add_argument("--image-size", type=positive_int, default=384, help="side of the crops, pixels")
     parser.add_argument("--loaded-images", type=positive_int, default=20000, help="images to load")
-    parser.add_argument("--work", default=tempfile.gettempdir(), help="folder for 2 GB of scratch files")
-    parser.add_argument("--way", help=SUPPRESS)  # one way of extraction, for the processes that this starts
-    parser.add_argument("--output", default="codes.json", help="JSON to write")
+    add_output_options(parser, "codes.json", work="folder for 2 GB of scratch files")
     args = parser.parse_args()
     if args.way:
         extract_one_way(args.way, args.data_path, args.images, args.image_size, Path(args.work))
         return
-    work = Path(tempfile.mkdtemp(prefix="par-codes-", dir=args.work))
-    extraction = measure_extraction(args, work) | measure_ceiling(args.image_size)
-    loading = measure_loading(work, args.loaded_images)
+    with tempfile.TemporaryDirectory(prefix="par-codes-", dir=args.work) as folder:
+        extraction = measure_extraction(args, Path(folder)) | measure_ceiling(args.image_size)
+        loading = measure_loading(Path(folder), args.loaded_images)
     for kind in ("cold", "warm"):
         loading[f"ratio, {kind}"] = loading[f"ours {kind} images/s"] / loading[f"published {kind} images/s"]
     loading["ratio, disk"] = loading["published bytes/image"] / loading["ours bytes/image"]
-    shutil.rmtree(work)
     for title, table in (("extraction", extraction), ("loading", loading)):
         print(f"\n{title}")
         for key, value in table.items():
             print(f"  {key:40} {value:,.3f}")
-    write_json(args.output, {"extraction": extraction, "loading": loading, "threads": torch.get_num_threads()})
+    write_results(args, {"extraction": extraction, "loading": loading})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -20,24 +20,12 @@ import torch
 
 from evaluations.c2i.inception import Inception2015, build_inception
 from evaluations.c2i.metrics import frechet_distance, mean_and_covariance, precision_recall
+from scripts.benchmarks.common import fastest, write_results
 from utils.distributed import init_distributed
-from utils.files import write_json
 from utils.options import make_parser, positive_int, run_main
 from utils.performance import peak_flops
 
 FLOPS = 2 * 5.73e9  # of one image at 299 x 299: multiply-adds of the convolutions, counted once with a hook
-
-
-def seconds_of(work: Callable[[], object], repeats: int) -> float:
-    """The fastest of ``repeats`` calls after one to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
 
 
 @torch.inference_mode()
@@ -53,17 +41,18 @@ def network_figures(args: Namespace, device: torch.device) -> dict[str, float]:
         ways["compiled"] = torch.compile(ours)
     figures = {}
     for way, network in ways.items():
-        figures[way] = args.batch_size / seconds_of(lambda network=network: network(images), args.repeats)
+        network(images)
+        figures[way] = args.batch_size / fastest(partial(network, images), args.repeats)
         print(f"network    {way:16} {figures[way]:8.1f} images/s {figures[way] / figures['straightforward']:5.2f}x")
     return figures
 
 
-def frechet_figures() -> dict[str, float]:
-    """Seconds of each way; the distances must agree."""
+def frechet_figures(width: int) -> dict[str, float]:
+    """Seconds of each way at ``width`` features; the distances must agree."""
     rng = np.random.default_rng(0)
-    mix = rng.standard_normal((2048, 2048)) / 45
+    mix = rng.standard_normal((width, width)) / (45 * (width / 2048) ** 0.5)
     first, second = (
-        mean_and_covariance((rng.standard_normal((5000, 2048)) @ mix * scale).astype(np.float32))
+        mean_and_covariance((rng.standard_normal((5000, width)) @ mix * scale).astype(np.float32))
         for scale in (1.0, 1.1)
     )
     figures, found = {}, {}
@@ -96,6 +85,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=positive_int, default=16, help="images a forward pass")
     parser.add_argument("--repeats", type=positive_int, default=3, help="batches timed, of which the fastest counts")
     parser.add_argument("--features", type=positive_int, default=10_000, help="rows of each set for Precision, Recall")
+    parser.add_argument("--width", type=positive_int, default=2048, help="features per image in the FID trace")
     parser.add_argument("--compile", action="store_true", help="measure the compiled network too")
     parser.add_argument("--output", default="evaluator.json", help="JSON to write")
     args = parser.parse_args()
@@ -104,9 +94,9 @@ def main() -> None:
     peak = peak_flops(device, "none")[0]
     best = max(network.values()) * FLOPS
     print(f"           {best / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s")
-    results = {"images/s": network, "frechet s": frechet_figures()}
+    results = {"images/s": network, "frechet s": frechet_figures(args.width)}
     results |= {"precision s": precision_figures(args.features, device), "GFLOP/s": best / 1e9, "peak": peak / 1e9}
-    write_json(args.output, {"options": vars(args), "results": results, "threads": torch.get_num_threads()})
+    write_results(args, results)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,10 @@ them are a long sum and a matrix product, measured in the same process.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
-from argparse import SUPPRESS, Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -42,31 +38,23 @@ from autoregressive.decoding.sampling import SamplingOptions
 from autoregressive.models import gpt
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.sample.pipeline import quantize
+from scripts.benchmarks.common import (
+    ALLOCATOR,
+    add_output_options,
+    fastest,
+    figures_of,
+    read_bandwidth,
+    seconds,
+    use_published_norm,
+    write_figures,
+    write_results,
+)
 from utils.distributed import init_distributed
-from utils.files import write_json
-from utils.options import git_revision, make_parser, positive_int, run_main
-from utils.performance import device_name, peak_flops, peak_memory
+from utils.options import make_parser, positive_int, run_main
+from utils.performance import peak_flops, peak_memory
 from utils.precision import has_bfloat16, is_emulated
 
 CFG_SCALE = 1.5
-ALLOCATOR = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "GOMP_SPINCOUNT": "5000",
-}
-
-
-class PublishedRMSNorm(nn.Module):
-    """x / rms(x) * weight in separate operations, normalised in float32."""
-
-    def __init__(self, weight: nn.Parameter, eps: float):
-        super().__init__()
-        self.weight, self.eps = weight, eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)  # (B, T, D)
-        return y.type_as(x) * self.weight  # (B, T, D)
 
 
 class PublishedCache:
@@ -128,10 +116,7 @@ def make_published(model: GPT, fused: bool) -> Callable[[torch.Tensor], torch.Te
     """The model with the published norm, decoded the published way but, if ``fused``, for its attention."""
     gpt.attend = fused_attend if fused else published_attend
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION] if fused else []
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.RMSNorm):
-                setattr(module, name, PublishedRMSNorm(child.weight, child.eps))
+    use_published_norm(model)
 
     def decode(cond: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel([*backends, SDPBackend.MATH]):
@@ -140,13 +125,24 @@ def make_published(model: GPT, fused: bool) -> Callable[[torch.Tensor], torch.Te
     return decode
 
 
-def way_of(model: GPT, args: Namespace, device: torch.device) -> Way:
-    """How ``args.way`` decodes: ``compiled`` is what the samplers do by default there with this precision."""
-    precision = args.precision[0]
-    if args.way != "compiled":
-        return Way(precision, "eager")
-    ways, _ = possible_ways(device, precision, True if device.type == "cuda" else None, quantized=False)
-    return choose_way(model, ways, args.batch[0], guided=True)[0]
+@dataclass(frozen=True)
+class Case:
+    """What is timed: ``batch`` images at a time by one way, n tokens at once, with weights in ``precision``."""
+
+    gpt_model: str
+    n: int
+    batch: int
+    precision: str
+    way: str
+    repeats: int
+
+
+def way_of(model: GPT, case: Case, device: torch.device) -> Way:
+    """How ``case.way`` decodes: ``compiled`` is what the samplers do by default there with this precision."""
+    if case.way != "compiled":
+        return Way(case.precision, "eager")
+    ways, _ = possible_ways(device, case.precision, True if device.type == "cuda" else None, quantized=False)
+    return choose_way(model, ways, case.batch, guided=True)[0]
 
 
 @torch.inference_mode()
@@ -189,44 +185,27 @@ def work_of(model: GPT, batch: int, way: str) -> tuple[float, float]:
     return bytes_read, flops
 
 
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a sum over 512 MiB."""
-    x = torch.zeros(1 << 27, device=device)
-    seconds = []
-    for _ in range(4):
-        started = time.perf_counter()
-        x.sum().item()
-        seconds.append(time.perf_counter() - started)
-    return x.nbytes / min(seconds)
-
-
-def time_batches(args: Namespace, device: torch.device) -> tuple[dict[str, float | str], Decoder | None]:
-    """Time one way, the best of ``args.repeats`` batches after one to warm up: its figures, and the decoder if ours."""
-    n, batch = args.ar_token_num[0], args.batch[0]
-    model = random_model(args.gpt_model, n)
-    ours = args.way not in ("published", "fused")
-    way, decoder = way_of(model, args, device), None
+def time_batches(case: Case, device: torch.device) -> tuple[dict[str, float | str], Decoder | None]:
+    """Time one way, the best of ``case.repeats`` batches after one to warm up: its figures, and the decoder if ours."""
+    batch = case.batch
+    model = random_model(case.gpt_model, case.n)
+    ours = case.way not in ("published", "fused")
+    way, decoder = way_of(model, case, device), None
     model = model.cast_weights(way.dtype).to(device)
-    if args.way in ("int8", "fp8"):
-        quantize(model, args.way)
+    if case.way in ("int8", "fp8"):
+        quantize(model, case.way)
     if ours:
-        decoder = make_decoder(model, way, 2 * batch * n)
+        decoder = make_decoder(model, way, 2 * batch * case.n)
         generator = Generator(decoder, model.order, SamplingOptions(cfg_scale=CFG_SCALE), batch)
         uniforms = torch.rand(batch, model.order.num_tokens, device=device)  # (B, T)
         sample = partial(generator, uniforms=uniforms)
     else:
-        sample = make_published(model, args.way == "fused")
+        sample = make_published(model, case.way == "fused")
     cond = torch.arange(batch, device=device)
-    seconds = []
-    for i in range(args.repeats + 1):
-        started = time.perf_counter()
-        sample(cond).cpu()
-        seconds.append(time.perf_counter() - started)
-        if i == 0:
-            first = seconds.pop()
-    best = min(seconds)
-    bytes_read, flops = work_of(model, batch, args.way)
-    figures = {"decoder": str(way) if ours else args.way, "seconds": best, "first batch": first}
+    first = seconds(lambda: sample(cond).cpu())
+    best = fastest(lambda: sample(cond).cpu(), case.repeats)
+    bytes_read, flops = work_of(model, batch, case.way)
+    figures = {"decoder": str(way) if ours else case.way, "seconds": best, "first batch": first}
     figures |= {"images/s": batch / best, "calls": len(model.order.schedule)}
     figures |= {
         "GB/s": bytes_read / best / 1e9,
@@ -241,13 +220,13 @@ def time_batches(args: Namespace, device: torch.device) -> tuple[dict[str, float
     return figures, decoder
 
 
-def measure(args: Namespace, work: Path) -> None:
-    """Time one way and compare its logits with those of eager float32; figures go to a JSON in ``work``."""
-    device, precision = init_distributed().device, args.precision[0]
-    figures, decoder = time_batches(args, device)
-    if decoder is not None and (precision, args.way) != ("none", "eager"):
-        figures |= agreement(decoder, random_model(args.gpt_model, args.ar_token_num[0]).to(device))
-    write_json(work / "figures.json", figures)
+def measure(case: Case) -> dict[str, float | str]:
+    """Time one way and compare its logits with those of eager float32."""
+    device = init_distributed().device
+    figures, decoder = time_batches(case, device)
+    if decoder is not None and (case.precision, case.way) != ("none", "eager"):
+        figures |= agreement(decoder, random_model(case.gpt_model, case.n).to(device))
+    return figures
 
 
 def main() -> None:
@@ -268,12 +247,11 @@ def main() -> None:
         default=ways,
         help="what to measure; fused is published but for its attention, int8 and fp8 need torchao",
     )
-    parser.add_argument("--output", default="sampling.json", help="JSON to write")
-    parser.add_argument("--way", help=SUPPRESS)  # one way, for the processes that this starts
-    parser.add_argument("--work", help=SUPPRESS)
+    add_output_options(parser, "sampling.json")
     args = parser.parse_args()
     if args.way:
-        measure(args, Path(args.work))
+        (n,), (batch,), (precision,) = args.ar_token_num, args.batch, args.precision
+        write_figures(args.work, measure(Case(args.gpt_model, n, batch, precision, args.way, args.repeats)))
         return
     results = []
     published: dict[tuple[int, int, str], float] = {}  # seconds by n, batch, precision
@@ -283,24 +261,15 @@ def main() -> None:
             if emulated and precision == "bf16" and way != "compiled":
                 print(f"n {n:2}  batch {batch:2}  {precision:5} {way:9} left out: this device emulates bfloat16")
                 continue
-            figures = measure_in_process(args, n, batch, precision, way)
+            options = dict(gpt_model=args.gpt_model, ar_token_num=n, batch=batch, precision=precision)
+            with tempfile.TemporaryDirectory(prefix="par-sampling-") as work:
+                figures = figures_of(__file__, ALLOCATOR, work, **options, way=way, repeats=args.repeats)
             if way == "published":
                 published[n, batch, precision] = figures["seconds"]
             base = published.get((n, batch, precision)) or published.get((n, batch, "none"))
             results.append({"n": n, "batch": batch, "precision": precision, "way": way, **figures})
             print(describe(results[-1], base), flush=True)
-    environment = {"device": device_name(), "threads": torch.get_num_threads(), "git": git_revision()}
-    write_json(args.output, {"options": vars(args), "results": results, **environment})
-
-
-def measure_in_process(args: Namespace, n: int, batch: int, precision: str, way: str) -> dict[str, float]:
-    """Return the figures of ``measure``, run by a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="par-sampling-") as work:
-        words = [sys.executable, __file__, "--way", way, "--work", work, "--precision", precision]
-        words += ["--gpt-model", args.gpt_model, "--ar-token-num", n, "--batch", batch]
-        words += ["--repeats", args.repeats]
-        subprocess.run([str(w) for w in words], env=os.environ | ALLOCATOR, check=True)
-        return json.loads((Path(work) / "figures.json").read_text())
+    write_results(args, results)
 
 
 def describe(result: dict[str, object], published: float | None) -> str:

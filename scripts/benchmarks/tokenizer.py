@@ -8,13 +8,9 @@ own, all of them under the allocator settings of scripts/launch.sh.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
-from argparse import SUPPRESS, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,14 +19,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.nn.functional as F
 
+from scripts.benchmarks.common import (
+    KEPT_MEMORY,
+    add_output_options,
+    add_precision_option,
+    figures_of,
+    precisions,
+    time_steps,
+    warm_up_steps,
+    write_figures,
+    write_results,
+)
 from tokenizer.discriminator import DISCRIMINATORS, make_discriminator
 from tokenizer.vq_loss import Adversary, ReconstructionLoss, discriminator_hinge, generator_hinge
 from tokenizer.vq_model import VectorQuantizer, VQ_models, VQModel, make_vq_config
 from utils.distributed import World, init_distributed
-from utils.files import write_json
 from utils.options import make_parser, positive_int, run_main
 from utils.performance import peak_memory
-from utils.precision import autocast, has_bfloat16
+from utils.precision import autocast
 from utils.training.state import Guard, TrainingState, make_adamw
 
 WAYS = ("published", "ours, before disc-start", "ours, from disc-start")
@@ -109,8 +115,8 @@ def our_step(args: Namespace, model: VQModel, world: World, gan: bool) -> Callab
     return step
 
 
-def measure(args: Namespace, work: Path) -> None:
-    """Time ``args.way`` over ``args.steps`` steps after a warm-up; figures go to a JSON in ``work``."""
+def measure(args: Namespace) -> dict[str, float]:
+    """Time ``args.way`` over ``args.steps`` steps after a warm-up."""
     world = init_distributed()
     torch.manual_seed(0)
     model = VQModel(make_vq_config(args.vq_model))
@@ -120,15 +126,8 @@ def measure(args: Namespace, work: Path) -> None:
     step = published_step(args, model, world) if published else our_step(args, model, world, "from" in args.way)
     shape = (args.batch, 3, args.image_size, args.image_size)
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(world.device) * 2 - 1  # (B, 3, S, S)
-    losses, seconds = [], []
-    warm_up = 1 if world.device.type == "cpu" else 5
-    for _ in range(warm_up + args.steps):
-        started = time.perf_counter()
-        losses.append(step(images).item())
-        seconds.append(time.perf_counter() - started)
-    best = min(seconds[warm_up:])
-    figures = {"seconds": best, "images/s": args.batch / best, "peak GiB": peak_memory(world.device) / 2**30}
-    write_json(work / "figures.json", figures | {"first loss": losses[0], "last loss": losses[-1]})
+    figures = time_steps(step, [(images,)] * (warm_up_steps(world.device) + args.steps), world.device)
+    return figures | {"images/s": args.batch / figures["seconds"], "peak GiB": peak_memory(world.device) / 2**30}
 
 
 def main() -> None:
@@ -139,31 +138,21 @@ def main() -> None:
     parser.add_argument("--batch", type=positive_int, default=2, help="images a step")
     parser.add_argument("--disc-type", choices=DISCRIMINATORS, default="patchgan", help="discriminator")
     parser.add_argument("--steps", type=positive_int, default=3, help="steps timed, of which the fastest counts")
-    parser.add_argument(
-        "--precision",
-        choices=["none", "bf16"],
-        nargs="+",
-        help="precisions to measure (default: none, and bf16 where the device computes in it)",
-    )
-    parser.add_argument("--output", default="tokenizer.json", help="JSON to write")
-    parser.add_argument("--way", choices=WAYS, help=SUPPRESS)  # one way, for the processes that this starts
-    parser.add_argument("--work", help=SUPPRESS)
+    add_precision_option(parser)
+    add_output_options(parser, "tokenizer.json")
     args = parser.parse_args()
     if args.way:
         args.precision = args.precision[0]
-        measure(args, Path(args.work))
+        write_figures(args.work, measure(args))
         return
-    args.precision = args.precision or ["none"] + ["bf16"] * has_bfloat16(init_distributed().device)
-    kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    args.precision = precisions(args)
     results: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="par-tokenizer-") as work:
         for precision in args.precision:
             for way in WAYS:
-                words = [sys.executable, __file__, "--way", way, "--work", work, "--precision", precision]
-                words += ["--vq-model", args.vq_model, "--image-size", args.image_size, "--batch", args.batch]
-                words += ["--steps", args.steps, "--disc-type", args.disc_type]
-                subprocess.run([str(w) for w in words], env=os.environ | kept, check=True)
-                figures = json.loads((Path(work) / "figures.json").read_text())
+                options = dict(vq_model=args.vq_model, image_size=args.image_size, batch=args.batch, steps=args.steps)
+                options |= dict(disc_type=args.disc_type, precision=precision, way=way)
+                figures = figures_of(__file__, KEPT_MEMORY, work, **options)
                 results.setdefault(precision, {})[way] = figures
                 ratio = results[precision]["published"]["seconds"] / figures["seconds"]
                 print(
@@ -172,7 +161,7 @@ def main() -> None:
                     f"loss {figures['first loss']:.4f} -> {figures['last loss']:.4f}",
                     flush=True,
                 )
-    write_json(args.output, {"options": vars(args), "results": results, "threads": torch.get_num_threads()})
+    write_results(args, results)
 
 
 if __name__ == "__main__":

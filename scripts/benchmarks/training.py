@@ -9,13 +9,9 @@ its own, all of them under the allocator settings of scripts/launch.sh; "default
 from __future__ import annotations
 
 import gc
-import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
-from argparse import SUPPRESS, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,47 +21,33 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from autoregressive.models import gpt
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from scripts.benchmarks.common import (
+    KEPT_MEMORY,
+    PublishedDataset,
+    add_output_options,
+    add_precision_option,
+    figures_of,
+    precisions,
+    time_steps,
+    use_published_norm,
+    warm_up_steps,
+    write_figures,
+    write_published_codes,
+    write_results,
+)
 from utils.distributed import init_distributed
-from utils.files import write_json
 from utils.options import make_parser, positive_int, run_main
 from utils.performance import peak_flops, peak_memory
-from utils.precision import autocast, has_bfloat16
+from utils.precision import autocast
 from utils.training.run import prefetch
 from utils.training.state import Guard, TrainingState, make_adamw
 
 TOKENS = 576
 CROPS = 10
-
-
-class PublishedRMSNorm(nn.Module):
-    """x / rms(x) * weight in separate operations, normalised in float32."""
-
-    def __init__(self, weight: nn.Parameter, eps: float):
-        super().__init__()
-        self.weight, self.eps = weight, eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)  # (B, T, D)
-        return y.type_as(x) * self.weight  # (B, T, D)
-
-
-class PublishedDataset(Dataset):
-    """One .npy of codes and one of labels per image, a random crop of it."""
-
-    def __init__(self, folder: Path, count: int):
-        self.folder, self.count = folder, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = np.load(self.folder / f"{i}-codes.npy")  # (1, crops, T)
-        crop = torch.randint(codes.shape[1], (1,)).item()
-        return torch.from_numpy(codes[0, crop]), torch.from_numpy(np.load(self.folder / f"{i}-label.npy"))
 
 
 def published_batches(work: Path, batch: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -99,10 +81,7 @@ def published_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
 def published_step(model: GPT, precision: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The published arithmetic on our parameters."""
     gpt.attend, gpt.Dropout.forward = published_attend, nn.Dropout.forward
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.RMSNorm):
-                setattr(module, name, PublishedRMSNorm(child.weight, child.eps))
+    use_published_norm(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
 
     def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -143,8 +122,8 @@ def our_step(model: GPT, precision: str, way: str) -> Callable[[torch.Tensor, to
     return step
 
 
-def measure(args: Namespace, work: Path) -> None:
-    """Time ``args.way`` over ``args.steps`` steps after a warm-up; figures go to a JSON in ``work``."""
+def measure(args: Namespace, work: Path) -> dict[str, float]:
+    """Time ``args.way`` over ``args.steps`` steps after a warm-up, on the codes of ``write_codes`` in ``work``."""
     device = init_distributed().device
     torch.manual_seed(0)
     config = GPTConfig(**GPT_models[args.gpt_model], ar_token_num=args.ar_token_num, attn_dropout_p=0.0)
@@ -153,25 +132,13 @@ def measure(args: Namespace, work: Path) -> None:
     model.to(device).train()
     published = args.way.startswith("published")
     step = published_step(model, args.precision) if published else our_step(model, args.precision, args.way)
-    warm_up = 1 if device.type == "cpu" else 5
-    batches = (published_batches if published else our_batches)(work, args.batch, warm_up + args.steps)
-    losses, seconds = [], []
+    batches = (published_batches if published else our_batches)(work, args.batch, warm_up_steps(device) + args.steps)
     gc.collect()
-    for x, y in batches:
-        started = time.perf_counter()
-        loss = step(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
-        losses.append(loss.item())
-        seconds.append(time.perf_counter() - started)
-    best = min(seconds[warm_up:])
+    figures = time_steps(step, batches, device)
+    per_second = args.batch / figures["seconds"]
     peak, _ = peak_flops(device, args.precision)
-    figures = {
-        "seconds": best,
-        "tokens/s": args.batch * TOKENS / best,
-        "first loss": losses[0],
-        "last loss": losses[-1],
-    }
-    figures |= {"mfu": args.batch * model.flops_per_image() / best / peak, "peak TFLOP/s": peak / 1e12}
-    write_json(work / "figures.json", figures | {"peak GiB": peak_memory(device) / 2**30})
+    figures |= {"tokens/s": TOKENS * per_second, "mfu": model.flops_per_image() * per_second / peak}
+    return figures | {"peak TFLOP/s": peak / 1e12, "peak GiB": peak_memory(device) / 2**30}
 
 
 def write_codes(work: Path, count: int) -> None:
@@ -181,9 +148,7 @@ def write_codes(work: Path, count: int) -> None:
     labels = rng.integers(0, 1000, count)
     np.save(work / "codes.npy", codes.astype(np.uint16))
     np.save(work / "labels.npy", labels)
-    for i in range(count):
-        np.save(work / f"{i}-codes.npy", codes[i : i + 1])
-        np.save(work / f"{i}-label.npy", labels[i : i + 1])
+    write_published_codes(work, codes, labels)
 
 
 def main() -> None:
@@ -193,35 +158,24 @@ def main() -> None:
     parser.add_argument("--ar-token-num", type=positive_int, default=4, help="tokens predicted at once, n")
     parser.add_argument("--batch", type=positive_int, default=8, help="images a step")
     parser.add_argument("--steps", type=positive_int, default=3, help="steps timed, of which the fastest counts")
-    parser.add_argument(
-        "--precision",
-        choices=["none", "bf16"],
-        nargs="+",
-        help="precisions to measure (default: none, and bf16 where the device computes in it)",
-    )
-    parser.add_argument("--output", default="training.json", help="JSON to write")
-    parser.add_argument("--way", help=SUPPRESS)  # one way, for the processes that this starts
-    parser.add_argument("--work", help=SUPPRESS)
+    add_precision_option(parser)
+    add_output_options(parser, "training.json")
     args = parser.parse_args()
     if args.way:
         args.precision = args.precision[0]
-        measure(args, Path(args.work))
+        write_figures(args.work, measure(args, Path(args.work)))
         return
-    args.precision = args.precision or ["none"] + ["bf16"] * has_bfloat16(init_distributed().device)
+    args.precision = precisions(args)
     ways = ["published, default malloc", "published", "ours", "ours, compiled"]
     ways += ["ours, compiled, flex"] if torch.cuda.is_available() else []
-    kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     results: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="par-training-") as work:
         write_codes(Path(work), args.batch * (args.steps + 5))
         for precision in args.precision:
             for way in ways:
-                words = [sys.executable, __file__, "--way", way, "--work", work, "--precision", precision]
-                words += ["--gpt-model", args.gpt_model, "--ar-token-num", args.ar_token_num]
-                words += ["--batch", args.batch, "--steps", args.steps]
-                environment = os.environ if "default" in way else os.environ | kept
-                subprocess.run([str(w) for w in words], env=environment, check=True)
-                figures = json.loads((Path(work) / "figures.json").read_text())
+                options = dict(gpt_model=args.gpt_model, ar_token_num=args.ar_token_num, batch=args.batch)
+                options |= dict(steps=args.steps, precision=precision, way=way)
+                figures = figures_of(__file__, {} if "default" in way else KEPT_MEMORY, work, **options)
                 results.setdefault(precision, {})[way] = figures
                 ratio = results[precision].get("published", figures)["seconds"] / figures["seconds"]
                 print(
@@ -230,7 +184,7 @@ def main() -> None:
                     f"{figures['peak GiB']:6.2f} GiB  loss {figures['first loss']:.4f} -> {figures['last loss']:.4f}",
                     flush=True,
                 )
-    write_json(args.output, {"options": vars(args), "results": results, "threads": torch.get_num_threads()})
+    write_results(args, results)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from autoregressive.decoding.cpu.build import cache_folder
-from scripts.benchmarks.sampling import ALLOCATOR
+from scripts.benchmarks.common import ALLOCATOR
 from scripts.diagnosis import machine
 from scripts.diagnosis.check import (
     BROKEN,

