@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluations.c2i import train_classifier
 from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier, load_classifier, save_classifier
+from scripts.quickstart import train_classifier
 
 
 @pytest.fixture(autouse=True)

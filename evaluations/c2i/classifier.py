@@ -81,6 +81,6 @@ def load_classifier(path: str | Path, option: str) -> tuple[SmallClassifier, dic
         network = SmallClassifier(ClassifierConfig(**content["config"]))
         state = content["model"]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{option}: {path} was not written by evaluations/c2i/train_classifier.py") from error
+        raise ValueError(f"{option}: {path} was not written by scripts/quickstart/train_classifier.py") from error
     load_strictly(network, state, path, "its own config")
     return network.eval().requires_grad_(False), content

@@ -123,7 +123,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--allow-unknown-weights", action="store_true", help=text)
     text = "download the Inception weights to pretrained_models/ if they are missing"
     group.add_argument("--download", action="store_true", help=text)
-    text = "classifier from train_classifier.py to use instead of Inception"
+    text = "file of a small classifier (scripts/quickstart/train_classifier.py) to use instead of Inception"
     group.add_argument("--feature-network", metavar="FILE", help=text)
     text = "check weights, resize, network and formulas against stored values; makes REF and SAMPLES optional"
     group.add_argument("--self-check", action="store_true", help=text)

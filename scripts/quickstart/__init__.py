@@ -1,1 +1,1 @@
-"""What only scripts/quickstart.sh needs; its classifier is trained by evaluations/c2i/train_classifier.py."""
+"""What only scripts/quickstart.sh needs: its images, and the classifier whose features its metrics use."""
