@@ -31,7 +31,12 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder of shards to write")
     parser.add_argument("--vq-ckpt", required=True, help="tokenizer that made the codes")
     parser.add_argument("--image-size", type=positive_int, default=384, help="side of the crops, pixels")
-    parser.add_argument("--crop-range", type=float, default=1.1, help="of the ten crops")
+    parser.add_argument(
+        "--crop-range",
+        type=float,
+        default=1.1,
+        help="side of the square the ten crops were taken from, as a multiple of --image-size",
+    )
     parser.add_argument("--shard-size", type=positive_int, default=1024, help="images of one shard file")
     args = parser.parse_args()
     require_folder(args.code_path, "--code-path")

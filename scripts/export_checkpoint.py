@@ -24,7 +24,9 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", required=True, help="folder of one checkpoint, named by its step")
     parser.add_argument("--output", required=True, help="file to write, .pt or .safetensors")
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead of the weights")
+    parser.add_argument(
+        "--ema", action="store_true", help="export the moving average instead of the weights themselves"
+    )
     args = parser.parse_args()
     export_checkpoint(require_folder(args.checkpoint, "--checkpoint"), Path(args.output), args.ema)
     print(f"wrote {args.output}")

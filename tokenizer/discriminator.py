@@ -21,7 +21,8 @@ def leaky_relu(x: torch.Tensor) -> torch.Tensor:
 
 
 class PatchGAN(nn.Module):
-    """Convolutions of side 4 with strides 2, 2, 2, 1, 1; batch norm, by the batch at hand, on all but the ends.
+    """Convolutions of side 4 with strides 2, 2, 2, 1, 1; batch norm by the current batch on all layers but the
+    first and last.
 
     Real and reconstructed images must come in batches of their own, as each batch is normalised by itself. There are
     no running statistics: the module has no state but its parameters.

@@ -70,7 +70,9 @@ def add_tokenizer_options(group: _ArgumentGroup, required: bool = True) -> None:
 
 
 def load_tokenizer(args: Namespace) -> tuple[VQModel, str]:
-    """Load the tokenizer that the options select, see ``load_vq``; sets what ``args`` leaves to its checkpoint."""
+    """Load the tokenizer that the options select, see ``load_vq``; fills options that were left out from its
+    checkpoint.
+    """
     vq, name = load_vq(
         args.vq_ckpt, args.vq_model, codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim
     )

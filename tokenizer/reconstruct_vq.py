@@ -62,7 +62,9 @@ def parse_args() -> Namespace:
     )
     text = "VGG16 weights vgg16-397923af.pth for LPIPS (default: torch.hub's copy; without one, no LPIPS)"
     parser.add_argument("--vgg-weights", help=text)
-    parser.add_argument("--pairs", type=positive_int, default=20, help="images in the picture, each in both versions")
+    parser.add_argument(
+        "--pairs", type=positive_int, default=20, help="images in the picture, each beside its reconstruction"
+    )
     add_retired(
         parser,
         {

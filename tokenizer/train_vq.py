@@ -1,7 +1,7 @@
 """Images -> VQ tokenizer: reconstruction, perceptual (LPIPS), codebook and GAN losses.
 
-Rerunning the same command resumes from the newest checkpoint, at the very next step. SIGTERM and SIGUSR1 save and exit
-within a step.
+Rerunning the same command resumes from the newest checkpoint, at the very next step. SIGTERM, SIGUSR1 and
+Ctrl-C save and exit within a step.
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ def parse_args() -> Namespace:
     )
     data = parser.add_argument_group("data")
     data.add_argument("--data-path", required=True, help="folder with one sub-folder of images per class")
-    data.add_argument(
-        "--data-face-path", help="second such folder to train on; the published script has it for images of faces"
-    )
+    data.add_argument("--data-face-path", help="second folder of class folders, added to --data-path")
     data.add_argument("--image-size", type=positive_int, default=256, help="side of the training crops, pixels")
     data.add_argument("--no-flip", action="store_true", help="do not mirror images (for text or digits)")
     data.add_argument(
@@ -82,7 +80,7 @@ def parse_args() -> Namespace:
     model.add_argument(
         "--finetune",
         action="store_true",
-        help="take only the weights of the folder --vq-ckpt, its discriminator's included, and start at step 0",
+        help="start at step 0 from the weights of --vq-ckpt; a checkpoint folder's discriminator included",
     )
     model.add_argument("--codebook-size", type=positive_int, help="codebook entries (default: those of --vq-model)")
     model.add_argument("--codebook-embed-dim", type=positive_int, help="width of a codebook entry (default: 8)")
@@ -97,14 +95,14 @@ def parse_args() -> Namespace:
         "--codebook-init",
         choices=["uniform", "data", "kmeans"],
         default="uniform",
-        help="first entries of a new codebook: drawn at random, as published; latents of the first images; or k-means "
-        "centres of these",
+        help="how a new codebook starts. uniform: random, as published; data: encoder outputs of the first images; "
+        "kmeans: k-means centres of these",
     )
     model.add_argument(
         "--revive-dead-codes",
         type=non_negative_int,
         default=0,
-        help="steps between moves of entries absent from the last 65,536 codes to current latents; 0: never",
+        help="every so many steps, move entries unused in the last 65,536 codes to current encoder outputs; 0: never",
     )
     loss = parser.add_argument_group("loss")
     loss.add_argument("--reconstruction-loss", choices=list(PIXEL_LOSSES), default="l2", help="loss between pixels")
@@ -141,7 +139,7 @@ def parse_args() -> Namespace:
         "--disc-start",
         type=non_negative_int,
         default=20000,
-        help="first step with the GAN loss, as the log counts steps",
+        help="first step with the GAN loss, counted from 1",
     )
     gan.add_argument(
         "--disc-type", choices=DISCRIMINATORS, default="patchgan", help="architecture of the discriminator"

@@ -24,15 +24,21 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Keep the layout of description and example; append each default that says something."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, False) or "%(default)" in (action.help or ""):
-            return action.help or ""
+        text = action.help or ""
+        if action.required and action.option_strings:
+            return f"{text} (required)"
+        if action.default is None or action.default is False or "%(default)" in text:
+            return text
         return super()._get_help_string(action)
 
 
-def make_parser(description: str, example: str) -> argparse.ArgumentParser:
-    """Return a parser that shows defaults and an example, and accepts no abbreviations."""
+def make_parser(description: str, example: str, arguments: str = "") -> argparse.ArgumentParser:
+    """Return a parser that shows defaults and an example, and accepts no abbreviations.
+
+    arguments: the arguments that are not options, for the line of usage.
+    """
     return argparse.ArgumentParser(
-        usage="%(prog)s [options]",
+        usage=f"%(prog)s {arguments} [options]" if arguments else "%(prog)s [options]",
         description=description,
         epilog=f"example:\n  {example}",
         formatter_class=_HelpFormatter,

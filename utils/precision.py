@@ -18,7 +18,8 @@ import torch
 # none, fp32 and tf32 compute in float32; tf32 lets CUDA round the factors of matrix products
 AUTOCAST_DTYPE = {"none": None, "fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTO_HELP = (
-    "auto takes bf16 where the device computes in it (CUDA 8.0 and newer; CPUs with AMX, AVX-512 BF16 or Arm BF16, if "
+    "auto takes bf16 where the device computes in it (GPUs of compute capability 8.0 or newer; CPUs with AMX, AVX-512 "
+    "BF16 or Arm BF16, if "
     "that is faster than float32 there), else fp16 with a loss scale on CUDA, else none, which is float32"
 )
 CPU_BFLOAT16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "bf16": "Arm BF16"}  # flag -> name
@@ -113,8 +114,9 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def is_emulated(precision: str, device: torch.device) -> bool:
-    """Return whether ``device`` emulates ``precision``, a key of ``AUTOCAST_DTYPE``; few CPUs have fp16, so any
-    counts.
+    """Return whether ``device`` emulates ``precision``, a key of ``AUTOCAST_DTYPE``.
+
+    fp16 counts as emulated on every CPU, as few compute in it.
     """
     if precision == "fp16":
         return device.type == "cpu"

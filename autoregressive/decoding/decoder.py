@@ -57,7 +57,7 @@ class Way:
 
     @property
     def compiled(self) -> bool:
-        """Whether ``--compile`` asks for it."""
+        """Whether it is what ``--compile`` selects: anything but eager."""
         return self.decoder != "eager"
 
     @property
@@ -111,8 +111,9 @@ def choose_way(
 ) -> tuple[Way, str]:
     """Return one of ``ways`` and a line that says why.
 
-    The only one; else the one that an interrupted run has ``begun`` with, so that it ends in the same images; else the
-    faster one on this CPU. model: float32 on the CPU, left as it is. batch: images at a time.
+    That is the only way there is; otherwise the one that an interrupted run has ``begun`` with, so that it ends in the
+    same images; otherwise the faster one on this CPU. model: float32 on the CPU, left as it is. batch: images at a
+    time.
     """
     if len(ways) == 1:
         return ways[0], f"decoding by {ways[0]}"

@@ -1,7 +1,7 @@
 """Class ids -> raster codes: the one decode loop, with KV cache, guidance and inverse-CDF sampling.
 
-Image i's randomness is one uniform number per token drawn from (seed, i), so neither its batch nor the process that
-generates it changes what it is.
+Image i has one uniform number per token, drawn from (seed, i): its random numbers depend neither on its batch nor on
+the process that generates it; the last bits of its logits may depend on the batch size.
 """
 
 from __future__ import annotations

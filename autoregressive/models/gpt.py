@@ -3,7 +3,7 @@
 - LLaMA-style blocks: RMSNorm, 2-D rotary positions, SwiGLU, optional grouped-query attention
 - class embedding with a null class for guidance; n-1 learnable special tokens (paper, section 3.3)
 - parameter names and shapes of the released PAR checkpoints, and of LlamaGen's c2i models at n = 1
-- train or decode is decided by an argument, the KV cache; the ordering lives in region_order.py
+- passing a KV cache means decoding; the ordering lives in region_order.py
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def load_gpt(
     state = find_state_dict(checkpoint, keys, path)
     own = checkpoint.get("config")
     if own is not None:
-        if not isinstance(own, dict) or set(own) != {f.name for f in fields(GPTConfig)}:
+        if not isinstance(own, dict) or not set(own) <= {f.name for f in fields(GPTConfig)} or "n_layer" not in own:
             raise ValueError(f"{source} holds no GPT: its config is of another model")
         config, name = GPTConfig(**own), str(checkpoint.get("gpt_model"))
         resolve("the code grid of --image-size", grid, (config.grid_height, config.grid_width), source)

@@ -16,7 +16,8 @@ The model is fed T = h * w slots; slot s predicts token s of the region order:
     holds    class    t1 .. tn    n-1 special       token s - n (all groups but the last)
     step     0        1 .. n      n                 n + s // n - 1
 
-and slot q attends to slot k  <=>  step[q] >= step[k]. This is the only file that knows any of this.
+and slot q attends to slot k  <=>  step[q] >= step[k]. Other code asks this file; gpt.py repeats only that comparison,
+for FlexAttention.
 """
 
 from __future__ import annotations

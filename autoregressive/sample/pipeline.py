@@ -31,12 +31,20 @@ RETIRED_OPTIONS = {
 def add_model_options(parser: ArgumentParser) -> None:
     """Add the options selecting the models, under the published names; all but the two files are optional."""
     group = parser.add_argument_group("models (options other than the files are optional where a checkpoint has them)")
-    group.add_argument("--gpt-ckpt", help="GPT checkpoint, released or trained here")
+    group.add_argument("--gpt-ckpt", help="GPT checkpoint, released or trained here (required)")
     group.add_argument("--gpt-model", choices=list(GPT_models), help="size of the GPT (default: the checkpoint's)")
     group.add_argument("--gpt-ema", action="store_true", help="sample from the moving average of the GPT's weights")
-    group.add_argument("--from-fsdp", action="store_true", help="require --gpt-ckpt to be a bare state dict")
+    group.add_argument(
+        "--from-fsdp",
+        action="store_true",
+        help="stop unless --gpt-ckpt is a bare state dict, as published FSDP files are",
+    )
     group.add_argument("--ar-token-num", type=positive_int, help="n, tokens per step (default: the checkpoint's)")
-    group.add_argument("--spe-token-num", type=int, help="number of special tokens, which is always n - 1")
+    group.add_argument(
+        "--spe-token-num",
+        type=int,
+        help="number of special tokens: --ar-token-num minus 1, as in published command lines",
+    )
     group.add_argument("--num-classes", type=positive_int, help="number of classes (default: the checkpoint's)")
     group.add_argument(
         "--image-size", type=positive_int, help="side of generated images, pixels (default: the checkpoint's, else 384)"
@@ -85,8 +93,10 @@ def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int, c
         "--precision",
         choices=["auto", "none", "fp16", "bf16"],
         default="auto",
-        help="data type of the GPT's weights and cache (none: float32). auto: bf16 on CUDA 8.0 and newer and on CPUs "
-        "that decode by our own kernels, which compute in float32 where the processor has no bf16 products; fp16 on "
+        help="data type of the GPT's weights and cache (none: float32). auto: bf16 on GPUs of compute capability 8.0 "
+        "or newer "
+        "and on CPUs that decode by our own kernels, which compute in float32 where the processor has no bf16 "
+        "products; fp16 on "
         "older CUDA devices; else none",
     )
     group.add_argument(

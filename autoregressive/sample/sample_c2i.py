@@ -41,7 +41,10 @@ def parse_args() -> Namespace:
     add_sampling_options(parser, cfg_scale=4.0, top_k=2000, compiled=False)
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--classes", nargs="+", default=PUBLISHED_CLASSES, help="class ids, or names separated by commas"
+        "--classes",
+        nargs="+",
+        default=PUBLISHED_CLASSES,
+        help="class ids, or names separated by commas, such as 'golden retriever, 360'",
     )
     output.add_argument("--images-per-class", type=positive_int, default=4, help="images per class")
     output.add_argument("--seed", type=non_negative_int, default=0, help="random seed of the tokens")

@@ -1,8 +1,8 @@
 """GPT checkpoint -> 50,000 class-conditional images in one .npz, by any number of processes.
 
-Image i is a function of (seed, i) and the options. Images are made in fixed chunks of the batch size, each written to
-its place in the .npz, so any number of processes, on one machine or many over a shared disk, interrupted or not, ends
-in the same bytes.
+The random numbers of image i are a function of (seed, i). Images are made in fixed batches, each written to its place
+in the .npz: any number of processes, on one machine or many over a shared disk, interrupted or not, ends in the same
+bytes. Another batch size, decoder (see --compile), precision or kind of device may differ by rounding.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def parse_args() -> Namespace:
     add_model_options(parser)
     add_sampling_options(parser, cfg_scale=1.5, top_k=0, compiled=True)
     output = parser.add_argument_group("output")
-    output.add_argument("--sample-dir", default="samples", help="folder of the .npz and what stands beside it")
+    output.add_argument("--sample-dir", default="samples", help="folder for the .npz, its .json and .png files")
     output.add_argument("--num-fid-samples", type=positive_int, default=50000, help="number of images")
     output.add_argument("--image-size-eval", type=positive_int, default=256, help="side of the written images, pixels")
     output.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images per batch of a process")

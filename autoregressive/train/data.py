@@ -16,7 +16,7 @@ from utils.options import resolve
 
 
 def open_training_codes(args: Namespace) -> Codes:
-    """Open the codes of ``--code-path`` and ``--mix-code-path``; sets what ``args`` leaves to them."""
+    """Open the codes of ``--code-path`` and ``--mix-code-path``; fills options that were left out from them."""
     codes = open_codes(args.code_path)
     if args.mix_code_path is not None:
         codes = MixedCodes(codes, open_codes(args.mix_code_path, "--mix-code-path"), args.mix_weight)

@@ -62,7 +62,8 @@ def parse_args() -> Namespace:
     data.add_argument(
         "--ten-crop",
         action="store_true",
-        help="take five crops, and their mirror images: the corners and the centre of a larger square",
+        help="ten crops per image: corners and centre of a larger square, each also mirrored; without it the centre "
+        "crop and its mirror image",
     )
     data.add_argument(
         "--crop-range",

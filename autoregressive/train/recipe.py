@@ -10,7 +10,7 @@ LARGE = ("GPT-XXL", "GPT-XXXL", "GPT-1B", "GPT-3B", "GPT-7B")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Defaults of the options of the same names, in the paper for sizes up to XL where nothing else is said."""
+    """Defaults of the options of the same names: the paper's, for sizes up to XL."""
 
     lr: float = 1e-4
     lr_schedule: str = "cosine"

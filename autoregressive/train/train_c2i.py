@@ -1,7 +1,7 @@
 """Cached codes -> class-conditional GPT, on one process or many, replicated or sharded.
 
-Rerunning the same command resumes from the newest checkpoint, at the very next step. SIGTERM and SIGUSR1 save and exit
-within a step.
+Rerunning the same command resumes from the newest checkpoint, at the very next step. SIGTERM, SIGUSR1 and
+Ctrl-C save and exit within a step.
 """
 
 from __future__ import annotations
@@ -68,7 +68,11 @@ def parse_args() -> Namespace:
     model.add_argument("--gpt-ckpt", help="file of weights to start from, released or exported; its classes may differ")
     model.add_argument("--gpt-resume", help="checkpoint folder to resume from if the run has no checkpoint yet")
     model.add_argument("--ar-token-num", type=positive_int, default=4, help="n, tokens predicted per step")
-    model.add_argument("--spe-token-num", type=int, help="number of special tokens, which is always n - 1")
+    model.add_argument(
+        "--spe-token-num",
+        type=int,
+        help="number of special tokens: --ar-token-num minus 1, as in published command lines",
+    )
     model.add_argument("--dropout-p", type=fraction, help="dropout after attention and feed-forward (recipe)")
     model.add_argument("--attn-dropout-p", type=fraction, help="dropout of attention weights (recipe)")
     model.add_argument("--token-dropout-p", type=fraction, help="dropout of input embeddings (recipe)")
@@ -130,8 +134,8 @@ def parse_args() -> Namespace:
         "--attention",
         choices=["auto", "dense", "flex"],
         default="auto",
-        help="attention in training: with a dense mask, or FlexAttention, which skips masked keys but has no dropout; "
-        "auto: FlexAttention on compiled CUDA without attention dropout, else dense",
+        help="attention in training. dense: with a dense mask; flex: FlexAttention, which skips masked keys but needs "
+        "CUDA and no attention dropout; auto: flex where possible and compiled, else dense",
     )
     speed.add_argument(
         "--compile", action=BooleanOptionalAction, help="torch.compile each block (default: on CUDA only)"

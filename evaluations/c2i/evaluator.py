@@ -111,7 +111,9 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(
-        __doc__, "python3 evaluations/c2i/evaluator.py VIRTUAL_imagenet256_labeled.npz samples/samples.npz"
+        __doc__,
+        "python3 evaluations/c2i/evaluator.py VIRTUAL_imagenet256_labeled.npz samples/samples.npz",
+        arguments="REF SAMPLES...",
     )
     parser.add_argument("reference", metavar="REF", nargs="?", help="reference: .npz or folder of images")
     parser.add_argument("samples", metavar="SAMPLES", nargs="*", help="one or more sets of samples: .npz or folder")

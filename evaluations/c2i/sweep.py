@@ -39,7 +39,7 @@ def main() -> None:
     for scale in scales:
         samples = sample(scale, output / f"cfg-{scale}", shlex.split(args.sample)).resolve()
         numbers = samples.with_suffix(".metrics.json")
-        call([*evaluate, samples, *shlex.split(args.evaluate), "--output", numbers], "evaluation")
+        call([*evaluate, samples, *shlex.split(args.evaluate or ""), "--output", numbers], "evaluation")
         results.append(json.loads(numbers.read_text()))
     metrics = [r["metrics"] for r in results]
     with atomic_path(output / "sweep.md") as temporary:
@@ -61,7 +61,7 @@ def parse_args() -> Namespace:
     parser.add_argument("reference", metavar="REF", help="reference for the evaluator: .npz or folder of images")
     parser.add_argument("--cfg-scales", type=float, nargs="+", required=True, help="guidance scales to evaluate")
     parser.add_argument("--sample", required=True, metavar="OPTIONS", help="options for sample_c2i.sh, as one string")
-    parser.add_argument("--evaluate", default="", metavar="OPTIONS", help="options for evaluator.py, as one string")
+    parser.add_argument("--evaluate", metavar="OPTIONS", help="options for evaluator.py, as one string")
     parser.add_argument("--output", default="sweep", help="folder for samples, metrics and plot")
     return parser.parse_args()
 

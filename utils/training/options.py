@@ -30,14 +30,14 @@ def add_optimizer_options(parser: ArgumentParser) -> None:
         "--max-loss-spike",
         type=non_negative_float,
         default=1.0,
-        help="skip steps whose loss is this far above its running mean; 0: skip only steps with a loss or gradient "
-        "that is not a finite number",
+        help="skip a step whose loss exceeds the running mean by more than this, after 100 steps; 0: skip only NaN or "
+        "infinite ones",
     )
     group.add_argument(
         "--max-skipped-steps",
         type=positive_int,
         default=20,
-        help="stop the run after this many consecutive skipped steps (looked at when a line is logged)",
+        help="stop after this many skipped steps in a row; checked every --log-every steps",
     )
     group.add_argument(
         "--global-seed", type=non_negative_int, default=0, help="random seed of weights, data order, crops and dropout"

@@ -56,7 +56,7 @@ class TrainingRun:
                     ...
         run.finish(export)
 
-    and ends by itself, within a step, on SIGTERM and SIGUSR1.
+    and ends by itself, within a step, on SIGTERM, SIGUSR1 and Ctrl-C.
     """
 
     def __init__(
@@ -108,6 +108,7 @@ class TrainingRun:
     ) -> None:
         self._bar.close()
         self._curves.close()
+        self._stop.close()
 
     def steps(self, batches: Iterable[tuple[int, T]]) -> Iterator[tuple[int, T]]:
         """Yield ``batches``, (step, batch) each, random numbers seeded; ends early when a rank was signalled."""
@@ -131,7 +132,7 @@ class TrainingRun:
         return self.stopping or self.done == self.last_step
 
     def due(self, every: int) -> bool:
-        """Whether what happens ``every`` so many steps, and after the last one, is to happen now."""
+        """Return whether what is done every ``every`` steps, and after the last one, is due now."""
         return self.done % every == 0 or self.last
 
     @property

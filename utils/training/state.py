@@ -145,7 +145,10 @@ class TrainingState:
         return gradient_norm(self.model).to(self.guard.state.device)
 
     def update(self, step: int, loss: torch.Tensor, norm: torch.Tensor, max_norm: float) -> None:
-        """Clip, step and move the average, unless the guard skips; ``loss`` and ``norm`` are those of all ranks."""
+        """Clip and step unless the guard skips; the moving average moves in any case.
+
+        loss, norm: those of all ranks.
+        """
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
         # the fused optimizer itself looks at this flag, on the device: a step that is skipped changes nothing

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 (preemption, time limits) end a run between two steps, on every rank at the same one."""
+"""SIGTERM, SIGUSR1 (preemption, time limits) and Ctrl-C end a run between two steps, on all ranks at the same one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from utils.distributed import TIMEOUT, World
 
-GRACE = 120.0  # seconds for the step under way
+GRACE = 120.0  # seconds for the current step to end
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignal:
@@ -24,7 +25,7 @@ class StopSignal:
     """
 
     def __init__(self, world: World):
-        self.received = False
+        self.received, self._is_main = False, world.is_main
         self._asked, self._steps, self._in_step, self._ended = torch.zeros(1), 0, False, threading.Event()
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
         self._work: dist.Work | None = None
@@ -32,15 +33,24 @@ class StopSignal:
         wakeup.setblocking(False)
         self._wakeup = wakeup  # written to by the interpreter even while the main thread waits in C++
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.received:
+                raise KeyboardInterrupt
+            if self._is_main:
+                os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
         self.received = True
 
+    def close(self) -> None:
+        """Handle signals again as before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
     def _watch(self) -> None:
-        while self._watched.recv(1)[0] not in (signal.SIGTERM, signal.SIGUSR1):
+        while self._watched.recv(1)[0] not in SIGNALS:
             pass
         while not self._ended.is_set():
             before = self._steps

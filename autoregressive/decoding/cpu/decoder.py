@@ -120,10 +120,11 @@ class CPUDecoder(StepDecoder):
 
     @classmethod
     def consume(cls, model: GPT, rows: int) -> CPUDecoder:
-        """Move the weights of ``model``, in ``eval()`` mode and of float32 or bfloat16, out of it into a decoder.
+        """Move the linear layers' weights of ``model`` out of it into a decoder; embeddings stay in it.
 
-        rows: rows of the largest step, images times slots (twice with guidance); the kernels are chosen by it.
-        ``model`` refuses to be used afterwards. Raises ``ValueError`` if there are no kernels.
+        model: in ``eval()`` mode, float32 or bfloat16. Needs about the memory of one copy and one matrix more. rows:
+        rows of the largest step, images times slots (twice with guidance); the kernels are chosen by it. ``model``
+        refuses to be used afterwards. Raises ``ValueError`` if there are no kernels.
         """
         reason = unavailable_reason(model.output.weight.dtype)
         if reason is not None:
