@@ -128,11 +128,10 @@ def write_shard(
     """
     assert codes.shape[1:] == (len(plan.crops), plan.num_tokens), codes.shape
     assert len(codes) == len(labels) == len(index)
-    arrays = {"codes": codes.astype(plan.dtype), "labels": labels, "index": index}
-    arrays["skipped"] = np.array([i for i, _ in skipped], np.int64)
-    arrays["reasons"] = np.array([reason for _, reason in skipped], np.str_)
+    codes = codes.astype(plan.dtype)
+    missing, reasons = np.array([i for i, _ in skipped], np.int64), np.array([r for _, r in skipped], np.str_)
     with atomic_path(shard_path(folder, shard)) as temporary, open(temporary, "wb") as f:
-        np.savez(f, **arrays)
+        np.savez(f, codes=codes, labels=labels, index=index, skipped=missing, reasons=reasons)
 
 
 def shard_damage(folder: str | Path, plan: CodesPlan, shard: int) -> str | None:
@@ -180,20 +179,21 @@ def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) ->
     if not all(p.exists() for p in paths) or any(shard_damage(folder, plan, s) for s in range(plan.num_shards)):
         return None
 
-    shards, skipped = [], []
+    shards, skipped, coded = [], [], 0
     for path in paths:
         with np.load(path, allow_pickle=False) as arrays:
             count = len(arrays["labels"])
             rows = zip(arrays["skipped"].tolist(), arrays["reasons"].tolist(), strict=True)
             skipped += [{"index": i, "path": sources[i], "reason": reason} for i, reason in rows]
         shards.append({"file": f"shards/{path.name}", "images": count, "sha256": sha256_file(path)})
+        coded += count
 
     report = Path(folder) / "skipped.json"
     if skipped:
         write_json(report, skipped)
     else:
         report.unlink(missing_ok=True)
-    counts = {"num_coded_images": sum(s["images"] for s in shards), "num_skipped_images": len(skipped)}
+    counts = {"num_coded_images": coded, "num_skipped_images": len(skipped)}
     meta = {**asdict(plan), **counts, "shards": shards}
     write_json(Path(folder) / "meta.json", meta)
     for claim in (Path(folder) / "shards").glob("*.claim"):  # left by processes killed right after their last shard

@@ -77,7 +77,7 @@ class RandomCrop:
 class Unreadable(NamedTuple):
     """Replaces an image that could not be read; ``fatal`` if the disk failed rather than the image."""
 
-    index: int
+    image: int
     reason: str
     fatal: bool
 

@@ -31,7 +31,9 @@ def load_vq(path: str | Path | None, vq_model: str | None, **written: object) ->
     fields ``written`` (None: not written by the user). Raises ``ValueError`` where the two contradict, or where
     names or shapes do not fit.
     """
-    if path is not None and (Path(path) / "meta.json").is_file():
+    if path is None:
+        raise ValueError("--vq-ckpt is required")
+    if (Path(path) / "meta.json").is_file():
         checkpoint = read_meta(Path(path)) | {"model": read_sharded(Path(path), "model.")}
         checkpoint |= {"ema": average} if (average := read_sharded(Path(path), "ema.")) else {}
     else:

@@ -310,7 +310,7 @@ def main() -> None:
             # ------------------------------------------------------------ one training step
             lr = learning_rate(step, args.lr, args.lr_schedule, total_steps)
             state.set_learning_rate(lr)
-            adversarial = adversary is not None and (adversary.active(step + 1) or args.dry_run)
+            opponent = adversary if adversary and (adversary.active(step + 1) or args.dry_run) else None
             terms, codes = dict.fromkeys(names, torch.zeros((), device=device)), []
             for i, micro in enumerate(pixels.split(micro_batch)):
                 images = to_model_range(micro, device).contiguous(memory_format=memory_format)  # (b, 3, S, S)
@@ -320,16 +320,16 @@ def main() -> None:
                         reconstruction, quantizer_losses, micro_codes = forward(images)  # (b, 3, S, S), -, (b, h, w)
                         reconstruction = reconstruction.float()  # (b, 3, S, S)
                         loss, decoder_loss, micro_terms = reconstruction_loss(images, reconstruction, quantizer_losses)
-                        if adversarial:
+                        if opponent:
                             last_layer, scale = model.decoder.last_layer, state.scaler.get_scale()
-                            gan_loss, weight = adversary.generator_loss(reconstruction, decoder_loss, last_layer, scale)
+                            gan_loss, weight = opponent.generator_loss(reconstruction, decoder_loss, last_layer, scale)
                             loss = loss + weight * gan_loss  # ()
                     state.scaler.scale(loss / accumulation).backward()
-                if adversarial:
-                    with delay_sync(adversary.forward, more):
+                if opponent:
+                    with delay_sync(opponent.forward, more):
                         with autocast(device, args.mixed_precision):
-                            disc_loss, real_logit, fake_logit = adversary.discriminator_loss(images, reconstruction)
-                        adversary.state.scaler.scale(disc_loss / accumulation).backward()
+                            disc_loss, real_logit, fake_logit = opponent.discriminator_loss(images, reconstruction)
+                        opponent.state.scaler.scale(disc_loss / accumulation).backward()
                     gan_terms = (gan_loss, weight, disc_loss, real_logit, fake_logit)  # () each
                     micro_terms |= zip(Adversary.names, gan_terms, strict=True)
                 for name, value in micro_terms.items():
@@ -339,9 +339,9 @@ def main() -> None:
             norm = state.gradient_norm()
             # The guard sees only the supervised loss (a GAN loss has no stable mean); NaNs show up in the norm.
             state.update(step, terms["loss"], norm, args.max_grad_norm)  # clip, skip if harmful, step, EMA
-            if adversarial:
-                disc_norm = adversary.state.gradient_norm()
-                adversary.state.update(step, terms["discriminator"], disc_norm, args.max_grad_norm)
+            if opponent:
+                disc_norm = opponent.state.gradient_norm()
+                opponent.state.update(step, terms["discriminator"], disc_norm, args.max_grad_norm)
             model.quantize.record_usage(world.gather(torch.cat(codes)))
             if args.revive_dead_codes and (step + 1) % args.revive_dead_codes == 0:
                 revive_dead_codes(args, world, state, images, step)
@@ -351,7 +351,7 @@ def main() -> None:
                 figures = run.read(lr)
                 figures |= {"codebook_used": model.quantize.usage(), "perplexity": model.quantize.perplexity()}
                 extra = "perceptual {perceptual:.4f}, " if args.perceptual_weight else ""
-                run.log(LOG_LINE.replace("{terms}", extra + (GAN_LINE if adversarial else "")), figures)
+                run.log(LOG_LINE.replace("{terms}", extra + (GAN_LINE if opponent else "")), figures)
             with run.paused():
                 run.save_if_due({"vq_model": args.vq_model, "config": config})
         run.finish("pt")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # others wait while rank 0 copies a checkpoint, tens of GB for the largest models
 
 
@@ -54,7 +56,7 @@ class World:
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
-    def broadcast(self, value: object) -> object:
+    def broadcast(self, value: T) -> T:
         """Return rank 0's ``value`` (anything that can be pickled) on every rank."""
         values = [value]
         if self.size > 1:

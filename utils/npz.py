@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ _DATE = 0x21  # 1980-01-01, so that equal images give equal files
 
 _HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 # what zipfile raises for damaged, encrypted or foreign files
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+_ZIP_ERRORS: tuple[type[Exception], ...] = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
 _ZIP_ERRORS += (MemoryError, EOFError, NotImplementedError, RuntimeError, OSError)
 
 
@@ -66,7 +66,7 @@ class Member:
 
     path: str  # of the archive
     name: str
-    stream: BinaryIO
+    stream: IO[bytes]
     shape: tuple[int, ...]
     fortran_order: bool
     dtype: np.dtype
@@ -91,7 +91,7 @@ def open_member(archive: zipfile.ZipFile, name: str) -> Member:
 
     Raises ``ValueError`` if the array is missing, holds Python objects or is damaged.
     """
-    path = archive.filename
+    path = str(archive.filename)
     if f"{name}.npy" not in archive.namelist():
         raise ValueError(f"{path} holds no array {name}")
     with _readable(path):

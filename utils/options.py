@@ -23,7 +23,7 @@ from utils.precision import cpu_name
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keep the layout of description and example; append each default that says something."""
 
-    def _get_help_string(self, action: argparse.Action) -> str:
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
         if action.required and action.option_strings:
             return f"{text} (required)"

@@ -121,7 +121,7 @@ def choose_way(
         if begun is not None and begun(way):
             return way, f"decoding by {way}, as the run began"
     seconds, is_new = measured_seconds(model, ways, batch, guided)
-    best, other = sorted(ways, key=seconds.get)
+    best, other = sorted(ways, key=seconds.__getitem__)
     return best, (
         f"decoding by {best}: {1e3 * seconds[best]:.3g} ms per step, by {other} {1e3 * seconds[other]:.3g} "
         f"(measured {'now' if is_new else 'before'} on this machine; --compile and --no-compile override it)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ def guide(hidden: torch.Tensor, cfg_scale: float | None) -> torch.Tensor:
 
 class StepDecoder:
     """One decoding step out of ``embed_slots``, ``trunk`` and ``head``, which a GPT and its faster decoders have."""
+
+    embed_slots: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
+    trunk: Callable[..., torch.Tensor]  # a GPT's takes a mask too
+    head: Callable[[torch.Tensor], torch.Tensor]
 
     def decode_step(
         self,

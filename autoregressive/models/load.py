@@ -14,7 +14,7 @@ from utils.options import resolve
 
 
 def load_gpt(
-    path: str | Path | None,
+    path: str | Path,
     grid: tuple[int, int] | None,
     default_grid: tuple[int, int] = (24, 24),
     gpt_model: str | None = None,

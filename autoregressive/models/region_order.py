@@ -68,8 +68,8 @@ class RegionOrder:
     @classmethod
     def build(cls, grid: int | tuple[int, int], n: int) -> RegionOrder:
         """Return the order for a square (int) or h x w grid in which ``n`` tokens are predicted per step."""
-        grid = (grid, grid) if isinstance(grid, int) else tuple(grid)
-        return cls(grid, split_regions(grid, n))
+        height, width = (grid, grid) if isinstance(grid, int) else grid
+        return cls((height, width), split_regions((height, width), n))
 
     @property
     def n(self) -> int:

@@ -151,7 +151,7 @@ class Pipeline:
 
         begun: whether an interrupted run of this command decodes in a way; then that is the one.
         """
-        choice = None
+        choice = self.ways[0], ""  # until rank 0 has chosen
         if self.world.is_main:
             choice = choose_way(self.gpt, self.ways, batch, self.guided, begun)
         way, reason = self.world.broadcast(choice)
@@ -168,7 +168,7 @@ class Pipeline:
 
     def fingerprint(self, args: Namespace, way: Way) -> str:
         """Return a short hash of everything that the bytes of the samples depend on."""
-        names = ("quantize", "gpt_ema", "image_size_eval", "per_proc_batch_size", "num_fid_samples")
+        names: tuple[str, ...] = ("quantize", "gpt_ema", "image_size_eval", "per_proc_batch_size", "num_fid_samples")
         names += ("global_seed", "class_protocol")
         values = [getattr(args, n) for n in names]
         # other kernels round otherwise

@@ -158,13 +158,13 @@ class ImageBatch(NamedTuple):
 
     pixels: torch.Tensor | None  # uint8 (B, R, R, 3) of the readable ones
     labels: np.ndarray  # (B,) int64
-    index: np.ndarray  # (B,) int64
+    images: np.ndarray  # (B,) int64
     skipped: list[Unreadable]
 
     @property
     def first(self) -> int:
         """Index of one of its images."""
-        return int(self.index[0]) if len(self.index) else self.skipped[0].index
+        return int(self.images[0]) if len(self.images) else self.skipped[0].image
 
 
 def collate(items: list[tuple[torch.Tensor, int, int] | Unreadable]) -> ImageBatch:
@@ -172,8 +172,8 @@ def collate(items: list[tuple[torch.Tensor, int, int] | Unreadable]) -> ImageBat
     skipped = [item for item in items if isinstance(item, Unreadable)]
     read = [item for item in items if not isinstance(item, Unreadable)]
     pixels = torch.stack([item[0] for item in read]) if read else None
-    labels, index = (np.array([item[k] for item in read], np.int64) for k in (1, 2))
-    return ImageBatch(pixels, labels, index, skipped)
+    labels, images = (np.array([item[k] for item in read], np.int64) for k in (1, 2))
+    return ImageBatch(pixels, labels, images, skipped)
 
 
 def check_shards(args: Namespace, world: World, plan: CodesPlan, logger: Logger) -> None:
@@ -241,12 +241,12 @@ def make_shards(
                 if batch.pixels is not None:
                     codes.append(encode(batch.pixels))
                 labels.append(batch.labels)
-                index.append(batch.index)
-                skipped += [(u.index, u.reason) for u in batch.skipped]
+                index.append(batch.images)
+                skipped += [(u.image, u.reason) for u in batch.skipped]
                 claims.renew()
-                bar.update(len(batch.index) + len(batch.skipped))
-            joined = (np.concatenate(x) for x in (codes, labels, index))
-            write_shard(args.code_path, plan, shard, *joined, skipped)
+                bar.update(len(batch.images) + len(batch.skipped))
+            join = np.concatenate
+            write_shard(args.code_path, plan, shard, join(codes), join(labels), join(index), skipped)
             claims.release(shard)
 
 

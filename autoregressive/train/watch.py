@@ -48,10 +48,10 @@ def validate(
 
 
 @torch.no_grad()
-def draw_samples(model: GPT, vq: VQModel | None, path: Path, world: World, precision: str, sharded: bool) -> None:
+def draw_samples(model: GPT, vq: VQModel, path: Path, world: World, precision: str, sharded: bool) -> None:
     """Write a picture of 16 samples of evenly spaced classes, with the same randomness each time.
 
-    Sharded weights take every rank to generate; otherwise only rank 0 does. ``vq``: on rank 0.
+    Sharded weights take every rank to generate; otherwise only rank 0 does.
     """
     if not (sharded or world.is_main):
         return

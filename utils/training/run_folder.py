@@ -61,7 +61,11 @@ class RunFolder:
                 (folder / f".{token}").touch()
         self.world.barrier()
         for folder in self.checkpoint_folders:
-            if not any((folder / f".{token}").exists() or time.sleep(1) for _ in range(5)):
+            for _ in range(5):
+                if (folder / f".{token}").exists():
+                    break
+                time.sleep(1)
+            else:
                 raise ValueError(
                     f"rank {self.world.rank} does not see what rank 0 writes to {folder}: with several machines "
                     f"it must be on a disk that they share; --no-local-save leaves --cloud-save-path as the only place"
@@ -102,12 +106,12 @@ class RunFolder:
         check_same_run(meta.get("run"), run, path)
         tensors = state.tensors()
         has_average = any(k.startswith("ema.") for k in read_contents(path))
-        without_average = state.ema is not None and not has_average
+        new_average = None if has_average else state.ema
         if has_average and state.ema is None:
             self.notes.append(f"{path} holds a moving average, which ends here: --ema keeps it")
-        load_sharded(path, {k: v for k, v in tensors.items() if not (without_average and k.startswith("ema."))})
-        if without_average:
-            state.ema.start(state.model)
+        load_sharded(path, {k: v for k, v in tensors.items() if not (new_average and k.startswith("ema."))})
+        if new_average:
+            new_average.start(state.model)
             self.notes.append(f"{path} holds no moving average: --ema starts at its weights")
         state.load_scalars(meta["scalars"])
         return meta["steps"]

@@ -23,7 +23,7 @@ from utils.precision import cpu_name
 FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-std=c++17", "-Wno-psabi", "-fopenmp", "-shared", "-fPIC")
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-DECLARED_MARCH = {"avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+DECLARED_MARCH = {None: "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 
 
 def cache_folder() -> Path:
@@ -33,7 +33,7 @@ def cache_folder() -> Path:
 
 def compile_command() -> list[str]:
     """Return compiler and flags for this CPU: ``CXX`` (default c++), our flags, then ``CXXFLAGS``."""
-    cpu = f"-march={DECLARED_MARCH.get(cpu_name(), 'native')}"
+    cpu = f"-march={DECLARED_MARCH[cpu_name()]}"
     if platform.machine() in ("aarch64", "arm64"):
         cpu = "-mcpu=native"
     compiler, further = os.environ.get("CXX", "c++"), os.environ.get("CXXFLAGS", "")
@@ -69,12 +69,19 @@ def build() -> Path:
     return library
 
 
+class Kernels(ctypes.CDLL):
+    """The library; ``key`` names its build, ``has_tiles`` says whether the processor has AMX."""
+
+    key: str
+    has_tiles: bool
+
+
 @functools.cache
-def load() -> ctypes.CDLL | str:
+def load() -> Kernels | str:
     """Load the library, compiled first if need be; return the reason as text if that fails."""
     try:
         path = build()
-        library = ctypes.CDLL(str(path))
+        library = Kernels(str(path))
     except subprocess.CalledProcessError as error:
         first = next((s for s in str(error.stderr).splitlines() if "error" in s), f"exit status {error.returncode}")
         return f"the C++ compiler fails: {first}"

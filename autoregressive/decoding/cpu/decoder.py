@@ -149,15 +149,16 @@ class CPUDecoder(StepDecoder):
         pointers = (norm.data_ptr(), rotary.data_ptr(), head.data_ptr())
         slots = self.order.num_tokens
         description = _Model(layers, *pointers, *shape, config.vocab_size, slots, config.norm_eps)
-        self._library, kernels = load(), NAMES[self.dtype]
-        if self._library.has_tiles and (self.dtype == torch.bfloat16 or rows > MANY_ROWS):
+        library, kernels = load(), NAMES[self.dtype]
+        assert not isinstance(library, str), library  # ``consume`` has asked
+        if library.has_tiles and (self.dtype == torch.bfloat16 or rows > MANY_ROWS):
             kernels += "_tiles"
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(self._library, f"{name}_{kernels}")
-            function.restype, function.argtypes = result, arguments
-            setattr(self, f"_{name}", function)
-        self._handle = self._create(ctypes.byref(description))
-        weakref.finalize(self, self._destroy, self._handle)
+        self._set_threads = library.set_threads
+        self._call = {name: getattr(library, f"{name}_{kernels}") for name in _SIGNATURES}
+        for name, function in self._call.items():
+            function.restype, function.argtypes = _SIGNATURES[name]
+        self._handle = self._call["create"](ctypes.byref(description))
+        weakref.finalize(self, self._call["destroy"], self._handle)
 
     def _pack_block(self, block: nn.Module) -> _Layer:
         attention, ffn = block.attention, block.feed_forward
@@ -195,8 +196,8 @@ class CPUDecoder(StepDecoder):
         x = x.to(torch.float32, copy=True).contiguous()  # (B, t, D), overwritten by the kernels
         hidden = torch.empty_like(x)  # (B, t, D)
         where = _Cache(store.data_ptr(), *store.stride()[:3])
-        self._library.set_threads(torch.get_num_threads())
-        self._trunk(self._handle, x.data_ptr(), hidden.data_ptr(), ctypes.byref(where), batch, t, start)
+        self._set_threads(torch.get_num_threads())
+        self._call["trunk"](self._handle, x.data_ptr(), hidden.data_ptr(), ctypes.byref(where), batch, t, start)
         return hidden
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -204,7 +205,7 @@ class CPUDecoder(StepDecoder):
         hidden = hidden.float().contiguous()  # (..., D)
         rows = hidden.numel() // self.config.dim
         logits = hidden.new_empty(*hidden.shape[:-1], self.config.vocab_size)  # (..., V)
-        self._head(self._handle, hidden.data_ptr(), logits.data_ptr(), rows)
+        self._call["head"](self._handle, hidden.data_ptr(), logits.data_ptr(), rows)
         return logits
 
 
