@@ -234,7 +234,7 @@ def make_shards(
         )
         encode = partial(encode_crops, vq, vq.quantize.codebook(), args=args)
         for shard, batches in groupby(loader, key=lambda batch: batch.first // plan.shard_size):
-            codes, labels, index, skipped = [np.empty((0, len(plan.crops), plan.num_tokens))], [], [], []
+            codes, labels, index, skipped = [np.empty((0, len(plan.crops), plan.num_tokens), np.int64)], [], [], []
             for batch in batches:
                 if fatal := [u for u in batch.skipped if u.fatal or args.strict]:
                     raise ValueError(fatal[0].reason)
