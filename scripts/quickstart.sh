@@ -18,15 +18,15 @@ step() { # step "what it does" FILE-IT-MAKES command...: run the command unless 
 Q=quickstart
 VQ=$Q/tokenizer/VQ-4-32/checkpoints/0000500.pt
 GPT=$Q/gpt/GPT-T-4x-32/checkpoints/0001500.pt
-SAMPLES=$Q/samples/GPT-T-0001500-size-32-size-32-VQ-4-topk-0-topp-0.7-temperature-1.0-cfg-2.0-seed-0.npz
+SAMPLES=$Q/samples/GPT-T-0001500-size-32-size-32-VQ-4-topk-0-topp-0.6-temperature-1.0-cfg-2.5-seed-0.npz
 started=$SECONDS
 
 step "1/9 digits: 400 of each class to train on, 100 held out" $Q/digits/test/9/499.png \
     python scripts/quickstart/digits.py --output $Q/digits
 step "2/9 tokenizer: 32x32 images <-> 8x8 codes; the first picture comes after it" $VQ \
     bash scripts/tokenizer/train_vq.sh --data-path $Q/digits/train --cloud-save-path $Q/tokenizer --no-local-save \
-    --vq-model VQ-4 --codebook-size 128 --image-size 32 --no-flip --epochs 1 --global-batch-size 8 --lr 2e-3 --lr-schedule cosine \
-    --perceptual-weight 0 --disc-weight 0 --num-workers 1
+    --vq-model VQ-4 --codebook-size 128 --image-size 32 --no-flip --epochs 1 --global-batch-size 8 --lr 2e-3 \
+    --lr-schedule cosine --perceptual-weight 0 --disc-weight 0 --num-workers 1
 step "3/9 reconstructions of held-out digits" $Q/reconstructions/VQ-4-0000500-size-32.npz \
     bash scripts/tokenizer/reconstruction_vq.sh --data-path $Q/digits/test --vq-ckpt $VQ \
     --image-size 32 --image-size-eval 32 --sample-dir $Q/reconstructions --num-workers 0
@@ -40,11 +40,11 @@ step "5/9 GPT that predicts 4 codes at once" $GPT \
     --lr 2e-3 --warmup-epochs 1 --dropout-p 0 --attn-dropout-p 0 --token-dropout-p 0
 step "6/9 1,000 samples" $SAMPLES \
     bash scripts/autoregressive/sample_c2i.sh --vq-ckpt $VQ --gpt-ckpt $GPT --spe-token-num 3 --ar-token-num 4 \
-    --gpt-model GPT-T --image-size 32 --image-size-eval 32 --cfg-scale 2.0 --top-p 0.7 --num-fid-samples 1000 \
+    --gpt-model GPT-T --image-size 32 --image-size-eval 32 --cfg-scale 2.5 --top-p 0.6 --num-fid-samples 1000 \
     --per-proc-batch-size 100 --sample-dir $Q/samples
 step "7/9 picture of samples, a row per class" $Q/samples.png \
     python autoregressive/sample/sample_c2i.py --vq-ckpt $VQ --gpt-ckpt $GPT --classes 0 1 2 3 4 5 6 7 8 9 \
-    --images-per-class 16 --cfg-scale 2.0 --top-k 0 --top-p 0.7 --output $Q/samples.png --trace --trace-frames 8
+    --images-per-class 16 --cfg-scale 2.5 --top-k 0 --top-p 0.6 --output $Q/samples.png --trace --trace-frames 8
 step "8/9 digit classifier, the feature network of the metrics" $Q/classifier.pt \
     python scripts/quickstart/train_classifier.py --data-path $Q/digits/train --test-path $Q/digits/test \
     --output $Q/classifier.pt --image-size 32 --epochs 6
