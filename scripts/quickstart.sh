@@ -52,8 +52,8 @@ for split in train test; do
     step "9/9 the real digits ($split) as reference" $Q/$split.npz \
         python scripts/images_to_npz.py --data-path $Q/digits/$split --image-size 32 --output $Q/$split.npz
 done
-step "9/9 metrics: samples, and held-out real digits, against the training digits" $Q/test.txt \
-    python evaluations/c2i/evaluator.py $Q/train.npz $SAMPLES $Q/test.npz --feature-network $Q/classifier.pt
+step "9/9 metrics: samples, and held-out real digits, against the training digits" ${SAMPLES%.npz}.txt \
+    python evaluations/c2i/evaluator.py $Q/train.npz $Q/test.npz $SAMPLES --feature-network $Q/classifier.pt
 
 cat <<END
 
