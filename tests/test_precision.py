@@ -129,6 +129,14 @@ def test_torch_and_its_libraries_keep_to_the_declared_processor():
     assert "isa:Intel AVX2" in done.stdout and "avx512" not in done.stdout
 
 
+def test_compiled_code_of_a_declared_processor_is_kept_apart(monkeypatch):
+    """torch.compile's cache does not tell processors apart, and code of one width overruns the buffers of another."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    probe = "import utils.precision; from torch._inductor.runtime.cache_dir_utils import cache_dir; print(cache_dir())"
+    folders = {run_command("python3", "-c", probe, PAR_CPU=name).stdout for name in ("", "avx2")}
+    assert len(folders) == 2
+
+
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs a better processor than AVX2")
 def test_a_declaration_that_comes_too_late_is_an_error():
     done = run_command("python3", "-c", "import torch; torch.ones(3) + 1\n" + PROBE, PAR_CPU="avx2", check=False)
@@ -174,7 +182,7 @@ def test_extraction_is_in_float32_on_every_machine(work, machine, monkeypatch, c
     words = ["--vq-ckpt", work / "vq.pt", "--data-path", work / "images", "--image-size", 32, "--num-workers", 0]
     main = extract_codes_c2i.main
     log = quietly(capfd, monkeypatch, *words, "--code-path", tmp_path / "a", main=main)
-    assert "--precision none (float32), on every machine: codes are data" in log
+    assert "--precision none (float32), on every machine: bf16 would change some codes" in log
     assert json.loads((tmp_path / "a" / "meta.json").read_text())["precision"] == "none"
     assert written_options(tmp_path / "a")["precision"] == "none"
     machine("avx2", "AVX2")

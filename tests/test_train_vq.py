@@ -277,19 +277,22 @@ def test_dry_run_counts_the_discriminator_and_writes_nothing(train, tmp_path):
     assert "adversarial" in log and "nothing was written" in log and not (tmp_path / "out").exists()
 
 
-def test_a_signal_saves_both(train, tmp_path, monkeypatch):
-    """SIGUSR1 in the second step: saved after it or the next, and the run ends."""
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_saves_both(train, tmp_path, monkeypatch, number):
+    """A signal in the second step: saved after it or the next, and the run ends; then signals are as before."""
+    before = signal.getsignal(number)
     seed_step = training_run.seed_step
 
     def step(seed: int, step: int, rank: int) -> None:
         seed_step(seed, step, rank)
         if step == 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(training_run, "seed_step", step)
     assert "stopped by a signal" in train(tmp_path, *GAN, "--epochs", 3)
     last = newest(tmp_path / NAME / "checkpoints")
     assert 2 <= last < 9 and "discriminator.model.conv_in.weight" in tensors(tmp_path, last)
+    assert signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize("before, after", [(False, True), (True, False), (True, True)])

@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import platform
+import tempfile
 import time
 from pathlib import Path
 
@@ -65,6 +66,9 @@ def limit_cpu() -> None:
         raise ValueError(f"PAR_CPU={name}: this processor ({platform.machine()}) does not have {name}")
     for variable, value in CPU_LIMITS[name].items():
         os.environ.setdefault(variable, value)
+    # torch.compile keeps C++ for one width of registers and compiles it again for another, which then writes past the
+    # end of its buffers (seen with torch 2.14.1): each declared processor has a cache of its own
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_{name}"))
     capability = torch.backends.cpu.get_cpu_capability()
     if capability != name.upper():
         raise ValueError(

@@ -33,7 +33,7 @@ class StopSignal:
         wakeup.setblocking(False)
         self._wakeup = wakeup  # written to by the interpreter even while the main thread waits in C++
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS[:2]}
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -48,6 +48,7 @@ class StopSignal:
         """Handle signals again as before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before.clear()
 
     def _watch(self) -> None:
         while self._watched.recv(1)[0] not in SIGNALS:
@@ -60,6 +61,8 @@ class StopSignal:
 
     def begin_vote(self) -> None:
         """Start to ask all ranks whether one was signalled; over hosts, so that no device is waited for."""
+        if signal.SIGINT not in self._before:  # before the first step Ctrl-C ends the program at once
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
         self._steps, self._in_step = self._steps + 1, True
         self._asked.fill_(float(self.received))
         if self._group is not None:
