@@ -46,6 +46,12 @@ def golden():
     return open_golden
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_code(tmp_path_factory) -> None:
+    """Keep what torch.compile makes apart: its cache may be of another processor (see utils/precision.py)."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+
+
 @pytest.fixture
 def own_process():
     """``own_process(f, *args)`` is ``f(*args)`` of a new process: if torch's compiler takes that down, a test fails."""
