@@ -5,4 +5,4 @@ set -x
 python -m ruff check .
 python -m ruff format --check .
 python -m mypy
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@"

@@ -19,8 +19,10 @@ from tests.helpers import VGG16, extract, open_golden, train
 from tokenizer.vq_model import VQModel, make_vq_config
 from utils.precision import cpu_name
 
-# one test process may not take the whole machine from the processes it starts
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Test processes share the cores with each other (pytest -n 2) and with the programs they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
 
 
 def pytest_report_header() -> str:
