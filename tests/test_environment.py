@@ -43,7 +43,7 @@ def packages(tmp_path, tree) -> Path:
 
 
 def install(folder: Path, name: str, version: str) -> None:
-    info = folder / f"{name}.dist-info"
+    info = folder / f"{name.replace('-', '_')}.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
