@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -52,13 +50,6 @@ def golden():
 def compiled_code(tmp_path_factory) -> None:
     """Keep what torch.compile makes apart: its cache may be of another processor (see utils/precision.py)."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
-
-
-@pytest.fixture
-def own_process():
-    """``own_process(f, *args)`` is ``f(*args)`` of a new process: if torch's compiler takes that down, a test fails."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        yield lambda f, *args: pool.submit(f, *args).result(timeout=300)
 
 
 @pytest.fixture(scope="session")

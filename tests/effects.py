@@ -35,6 +35,24 @@ class Effect:
     context: str = ""
 
 
+# options of utils/training/options.py that change the same things in every trainer
+SHARED_EFFECTS = {
+    "mixed_precision": Effect("bf16", "model"),
+    "weight_decay": Effect(0.9, "model"),
+    "beta1": Effect(0.5, "model"),
+    "beta2": Effect(0.5, "model"),
+    "max_grad_norm": Effect(1e-3, "model"),
+    "gradient_accumulation_steps": Effect(3, "printed"),
+    "ema": Effect(None, "ema"),
+    "ema_decay": Effect(0.01, "ema", "--ema"),
+    "max_loss_spike": Effect(0, "guard"),
+    "global_seed": Effect(1, "model"),
+    "log_every": Effect(1, "printed"),
+    "ckpt_every": Effect(1, "files"),
+    "dry_run": Effect(None, "files"),
+}
+
+
 @dataclass(frozen=True)
 class Recorded:
     """A function whose calls count: ``owner.name``; with ``skip`` it is recorded and not called."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.effects import Command, Effect, Recorded, options_of
+from tests.effects import SHARED_EFFECTS, Command, Effect, Recorded, options_of
 from tests.helpers import (
     TRAIN_VQ,
     kill,
@@ -167,7 +167,7 @@ def test_resuming_with_another_discriminator_is_refused(whole, train, tmp_path):
     assert "another disc_type (disc_type: patchgan there, None now)" in train(tmp_path, *LIVELY, "--disc-weight", 0)
 
 
-EFFECTS = {
+EFFECTS = SHARED_EFFECTS | {
     "data_face_path": Effect("{work}/images", "files"),
     "image_size": Effect(12, "files"),
     "no_flip": Effect(None, "model"),
@@ -198,20 +198,7 @@ EFFECTS = {
     "global_batch_size": Effect(12, "files"),
     "lr": Effect(1e-2, "model"),
     "lr_schedule": Effect("cosine", "model"),
-    "mixed_precision": Effect("bf16", "model"),
     "compile": Effect(None, "compiles"),
-    "weight_decay": Effect(0.9, "model"),
-    "beta1": Effect(0.5, "model"),
-    "beta2": Effect(0.5, "model"),
-    "max_grad_norm": Effect(1e-3, "model"),
-    "gradient_accumulation_steps": Effect(3, "printed"),
-    "ema": Effect(None, "ema"),
-    "ema_decay": Effect(0.01, "ema", "--ema"),
-    "max_loss_spike": Effect(0, "guard"),
-    "global_seed": Effect(1, "model"),
-    "log_every": Effect(1, "printed"),
-    "ckpt_every": Effect(1, "files"),
-    "dry_run": Effect(None, "files"),
 }
 # read by helpers that both trainers call, where the loop has no part in it
 TESTED_WITH_THE_GPT = {"keep_last", "keep_every", "wandb_project", "max_skipped_steps", "no_local_save"}

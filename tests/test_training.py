@@ -17,7 +17,7 @@ from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.load import load_gpt
 from autoregressive.train import train_c2i
 from scripts.diagnosis.models import fill_from_names
-from tests.effects import Command, Effect, Recorded, options_of
+from tests.effects import SHARED_EFFECTS, Command, Effect, Recorded, options_of
 from tests.helpers import GPT_RUN as NAME
 from tests.helpers import (
     NO_DROPOUT,
@@ -332,7 +332,7 @@ def test_pictures_and_validation_while_training(work, monkeypatch, capfd, tmp_pa
     assert curve(tmp_path / "ddp", "val/loss")[-1] == pytest.approx(expected.item(), abs=1e-5)
 
 
-EFFECTS = {
+EFFECTS = SHARED_EFFECTS | {
     "mix_code_path": Effect("{codes105}", "model"),
     "mix_weight": Effect(0.1, "model", "--mix-code-path {codes105}"),
     "image_size": Effect(64, "printed"),
@@ -355,7 +355,6 @@ EFFECTS = {
     "lr": Effect(1e-2, "model"),
     "lr_schedule": Effect("constant", "model"),
     "warmup_epochs": Effect(1, "model"),
-    "mixed_precision": Effect("bf16", "model"),
     "grad_precision": Effect("bf16", "model", "--data-parallel fsdp"),
     "data_parallel": Effect("fsdp", "printed"),
     "shard_size": Effect(1, "printed"),
@@ -369,24 +368,12 @@ EFFECTS = {
     "vq_ckpt": Effect("{work}/vq.pt", "files"),
     "sample_every": Effect(1, "files", "--vq-ckpt {work}/vq.pt"),
     "export": Effect("safetensors", "files"),
-    "weight_decay": Effect(0.9, "model"),
-    "beta1": Effect(0.5, "model"),
-    "beta2": Effect(0.5, "model"),
-    "max_grad_norm": Effect(1e-3, "model"),
-    "gradient_accumulation_steps": Effect(3, "printed"),
-    "ema": Effect(None, "ema"),
-    "ema_decay": Effect(0.01, "ema", "--ema"),
-    "max_loss_spike": Effect(0, "guard"),
     "max_skipped_steps": Effect(1, "printed", "--lr 1e30"),
-    "global_seed": Effect(1, "model"),
     "no_local_save": Effect(None, "files"),
     "results_dir": Effect("{place}/other", "files"),
-    "log_every": Effect(1, "printed"),
-    "ckpt_every": Effect(1, "files"),
     "keep_last": Effect(1, "files", "--ckpt-every 1 --keep-every 0"),
     "keep_every": Effect(1, "files", "--ckpt-every 1 --keep-last 1"),
     "wandb_project": Effect("p", "printed"),
-    "dry_run": Effect(None, "files"),
 }
 REQUIRED = {"code_path", "cloud_save_path"}
 

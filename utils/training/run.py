@@ -42,8 +42,8 @@ def prefetch(make: Callable[[int], T], steps: range, ahead: int = 2) -> Iterator
 class TrainingRun:
     """One run of a trainer, on every rank.
 
-    Making it resumes ``state`` from the newest checkpoint and writes nothing; ``with`` creates the folder, log and
-    bar. A loop is then::
+    Making it resumes ``state`` from the newest checkpoint and writes nothing; ``open`` creates folder, log and curves;
+    ``with`` shows the bar and closes all of it. A loop is then::
 
         for step, batch in run.steps(batches):
             ...                                    # the training step itself
@@ -83,7 +83,7 @@ class TrainingRun:
         self._seconds = 0.0  # per step, of the last log line
 
     def open(self, stop: StopSignal, terms: Sequence[str], **facts: object) -> logging.Logger:
-        """Create folder, log, curves and bar; ``terms``: names of what ``end_step`` gets; facts: for options.json."""
+        """Create folder, log and curves; ``terms``: names of what ``end_step`` gets; facts: for options.json."""
         self._stop = stop
         if self.folder is not None:
             self.run_folder.make()

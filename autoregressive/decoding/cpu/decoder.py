@@ -1,9 +1,8 @@
 """The decoding step by our own kernels.
 
-For few rows a step takes the time of reading the weights from memory, which torch's operators do at half of the
-memory's speed. layout.h
-shows how weights and cache lie in memory; this file brings them there. They are float32 or bfloat16. Where the
-processor does not multiply bfloat16 they are only kept in it, at half the bytes, and arithmetic is float32.
+With few rows per step, time goes into reading the weights from memory, and torch's operators reach only half the memory
+bandwidth. layout.h shows how weights and cache lie in memory; this file writes them in that layout, as float32 or
+bfloat16. Where the processor does not multiply bfloat16, it is the storage type only, and arithmetic is float32.
 """
 
 from __future__ import annotations
