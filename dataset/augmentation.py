@@ -11,13 +11,20 @@ FIVE_CROPS = ("top_left", "top_right", "bottom_left", "bottom_right", "center")
 
 
 def _shrink(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to ``size``: halve by box filter while possible, then bicubic (ADM)."""
+    """Resize the shorter side to ``size``: halve by box filter while possible, then bicubic
+    (ADM).
+    """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
     if max(image.size) * scale * size > MAX_PIXELS:
-        raise ValueError(f"an image of {image.width}x{image.height} is too thin to resize its shorter side to {size}")
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+        raise ValueError(
+            f"an image of {image.width}x{image.height} is too thin to resize its shorter side to "
+            f"{size}"
+        )
+    return image.resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+    )
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -31,9 +38,14 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def random_crop(
-    image: Image.Image, size: int, rng: np.random.Generator, min_fraction: float = 0.8, max_fraction: float = 1.0
+    image: Image.Image,
+    size: int,
+    rng: np.random.Generator,
+    min_fraction: float = 0.8,
+    max_fraction: float = 1.0,
 ) -> np.ndarray:
-    """Return a random square of ``min_fraction``..``max_fraction`` of the shorter side: uint8 (size, size, 3).
+    """Return a random square of ``min_fraction``..``max_fraction`` of the shorter side: uint8
+    (size, size, 3).
 
     The training crop of ADM.
     """
@@ -50,7 +62,8 @@ def crop_names(ten_crop: bool, flips: bool) -> list[str]:
 
 
 def take_crops(images: torch.Tensor, size: int, ten_crop: bool, flips: bool) -> torch.Tensor:
-    """Crop (B, H, W, 3) to (B, K, size, size, 3), K = (5 or 1) x (2 with flips), in torchvision's TenCrop order.
+    """Crop (B, H, W, 3) to (B, K, size, size, 3), K = (5 or 1) x (2 with flips), in torchvision's
+    TenCrop order.
 
     Four corners and centre (or only the centre), then the same positions of the mirrored images.
     """

@@ -16,9 +16,9 @@ from utils.files import remove_temporary
 class Claims:
     """The shards that this process has claimed; leaving the context releases them.
 
-    A claim is a file ``shards/00012.claim``, created exclusively. It lapses when its process has ended (detected only
-    on the same machine) or has not renewed it for ``timeout`` seconds. If two processes ever make the same shard, both
-    write the same bytes atomically.
+    A claim is a file ``shards/00012.claim``, created exclusively. It lapses when its process has
+    ended (detected only on the same machine) or has not renewed it for ``timeout`` seconds. If two
+    processes ever make the same shard, both write the same bytes atomically.
     """
 
     def __init__(self, folder: str | Path, timeout: float = 900.0):
@@ -35,7 +35,9 @@ class Claims:
         return not self._path(shard).exists() or self._lapsed(self._path(shard))
 
     def take(self, shard: int) -> bool:
-        """Claim ``shard``; False if another live process holds it, or if the shard exists already."""
+        """Claim ``shard``; False if another live process holds it, or if the shard exists
+        already.
+        """
         path = self._path(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
         if self._lapsed(path):
@@ -53,7 +55,9 @@ class Claims:
             return False
 
         self._claimed.add(shard)
-        if shard_path(self.folder, shard).exists():  # finished after our last look, before our claim
+        if shard_path(
+            self.folder, shard
+        ).exists():  # finished after our last look, before our claim
             self.release(shard)
             return False
         remove_temporary(shard_path(self.folder, shard))
@@ -102,8 +106,13 @@ class Claims:
 
 
 def _machine() -> str:
-    """Return what process ids are unique within, as one word: host and, on Linux, boot and process namespace."""
+    """Return what process ids are unique within, as one word: host and, on Linux, boot and
+    process namespace.
+    """
     parts = [platform.node()]
     with suppress(OSError):  # not Linux
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+        parts += [
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            os.readlink("/proc/self/ns/pid"),
+        ]
     return "/".join(parts).replace(" ", "_")

@@ -20,31 +20,39 @@ from utils.files import require_folder
 def open_image(path: str | Path) -> Image.Image:
     """Read an image file of any mode as upright 8-bit RGB.
 
-    Raises ``ValueError`` with the path if the file is not a readable image. An ``OSError`` of the disk or network is
-    passed on: the image itself may be intact.
+    Raises ``ValueError`` with the path if the file is not a readable image. An ``OSError`` of the
+    disk or network is passed on: the image itself may be intact.
     """
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16-bit grey: keep the high byte, where convert would clip
+            if image.mode.startswith(
+                "I"
+            ):  # 16-bit grey: keep the high byte, where convert would clip
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
             return image.convert("RGB")
     except Exception as error:  # a broken file may break the decoder in any way
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise ValueError(f"{path} is not a readable image: {error or type(error).__name__}") from error
+        raise ValueError(
+            f"{path} is not a readable image: {error or type(error).__name__}"
+        ) from error
 
 
 def list_images(root: str | Path, option: str = "--data-path") -> ImageFolder:
-    """List classes (sorted folder names) and files of ``root``, in torchvision's order, without opening the files.
+    """List classes (sorted folder names) and files of ``root``, in torchvision's order, without
+    opening the files.
 
-    Only ``classes`` and ``samples`` (path, label) are used. Raises ``ValueError`` if there are none.
+    Only ``classes`` and ``samples`` (path, label) are used. Raises ``ValueError`` if there are
+    none.
     """
     require_folder(root, option, "expected one sub-folder of images per class")
     try:
         listing = ImageFolder(str(root), allow_empty=True)
     except FileNotFoundError as error:
-        raise ValueError(f"{option}: {root} has no class folders; expected {root}/<class>/<image>") from error
+        raise ValueError(
+            f"{option}: {root} has no class folders; expected {root}/<class>/<image>"
+        ) from error
     if not listing.samples:
         raise ValueError(f"{option}: no images in the class folders of {root}")
     return listing
@@ -62,7 +70,9 @@ class CenterCrop:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Transform for ``ImageFiles``: random crop of side ``size``; with ``flip``, half of the crops are mirrored."""
+    """Transform for ``ImageFiles``: random crop of side ``size``; with ``flip``, half of the
+    crops are mirrored.
+    """
 
     size: int
     flip: bool
@@ -75,7 +85,9 @@ class RandomCrop:
 
 
 class Unreadable(NamedTuple):
-    """Replaces an image that could not be read; ``fatal`` if the disk failed rather than the image."""
+    """Replaces an image that could not be read; ``fatal`` if the disk failed rather than the
+    image.
+    """
 
     image: int
     reason: str
@@ -83,11 +95,13 @@ class Unreadable(NamedTuple):
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Data set that decodes files and applies ``transform`` (PIL image, key -> uint8 (H, W, 3) array).
+    """Data set that decodes files and applies ``transform`` (PIL image, key -> uint8 (H, W, 3)
+    array).
 
-    Items are looked up by key, which is (index, epoch): transforms draw their randomness from the key, so that an item
-    does not depend on when and where it is made. With ``tolerant``, an unreadable file gives ``Unreadable`` instead of
-    an error. Paths are stored in one array, whose memory worker processes share; a list would be copied to each.
+    Items are looked up by key, which is (index, epoch): transforms draw their randomness from the
+    key, so that an item does not depend on when and where it is made. With ``tolerant``, an
+    unreadable file gives ``Unreadable`` instead of an error. Paths are stored in one array, whose
+    memory worker processes share; a list would be copied to each.
     """
 
     def __init__(
@@ -117,14 +131,19 @@ class ImageFiles(torch.utils.data.Dataset):
             if not self.tolerant:
                 raise
             return Unreadable(index, str(error), fatal=isinstance(error, OSError))
-        return torch.from_numpy(np.array(pixels)), int(self.labels[index]), index  # a copy: torch wants to write
+        return (
+            torch.from_numpy(np.array(pixels)),
+            int(self.labels[index]),
+            index,
+        )  # a copy: torch wants to write
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
 def to_model_range(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 (..., H, W, 3) -> float32 (N, 3, H, W) in [-1, 1] on ``device``, leading dimensions flattened.
+    """uint8 (..., H, W, 3) -> float32 (N, 3, H, W) in [-1, 1] on ``device``, leading dimensions
+    flattened.
 
     Channels-last in memory, as the pixels are.
     """

@@ -1,1 +1,3 @@
-"""Commands of the repository, and what they share; a package so that they can import from each other's folders."""
+"""Commands of the repository, and what they share; a package so that they can import from each
+other's folders.
+"""

@@ -1,4 +1,6 @@
-"""Codes in the published layout (two .npy files an image) -> shards. A rerun makes only what is missing."""
+"""Codes in the published layout (two .npy files an image) -> shards. A rerun makes only what is
+missing.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from dataset.augmentation import crop_names
-from dataset.codes import CodesPlan, PublishedCodes, finish_codes, shard_damage, shard_path, start_codes, write_shard
+from dataset.codes import (
+    CodesPlan,
+    PublishedCodes,
+    finish_codes,
+    shard_damage,
+    shard_path,
+    start_codes,
+    write_shard,
+)
 from tokenizer.load import load_vq
 from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import init_distributed
@@ -30,23 +40,30 @@ def main() -> None:
     parser.add_argument("--code-path", required=True, help="folder with *_codes/ and *_labels/")
     parser.add_argument("--output", required=True, help="folder of shards to write")
     parser.add_argument("--vq-ckpt", required=True, help="tokenizer that made the codes")
-    parser.add_argument("--image-size", type=positive_int, default=384, help="side of the crops, pixels")
+    parser.add_argument(
+        "--image-size", type=positive_int, default=384, help="side of the crops, pixels"
+    )
     parser.add_argument(
         "--crop-range",
         type=float,
         default=1.1,
         help="side of the square the ten crops were taken from, as a multiple of --image-size",
     )
-    parser.add_argument("--shard-size", type=positive_int, default=1024, help="images of one shard file")
+    parser.add_argument(
+        "--shard-size", type=positive_int, default=1024, help="images of one shard file"
+    )
     args = parser.parse_args()
     require_folder(args.code_path, "--code-path")
     old = PublishedCodes(args.code_path)
     vq, name = load_vq(args.vq_ckpt, None)
     side = vq.config.grid(args.image_size)
-    crops = {len(c): c for c in (crop_names(ten, flips=True) for ten in (True, False))}.get(old.num_crops)
+    crops = {len(c): c for c in (crop_names(ten, flips=True) for ten in (True, False))}.get(
+        old.num_crops
+    )
     if side**2 != old.num_tokens or crops is None:
         raise ValueError(
-            f"--code-path {args.code_path} holds {old.num_crops} crops of {old.num_tokens} codes; expected 10 or 2 "
+            f"--code-path {args.code_path} holds {old.num_crops} crops of {old.num_tokens} codes; "
+            "expected 10 or 2 "
             f"crops of {side}x{side} for --image-size {args.image_size} and {name}"
         )
     plan = CodesPlan(
@@ -74,12 +91,15 @@ def main() -> None:
         together = np.stack([old.image(i) for i in index])  # (images, crops, tokens)
         if together.min() < 0 or together.max() >= plan.codebook_size:
             raise ValueError(
-                f"--code-path {args.code_path}: images {index[0]} to {index[-1]} hold code {together.max()}, but "
+                f"--code-path {args.code_path}: images {index[0]} to {index[-1]} hold code "
+                f"{together.max()}, but "
                 f"{name} of --vq-ckpt has {plan.codebook_size}"
             )
         write_shard(args.output, plan, shard, together, old.labels[index], index)
     meta = finish_codes(args.output, plan, [f"{i}.npy" for i in range(len(old))])
-    print(f"{args.output}: codes of {meta['num_coded_images']:,} images in {plan.num_shards} shards")
+    print(
+        f"{args.output}: codes of {meta['num_coded_images']:,} images in {plan.num_shards} shards"
+    )
 
 
 if __name__ == "__main__":

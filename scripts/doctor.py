@@ -1,7 +1,7 @@
 """Tell what works on this machine and how fast: for a machine seen for the first time.
 
-It describes the machine, recomputes stored results of the published code on each device with each decoder and
-precision, resumes and shards a tiny training run, and measures sampling and training
+It describes the machine, recomputes stored results of the published code on each device with each
+decoder and precision, resumes and shards a tiny training run, and measures sampling and training
 against the machine's own ceilings and against the published way of doing the same. Checkpoints,
 codes and images are checked if given. The last thing on the screen is a table of what is ok, slow
 and broken, with advice; a Markdown and a JSON file hold the same. The exit status is 1 if something
@@ -43,7 +43,10 @@ def make_doctor_parser() -> ArgumentParser:
     )
     speed = parser.add_argument_group("what to measure")
     speed.add_argument(
-        "--gpt-model", choices=list(GPT_models), default="GPT-B", help="size of the GPT to measure, with random weights"
+        "--gpt-model",
+        choices=list(GPT_models),
+        default="GPT-B",
+        help="size of the GPT to measure, with random weights",
     )
     speed.add_argument(
         "--ar-token-num",

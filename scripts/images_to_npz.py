@@ -1,4 +1,6 @@
-"""Class folders of images -> an .npz of centre crops and labels, as a reference for the evaluator."""
+"""Class folders of images -> an .npz of centre crops and labels, as a reference for the
+evaluator.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,15 @@ from utils.options import make_parser, positive_int, run_main
 
 def main() -> None:
     """Crop image by image, write chunk by chunk."""
-    parser = make_parser(__doc__, "python3 scripts/images_to_npz.py --data-path IMAGENET/val --output val256.npz")
-    parser.add_argument("--data-path", required=True, help="folder with one sub-folder of images per class")
-    parser.add_argument("--image-size", type=positive_int, default=256, help="side of the crops, pixels")
+    parser = make_parser(
+        __doc__, "python3 scripts/images_to_npz.py --data-path IMAGENET/val --output val256.npz"
+    )
+    parser.add_argument(
+        "--data-path", required=True, help="folder with one sub-folder of images per class"
+    )
+    parser.add_argument(
+        "--image-size", type=positive_int, default=256, help="side of the crops, pixels"
+    )
     parser.add_argument("--output", required=True, help=".npz file to write")
     args = parser.parse_args()
     output, world = Path(args.output), init_distributed()
@@ -35,7 +43,9 @@ def main() -> None:
     with progress(world, "cropping", len(samples), unit="images") as bar:
         for chunk in range(file.num_chunks):
             part = [samples[i][0] for i in file.images_of(chunk)]
-            file.write(chunk, np.stack([center_crop(open_image(path), args.image_size) for path in part]))
+            file.write(
+                chunk, np.stack([center_crop(open_image(path), args.image_size) for path in part])
+            )
             bar.update(len(part))
     labels = np.array([label for _, label in samples], np.int64)
     file.finish(labels, progress(world, "checksum", len(samples), unit="images"))

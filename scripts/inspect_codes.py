@@ -1,4 +1,6 @@
-"""Inspect a folder of codes: verify every shard, count classes and codebook usage, draw decoded codes."""
+"""Inspect a folder of codes: verify every shard, count classes and codebook usage, draw decoded
+codes.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def verify(folder: Path, codes: ShardedCodes) -> None:
         if damage := finished_damage(folder, codes.meta, i):
             damaged.append(f"{shard_path(folder, i)} ({damage})")
     if damaged:
-        raise ValueError(f"{len(damaged)} damaged shards: {'; '.join(damaged)}; extract_codes_c2i.sh makes them again")
+        raise ValueError(
+            f"{len(damaged)} damaged shards: {'; '.join(damaged)}; extract_codes_c2i.sh makes them "
+            "again"
+        )
 
 
 def count_codes(codes: ShardedCodes) -> torch.Tensor:
@@ -38,7 +43,9 @@ def count_codes(codes: ShardedCodes) -> torch.Tensor:
     for first in range(0, len(codes), CHUNK):
         images = np.arange(first, min(first + CHUNK, len(codes)))
         for crop in range(codes.num_crops):
-            counts += np.bincount(codes.gather(images, np.full(len(images), crop)).ravel(), minlength=len(counts))
+            counts += np.bincount(
+                codes.gather(images, np.full(len(images), crop)).ravel(), minlength=len(counts)
+            )
     return torch.from_numpy(counts)
 
 
@@ -51,7 +58,9 @@ def draw(codes: ShardedCodes, vq_ckpt: str, rows: int, output: Path) -> None:
     for image in progress(init_distributed(), "decoding", len(images), unit="images", items=images):
         tokens = codes.gather(np.full(codes.num_crops, image), np.arange(codes.num_crops))  # (K, T)
         with torch.inference_mode():
-            decoded = vq.decode_code(torch.from_numpy(tokens).view(-1, *codes.meta["grid"]))  # (K, 3, S, S)
+            decoded = vq.decode_code(
+                torch.from_numpy(tokens).view(-1, *codes.meta["grid"])
+            )  # (K, 3, S, S)
         pictures.append(to_uint8(decoded).numpy())
     save_png(output, image_grid(np.concatenate(pictures), columns=codes.num_crops))
 
@@ -60,11 +69,19 @@ def main() -> None:
     """Verify the shards, print and write the counts, draw."""
     parser = make_parser(
         __doc__,
-        "python3 scripts/inspect_codes.py --code-path CODES --vq-ckpt ./pretrained_models/vq_ds16_c2i.pt",
+        "python3 scripts/inspect_codes.py --code-path CODES --vq-ckpt "
+        "./pretrained_models/vq_ds16_c2i.pt",
     )
-    parser.add_argument("--code-path", required=True, help="folder of codes made by extract_codes_c2i.sh")
-    parser.add_argument("--vq-ckpt", help="tokenizer that made the codes, to draw decoded codes (default: no picture)")
-    parser.add_argument("--rows", type=positive_int, default=8, help="images in the picture, one per row")
+    parser.add_argument(
+        "--code-path", required=True, help="folder of codes made by extract_codes_c2i.sh"
+    )
+    parser.add_argument(
+        "--vq-ckpt",
+        help="tokenizer that made the codes, to draw decoded codes (default: no picture)",
+    )
+    parser.add_argument(
+        "--rows", type=positive_int, default=8, help="images in the picture, one per row"
+    )
     text = "PNG to write; the counts go to a .json beside it (default: CODE_PATH/inspect.png)"
     parser.add_argument("--output", help=text)
     args = parser.parse_args()
@@ -72,7 +89,10 @@ def main() -> None:
     folder = Path(args.code_path)
     codes = open_codes(folder)
     if not isinstance(codes, ShardedCodes):
-        raise ValueError(f"--code-path {folder} is in the published layout; scripts/convert_codes.py makes shards")
+        raise ValueError(
+            f"--code-path {folder} is in the published layout; scripts/convert_codes.py makes "
+            "shards"
+        )
     output = Path(args.output) if args.output else folder / "inspect.png"
     verify(folder, codes)
 
@@ -80,13 +100,16 @@ def main() -> None:
     per_class = np.bincount(codes.labels, minlength=codes.num_classes)
     meta = codes.meta
     print(
-        f"{folder}: {len(codes):,} images x {codes.num_crops} crops of {meta['image_size']}x{meta['image_size']} as "
+        f"{folder}: {len(codes):,} images x {codes.num_crops} crops of "
+        f"{meta['image_size']}x{meta['image_size']} as "
         f"{meta['grid'][0]}x{meta['grid'][1]} codes of {meta['tokenizer']}\n"
         f"crops      {', '.join(meta['crops'])} (range {meta['crop_range']})\n"
-        f"shards     {len(meta['shards'])}, all whole; {meta['num_skipped_images']} unreadable images left out\n"
+        f"shards     {len(meta['shards'])}, all whole; {meta['num_skipped_images']} unreadable "
+        "images left out\n"
         f"tokenizer  sha256 {meta['tokenizer_sha256']}\n"
         f"classes    {codes.num_classes}, {per_class.min()} to {per_class.max()} images each\n"
-        f"codebook   {(counts > 0).sum():,} of {len(counts):,} entries occur ({codebook_usage(counts):.1%}), "
+        f"codebook   {(counts > 0).sum():,} of {len(counts):,} entries occur "
+        f"({codebook_usage(counts):.1%}), "
         f"perplexity {perplexity(counts):,.0f}"
     )
     report = {"images_per_class": dict(zip(meta["classes"], per_class.tolist(), strict=True))}

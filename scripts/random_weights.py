@@ -1,7 +1,9 @@
-"""Write files in the released formats with random weights: to rehearse the commands before downloading the real ones.
+"""Write files in the released formats with random weights: to rehearse the commands before
+downloading the real ones.
 
-OUTPUT gets vq_ds16_c2i.pt (key "model"), PAR-<size>-<n>x.pt (key "model", an argparse.Namespace under "args") and
-random_inception.pth (a bare state dict, for the evaluator's --inception-weights with --allow-unknown-weights).
+OUTPUT gets vq_ds16_c2i.pt (key "model"), PAR-<size>-<n>x.pt (key "model", an argparse.Namespace
+under "args") and random_inception.pth (a bare state dict, for the evaluator's --inception-weights
+with --allow-unknown-weights).
 """
 
 from __future__ import annotations
@@ -23,10 +25,14 @@ from utils.options import make_parser, positive_int, run_main
 
 def main() -> None:
     """Fill and write the three."""
-    parser = make_parser(__doc__, "python3 scripts/random_weights.py --output rehearsal/weights --gpt-model GPT-B")
+    parser = make_parser(
+        __doc__, "python3 scripts/random_weights.py --output rehearsal/weights --gpt-model GPT-B"
+    )
     parser.add_argument("--output", required=True, help="folder to write to")
     parser.add_argument("--gpt-model", choices=list(GPT_models), default="GPT-B", help="size")
-    parser.add_argument("--ar-token-num", type=positive_int, default=4, help="tokens predicted at once, n")
+    parser.add_argument(
+        "--ar-token-num", type=positive_int, default=4, help="tokens predicted at once, n"
+    )
     args = parser.parse_args()
     output = Path(args.output)
     torch.manual_seed(0)
@@ -37,7 +43,9 @@ def main() -> None:
     gpt.init_weights()
     torch.nn.init.normal_(gpt.output.weight, std=0.02)
     name = f"PAR-{args.gpt_model.removeprefix('GPT-')}-{args.ar_token_num}x.pt"
-    save_checkpoint({"model": gpt.state_dict(), "args": Namespace(gpt_model=args.gpt_model)}, output / name)
+    save_checkpoint(
+        {"model": gpt.state_dict(), "args": Namespace(gpt_model=args.gpt_model)}, output / name
+    )
     save_checkpoint(Inception2015().state_dict(), output / "random_inception.pth")
     print(f"{output}: {', '.join(p.name for p in sorted(output.iterdir()))}")
 

@@ -1,6 +1,7 @@
 """Which packages of a requirements file an interpreter lacks; for environment.sh and the doctor.
 
-Standard library only, and syntax that old interpreters read: environment.sh runs it to say that one is too old.
+Standard library only, and syntax that old interpreters read: environment.sh runs it to say that one
+is too old.
 """
 
 import importlib.metadata
@@ -22,7 +23,9 @@ def wanted(path):
 
 
 def version_of(package):
-    """Return the version of an installed package, ``unknown`` if it has no metadata, or ``missing``."""
+    """Return the version of an installed package, ``unknown`` if it has no metadata, or
+    ``missing``.
+    """
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -46,9 +49,13 @@ def missing(path):
 
 
 def check(python, path):
-    """Exit with one line that says what to install if the interpreter ``python``, this one, lacks something."""
+    """Exit with one line that says what to install if the interpreter ``python``, this one,
+    lacks something.
+    """
     if sys.version_info < (3, 10):  # noqa: UP036
-        sys.exit("error: %s is Python %d.%d, 3.10 or newer is needed" % (python, *sys.version_info[:2]))  # noqa: UP031
+        sys.exit(
+            "error: %s is Python %d.%d, 3.10 or newer is needed" % (python, *sys.version_info[:2])
+        )  # noqa: UP031
     names = [requirement for requirement, _ in missing(path)]
     if names:
         command = " ".join(map(shlex.quote, [python, "-m", "pip", "install", *names]))

@@ -1,4 +1,6 @@
-"""Shared fixtures: golden files, weights that anyone can make again, running the real command lines."""
+"""Shared fixtures: golden files, weights that anyone can make again, running the real command
+lines.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ SLOW_FIXTURES = {"work", "trained"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU without one; mark as slow what stands on the command lines of ``SLOW_FIXTURES``."""
+    """Skip what needs a GPU without one; mark as slow what stands on the command lines of
+    ``SLOW_FIXTURES``.
+    """
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
@@ -48,13 +52,17 @@ def golden():
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_code(tmp_path_factory) -> None:
-    """Keep what torch.compile makes apart: its cache may be of another processor (see utils/precision.py)."""
+    """Keep what torch.compile makes apart: its cache may be of another processor (see
+    utils/precision.py).
+    """
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
 
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory) -> Path:
-    """Images of 3 classes, a random tokenizer in our format, its codes: what the later steps start from."""
+    """Images of 3 classes, a random tokenizer in our format, its codes: what the later steps
+    start from.
+    """
     folder = tmp_path_factory.mktemp("work")
     rng = np.random.default_rng(0)
     for label in ("ape", "bee", "cat"):
@@ -63,7 +71,10 @@ def work(tmp_path_factory) -> Path:
             pixels = rng.integers(0, 256, (40, 36 + i, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / "images" / label / f"{i}.png")
     vq = fill_from_names(VQModel(make_vq_config("VQ-4", codebook_size=64)))
-    torch.save({"model": vq.state_dict(), "vq_model": "VQ-4", "config": asdict(vq.config)}, folder / "vq.pt")
+    torch.save(
+        {"model": vq.state_dict(), "vq_model": "VQ-4", "config": asdict(vq.config)},
+        folder / "vq.pt",
+    )
     extract(folder, folder / "codes")
     return folder
 
@@ -76,7 +87,9 @@ def vgg(tmp_path_factory) -> Path:
     for width in VGG16:
         if width:
             std = math.sqrt(2 / (9 * channels))
-            state[f"features.{place}.weight"] = std * torch.randn(width, channels, 3, 3, generator=generator)
+            state[f"features.{place}.weight"] = std * torch.randn(
+                width, channels, 3, 3, generator=generator
+            )
             state[f"features.{place}.bias"] = 0.1 * torch.randn(width, generator=generator)
             channels, place = width, place + 1  # ReLU
         place += 1

@@ -1,7 +1,7 @@
 """Every option has an effect: a table of them per training command, and one runner for all tables.
 
-The command runs in this process with the option and, once for all options of a context, without. What the table
-names must differ between both runs.
+The command runs in this process with the option and, once for all options of a context, without.
+What the table names must differ between both runs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from utils.checkpoints.weights_file import state_sha256
 class Effect:
     """What one option changes.
 
-    value: of the option; None: it takes none; False: it is written --no-OPTION.
-    changes: ``files`` (names of all that is written), ``printed`` (lines that match ``Command.printed``), ``metrics``
-    (validation losses), a name in ``Command.recorded``, or a part of a checkpoint: ``model``, ``ema``, ...
-    context: options of both runs, separated by spaces.
+    value: of the option; None: it takes none; False: it is written --no-OPTION. changes: ``files``
+    (names of all that is written), ``printed`` (lines that match ``Command.printed``), ``metrics``
+    (validation losses), a name in ``Command.recorded``, or a part of a checkpoint: ``model``,
+    ``ema``, ... context: options of both runs, separated by spaces.
 
-    value and context may hold names of ``Command.places`` in braces; {place} is the run's own folder.
+    value and context may hold names of ``Command.places`` in braces; {place} is the run's own
+    folder.
     """
 
     value: object
@@ -97,7 +98,11 @@ class Command:
             for what, target in self.recorded.items():
                 # a function, and no partial, as methods are bound to their object
                 call = partial(record, what, getattr(target.owner, target.name), target.skip)
-                patch.setattr(target.owner, target.name, lambda *args, _call=call, **named: _call(*args, **named))
+                patch.setattr(
+                    target.owner,
+                    target.name,
+                    lambda *args, _call=call, **named: _call(*args, **named),
+                )
             words = [str(w).format(**self.places, place=place) for w in (*self.base, *words)]
             return Outcome(place, quietly(capfd, monkeypatch, *words, main=self.main), dict(calls))
 
@@ -115,7 +120,9 @@ class Command:
         return state_sha256(self.weights(outcome.place, changes))
 
     def has_effect(self, option: str, effect: Effect, place: Path, capfd, monkeypatch) -> bool:
-        """Return whether ``option`` changes what ``effect`` names; the run with it writes to ``place``."""
+        """Return whether ``option`` changes what ``effect`` names; the run with it writes to
+        ``place``.
+        """
         context = effect.context.split()
         if effect.context not in self.without:
             folder = self.scratch / f"without{len(self.without)}"
@@ -125,7 +132,9 @@ class Command:
         if effect.value is not None and effect.value is not False:
             words.append(effect.value)
         outcome = self.run(place, [*context, *words], capfd, monkeypatch)
-        return self.look(outcome, effect.changes) != self.look(self.without[effect.context], effect.changes)
+        return self.look(outcome, effect.changes) != self.look(
+            self.without[effect.context], effect.changes
+        )
 
 
 def options_of(*paths: str) -> set[str]:

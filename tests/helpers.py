@@ -1,4 +1,6 @@
-"""What several test files need: the real command lines, small models, codes and states, slow versions of formulas."""
+"""What several test files need: the real command lines, small models, codes and states, slow
+versions of formulas.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from utils.training.state import Ema, Guard, TrainingState, make_adamw
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = (ROOT.parent / "shared" / "golden", ROOT / "tests" / "golden")
-# those in tests/golden: a clone has them, so no test may do without; all others are in ../shared/golden alone
+# those in tests/golden: a clone has them, so no test may do without; all others are in
+# ../shared/golden alone
 SHIPPED_GOLDEN = {
     *("gpt_tiny_n1.npz", "gpt_tiny_n4.npz", "gpt_tiny_n9.npz", "gpt_tiny_n16.npz"),
     *("sampling.npz", "state_dict_manifest.json", "vq16.npz"),
@@ -37,8 +40,28 @@ VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 5
 EXTRACT = ("bash", "scripts/autoregressive/extract_codes_c2i.sh")
 TRAIN = ("bash", "scripts/autoregressive/train_c2i.sh")
 TRAIN_VQ = ("bash", "scripts/tokenizer/train_vq.sh")
-TRAIN_OPTIONS = ("--gpt-model", "GPT-T", "--epochs", 5, "--global-batch-size", 8, "--lr", 1e-3, "--warmup-epochs", 1)
-NO_DROPOUT = ("--dropout-p", 0, "--attn-dropout-p", 0, "--token-dropout-p", 0, "--class-dropout-prob", 0)
+TRAIN_OPTIONS = (
+    "--gpt-model",
+    "GPT-T",
+    "--epochs",
+    5,
+    "--global-batch-size",
+    8,
+    "--lr",
+    1e-3,
+    "--warmup-epochs",
+    1,
+)
+NO_DROPOUT = (
+    "--dropout-p",
+    0,
+    "--attn-dropout-p",
+    0,
+    "--token-dropout-p",
+    0,
+    "--class-dropout-prob",
+    0,
+)
 # folder of a run with TRAIN_OPTIONS at 4 tokens per step
 GPT_RUN = "GPT-T-4x-32"
 
@@ -58,9 +81,16 @@ def open_golden(name: str):
 def run_command(
     *command: object, nproc: int = 1, check: bool = True, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Run a command line from the repository's root as a user would, on the CPU with ``nproc`` processes."""
+    """Run a command line from the repository's root as a user would, on the CPU with ``nproc``
+    processes.
+    """
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
-    env |= {"PYTHON": sys.executable, "nproc_per_node": str(nproc), "CUDA_VISIBLE_DEVICES": "", **environment}
+    env |= {
+        "PYTHON": sys.executable,
+        "nproc_per_node": str(nproc),
+        "CUDA_VISIBLE_DEVICES": "",
+        **environment,
+    }
     words = [sys.executable if w == "python3" else str(w) for w in command]
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     if check and done.returncode != 0:
@@ -68,25 +98,53 @@ def run_command(
     return done
 
 
-def extract(work: Path, codes: Path, *options: object, nproc: int = 1) -> subprocess.CompletedProcess:
+def extract(
+    work: Path, codes: Path, *options: object, nproc: int = 1
+) -> subprocess.CompletedProcess:
     """Extract the codes of the images in ``work``, ten crops each, five images per shard."""
-    base = ("--vq-ckpt", work / "vq.pt", "--data-path", work / "images", "--code-path", codes, "--image-size", 32)
-    return run_command(*EXTRACT, *base, "--ten-crop", "--shard-size", 5, "--num-workers", 1, *options, nproc=nproc)
+    base = (
+        "--vq-ckpt",
+        work / "vq.pt",
+        "--data-path",
+        work / "images",
+        "--code-path",
+        codes,
+        "--image-size",
+        32,
+    )
+    return run_command(
+        *EXTRACT, *base, "--ten-crop", "--shard-size", 5, "--num-workers", 1, *options, nproc=nproc
+    )
 
 
 def train(work: Path, cloud: Path, *options: object, **run_options) -> subprocess.CompletedProcess:
     """Train GPT-T on the codes in ``work``, in a process of its own."""
-    base = ("--cloud-save-path", cloud, "--no-local-save", "--code-path", work / "codes", "--spe-token-num", 3)
+    base = (
+        "--cloud-save-path",
+        cloud,
+        "--no-local-save",
+        "--code-path",
+        work / "codes",
+        "--spe-token-num",
+        3,
+    )
     base += ("--ar-token-num", 4, "--mixed-precision", "none", "--log-every", 1, *TRAIN_OPTIONS)
     return run_command(*TRAIN, *base, *options, **run_options)
 
 
 def start(command: list[object], **environment: str) -> subprocess.Popen:
     """A command in a session of its own, to be killed whole."""
-    env = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "nproc_per_node": "1", **environment}
+    env = os.environ | {
+        "PYTHON": sys.executable,
+        "CUDA_VISIBLE_DEVICES": "",
+        "nproc_per_node": "1",
+        **environment,
+    }
     words = [str(w) for w in command]
     quiet = subprocess.DEVNULL
-    return subprocess.Popen(words, cwd=ROOT, env=env, start_new_session=True, stdout=quiet, stderr=quiet)
+    return subprocess.Popen(
+        words, cwd=ROOT, env=env, start_new_session=True, stdout=quiet, stderr=quiet
+    )
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -105,11 +163,15 @@ def wait_for(what: Callable[[], object], process: subprocess.Popen) -> None:
 
 def newest(folder: Path) -> int:
     """Return the step of the newest whole checkpoint in ``folder``, or 0."""
-    return max((int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit()), default=0)
+    return max(
+        (int(p.name) for p in folder.glob("*") if p.is_dir() and p.name.isdigit()), default=0
+    )
 
 
 def quietly(capfd, monkeypatch, *options: object, main=train_c2i.main) -> str:
-    """Run ``main`` in this process, as starting one per option takes minutes; return what it printed until it ended."""
+    """Run ``main`` in this process, as starting one per option takes minutes; return what it
+    printed until it ended.
+    """
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
     try:
         run_main(main)
@@ -134,11 +196,17 @@ def same_tensors(a: dict, b: dict) -> bool:
 
 def is_declaration(node: ast.AST) -> bool:
     """Return whether ``node`` is a call of ``add_argument``."""
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "add_argument"
+    )
 
 
 def declared_options(path: Path) -> set[str]:
-    """Return the destinations of every add_argument of a file but those that are accepted without effect."""
+    """Return the destinations of every add_argument of a file but those that are accepted
+    without effect.
+    """
     names = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if is_declaration(node):
@@ -149,7 +217,9 @@ def declared_options(path: Path) -> set[str]:
 
 
 def small_config(**changes) -> GPTConfig:
-    base = dict(n_layer=2, dim=32, n_head=4, vocab_size=19, num_classes=3, grid_height=4, grid_width=4)
+    base = dict(
+        n_layer=2, dim=32, n_head=4, vocab_size=19, num_classes=3, grid_height=4, grid_width=4
+    )
     return GPTConfig(**base | changes)
 
 
@@ -159,14 +229,20 @@ def random_codes(config: GPTConfig, batch: int = 2) -> tuple[torch.Tensor, torch
 
 
 def make_plan(**changes) -> CodesPlan:
-    base = dict(classes=["a", "b", "c"], num_images=10, source_sha256="s", image_size=8, grid=[2, 2])
-    base |= dict(crops=["center", "center_of_flipped"], crop_range=1.0, codebook_size=70, tokenizer="VQ-4")
+    base = dict(
+        classes=["a", "b", "c"], num_images=10, source_sha256="s", image_size=8, grid=[2, 2]
+    )
+    base |= dict(
+        crops=["center", "center_of_flipped"], crop_range=1.0, codebook_size=70, tokenizer="VQ-4"
+    )
     base |= dict(tokenizer_sha256="t", precision="none", shard_size=4)
     return CodesPlan(**base | changes)
 
 
 def write_all(folder: Path, plan: CodesPlan) -> tuple[np.ndarray, np.ndarray]:
-    """Write random codes of all images of ``plan``; return the codes (N, crops, T) and the labels (N,)."""
+    """Write random codes of all images of ``plan``; return the codes (N, crops, T) and the
+    labels (N,).
+    """
     rng = np.random.default_rng(0)
     codes = rng.integers(0, plan.codebook_size, (plan.num_images, len(plan.crops), plan.num_tokens))
     labels = np.arange(plan.num_images) % 3
@@ -178,10 +254,15 @@ def write_all(folder: Path, plan: CodesPlan) -> tuple[np.ndarray, np.ndarray]:
     return codes, labels
 
 
-def small_state(value: float, spike: float = 0.0, patience: int = 3, fp16: bool = False) -> TrainingState:
+def small_state(
+    value: float, spike: float = 0.0, patience: int = 3, fp16: bool = False
+) -> TrainingState:
     model = torch.nn.Linear(2, 1, bias=False)
     model.weight.data.fill_(value)
-    scaler, guard = torch.amp.GradScaler("cpu", enabled=fp16), Guard(torch.device("cpu"), spike, patience)
+    scaler, guard = (
+        torch.amp.GradScaler("cpu", enabled=fp16),
+        Guard(torch.device("cpu"), spike, patience),
+    )
     return TrainingState(model, make_adamw(model, 0.1, 0.0, (0.9, 0.95)), scaler, Ema(model), guard)
 
 
@@ -216,7 +297,9 @@ def slow_lpips(weights: Path, a: torch.Tensor, b: torch.Tensor) -> list[float]:
             distance += ((one - other).square() * weight).sum(1).mean((1, 2))
             x, stage = F.max_pool2d(x, 2), stage + 1
         else:
-            x = F.conv2d(x, state[f"features.{place}.weight"], state[f"features.{place}.bias"], padding=1).relu()
+            x = F.conv2d(
+                x, state[f"features.{place}.weight"], state[f"features.{place}.bias"], padding=1
+            ).relu()
             place += 1
         place += 1
     return distance.tolist()

@@ -1,4 +1,6 @@
-"""The shape of the tree: imports flow one way, every option is read, every script explains itself."""
+"""The shape of the tree: imports flow one way, every option is read, every script explains
+itself.
+"""
 
 import ast
 import functools
@@ -22,7 +24,9 @@ ALLOWED = {
 OURS = ("utils", "dataset", "tokenizer", "autoregressive", "evaluations")
 SOURCES = sorted(p.relative_to(ROOT) for top in OURS for p in (ROOT / top).rglob("*.py"))
 SCRIPTS = [p for p in SOURCES if "__main__" in (ROOT / p).read_text()]
-SCRIPTS += sorted(p.relative_to(ROOT) for p in (ROOT / "scripts").rglob("*.py") if "__main__" in p.read_text())
+SCRIPTS += sorted(
+    p.relative_to(ROOT) for p in (ROOT / "scripts").rglob("*.py") if "__main__" in p.read_text()
+)
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -39,12 +43,16 @@ def imported_modules(path: Path) -> set[str]:
 def test_imports_flow_one_way(path):
     layer = max((k for k in ALLOWED if str(path).startswith(k + "/")), key=len)
     for module in imported_modules(path):
-        assert any(module == a or module.startswith(a + ".") for a in ALLOWED[layer]), f"{path} imports {module}"
+        assert any(module == a or module.startswith(a + ".") for a in ALLOWED[layer]), (
+            f"{path} imports {module}"
+        )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.name)
 def test_test_files_share_through_helpers_alone(path):
-    imports = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom))
+    imports = (
+        node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
+    )
     names = {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
     shared = ("tests.helpers", "tests.effects")
     assert not [name for name in names if name.startswith("tests.") and not name.startswith(shared)]
@@ -58,14 +66,23 @@ def test_no_script_imports_another():
 
 @functools.cache
 def names_read(path: Path) -> set[str]:
-    """Names that a file reads as args.NAME, holds as a string, or has as a field of a class (filled from options)."""
+    """Names that a file reads as args.NAME, holds as a string, or has as a field of a class
+    (filled from options).
+    """
     names = set()
     tree = ast.parse((ROOT / path).read_text())
-    declared = {a for n in ast.walk(tree) if isinstance(n, ast.Call) and is_declaration(n) for a in n.args}
+    declared = {
+        a for n in ast.walk(tree) if isinstance(n, ast.Call) and is_declaration(n) for a in n.args
+    }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and getattr(node.value, "attr", getattr(node.value, "id", "")) == "args":
+        if (
+            isinstance(node, ast.Attribute)
+            and getattr(node.value, "attr", getattr(node.value, "id", "")) == "args"
+        ):
             names.add(node.attr)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in declared:
+        elif (
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in declared
+        ):
             names.add(node.value)
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             names.add(node.target.id)
@@ -74,7 +91,9 @@ def names_read(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if declared_options(p)], ids=str)
 def test_every_option_is_read(path):
-    """A declared option is read somewhere in its layer; of trainers, tests/effects.py asks for more."""
+    """A declared option is read somewhere in its layer; of trainers, tests/effects.py asks for
+    more.
+    """
     layer = [p for p in SOURCES if path.parts[0] in ("utils", p.parts[0])]
     assert declared_options(path) <= set().union(*map(names_read, layer))
 

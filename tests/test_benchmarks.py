@@ -1,4 +1,6 @@
-"""Every benchmark at a tiny size: a refactoring must not break unseen what the README's figures are measured by."""
+"""Every benchmark at a tiny size: a refactoring must not break unseen what the README's figures
+are measured by.
+"""
 
 import json
 import re
@@ -22,7 +24,8 @@ TRAINING_FIGURES = {"seconds", "first loss", "last loss", "peak GiB"}
 def measure(tmp_path, monkeypatch, capsys):
     """``measure(name, *options)``: the results that a benchmark writes, and what it prints.
 
-    Each way runs in this process, as starting one takes longer than the way, and blocks are not compiled.
+    Each way runs in this process, as starting one takes longer than the way, and blocks are not
+    compiled.
     """
 
     def run(script: str, *words: object) -> None:
@@ -37,7 +40,14 @@ def measure(tmp_path, monkeypatch, capsys):
 
     def run_way(script: str, environment: dict, **options: object) -> None:
         assert environment.items() <= common.ALLOCATOR.items()
-        run(script, *(word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)))
+        run(
+            script,
+            *(
+                word
+                for name, value in options.items()
+                for word in (f"--{name.replace('_', '-')}", value)
+            ),
+        )
 
     def measured(name: str, *options: object) -> tuple[dict, str]:
         output = tmp_path / "figures.json"
@@ -62,7 +72,9 @@ def assert_positive(figures: dict) -> None:
 
 
 def test_allocator_settings_are_those_of_launch_sh():
-    """Published ways, ours and the doctor's checks run under the settings that the commands run under."""
+    """Published ways, ours and the doctor's checks run under the settings that the commands run
+    under.
+    """
     text = (ROOT / "scripts" / "launch.sh").read_text()
     settings = dict(re.findall(r"\b(MALLOC_\w+|GLIBC_\w+|GOMP_\w+)=\$\{\1:-([^}]*)\}", text))
     assert settings == common.ALLOCATOR
@@ -70,8 +82,21 @@ def test_allocator_settings_are_those_of_launch_sh():
 
 @pytest.mark.slow
 def test_sampling(measure):
-    options = ("--gpt-model", "GPT-T", "--ar-token-num", 64, "--batch", 1, "--precision", "none", "--repeats", 1)
-    results, printed = measure("sampling", *options, "--ways", "published", "fused", "eager", "compiled")
+    options = (
+        "--gpt-model",
+        "GPT-T",
+        "--ar-token-num",
+        64,
+        "--batch",
+        1,
+        "--precision",
+        "none",
+        "--repeats",
+        1,
+    )
+    results, printed = measure(
+        "sampling", *options, "--ways", "published", "fused", "eager", "compiled"
+    )
     assert [(r["way"], r["n"], r["batch"], r["precision"]) for r in results] == [
         (way, 64, 1, "none") for way in ("published", "fused", "eager", "compiled")
     ]
@@ -85,9 +110,25 @@ def test_sampling(measure):
 
 @pytest.mark.slow
 def test_training(measure):
-    options = ("--gpt-model", "GPT-T", "--ar-token-num", 16, "--batch", 1, "--steps", 1, "--precision", "none")
+    options = (
+        "--gpt-model",
+        "GPT-T",
+        "--ar-token-num",
+        16,
+        "--batch",
+        1,
+        "--steps",
+        1,
+        "--precision",
+        "none",
+    )
     results, printed = measure("training", *options)
-    assert list(results["none"]) == ["published, default malloc", "published", "ours", "ours, compiled"]
+    assert list(results["none"]) == [
+        "published, default malloc",
+        "published",
+        "ours",
+        "ours, compiled",
+    ]
     losses = [figures["first loss"] for figures in results["none"].values()]
     assert losses == pytest.approx([losses[0]] * 4, rel=0.05)  # dropout draws differ
     for way, figures in results["none"].items():
@@ -98,9 +139,24 @@ def test_training(measure):
 
 @pytest.mark.slow
 def test_tokenizer(measure):
-    options = ("--vq-model", "VQ-4", "--image-size", 32, "--batch", 1, "--steps", 1, "--precision", "none")
+    options = (
+        "--vq-model",
+        "VQ-4",
+        "--image-size",
+        32,
+        "--batch",
+        1,
+        "--steps",
+        1,
+        "--precision",
+        "none",
+    )
     results, printed = measure("tokenizer", *options)
-    assert list(results["none"]) == ["published", "ours, before disc-start", "ours, from disc-start"]
+    assert list(results["none"]) == [
+        "published",
+        "ours, before disc-start",
+        "ours, from disc-start",
+    ]
     for way, figures in results["none"].items():
         assert_positive(figures)
         assert figures.keys() == TRAINING_FIGURES | {"images/s"}
@@ -112,13 +168,24 @@ def test_codes(measure, tmp_path):
     (tmp_path / "images" / "ape").mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 44, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "images" / "ape" / "0.png")
-    options = ("--data-path", tmp_path / "images", "--images", 1, "--image-size", 32, "--loaded-images", 300)
+    options = (
+        "--data-path",
+        tmp_path / "images",
+        "--images",
+        1,
+        "--image-size",
+        32,
+        "--loaded-images",
+        300,
+    )
     results, printed = measure("codes", *options, "--work", tmp_path)
     extraction, loading = results["extraction"], results["loading"]
     ways = ("published", "published, memory kept", "ours", "ours, bf16")
     for key in ("images/s", "peak GiB", "ratio", "codes equal"):
         assert {f"{way}: {key}" for way in ways} <= extraction.keys()
-    assert extraction["published, memory kept: codes equal"] == extraction["ours: codes equal"] == 1.0
+    assert (
+        extraction["published, memory kept: codes equal"] == extraction["ours: codes equal"] == 1.0
+    )
     assert {f"ratio, {kind}" for kind in ("cold", "warm", "disk")} <= loading.keys()
     assert_positive(results)
     assert "extraction" in printed and f"{loading['ratio, disk']:,.3f}" in printed
@@ -127,7 +194,9 @@ def test_codes(measure, tmp_path):
 
 @pytest.mark.slow
 def test_evaluator(measure):
-    results, printed = measure("evaluator", "--batch-size", 1, "--repeats", 1, "--features", 100, "--width", 64)
+    results, printed = measure(
+        "evaluator", "--batch-size", 1, "--repeats", 1, "--features", 100, "--width", 64
+    )
     assert results["images/s"].keys() == {"straightforward", "ours"}
     assert results["frechet s"].keys() == {"sqrtm", "symmetric"}
     assert results["precision s"].keys() == {"half", "float32"}
@@ -137,7 +206,9 @@ def test_evaluator(measure):
 
 @pytest.mark.slow
 def test_a_way_runs_in_a_process_of_its_own(tmp_path):
-    options = dict(gpt_model="GPT-T", ar_token_num=64, batch=1, precision="none", way="eager", repeats=1)
+    options = dict(
+        gpt_model="GPT-T", ar_token_num=64, batch=1, precision="none", way="eager", repeats=1
+    )
     script = str(ROOT / "scripts" / "benchmarks" / "sampling.py")
     figures = common.figures_of(script, common.ALLOCATOR, str(tmp_path), **options)
     assert figures["decoder"] == "torch's operators in float32"

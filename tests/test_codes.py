@@ -38,7 +38,9 @@ def test_round_trip_and_gather(tmp_path, codebook_size):
     images, crops = np.array([9, 0, 4, 3, 9, 7]), np.array([1, 0, 1, 1, 0, 0])
     assert np.array_equal(reader.gather(images, crops), codes[images, crops])
     loaded, batch_labels = reader.batch(images, crops)
-    assert np.array_equal(loaded, codes[images, crops]) and np.array_equal(batch_labels, labels[images])
+    assert np.array_equal(loaded, codes[images, crops]) and np.array_equal(
+        batch_labels, labels[images]
+    )
 
 
 def test_shards_are_small_and_plain(tmp_path):
@@ -58,7 +60,9 @@ def test_published_layout_reads_the_same(tmp_path):
         for i, value in enumerate(values):
             np.save(published / f"imagenet384_{kind}" / f"{i}.npy", value)
     images, crops = np.array([9, 0, 4]), np.array([1, 0, 1])
-    assert np.array_equal(open_codes(published).gather(images, crops), open_codes(ours).gather(images, crops))
+    assert np.array_equal(
+        open_codes(published).gather(images, crops), open_codes(ours).gather(images, crops)
+    )
     assert np.array_equal(open_codes(published).labels, labels)
 
 
@@ -88,9 +92,19 @@ def test_damaged_shard_is_named(tmp_path, damage):
     elif damage == "missing":
         path.unlink()
     elif damage == "wrong shape":
-        np.savez(path, codes=np.zeros((3, 2, 4), np.uint16), labels=np.zeros(3, int), index=np.zeros(3, int))
+        np.savez(
+            path,
+            codes=np.zeros((3, 2, 4), np.uint16),
+            labels=np.zeros(3, int),
+            index=np.zeros(3, int),
+        )
     else:
-        np.savez_compressed(path, codes=np.zeros((4, 2, 4), np.uint16), labels=np.zeros(4, int), index=np.zeros(4, int))
+        np.savez_compressed(
+            path,
+            codes=np.zeros((4, 2, 4), np.uint16),
+            labels=np.zeros(4, int),
+            index=np.zeros(4, int),
+        )
     with pytest.raises(ValueError, match=r"00001\.npz"):
         open_codes(tmp_path)
 
@@ -126,7 +140,9 @@ def test_any_number_of_ranks_sees_the_same_global_batches():
 
 
 def test_batch_larger_than_the_data_is_named():
-    with pytest.raises(ValueError, match="--global-batch-size 60 is larger than the data set, 50 items"):
+    with pytest.raises(
+        ValueError, match="--global-batch-size 60 is larger than the data set, 50 items"
+    ):
         EpochOrder(50, 60, 0)
 
 
@@ -135,12 +151,16 @@ def test_threads_may_share_a_reader(tmp_path):
     reader, rng = open_codes(tmp_path), np.random.default_rng(1)
     requests = [(rng.integers(64, size=50), rng.integers(2, size=50)) for _ in range(40)]
     with ThreadPoolExecutor(8) as pool:
-        for (images, crops), got in zip(requests, pool.map(lambda r: reader.gather(*r), requests), strict=True):
+        for (images, crops), got in zip(
+            requests, pool.map(lambda r: reader.gather(*r), requests), strict=True
+        ):
             assert np.array_equal(got, codes[images, crops])
 
 
 def test_more_shards_than_open_files(tmp_path):
-    """numpy.memmap keeps a file descriptor per map: ImageNet's 1,252 shards would not open under a limit of 1,024."""
+    """numpy.memmap keeps a file descriptor per map: ImageNet's 1,252 shards would not open under
+    a limit of 1,024.
+    """
     codes, _ = write_all(tmp_path, make_plan(num_images=200, shard_size=1))
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(name) for name in os.listdir("/dev/fd"))  # other tests of this process may have files open
@@ -158,11 +178,15 @@ def test_every_kind_of_damage_is_seen(tmp_path):
     path = shard_path(tmp_path, 1)
     good = path.read_bytes()
     assert shard_damage(tmp_path, plan, 1) is None
-    for place in range(0, len(good), 97):  # one flipped bit anywhere that matters is seen; headers may not matter
+    for place in range(
+        0, len(good), 97
+    ):  # one flipped bit anywhere that matters is seen; headers may not matter
         path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
         if shard_damage(tmp_path, plan, 1) is None:
             with np.load(path, allow_pickle=False) as arrays:
-                assert np.array_equal(arrays["codes"], codes[4:8]) and np.array_equal(arrays["labels"], labels[4:8])
+                assert np.array_equal(arrays["codes"], codes[4:8]) and np.array_equal(
+                    arrays["labels"], labels[4:8]
+                )
     path.write_bytes(good[:-10])
     assert shard_damage(tmp_path, plan, 1)
     write_shard(tmp_path, plan, 1, codes[4:7], labels[4:7], np.arange(4, 7))
@@ -268,7 +292,9 @@ def test_mixing_weight_says_which_crops_are_drawn(weight, expected):
             return np.repeat(crops[:, None] + self.first, 4, axis=1)
 
     alone = World(0, 1, torch.device("cpu"))
-    batches = CodeBatches(MixedCodes(Numbered(0), Numbered(10), weight), vocab_size=20, batch=32, seed=0)
+    batches = CodeBatches(
+        MixedCodes(Numbered(0), Numbered(10), weight), vocab_size=20, batch=32, seed=0
+    )
     drawn = {int(c) for step in range(20) for c in batches.rank_slice(step, alone)[0][:, 0]}
     assert drawn == set(expected)
 
@@ -286,5 +312,7 @@ def test_two_plans_at_once_and_one_wins(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(start, plans))
     assert sum(won) == 1
-    assert json.loads((tmp_path / "plan.json").read_text())["tokenizer_sha256"] == str(won.index(True))
+    assert json.loads((tmp_path / "plan.json").read_text())["tokenizer_sha256"] == str(
+        won.index(True)
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]

@@ -1,4 +1,6 @@
-"""Decoders: kernels built for lesser and greater processors give the model's logits; how one is chosen."""
+"""Decoders: kernels built for lesser and greater processors give the model's logits; how one is
+chosen.
+"""
 
 import json
 import platform
@@ -31,7 +33,10 @@ BUILDS = {
     "AVX2": ("-march=x86-64-v3", "avx2"),
     "no vectors wider than Arm's": ("-march=x86-64", "sse2"),
     "AVX-512 without bfloat16": ("-march=x86-64-v4", "avx512vl"),
-    "AMX, emulated": (f"-march=native -D__AMX_BF16__ -include {ROOT / 'tests/emulated_tiles.h'}", "avx512_bf16"),
+    "AMX, emulated": (
+        f"-march=native -D__AMX_BF16__ -include {ROOT / 'tests/emulated_tiles.h'}",
+        "avx512_bf16",
+    ),
 }
 
 
@@ -39,7 +44,9 @@ BUILDS = {
 def kernels(request):
     """The kernels as built for this processor, and for others; skips what cannot run here."""
     flags, needs = BUILDS[request.param]
-    if needs is not None and (platform.machine() != "x86_64" or needs not in Path("/proc/cpuinfo").read_text()):
+    if needs is not None and (
+        platform.machine() != "x86_64" or needs not in Path("/proc/cpuinfo").read_text()
+    ):
         pytest.skip(f"this processor has no {needs}")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("CXXFLAGS", flags)
@@ -57,23 +64,35 @@ def test_greedy_tokens_by_kernels_are_golden(golden, kernels, n):
     model, cond = tiny_gpt(file), torch.from_numpy(file["cond"][:-1])
     uniforms = torch.zeros(len(cond), model.order.num_tokens)
     decoder = CPUDecoder.consume(model, 2 * len(cond) * n)
-    generator = Generator(decoder, model.order, SamplingOptions(cfg_scale=1.75, temperature=0.0), len(cond))
+    generator = Generator(
+        decoder, model.order, SamplingOptions(cfg_scale=1.75, temperature=0.0), len(cond)
+    )
     assert np.array_equal(generator(cond, uniforms).numpy(), file["greedy_raster_cfg1.75"])
 
 
-# width of a head and of the feed-forward not a multiple of 16, grouped heads, a vocabulary that ends within a panel
-ODD = dict(dim=72, n_head=6, n_kv_head=2, multiple_of=20, vocab_size=301, grid_height=8, grid_width=12)
+# width of a head and of the feed-forward not a multiple of 16, grouped heads, a vocabulary that
+# ends within a panel
+ODD = dict(
+    dim=72, n_head=6, n_kv_head=2, multiple_of=20, vocab_size=301, grid_height=8, grid_width=12
+)
 WIDE = dict(dim=200, n_head=2)  # heads of 100 channels, as GPT-3B's
 
 
-@pytest.mark.parametrize("batch", [5, 35])  # of float32, with tiles, the second have kernels of their own
+@pytest.mark.parametrize(
+    "batch", [5, 35]
+)  # of float32, with tiles, the second have kernels of their own
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize(
     "shape",
-    [*(ODD | {"ar_token_num": n} for n in (1, 4, 16)), *({"grid_height": 8, "grid_width": 8} | s for s in ({}, WIDE))],
+    [
+        *(ODD | {"ar_token_num": n} for n in (1, 4, 16)),
+        *({"grid_height": 8, "grid_width": 8} | s for s in ({}, WIDE)),
+    ],
 )
 def test_kernels_give_the_logits_of_the_model(kernels, shape, dtype, tolerance, batch):
-    """Each step, against float64 and torch's operators, after the same tokens; 35 rows are in no block whole."""
+    """Each step, against float64 and torch's operators, after the same tokens; 35 rows are in no
+    block whole.
+    """
     config = small_config(**shape)
     reference = fill_from_names(GPT(config)).double().eval()
     model = fill_from_names(GPT(config)).eval().cast_weights(dtype)
@@ -91,7 +110,9 @@ def test_kernels_give_the_logits_of_the_model(kernels, shape, dtype, tolerance, 
 
 @pytest.mark.parametrize("n", [1, 4])  # 20 rows and 80, see above
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_round_alike_in_any_batch_after_any_other_and_on_any_number_of_threads(kernels, dtype, n):
+def test_kernels_round_alike_in_any_batch_after_any_other_and_on_any_number_of_threads(
+    kernels, dtype, n
+):
     options, threads = SamplingOptions(cfg_scale=1.5, cfg_interval=20), torch.get_num_threads()
     config = small_config(grid_height=8, grid_width=8, vocab_size=301, dim=64, ar_token_num=n)
     model = fill_from_names(GPT(config)).eval().cast_weights(dtype)
@@ -103,7 +124,9 @@ def test_kernels_round_alike_in_any_batch_after_any_other_and_on_any_number_of_t
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             for first, stop in ((0, 1), (1, 6), (6, 10)):
-                generator.cache.store.fill_(0x7FC07FC0)  # NaN in both types, as a diverged batch leaves behind
+                generator.cache.store.fill_(
+                    0x7FC07FC0
+                )  # NaN in both types, as a diverged batch leaves behind
                 alone = generator(labels[first:stop], uniforms[first:stop])
                 assert torch.equal(alone, together[first:stop])
     finally:
@@ -120,7 +143,9 @@ def test_a_consumed_model_refuses_by_name(kernels):
             use()
 
 
-@pytest.mark.parametrize("compiler, reason", [("no-such-compiler", "no C\\+\\+ compiler"), ("false", "compiler")])
+@pytest.mark.parametrize(
+    "compiler, reason", [("no-such-compiler", "no C\\+\\+ compiler"), ("false", "compiler")]
+)
 def test_without_a_compiler_torch_decodes(monkeypatch, tmp_path, compiler, reason):
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -139,7 +164,8 @@ def test_without_a_compiler_torch_decodes(monkeypatch, tmp_path, compiler, reaso
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "compiler, flags", [("aarch64-linux-gnu-g++", []), ("g++", ["-march=sapphirerapids", "-Wno-maybe-uninitialized"])]
+    "compiler, flags",
+    [("aarch64-linux-gnu-g++", []), ("g++", ["-march=sapphirerapids", "-Wno-maybe-uninitialized"])],
 )
 def test_kernels_compile_without_warnings(tmp_path, compiler, flags):
     """For Arm and for AMX, compiled only: neither need be at hand."""
@@ -155,7 +181,16 @@ def run_alone(tmp_path, compiler: list[str], emulator: list[str]) -> np.ndarray:
     """Logits of tests/kernels_alone.cpp: a half in float32, a half over stored bfloat16."""
     program = tmp_path / "-".join([*compiler, "alone"]).replace("/", "-")
     source = ROOT / "tests" / "kernels_alone.cpp"
-    command = [*compiler, "-O3", "-std=c++17", "-Wno-psabi", "-fopenmp", str(source), "-o", str(program)]
+    command = [
+        *compiler,
+        "-O3",
+        "-std=c++17",
+        "-Wno-psabi",
+        "-fopenmp",
+        str(source),
+        "-o",
+        str(program),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     done = subprocess.run([*emulator, program], check=True, capture_output=True, text=True)
     return np.array([float(line) for line in done.stdout.splitlines()])
@@ -167,7 +202,10 @@ def test_kernels_on_arm_give_what_they_give_here(tmp_path):
     compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
     if shutil.which(compiler) is None or shutil.which(emulator) is None:
         pytest.skip(f"{compiler} and {emulator} are not installed")
-    here, arm = run_alone(tmp_path, ["c++"], []), run_alone(tmp_path, [compiler, "-static"], [emulator])
+    here, arm = (
+        run_alone(tmp_path, ["c++"], []),
+        run_alone(tmp_path, [compiler, "-static"], [emulator]),
+    )
     in_float32, in_bfloat16 = np.split(np.abs(here - arm), 2)
     assert len(here) == 8000 and np.abs(here).max() > 1
     assert in_float32.max() < 1e-5 and in_bfloat16.max() < 1e-3
@@ -181,12 +219,22 @@ def test_no_kernels_for_float16():
 
 
 def test_options_leave_ways(monkeypatch):
-    """auto: kernels keep bfloat16 whatever the processor multiplies, torch's operators compute in what is quick."""
+    """auto: kernels keep bfloat16 whatever the processor multiplies, torch's operators compute
+    in what is quick.
+    """
     monkeypatch.setattr(decoders, "unavailable_reason", lambda dtype: None)
     for has, eager in ((True, "bf16"), (False, "none")):
-        monkeypatch.setattr("utils.precision.bfloat16_unit", lambda device, has=has: "a unit" if has else None)
-        assert possible_ways(CPU, "auto", None, False)[0] == [Way("bf16", "kernels"), Way(eager, "eager")]
-        assert possible_ways(CPU, "none", None, False)[0] == [Way("none", "kernels"), Way("none", "eager")]
+        monkeypatch.setattr(
+            "utils.precision.bfloat16_unit", lambda device, has=has: "a unit" if has else None
+        )
+        assert possible_ways(CPU, "auto", None, False)[0] == [
+            Way("bf16", "kernels"),
+            Way(eager, "eager"),
+        ]
+        assert possible_ways(CPU, "none", None, False)[0] == [
+            Way("none", "kernels"),
+            Way("none", "eager"),
+        ]
         assert possible_ways(CPU, "auto", True, False)[0] == [Way("bf16", "kernels")]
         assert possible_ways(CPU, "auto", False, False)[0] == [Way(eager, "eager")]
         assert possible_ways(CPU, "auto", None, True)[0] == [Way(eager, "eager")]
@@ -199,7 +247,9 @@ def test_options_leave_ways(monkeypatch):
 def timed(monkeypatch, tmp_path):
     """Ways as they are timed, and the seconds to pretend."""
     log, seconds = [], {"kernels": 0.002, "eager": 0.001}
-    monkeypatch.setattr(decoders, "time_step", lambda model, way, *_: log.append(way) or seconds[way.decoder])
+    monkeypatch.setattr(
+        decoders, "time_step", lambda model, way, *_: log.append(way) or seconds[way.decoder]
+    )
     monkeypatch.setattr(decoders, "cache_folder", lambda: tmp_path)
     return log, seconds
 
@@ -212,7 +262,11 @@ def test_the_faster_way_is_taken_and_remembered(timed, tmp_path):
     log, seconds = timed
     model = GPT(small_config())
     way, reason = choose_way(model, WAYS, 8, guided=True)
-    assert way == WAYS[1] and "1 ms per step, by our kernels in bfloat16 2" in reason and "measured now" in reason
+    assert (
+        way == WAYS[1]
+        and "1 ms per step, by our kernels in bfloat16 2" in reason
+        and "measured now" in reason
+    )
     seconds["kernels"] = 0.0005
     assert choose_way(model, WAYS, 8, guided=True)[0] == WAYS[1], "measured before"
     assert len(log) == 2
@@ -224,7 +278,9 @@ def test_the_faster_way_is_taken_and_remembered(timed, tmp_path):
 
 
 def test_a_run_ends_as_it_began(timed):
-    way, reason = choose_way(GPT(small_config()), WAYS, 8, guided=True, begun=lambda way: way.decoder == "kernels")
+    way, reason = choose_way(
+        GPT(small_config()), WAYS, 8, guided=True, begun=lambda way: way.decoder == "kernels"
+    )
     assert way == WAYS[0] and "as the run began" in reason and not timed[0]
 
 

@@ -1,4 +1,6 @@
-"""The doctor: the real command, what it says of things broken on purpose, and that one check stops no other."""
+"""The doctor: the real command, what it says of things broken on purpose, and that one check
+stops no other.
+"""
 
 import json
 import os
@@ -19,7 +21,17 @@ from autoregressive.decoding.cpu import build
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from scripts import requirements
 from scripts.diagnosis import examination, files, golden, machine, resume, speed
-from scripts.diagnosis.check import BROKEN, LEFT_OUT, NOT_HERE, OK, SLOW, Check, Context, Result, run_here
+from scripts.diagnosis.check import (
+    BROKEN,
+    LEFT_OUT,
+    NOT_HERE,
+    OK,
+    SLOW,
+    Check,
+    Context,
+    Result,
+    run_here,
+)
 from scripts.diagnosis.checks import list_checks
 from scripts.diagnosis.examination import examine, report_prefix, run_checks
 from scripts.diagnosis.models import fill_from_names
@@ -71,7 +83,9 @@ def tells_what_came_before(now: Context) -> Result:
 
 
 def test_a_check_that_goes_wrong_stops_no_other():
-    """Raised, crashed, hung, left: each is one broken line with a reason, and the next check runs."""
+    """Raised, crashed, hung, left: each is one broken line with a reason, and the next check
+    runs.
+    """
     functions = [all_is_well, raises, crashes, hangs, leaves, tells_what_came_before]
     checks = [Check("group", f.__name__, f, HINT, limit=1 if f is hangs else 30) for f in functions]
     rows = run_checks(checks, context(), time.monotonic() + 120)
@@ -88,19 +102,26 @@ def test_a_check_that_goes_wrong_stops_no_other():
 
 
 def test_what_there_is_no_time_for_is_left_out():
-    checks = [Check("group", "late", all_is_well, HINT), Check("group", "long", all_is_well, HINT, thorough=True)]
+    checks = [
+        Check("group", "late", all_is_well, HINT),
+        Check("group", "long", all_is_well, HINT, thorough=True),
+    ]
     rows = run_checks(checks, context(), time.monotonic())
     assert [result.status for _, result in rows] == [LEFT_OUT, LEFT_OUT]
     assert "--minutes" in rows[0][1].advice and rows[1][1].detail == "left out by --quick"
 
 
-@pytest.mark.parametrize("functions, status", [([all_is_well, all_is_slow], 0), ([raises, all_is_well], 1)])
+@pytest.mark.parametrize(
+    "functions, status", [([all_is_well, all_is_slow], 0), ([raises, all_is_well], 1)]
+)
 def test_exit_status_and_files(monkeypatch, tmp_path, capsys, functions, status):
     """Slow is no failure, broken is one; both files hold every line of the table."""
     checks = [Check("group", f.__name__, f, HINT) for f in functions]
     monkeypatch.setattr(examination, "list_checks", lambda options, devices: checks)
     monkeypatch.setattr(examination, "prepare_environment", lambda: None)
-    options = Namespace(**NO_FILES, quick=True, minutes=None, output=f"{tmp_path}/", gpt_model="GPT-T")
+    options = Namespace(
+        **NO_FILES, quick=True, minutes=None, output=f"{tmp_path}/", gpt_model="GPT-T"
+    )
     options.ar_token_num = options.batch = None
     assert examine(options) is (status == 0)
     text, report = capsys.readouterr().out, json.loads((tmp_path / "doctor.json").read_text())
@@ -116,26 +137,38 @@ def test_exit_status_and_files(monkeypatch, tmp_path, capsys, functions, status)
 def test_where_the_report_goes(tmp_path):
     assert report_prefix(str(tmp_path)) == tmp_path / "doctor"
     assert report_prefix(f"{tmp_path}/new/") == tmp_path / "new" / "doctor"
-    assert report_prefix(f"{tmp_path}/mine") == report_prefix(f"{tmp_path}/mine.json") == tmp_path / "mine"
+    assert (
+        report_prefix(f"{tmp_path}/mine")
+        == report_prefix(f"{tmp_path}/mine.json")
+        == tmp_path / "mine"
+    )
     assert report_prefix(f"{tmp_path}/main.v2") == tmp_path / "main.v2"
 
 
 def test_without_packages_it_says_how_to_get_them():
     done = run_command("python3", "-S", "scripts/doctor.py", check=False)
     assert done.returncode == 1 and not done.stdout
-    assert done.stderr.startswith("broken: No module named") and "pip install -r requirements.txt" in done.stderr
+    assert (
+        done.stderr.startswith("broken: No module named")
+        and "pip install -r requirements.txt" in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
 @pytest.fixture
 def damaged(tmp_path):
-    """``damaged(name, **changes)``: a folder of golden files in which arrays of one are changed by functions."""
+    """``damaged(name, **changes)``: a folder of golden files in which arrays of one are changed
+    by functions.
+    """
 
     def damage(name: str, **changes: object) -> Path:
         for path in GOLDEN[1].glob("*.npz"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
         arrays = dict(np.load(tmp_path / name))
-        np.savez(tmp_path / name, **arrays | {key: change(arrays[key]) for key, change in changes.items()})
+        np.savez(
+            tmp_path / name,
+            **arrays | {key: change(arrays[key]) for key, change in changes.items()},
+        )
         return tmp_path
 
     return damage
@@ -147,7 +180,11 @@ BF16 = partial(golden.check_training, precision="bf16")
 GOLDEN_CHECKS = {
     "forward": (golden.check_forward, "gpt_tiny_n9.npz", {"train_logits": lambda x: x + 2e-4}),
     "loss": (golden.check_forward, "gpt_tiny_n4.npz", {"train_loss": lambda x: x + 2e-4}),
-    "not a number": (golden.check_forward, "gpt_tiny_n4.npz", {"train_logits": lambda x: x * np.nan}),
+    "not a number": (
+        golden.check_forward,
+        "gpt_tiny_n4.npz",
+        {"train_logits": lambda x: x * np.nan},
+    ),
     "greedy": (
         partial(golden.check_greedy, way="eager"),
         "gpt_tiny_n16.npz",
@@ -193,9 +230,15 @@ def test_no_compiler_is_slow_and_its_kernels_are_not_here(monkeypatch, tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build.load.cache_clear()
     try:
-        check = next(c for c in list_checks(Namespace(**NO_FILES), ["cpu"]) if c.name == "C++ compiler")
+        check = next(
+            c for c in list_checks(Namespace(**NO_FILES), ["cpu"]) if c.name == "C++ compiler"
+        )
         result = run_here(check, context())
-        assert result.status == SLOW and "no-such-compiler" in result.detail and "apt install g++" in result.advice
+        assert (
+            result.status == SLOW
+            and "no-such-compiler" in result.detail
+            and "apt install g++" in result.advice
+        )
         assert result_of(partial(golden.check_greedy, way="kernels")).status == NOT_HERE
         assert machine.describe_machine({"here": tmp_path})["C++ compiler"] == "none"
     finally:
@@ -206,7 +249,11 @@ def test_missing_and_old_packages_are_named(monkeypatch):
     versions = {"torch": "1.13.0", "timm": "missing"}
     monkeypatch.setattr(requirements, "version_of", lambda package: versions.get(package, "99.1"))
     result = result_of(machine.check_packages)
-    assert result.status == BROKEN and "torch>=2.7 (1.13.0)" in result.detail and "timm>=1.0 (missing)" in result.detail
+    assert (
+        result.status == BROKEN
+        and "torch>=2.7 (1.13.0)" in result.detail
+        and "timm>=1.0 (missing)" in result.detail
+    )
     versions.clear()
     assert result_of(machine.check_packages).status == OK
 
@@ -280,10 +327,15 @@ def save_vq(path: Path, another: bool = False) -> str:
 
 
 def save_gpt(path: Path, tokenizer_sha256: str, **changes: object) -> GPT:
-    sizes = GPT_models["GPT-T"] | dict(vocab_size=70, num_classes=3, grid_height=2, grid_width=2, ar_token_num=2)
+    sizes = GPT_models["GPT-T"] | dict(
+        vocab_size=70, num_classes=3, grid_height=2, grid_width=2, ar_token_num=2
+    )
     model = fill_from_names(GPT(GPTConfig(**sizes | changes)))
     facts = dict(
-        config=asdict(model.config), gpt_model="GPT-T", tokenizer_sha256=tokenizer_sha256, classes=["a", "b", "c"]
+        config=asdict(model.config),
+        gpt_model="GPT-T",
+        tokenizer_sha256=tokenizer_sha256,
+        classes=["a", "b", "c"],
     )
     torch.save({"model": model.state_dict(), **facts}, path)
     return model
@@ -353,7 +405,9 @@ def test_weights_that_cannot_be(given, tmp_path):
     checkpoint["model"]["layers.3.feed_forward.w2.weight"][5, 5] = torch.nan
     torch.save(checkpoint, tmp_path / "gpt.pt")
     result = result_of(files.check_gpt, **given)
-    assert result.status == BROKEN and "the first is layers.3.feed_forward.w2.weight" in result.detail
+    assert (
+        result.status == BROKEN and "the first is layers.3.feed_forward.w2.weight" in result.detail
+    )
     torch.nn.init.zeros_(model.output.weight)
     torch.save(checkpoint | {"model": model.state_dict()}, tmp_path / "gpt.pt")
     assert "all zeros" in result_of(files.check_gpt, **given).detail
@@ -369,13 +423,21 @@ def test_folders_of_images(tmp_path):
         (root / name).mkdir(parents=True)
         Image.new("RGB", (40, 30)).save(root / name / "0.png")
     result = result_of(files.check_images, data_path=str(root))
-    assert result.status == OK and "2 images in 2 classes of 1" in result.detail and "30 to 30 pixels" in result.detail
+    assert (
+        result.status == OK
+        and "2 images in 2 classes of 1" in result.detail
+        and "30 to 30 pixels" in result.detail
+    )
     (root / "cat").mkdir()
     result = result_of(files.check_images, data_path=str(root))
     assert result.status == BROKEN and "such as cat" in result.detail and "delete" in result.advice
     (root / "cat" / "1.jpg").write_bytes(b"no picture")
     result = result_of(files.check_images, data_path=str(root))
-    assert result.status == BROKEN and "1 of 3 opened files fail: " in result.detail and "1.jpg" in result.detail
+    assert (
+        result.status == BROKEN
+        and "1 of 3 opened files fail: " in result.detail
+        and "1.jpg" in result.detail
+    )
     for name in ("ape", "bee", "cat"):
         (root / "train" / name).mkdir(parents=True)
         (root / name).rename(root / "train" / name)
@@ -389,13 +451,23 @@ def test_a_training_folder_is_checked_as_it_is(trained, work):
     result = result_of(files.check_gpt, gpt_ckpt=folder)
     assert result.status == OK and "GPT-T" in result.detail and "after 15 steps" in result.detail
     together = dict(
-        gpt_ckpt=folder, vq_ckpt=str(work / "vq.pt"), code_path=str(work / "codes"), data_path=str(work / "images")
+        gpt_ckpt=folder,
+        vq_ckpt=str(work / "vq.pt"),
+        code_path=str(work / "codes"),
+        data_path=str(work / "images"),
     )
     result = result_of(files.check_together, **together)
-    assert result.status == OK and "list of images" in result.detail and "class names" in result.detail
-    (work / "images" / "ape" / "more.png").write_bytes((work / "images" / "ape" / "0.png").read_bytes())
+    assert (
+        result.status == OK and "list of images" in result.detail and "class names" in result.detail
+    )
+    (work / "images" / "ape" / "more.png").write_bytes(
+        (work / "images" / "ape" / "0.png").read_bytes()
+    )
     try:
-        assert "list of images of --code-path and --data-path" in result_of(files.check_together, **together).detail
+        assert (
+            "list of images of --code-path and --data-path"
+            in result_of(files.check_together, **together).detail
+        )
     finally:
         (work / "images" / "ape" / "more.png").unlink()
 
@@ -404,11 +476,25 @@ def test_a_training_folder_is_checked_as_it_is(trained, work):
 def test_quick_ends_well_on_this_machine(given, tmp_path):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     output = tmp_path / "report"
-    done = run_command("python3", "scripts/doctor.py", "--quick", "--gpt-model", "GPT-T", "--output", output, *options)
+    done = run_command(
+        "python3",
+        "scripts/doctor.py",
+        "--quick",
+        "--gpt-model",
+        "GPT-T",
+        "--output",
+        output,
+        *options,
+    )
     report = json.loads(output.with_suffix(".json").read_text())
     assert not report["broken"] and "0 broken" not in done.stdout and " ok, " in done.stdout
     statuses = {r["name"]: r["status"] for r in report["results"]}
-    for name in ("Checkpoint and resume", "Sharded weights (FSDP)", "Files together", "Tokenizer, codes and images"):
+    for name in (
+        "Checkpoint and resume",
+        "Sharded weights (FSDP)",
+        "Files together",
+        "Tokenizer, codes and images",
+    ):
         assert statuses[name] == OK
     figures = {r["name"]: r["figures"] for r in report["results"]}
     assert figures["Sampling, the default"]["speed relative to the published way"] > 0
@@ -419,11 +505,16 @@ def test_quick_ends_well_on_this_machine(given, tmp_path):
 
 @pytest.mark.slow
 def test_sharding_over_two_processes(tmp_path):
-    result = run_here(Check("g", "n", partial(resume.check_sharded, processes=2), HINT), context(work=tmp_path))
+    result = run_here(
+        Check("g", "n", partial(resume.check_sharded, processes=2), HINT), context(work=tmp_path)
+    )
     assert result.status == OK and "over 2 processes" in result.detail
 
 
 def test_markdown_is_a_table_whatever_a_check_says():
     rows = [(Check("group", "name", all_is_well, HINT), Result(BROKEN, "a | b", "mend it"))]
     markdown = as_markdown("today", {"Processor": "one"}, rows)
-    assert "| **broken** | name (cpu) | a \\| b | 0.0 |" in markdown and "- broken: name (cpu). Mend it." in markdown
+    assert (
+        "| **broken** | name (cpu) | a \\| b | 0.0 |" in markdown
+        and "- broken: name (cpu). Mend it." in markdown
+    )

@@ -1,4 +1,6 @@
-"""Which Python quickstart.sh, test.sh and rehearsal.sh run on; with fake ones, as making a real one takes minutes."""
+"""Which Python quickstart.sh, test.sh and rehearsal.sh run on; with fake ones, as making a real
+one takes minutes.
+"""
 
 import os
 import shutil
@@ -11,7 +13,8 @@ import pytest
 from tests.helpers import ROOT
 
 PROBE = 'source scripts/environment.sh requirements-dev.txt; echo "$PYTHON"; python --probe; python3 --probe'
-# stands for an interpreter: says which one it is, logs what it is told to do, looks for packages in FAKE_PACKAGES
+# stands for an interpreter: says which one it is, logs what it is told to do, looks for packages in
+# FAKE_PACKAGES
 FAKE = f"""#!/bin/bash
 case $1 in
     --probe) echo "$0" ;;
@@ -57,16 +60,24 @@ def make_python(path: Path) -> Path:
 
 @pytest.fixture
 def bash(tmp_path, tree, packages):
-    """``bash(command)`` in the tree with nothing active; a python3 that must not be used is first in PATH."""
+    """``bash(command)`` in the tree with nothing active; a python3 that must not be used is
+    first in PATH.
+    """
     other = make_python(tmp_path / "other" / "python3").parent
     make_python(other / "python")
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX", "nproc_per_node")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX", "nproc_per_node")
+    }
     kept |= {"PATH": f"{other}:{os.environ['PATH']}", "FAKE_PACKAGES": str(packages)}
     kept["FAKE_LOG"] = str(tmp_path / "log")
 
     def call(command: str, cwd: Path = tree, **environment: object) -> subprocess.CompletedProcess:
         env = kept | {k: str(v) for k, v in environment.items()}
-        return subprocess.run(["bash", "-c", command], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            ["bash", "-c", command], cwd=cwd, env=env, capture_output=True, text=True, timeout=60
+        )
 
     return call
 
@@ -81,7 +92,9 @@ def test_an_active_environment_is_used_as_it_is(bash, tree, tmp_path, variable):
 
 
 def test_the_virtual_environment_goes_before_conda_s_and_PYTHON_before_both(bash, tmp_path):
-    venv, conda = (make_python(tmp_path / name / "bin" / "python").parents[1] for name in ("venv", "conda"))
+    venv, conda = (
+        make_python(tmp_path / name / "bin" / "python").parents[1] for name in ("venv", "conda")
+    )
     both = {"VIRTUAL_ENV": venv, "CONDA_PREFIX": conda}
     assert bash(PROBE, **both).stdout.splitlines()[0] == f"{venv}/bin/python"
     mine = make_python(tmp_path / "mine" / "python-mine")
@@ -103,7 +116,11 @@ def test_PYTHON_may_be_a_name_or_a_relative_path(bash, tree, tmp_path):
 
 def test_PYTHON_that_is_not_there_is_an_error(bash):
     done = bash(PROBE, PYTHON="python9")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: PYTHON: there is no program python9\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "error: PYTHON: there is no program python9\n",
+    )
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "rehearsal.sh images"])
@@ -116,7 +133,12 @@ def test_missing_packages_are_named_before_any_work(bash, packages, tree, tmp_pa
     assert done.returncode == 2 and done.stdout == ""
     command = f"{python} -m pip install 'torch>=2.7' 'timm>=1.0'"
     assert done.stderr == f"error: {python} lacks torch>=2.7, timm>=1.0; to install: {command}\n"
-    assert sorted(p.name for p in tree.iterdir()) == ["images", "requirements-dev.txt", "requirements.txt", "scripts"]
+    assert sorted(p.name for p in tree.iterdir()) == [
+        "images",
+        "requirements-dev.txt",
+        "requirements.txt",
+        "scripts",
+    ]
     assert not (tmp_path / "log").exists()
 
 
@@ -126,7 +148,9 @@ def test_without_an_environment_one_is_made_once(bash, tree, tmp_path):
         assert done.stdout.splitlines()[-3:-1] == [f"{tree}/.venv/bin/python"] * 2, done.stderr
     made, installed = (tmp_path / "log").read_text().splitlines()
     assert made.endswith("python3 -m venv .venv")
-    assert ".venv/bin/python -m pip install" in installed and installed.endswith("-r requirements-dev.txt")
+    assert ".venv/bin/python -m pip install" in installed and installed.endswith(
+        "-r requirements-dev.txt"
+    )
 
 
 def test_rehearsal_hands_options_on(bash, tree, tmp_path):
@@ -134,18 +158,30 @@ def test_rehearsal_hands_options_on(bash, tree, tmp_path):
     options = "--gpt-model GPT-L --mixed-precision none -- --precision none --top-k 5"
     done = bash(f"bash scripts/rehearsal.sh images {options}", PYTHON=python)
     assert done.returncode == 0, done.stderr
-    steps = {line.split()[1].split("/")[-1]: line for line in (tmp_path / "log").read_text().splitlines()}
-    names = ["random_weights.py", "extract_codes_c2i.py", "train_c2i.py", "sample_c2i_ddp.py", "images_to_npz.py"]
+    steps = {
+        line.split()[1].split("/")[-1]: line for line in (tmp_path / "log").read_text().splitlines()
+    }
+    names = [
+        "random_weights.py",
+        "extract_codes_c2i.py",
+        "train_c2i.py",
+        "sample_c2i_ddp.py",
+        "images_to_npz.py",
+    ]
     assert list(steps) == [*names, "evaluator.py"]
     assert all(line.startswith(f"{python} ") for line in steps.values())
     assert steps["random_weights.py"].endswith("--gpt-model GPT-L")
-    assert "--gpt-model GPT-L " in steps["train_c2i.py"] and steps["train_c2i.py"].endswith("--mixed-precision none")
+    assert "--gpt-model GPT-L " in steps["train_c2i.py"] and steps["train_c2i.py"].endswith(
+        "--mixed-precision none"
+    )
     assert "--gpt-ckpt rehearsal/weights/PAR-L-4x.pt " in steps["sample_c2i_ddp.py"]
     assert steps["sample_c2i_ddp.py"].endswith("--precision none --top-k 5")
     assert (tree / "rehearsal" / "images" / "ape" / "1.png").exists()
 
 
-@pytest.mark.parametrize("words, status", [("", 2), ("--help", 0), ("-h", 0), ("--gpt-model GPT-L", 2)])
+@pytest.mark.parametrize(
+    "words, status", [("", 2), ("--help", 0), ("-h", 0), ("--gpt-model GPT-L", 2)]
+)
 def test_rehearsal_says_how_it_is_used(bash, tree, words, status):
     done = bash(f"bash scripts/rehearsal.sh {words}")
     text = done.stdout if status == 0 else done.stderr

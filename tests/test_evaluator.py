@@ -1,4 +1,6 @@
-"""The evaluator's command line: the published lines and figures, and mistakes as one line before any work."""
+"""The evaluator's command line: the published lines and figures, and mistakes as one line before
+any work.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ FIVE = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
 
 def numbers(text: str) -> dict[str, float]:
     """``title: value`` lines as a dict."""
-    return {k: float(v) for k, v in re.findall(r"^([A-Za-z0-9% ]+): ([-+.\de]+)$", text, re.MULTILINE)}
+    return {
+        k: float(v) for k, v in re.findall(r"^([A-Za-z0-9% ]+): ([-+.\de]+)$", text, re.MULTILINE)
+    }
 
 
 @pytest.fixture
@@ -41,9 +45,13 @@ def sets(tmp_path):
 
 @pytest.fixture
 def evaluate(monkeypatch, capsys):
-    """``evaluate(folder, *options)`` on ref.npz and sam.npz with the classifier, in this process."""
+    """``evaluate(folder, *options)`` on ref.npz and sam.npz with the classifier, in this
+    process.
+    """
 
-    def call(folder, *options, ref="ref.npz", sam="sam.npz", network=("--feature-network", "net.pt")):
+    def call(
+        folder, *options, ref="ref.npz", sam="sam.npz", network=("--feature-network", "net.pt")
+    ):
         monkeypatch.chdir(folder)
         words = [ref, sam, *network, "--device", "cpu", *map(str, options)]
         monkeypatch.setattr(sys, "argv", ["evaluator.py", *words])
@@ -99,7 +107,13 @@ def test_without_weights_nothing_starts(sets, evaluate, monkeypatch, capsys):
 def test_reports_to_screen_text_and_json(sets, evaluate):
     out = evaluate(sets, "--output", "out/figures.json").out
     text = (sets / "sam.txt").read_text()
-    assert list(numbers(text)) == ["Inception Score", "FID", "Precision", "Recall", "Class accuracy"]  # no sFID
+    assert list(numbers(text)) == [
+        "Inception Score",
+        "FID",
+        "Precision",
+        "Recall",
+        "Class accuracy",
+    ]  # no sFID
     assert text in out
     written = json.loads((sets / "out" / "figures.json").read_text())
     assert written["metrics"]["fid"] == numbers(text)["FID"]
@@ -118,7 +132,9 @@ def test_a_set_against_itself_is_perfect(sets, evaluate):
 def test_exact_distances_are_used_and_said(sets, evaluate, monkeypatch):
     results = []
     compute = evaluator.precision_recall
-    monkeypatch.setattr(evaluator, "precision_recall", lambda *args: results.append(compute(*args)) or results[-1])
+    monkeypatch.setattr(
+        evaluator, "precision_recall", lambda *args: results.append(compute(*args)) or results[-1]
+    )
     assert "distances: float16" in evaluate(sets).out
     assert "distances: float32 (--exact-distances)" in evaluate(sets, "--exact-distances").out
     assert [r.float32_blocks for r in results] == [0, 3]
@@ -218,9 +234,15 @@ IMAGES = np.full((5, 8, 8, 3), 9, np.uint8)
         ({"arr_0": IMAGES - 20.0}, r"values in -11..-11, expected 0..255"),
         ({"arr_0": IMAGES / 255.0}, "no value above .*expected values in 0..255"),
         ({"arr_0": IMAGES // 9}, "first images have no value above 1, expected values in 0..255"),
-        ({"arr_0": np.broadcast_to(np.uint8(3), (4, 9000, 9000, 3))[:1]}, "images of 9000x9000 pixels are too large"),
+        (
+            {"arr_0": np.broadcast_to(np.uint8(3), (4, 9000, 9000, 3))[:1]},
+            "images of 9000x9000 pixels are too large",
+        ),
         ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "sigma is not a covariance"),
-        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 9.0], [0.0, 1.0]])}, "sigma is not a covariance"),
+        (
+            {"mu": np.zeros(2), "sigma": np.array([[1.0, 9.0], [0.0, 1.0]])},
+            "sigma is not a covariance",
+        ),
         ({"arr_0": IMAGES * np.nan}, "values in nan"),
         ({"arr_0": IMAGES[:, :4, :4]}, "trained on 8x8x3 images, these are 4x4x3"),
         ({"arr_0": IMAGES, "labels": np.zeros(4, int)}, "labels are .*expected 5 integers"),
@@ -319,7 +341,9 @@ def test_a_folder_of_images_is_a_set(sets, evaluate):
     evaluate(sets, sam="pictures")
     assert (sets / "pictures.txt").read_text() == before
     Image.fromarray(images[0, :4]).save(sets / "pictures" / "zzz.png")
-    with pytest.raises(ValueError, match="zzz.png has 8x4 pixels, the first image of .*pictures has 8x8"):
+    with pytest.raises(
+        ValueError, match="zzz.png has 8x4 pixels, the first image of .*pictures has 8x8"
+    ):
         evaluate(sets, sam="pictures")
     (sets / "empty").mkdir()
     with pytest.raises(ValueError, match="SAMPLES: no images in empty"):
@@ -328,15 +352,26 @@ def test_a_folder_of_images_is_a_set(sets, evaluate):
 
 def test_several_sets_are_the_single_ones_and_a_table(sets, evaluate):
     np.savez(sets / "more.npz", arr_0=np.load(sets / "ref.npz")["arr_0"][:20, ::-1])
-    (sets / "sam.json").write_text(json.dumps({"options": {"gpt_model": "GPT-B", "cfg_scale": 1.75}}))
+    (sets / "sam.json").write_text(
+        json.dumps({"options": {"gpt_model": "GPT-B", "cfg_scale": 1.75}})
+    )
     single = {}
     for name in ("sam", "more"):
         evaluate(sets, sam=f"{name}.npz")
         single[name] = (sets / f"{name}.txt").read_text()
         (sets / f"{name}.txt").unlink()
-    evaluate(sets, "--markdown", "table.md", sam="sam.npz", network=("more.npz", "--feature-network", "net.pt"))
+    evaluate(
+        sets,
+        "--markdown",
+        "table.md",
+        sam="sam.npz",
+        network=("more.npz", "--feature-network", "net.pt"),
+    )
     assert {n: (sets / f"{n}.txt").read_text() for n in single} == single
-    table = [[c.strip() for c in line.strip("|\n").split("|")] for line in (sets / "table.md").read_text().splitlines()]
+    table = [
+        [c.strip() for c in line.strip("|\n").split("|")]
+        for line in (sets / "table.md").read_text().splitlines()
+    ]
     assert [row[0] for row in table] == ["Samples", "---", "sam.npz", "more.npz"]
     fid = table[0].index("FID")
     assert float(table[2][fid]) == pytest.approx(numbers(single["sam"])["FID"], abs=1e-4)
@@ -359,7 +394,11 @@ def test_the_kept_reference_gives_the_same_numbers(sets, evaluate, monkeypatch):
     assert "is not whole" in evaluate(sets).err
     assert (sets / "sam.txt").read_text() == before
     arrays = dict(np.load(kept[0]))
-    for name, value in (("pool", arrays["pool"][:10]), ("key", np.array("0 a b")), ("pool", np.zeros((), np.float32))):
+    for name, value in (
+        ("pool", arrays["pool"][:10]),
+        ("key", np.array("0 a b")),
+        ("pool", np.zeros((), np.float32)),
+    ):
         np.savez(kept[0], **{**arrays, name: value})
         assert "is made again" in evaluate(sets).err
         assert (sets / "sam.txt").read_text() == before
@@ -373,7 +412,9 @@ def test_the_kept_reference_gives_the_same_numbers(sets, evaluate, monkeypatch):
     assert not list(sets.glob("*.features.npz"))
     evaluate(sets)
     images = np.load(sets / "ref.npz")["arr_0"]
-    np.savez(sets / "ref.npz", arr_0=images[::-1, ::-1])  # another file of that name is another reference
+    np.savez(
+        sets / "ref.npz", arr_0=images[::-1, ::-1]
+    )  # another file of that name is another reference
     assert "read from" not in evaluate(sets).out
 
 
@@ -385,8 +426,16 @@ def test_two_processes_give_the_numbers_of_one(sets, evaluate):
     torch.set_num_threads(threads)
     before = (sets / "sam.txt").read_text()
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words += [evaluator.__file__, sets / "ref.npz", sets / "sam.npz", "--feature-network", sets / "net.pt"]
-    done = run_command(*words, "--batch-size", "4", "--no-cache", "--device", "cpu", OMP_NUM_THREADS="1")
+    words += [
+        evaluator.__file__,
+        sets / "ref.npz",
+        sets / "sam.npz",
+        "--feature-network",
+        sets / "net.pt",
+    ]
+    done = run_command(
+        *words, "--batch-size", "4", "--no-cache", "--device", "cpu", OMP_NUM_THREADS="1"
+    )
     assert (sets / "sam.txt").read_text() == before
     assert done.stdout.count("computing sample batch activations...") == 1
 
@@ -396,7 +445,9 @@ def test_two_processes_give_the_numbers_of_one(sets, evaluate):
 
 def test_warnings_that_matter(sets, evaluate):
     images = np.load(sets / "sam.npz")["arr_0"]
-    np.savez(sets / "sam.npz", arr_0=np.concatenate([images, images[:3]]), labels=np.arange(28) // 10)
+    np.savez(
+        sets / "sam.npz", arr_0=np.concatenate([images, images[:3]]), labels=np.arange(28) // 10
+    )
     err = evaluate(sets).err
     assert "3 of 28 images of sam.npz are copies" in err
     assert "samples are sorted by class" in err
@@ -410,7 +461,9 @@ def test_other_sizes_are_said(sets):
     assert report.warnings_before(reference, samples)[1:] == []
     np.savez(sets / "small.npz", arr_0=np.zeros((5, 4, 6, 3), np.uint8))
     small = open_archive(sets / "small.npz", "SAMPLES")
-    assert "sample images are 6x4, the reference's 8x8" in " ".join(report.warnings_before(reference, small))
+    assert "sample images are 6x4, the reference's 8x8" in " ".join(
+        report.warnings_before(reference, small)
+    )
 
 
 # further numbers
@@ -427,16 +480,30 @@ def test_further_numbers_are_asked_for_and_written(sets, evaluate):
     evaluate(sets, "--kid", "--class-fid", "--bootstrap", 5, "--paired", "--frechet", "sqrtm")
     found = numbers((sets / "sam.txt").read_text())
     assert found.keys() - plain.keys() == {
-        *("KID", "KID standard deviation", "FID 95% low", "FID 95% high", "Mean FID per class", "PSNR", "SSIM")
+        *(
+            "KID",
+            "KID standard deviation",
+            "FID 95% low",
+            "FID 95% high",
+            "Mean FID per class",
+            "PSNR",
+            "SSIM",
+        )
     }
-    assert found["FID"] == pytest.approx(plain["FID"], rel=1e-3)  # 25 images: the square root is not exact
+    assert found["FID"] == pytest.approx(
+        plain["FID"], rel=1e-3
+    )  # 25 images: the square root is not exact
     written = json.loads((sets / "sam.metrics.json").read_text())
     assert set(written["fid_of_class"]) == {"0", "1", "2"}
-    assert written["metrics"]["fid_low"] < written["metrics"]["fid"] < written["metrics"]["fid_high"]
+    assert (
+        written["metrics"]["fid_low"] < written["metrics"]["fid"] < written["metrics"]["fid_high"]
+    )
     assert found["PSNR"] == pytest.approx(7.75, abs=0.3)  # independent uniform pixels: 255^2 / 6
 
 
-@pytest.mark.parametrize("options", [("--output", "sam.npz"), ("--markdown", "ref.npz"), ("--markdown", "sam.txt")])
+@pytest.mark.parametrize(
+    "options", [("--output", "sam.npz"), ("--markdown", "ref.npz"), ("--markdown", "sam.txt")]
+)
 def test_nothing_is_written_over(sets, evaluate, options):
     before = {p.name: p.read_bytes() for p in sets.iterdir()}
     with pytest.raises(ValueError, match=f"{options[1]} would be written over"):
@@ -458,7 +525,9 @@ def test_frechet_method_and_compile_are_used(sets, evaluate, monkeypatch):
 
 def test_images_below_the_window_of_ssim_are_refused(sets, evaluate):
     np.savez(sets / "ref.npz", arr_0=np.load(sets / "sam.npz")["arr_0"])
-    with pytest.raises(ValueError, match="--paired: images of sam.npz are smaller than SSIM's window of 11"):
+    with pytest.raises(
+        ValueError, match="--paired: images of sam.npz are smaller than SSIM's window of 11"
+    ):
         evaluate(sets, "--paired")
 
 
@@ -471,7 +540,9 @@ def test_labels_of_guided_diffusion_are_found(sets):
 
 
 def test_names_are_ordered_by_number_and_settings_found_beside_a_folder(sets):
-    save_images(sets / "cfg-1.75-seed-0", np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(3, 3))
+    save_images(
+        sets / "cfg-1.75-seed-0", np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
+    )
     for i in range(12):
         (sets / "cfg-1.75-seed-0" / f"{i:03}.png").rename(sets / "cfg-1.75-seed-0" / f"{i}.png")
     images = image_sets.open_images(sets / "cfg-1.75-seed-0", "SAMPLES")
@@ -506,7 +577,9 @@ def test_self_check_passes_and_notices_a_change(tmp_path, monkeypatch, capsys):
     assert len(lines) == 6
     assert all(" ok " in line for line in lines)
     resize = self_check.inception.resize_tf1
-    monkeypatch.setattr(self_check.inception, "resize_tf1", lambda *a: resize(*a).nextafter(torch.tensor(1e9)))
+    monkeypatch.setattr(
+        self_check.inception, "resize_tf1", lambda *a: resize(*a).nextafter(torch.tensor(1e9))
+    )
     monkeypatch.setattr(self_check, "check_network", lambda: "")
     with pytest.raises(ValueError, match="failed: weights, resize$"):
         self_check.self_check(None, tmp_path, True)
@@ -517,12 +590,16 @@ def test_openai_samples_are_compared_with_their_published_figures():
     table = self_check.compare_with_published("admnet_guided_upsampled_imagenet256.npz", measured)
     assert "fid                 3.942557    3.900000 -1.08e-02" in table
     del measured["sfid"]
-    assert "nan" in self_check.compare_with_published("admnet_guided_upsampled_imagenet256.npz", measured)
+    assert "nan" in self_check.compare_with_published(
+        "admnet_guided_upsampled_imagenet256.npz", measured
+    )
     assert self_check.compare_with_published("samples.npz", measured) is None
 
 
 def test_a_zip_bomb_is_not_unpacked(sets, evaluate, monkeypatch):
-    """Statistics are read whole, so their size is bounded before; 200 kB on disk say they are 200 MB here."""
+    """Statistics are read whole, so their size is bounded before; 200 kB on disk say they are
+    200 MB here.
+    """
     monkeypatch.setattr(image_sets, "LARGEST_WHOLE", 100_000_000)
     np.savez_compressed(sets / "sam.npz", mu=np.zeros(5000), sigma=np.zeros((5000, 5000)))
     with pytest.raises(ValueError, match="sigma would take 200,000,000 bytes of memory"):
@@ -534,7 +611,9 @@ def test_a_zip_bomb_is_not_unpacked(sets, evaluate, monkeypatch):
 
 @pytest.fixture
 def swept(sets, monkeypatch):
-    """``swept(*options)`` runs a sweep whose sampler makes noise of a scale's strength, the evaluator in-process."""
+    """``swept(*options)`` runs a sweep whose sampler makes noise of a scale's strength, the
+    evaluator in-process.
+    """
 
     def call(words, what):
         words = [str(w) for w in words]
@@ -542,7 +621,10 @@ def swept(sets, monkeypatch):
             monkeypatch.setattr(sys, "argv", words[2:])
             evaluator.main()
             return
-        scale, folder = float(words[words.index("--cfg-scale") + 1]), Path(words[words.index("--sample-dir") + 1])
+        scale, folder = (
+            float(words[words.index("--cfg-scale") + 1]),
+            Path(words[words.index("--sample-dir") + 1]),
+        )
         assert words[2:4] == ["--gpt-ckpt", "my gpt.pt"]
         folder.mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(5).integers(0, int(100 * scale), (25, 8, 8, 3))
@@ -551,7 +633,12 @@ def swept(sets, monkeypatch):
     def run_sweep(*options):
         monkeypatch.setattr(sweep, "call", call)
         words = ["sweep.py", str(sets / "ref.npz"), "--sample", "--gpt-ckpt 'my gpt.pt'", *options]
-        words += ["--evaluate", f"--feature-network {sets / 'net.pt'} --device cpu", "--output", str(sets / "out")]
+        words += [
+            "--evaluate",
+            f"--feature-network {sets / 'net.pt'} --device cpu",
+            "--output",
+            str(sets / "out"),
+        ]
         monkeypatch.setattr(sys, "argv", words)
         sweep.main()
 

@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from autoregressive.decoding.generate import Generator, generate
-from autoregressive.decoding.sampling import SamplingOptions, filter_logits, image_randomness, sample
+from autoregressive.decoding.sampling import (
+    SamplingOptions,
+    filter_logits,
+    image_randomness,
+    sample,
+)
 from autoregressive.models.gpt import GPT
 from autoregressive.sample.pipeline import quantize
 from scripts.diagnosis.models import fill_from_names
@@ -26,7 +31,9 @@ def test_greedy_tokens_are_golden(golden, n, scale):
     uniforms = torch.zeros(len(cond), model.order.num_tokens)
     codes = generate(model, model.order, cond, uniforms, SamplingOptions(cfg_scale=scale, **GREEDY))
     assert np.array_equal(codes.numpy(), file[f"greedy_raster_cfg{scale}"])
-    assert np.array_equal(codes[:, model.order.permutation].numpy(), file[f"greedy_region_cfg{scale}"])
+    assert np.array_equal(
+        codes[:, model.order.permutation].numpy(), file[f"greedy_region_cfg{scale}"]
+    )
 
 
 def test_largest_uniform_draws_a_token_that_can_be_drawn():
@@ -53,7 +60,8 @@ def test_quantised_weights_are_near(golden, what):
 
 
 def greedy_without_cache(model: GPT, cond: torch.Tensor, scale) -> torch.Tensor:
-    """Slow version: a whole teacher-forced pass per step, argmax, guidance of logits by its formula.
+    """Slow version: a whole teacher-forced pass per step, argmax, guidance of logits by its
+    formula.
 
     scale: a number, or a function of the share of tokens decoded.
     """
@@ -95,7 +103,9 @@ def test_training_after_generating():
 def test_filters_are_golden(golden, k, p):
     file = golden("sampling.npz")
     probabilities = filter_logits(torch.from_numpy(file["logits"]), k, p).softmax(-1)
-    torch.testing.assert_close(probabilities, torch.from_numpy(file[f"probs_k{k}_p{p}"]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        probabilities, torch.from_numpy(file[f"probs_k{k}_p{p}"]), atol=1e-6, rtol=0
+    )
 
 
 def test_filters_that_keep_everything():
@@ -106,7 +116,9 @@ def test_filters_that_keep_everything():
 
 
 def test_inverse_cdf_against_closed_form():
-    """Probabilities 0, .5, 0, .25, .25, 0: u in [0, .5) is token 1, [.5, .75) is 3, [.75, 1) is 4."""
+    """Probabilities 0, .5, 0, .25, .25, 0: u in [0, .5) is token 1, [.5, .75) is 3, [.75, 1) is
+    4.
+    """
     logits = torch.tensor([0, 0.5, 0, 0.25, 0.25, 0]).log()
     u = torch.tensor([0.0, 0.25, 0.4999, 0.5, 0.7499, 0.75, 0.9999999])
     drawn = sample(logits.expand(1, len(u), -1), u[None], SamplingOptions())
@@ -118,7 +130,9 @@ def test_sampled_frequencies_follow_the_softmax():
     u = (torch.arange(20000) + 0.5) / 20000
     drawn = sample(logits.expand(1, 20000, -1), u[None], SamplingOptions(temperature=0.7))
     frequencies = drawn.flatten().bincount(minlength=50) / 20000
-    torch.testing.assert_close(frequencies, (logits / 0.7).softmax(-1).flatten(), atol=1.1e-4, rtol=0)
+    torch.testing.assert_close(
+        frequencies, (logits / 0.7).softmax(-1).flatten(), atol=1.1e-4, rtol=0
+    )
 
 
 def test_top_k_1_is_greedy_for_any_u():
@@ -128,11 +142,15 @@ def test_top_k_1_is_greedy_for_any_u():
 
 
 def test_guidance_interval_counts_decoded_tokens_once():
-    """With interval 5 and n = 4, steps that begin at 0, 1, 2, 3 and 4 are guided, those at 8 and 12 are not."""
+    """With interval 5 and n = 4, steps that begin at 0, 1, 2, 3 and 4 are guided, those at 8 and
+    12 are not.
+    """
     model = fill_from_names(GPT(small_config())).double().eval()
     cond, uniforms = torch.tensor([0, 1]), torch.rand(2, 16)
     plain = SamplingOptions(cfg_scale=3.0, cfg_interval=5)
-    guided = generate(model, model.order, cond, uniforms, SamplingOptions(cfg_scale=3.0))[:, model.order.permutation]
+    guided = generate(model, model.order, cond, uniforms, SamplingOptions(cfg_scale=3.0))[
+        :, model.order.permutation
+    ]
     until = generate(model, model.order, cond, uniforms, plain)[:, model.order.permutation]
     assert torch.equal(until[:, :8], guided[:, :8])
     with torch.no_grad():
@@ -157,12 +175,18 @@ def generate_in_batches(model: GPT, batch: int, count: int = 11) -> torch.Tensor
     for first in range(0, count, batch):
         labels, uniforms = image_randomness(3, range(first, min(first + batch, count)), 3, 64)
         options = SamplingOptions(cfg_scale=1.5, top_p=0.95)
-        codes.append(generate(model, model.order, torch.from_numpy(labels), torch.from_numpy(uniforms), options))
+        codes.append(
+            generate(
+                model, model.order, torch.from_numpy(labels), torch.from_numpy(uniforms), options
+            )
+        )
     return torch.cat(codes)
 
 
 def test_batch_size_changes_nothing_but_rounding():
-    model = fill_from_names(GPT(small_config(grid_height=8, grid_width=8, vocab_size=301, dim=64))).eval()
+    model = fill_from_names(
+        GPT(small_config(grid_height=8, grid_width=8, vocab_size=301, dim=64))
+    ).eval()
     in_float32 = [generate_in_batches(model, b) for b in (1, 3, 8)]
     for codes in in_float32[1:]:
         assert (codes == in_float32[0]).float().mean() >= 0.999
@@ -211,7 +235,9 @@ def test_the_unconditional_half_rests_once_guidance_is_over(monkeypatch):
     model = fill_from_names(GPT(small_config(grid_height=8, grid_width=8))).eval()
     rows = []
     decode = model.decode_step
-    monkeypatch.setattr(model, "decode_step", lambda tokens, *a: rows.append(len(tokens)) or decode(tokens, *a))
+    monkeypatch.setattr(
+        model, "decode_step", lambda tokens, *a: rows.append(len(tokens)) or decode(tokens, *a)
+    )
     options = SamplingOptions(cfg_scale=2.0, cfg_interval=20)
     generate(model, model.order, torch.tensor([0, 1]), torch.rand(2, 64), options)
     decoded = [start for start, _ in model.order.schedule]
@@ -226,7 +252,9 @@ def test_a_generator_is_used_again_and_for_shorter_batches():
     store = generator.cache.store.data_ptr()
     for seed, batch in enumerate((4, 2, 4, 1, 3)):
         labels, uniforms = map(torch.from_numpy, image_randomness(seed, range(batch), 3, 64))
-        assert torch.equal(generator(labels, uniforms), generate(model, model.order, labels, uniforms, options))
+        assert torch.equal(
+            generator(labels, uniforms), generate(model, model.order, labels, uniforms, options)
+        )
     assert generator.cache.store.data_ptr() == store
 
 
@@ -234,7 +262,9 @@ def test_steps_are_told_as_they_come():
     model = fill_from_names(GPT(small_config())).eval()
     seen = []
     codes = Generator(model, model.order, SamplingOptions(), 2)(
-        torch.tensor([0, 1]), torch.rand(2, 16), lambda tokens, decoded: seen.append((tokens.clone(), decoded))
+        torch.tensor([0, 1]),
+        torch.rand(2, 16),
+        lambda tokens, decoded: seen.append((tokens.clone(), decoded)),
     )
     assert [d for _, d in seen] == [1, 2, 3, 4, 8, 12, 16]
     for tokens, decoded in seen:

@@ -40,19 +40,27 @@ def test_every_released_size_has_its_names_and_shapes(golden, size, n):
     names = released_names(GPTConfig(**GPT_models[size], ar_token_num=n))
     shapes = expected["shapes"]
     for layer in range(1, expected["layers"]):
-        shapes |= {k.replace("layers.0.", f"layers.{layer}."): v for k, v in shapes.items() if "layers.0." in k}
+        shapes |= {
+            k.replace("layers.0.", f"layers.{layer}."): v
+            for k, v in shapes.items()
+            if "layers.0." in k
+        }
     assert names == shapes
     assert sum(torch.Size(s).numel() for s in names.values()) == expected["parameters"]
 
 
 def test_n1_has_no_special_tokens():
     """LlamaGen's c2i checkpoints, n = 1, have no such parameter and must load strictly."""
-    assert not any("spe_tok" in k for k in released_names(GPTConfig(**GPT_models["GPT-B"], ar_token_num=1)))
+    assert not any(
+        "spe_tok" in k for k in released_names(GPTConfig(**GPT_models["GPT-B"], ar_token_num=1))
+    )
 
 
 def test_small_sizes_are_small():
     def parameters(size):
-        config = GPTConfig(**GPT_models[size], vocab_size=256, num_classes=10, grid_height=8, grid_width=8)
+        config = GPTConfig(
+            **GPT_models[size], vocab_size=256, num_classes=10, grid_height=8, grid_width=8
+        )
         return sum(torch.Size(s).numel() for s in released_names(config).values())
 
     assert parameters("GPT-T") < 2e6
@@ -61,7 +69,9 @@ def test_small_sizes_are_small():
 
 @pytest.mark.parametrize("n_kv_head", [None, 2, 1])
 def test_no_logit_depends_on_a_later_token(n_kv_head):
-    """Changing token s of the region order may change logits of later steps only (also with grouped heads)."""
+    """Changing token s of the region order may change logits of later steps only (also with
+    grouped heads).
+    """
     model = fill_from_names(GPT(small_config(n_kv_head=n_kv_head))).eval()
     order = model.order
     codes, cond = random_codes(model.config)
@@ -69,7 +79,9 @@ def test_no_logit_depends_on_a_later_token(n_kv_head):
         before = model.logits(codes, cond)
         for s in range(order.num_tokens):
             changed = codes.clone()
-            changed[:, order.permutation[s]] = (codes[:, order.permutation[s]] + 1) % model.config.vocab_size
+            changed[:, order.permutation[s]] = (
+                codes[:, order.permutation[s]] + 1
+            ) % model.config.vocab_size
             differs = (model.logits(changed, cond) != before).any(-1).any(0)
             later = order.steps > order.steps[s]
             assert not differs[~later].any(), s
@@ -86,7 +98,9 @@ def test_grouped_heads_equal_repeated_heads():
         state[name] = torch.cat([q, k, v])
     full.load_state_dict(state)
     codes, cond = random_codes(full.config)
-    torch.testing.assert_close(grouped.logits(codes, cond), full.logits(codes, cond), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        grouped.logits(codes, cond), full.logits(codes, cond), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_special_slots_have_zero_rotary_rows():
@@ -100,7 +114,13 @@ def test_special_slots_have_zero_rotary_rows():
 
 def test_every_dropout_is_off_in_eval_and_on_in_train():
     codes, cond = random_codes(small_config())
-    names = ("class_dropout_prob", "token_dropout_p", "attn_dropout_p", "resid_dropout_p", "ffn_dropout_p")
+    names = (
+        "class_dropout_prob",
+        "token_dropout_p",
+        "attn_dropout_p",
+        "resid_dropout_p",
+        "ffn_dropout_p",
+    )
     off = dict.fromkeys(names, 0.0)
     for name in (*names, "drop_path_rate"):
         model = fill_from_names(GPT(small_config(**off | {name: 0.5})))
@@ -142,7 +162,9 @@ def test_impossible_heads_are_named():
 @pytest.mark.parametrize("chunk", [1, 19 * 5, 1 << 24])
 @pytest.mark.parametrize("accumulations", [1, 2])
 def test_chunked_loss_and_gradients_are_those_of_whole_logits(monkeypatch, chunk, accumulations):
-    """In float64, against logits and cross-entropy by torch; also where a chunk ends short, and summed over calls."""
+    """In float64, against logits and cross-entropy by torch; also where a chunk ends short, and
+    summed over calls.
+    """
     monkeypatch.setattr("autoregressive.models.linear_cross_entropy.CHUNK_ELEMENTS", chunk)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, 4, 8, generator=generator, dtype=torch.float64)
@@ -151,7 +173,9 @@ def test_chunked_loss_and_gradients_are_those_of_whole_logits(monkeypatch, chunk
     inputs = [[x.clone().requires_grad_() for x in (hidden, weight)] for _ in range(2)]
     for _ in range(accumulations):
         ours, each = linear_cross_entropy(*inputs[0], targets)
-        expected = F.cross_entropy((inputs[1][0] @ inputs[1][1].T).flatten(0, 1), targets.flatten(), reduction="none")
+        expected = F.cross_entropy(
+            (inputs[1][0] @ inputs[1][1].T).flatten(0, 1), targets.flatten(), reduction="none"
+        )
         torch.testing.assert_close(each, expected.detach().view(3, 4))
         torch.testing.assert_close(ours, expected.mean())
         (3.0 * ours).backward()
@@ -164,7 +188,9 @@ def test_chunked_loss_and_gradients_are_those_of_whole_logits(monkeypatch, chunk
 
 
 def test_chunked_loss_under_autocast_is_that_of_whole_logits():
-    """Products in bfloat16, softmax in float32, gradients of float32 parameters in float32, as autocast has them."""
+    """Products in bfloat16, softmax in float32, gradients of float32 parameters in float32, as
+    autocast has them.
+    """
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 8, generator=generator) for n in (12, 19))
     targets = torch.randint(19, (12,), generator=generator)
@@ -172,7 +198,11 @@ def test_chunked_loss_under_autocast_is_that_of_whole_logits():
     for whole in (False, True):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = F.cross_entropy((h @ w.T).float(), targets) if whole else linear_cross_entropy(h, w, targets)[0]
+            loss = (
+                F.cross_entropy((h @ w.T).float(), targets)
+                if whole
+                else linear_cross_entropy(h, w, targets)[0]
+            )
         loss.backward()
         grads.append((loss.detach(), h.grad, w.grad))
     for ours, expected in zip(*grads, strict=True):
@@ -196,7 +226,9 @@ def test_recomputed_activations_change_no_gradient(what):
 
 @pytest.mark.parametrize("n", [1, 4])
 def test_flex_attention_has_the_same_mask(n):
-    """FlexAttention, uncompiled on the CPU, against the dense mask; 16 slots fill a part of its block of 128."""
+    """FlexAttention, uncompiled on the CPU, against the dense mask; 16 slots fill a part of its
+    block of 128.
+    """
     model = fill_from_names(GPT(small_config(ar_token_num=n, n_kv_head=2))).eval()
     codes, cond = random_codes(model.config)
     with torch.no_grad():
@@ -206,7 +238,9 @@ def test_flex_attention_has_the_same_mask(n):
 
 
 def test_flops_are_those_that_torch_counts():
-    """Against torch's counter of a forward and backward, which sees attention as dense: all pairs of slots."""
+    """Against torch's counter of a forward and backward, which sees attention as dense: all
+    pairs of slots.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     model = fill_from_names(GPT(small_config(n_kv_head=2)))
@@ -215,11 +249,15 @@ def test_flops_are_those_that_torch_counts():
         model.logits(codes, cond).sum().backward()
     config, slots = model.config, model.order.num_tokens
     hidden_pairs = slots**2 - int(model.order.mask().sum())
-    assert counter.get_total_flops() == 3 * (model.flops_per_image() + 12 * config.n_layer * config.dim * hidden_pairs)
+    assert counter.get_total_flops() == 3 * (
+        model.flops_per_image() + 12 * config.n_layer * config.dim * hidden_pairs
+    )
 
 
 def block_gradients(codes: torch.Tensor, cond: torch.Tensor, compiled: bool) -> list[torch.Tensor]:
-    model = fill_from_names(GPT(small_config(n_layer=1, attn_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0)))
+    model = fill_from_names(
+        GPT(small_config(n_layer=1, attn_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0))
+    )
     if compiled:
         model.layers[0].compile()
     torch.manual_seed(0)
@@ -230,16 +268,22 @@ def block_gradients(codes: torch.Tensor, cond: torch.Tensor, compiled: bool) -> 
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_gradients():
     inputs = random_codes(small_config())
-    for ours, expected in zip(block_gradients(*inputs, True), block_gradients(*inputs, False), strict=True):
+    for ours, expected in zip(
+        block_gradients(*inputs, True), block_gradients(*inputs, False), strict=True
+    ):
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("n, n_kv_head", [(1, None), (4, 2), (16, None)])
 def test_attention_on_the_cpu_is_torchs(n, n_kv_head):
-    """Parts of queries in float32, and matrix products in bfloat16, against one dense masked call; gradients too."""
+    """Parts of queries in float32, and matrix products in bfloat16, against one dense masked
+    call; gradients too.
+    """
     order = RegionOrder.build(24, n)
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, h, 576, 8, generator=generator) for h in (4, n_kv_head or 4, n_kv_head or 4))
+    q, k, v = (
+        torch.randn(2, h, 576, 8, generator=generator) for h in (4, n_kv_head or 4, n_kv_head or 4)
+    )
     weights = torch.randn(2, 4, 576, 8, generator=generator)
     mask = DenseMask(order.mask(), query_chunks(order.mask()))
     results = {}
@@ -252,7 +296,9 @@ def test_attention_on_the_cpu_is_torchs(n, n_kv_head):
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     y = F.scaled_dot_product_attention(*inputs, order.mask(), enable_gqa=True)
     (y * weights).sum().backward()
-    for ours, half, expected in zip(*results.values(), [y.detach(), *(x.grad for x in inputs)], strict=True):
+    for ours, half, expected in zip(
+        *results.values(), [y.detach(), *(x.grad for x in inputs)], strict=True
+    ):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
         assert (half - expected).norm() < 0.02 * expected.norm()
 

@@ -24,7 +24,9 @@ def test_greedy_tokens_are_golden_on_cuda(golden, n, compiled):
     cond = torch.from_numpy(file["cond"][:-1]).cuda()
     uniforms = torch.zeros(len(cond), model.order.num_tokens, device="cuda")
     options = SamplingOptions(cfg_scale=1.75, temperature=0.0)
-    decoder = make_decoder(model, Way("none", "compiled" if compiled else "eager"), 2 * len(cond) * n)
+    decoder = make_decoder(
+        model, Way("none", "compiled" if compiled else "eager"), 2 * len(cond) * n
+    )
     generator = Generator(decoder, model.order, options, len(cond))
     expected = file["greedy_raster_cfg1.75"].tolist()
     assert generator(cond, uniforms).cpu().tolist() == expected
@@ -37,19 +39,27 @@ def test_compiled_bf16_training_step(golden):
     model = tiny_gpt(file).cuda().train()
     step = torch.compile(model)
     with autocast(torch.device("cuda"), "bf16"):
-        loss, _ = step(torch.from_numpy(file["raster_tokens"]).long().cuda(), torch.from_numpy(file["cond"]).cuda())
+        loss, _ = step(
+            torch.from_numpy(file["raster_tokens"]).long().cuda(),
+            torch.from_numpy(file["cond"]).cuda(),
+        )
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def training_state(model) -> TrainingState:
     optimizer = make_adamw(model, 1e-3, 0.05, (0.9, 0.95))
-    guard, scaler = Guard(torch.device("cuda"), 1.0, 20), torch.amp.GradScaler("cuda", enabled=False)
+    guard, scaler = (
+        Guard(torch.device("cuda"), 1.0, 20),
+        torch.amp.GradScaler("cuda", enabled=False),
+    )
     return TrainingState(model, optimizer, scaler, Ema(model), guard)
 
 
 def test_a_training_step_never_waits_for_the_device(golden):
-    """From the batch on the host to the moving average: torch raises where a step would synchronise."""
+    """From the batch on the host to the moving average: torch raises where a step would
+    synchronise.
+    """
     file = golden("gpt_tiny_n4.npz")
     model = tiny_gpt(file).cuda().train()
     state, window = training_state(model), Window(("loss", "grad_norm"), torch.device("cuda"))
@@ -72,7 +82,10 @@ def test_a_training_step_never_waits_for_the_device(golden):
 def test_flex_attention_trains_like_the_dense_mask(golden, n):
     """Compiled FlexAttention against the dense mask in float32: loss and every gradient."""
     file = golden(f"gpt_tiny_n{n}.npz")
-    codes, cond = torch.from_numpy(file["raster_tokens"]).long().cuda(), torch.from_numpy(file["cond"]).cuda()
+    codes, cond = (
+        torch.from_numpy(file["raster_tokens"]).long().cuda(),
+        torch.from_numpy(file["cond"]).cuda(),
+    )
     grads = []
     for flex in (False, True):
         model = tiny_gpt(file).cuda()

@@ -1,4 +1,6 @@
-"""The reader of frozen TensorFlow graphs: golden encodings, a whole Inception graph, and damaged files."""
+"""The reader of frozen TensorFlow graphs: golden encodings, a whole Inception graph, and damaged
+files.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def attribute(name: str, value: bytes) -> bytes:
 def constant(name: str, value: np.ndarray) -> bytes:
     shape = b"".join(field(2, field(1, size)) for size in value.shape)
     tensor = field(1, 1) + field(2, shape) + field(4, value.tobytes())
-    return field(1, field(1, name.encode()) + field(2, b"Const") + attribute("value", field(8, tensor)))
+    return field(
+        1, field(1, name.encode()) + field(2, b"Const") + attribute("value", field(8, tensor))
+    )
 
 
 def inception_graph(constants: dict[str, np.ndarray], scaled: bool) -> bytes:
@@ -43,7 +47,9 @@ def inception_graph(constants: dict[str, np.ndarray], scaled: bool) -> bytes:
     for scope in inception.TENSORFLOW_SCOPES.values():
         switch = attribute("scale_after_normalization", field(5, int(scaled)))
         name = f"{scope}/batchnorm".encode()
-        nodes.append(field(1, field(1, name) + field(2, b"BatchNormWithGlobalNormalization") + switch))
+        nodes.append(
+            field(1, field(1, name) + field(2, b"BatchNormWithGlobalNormalization") + switch)
+        )
     return b"".join(nodes)
 
 
@@ -60,14 +66,23 @@ def test_every_numeric_encoding_is_golden(golden):
 
 @pytest.mark.parametrize(
     ("kind", "number", "dtype", "values"),
-    [(3, 7, np.int32, [5, -2]), (9, 10, np.int64, [-1]), (10, 11, np.bool_, [1, 0]), (19, 13, np.float16, [1.5, -2])],
+    [
+        (3, 7, np.int32, [5, -2]),
+        (9, 10, np.int64, [-1]),
+        (10, 11, np.bool_, [1, 0]),
+        (19, 13, np.float16, [1.5, -2]),
+    ],
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_lists_of_numbers_packed_and_not(kind, number, dtype, values, packed):
     array = np.array(values, dtype)
     words = array.view(np.uint16) if dtype == np.float16 else array.astype(np.int64)
     words = [int(w) & 0xFFFFFFFFFFFFFFFF for w in words]
-    listed = field(number, b"".join(map(varint, words))) if packed else b"".join(field(number, w) for w in words)
+    listed = (
+        field(number, b"".join(map(varint, words)))
+        if packed
+        else b"".join(field(number, w) for w in words)
+    )
     tensor = field(1, kind) + field(2, field(2, field(1, 4))) + listed
     node = field(1, field(1, b"x") + field(2, b"Const") + attribute("value", field(8, tensor)))
     found = read_graphdef(node)["x"].value
@@ -86,10 +101,14 @@ def test_single_floats_are_read():
 def test_graph_and_state_dict_of_the_same_weights_give_the_same_features(tmp_path, scaled):
     """Also: gamma counts only where ``scale_after_normalization`` says so."""
     (tmp_path / "graph.pb").write_bytes(inception_graph(recipe_constants(), scaled))
-    torch.save(inception.state_from_tensorflow(recipe_constants(use_gamma=scaled)), tmp_path / "state.pth")
+    torch.save(
+        inception.state_from_tensorflow(recipe_constants(use_gamma=scaled)), tmp_path / "state.pth"
+    )
     images = torch.randint(0, 256, (1, 32, 32, 3), dtype=torch.uint8)
     with torch.inference_mode():
-        first, second = (inception.load_inception(tmp_path / name)(images) for name in ("graph.pb", "state.pth"))
+        first, second = (
+            inception.load_inception(tmp_path / name)(images) for name in ("graph.pb", "state.pth")
+        )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -97,13 +116,17 @@ def test_a_graph_without_a_constant_is_refused(tmp_path):
     constants = recipe_constants()
     del constants["softmax/weights"]
     (tmp_path / "graph.pb").write_bytes(inception_graph(constants, True))
-    with pytest.raises(ValueError, match="graph.pb is not the Inception graph of 2015: .*softmax/weights"):
+    with pytest.raises(
+        ValueError, match="graph.pb is not the Inception graph of 2015: .*softmax/weights"
+    ):
         inception.load_inception(tmp_path / "graph.pb")
 
 
 def test_damaged_graphs_are_a_value_error_or_read():
     """Every cut and many flipped bytes: nothing but ValueError comes out, and no long work."""
-    data = constant("a", np.arange(6, dtype=np.float32)) + constant("b", np.ones((2, 3), np.float32))
+    data = constant("a", np.arange(6, dtype=np.float32)) + constant(
+        "b", np.ones((2, 3), np.float32)
+    )
     rng = np.random.default_rng(0)
     damaged = [data[:end] for end in range(len(data))]
     for _ in range(2000):
@@ -133,11 +156,15 @@ def test_an_empty_constant_and_a_misplaced_message():
     assert read_graphdef(node)["x"].value.shape == (0,)
     wrong = field(1, 1) + field(2, field(2, field(1, b"ab")))
     with pytest.raises(ValueError, match="not a GraphDef"):
-        read_graphdef(field(1, field(1, b"x") + field(2, b"Const") + attribute("value", field(8, wrong))))
+        read_graphdef(
+            field(1, field(1, b"x") + field(2, b"Const") + attribute("value", field(8, wrong)))
+        )
 
 
 def test_a_huge_shape_is_not_filled():
-    tensor = field(1, 1) + field(2, field(2, field(1, 1 << 30)) * 3) + field(5, struct.pack("<f", 1))
+    tensor = (
+        field(1, 1) + field(2, field(2, field(1, 1 << 30)) * 3) + field(5, struct.pack("<f", 1))
+    )
     node = field(1, field(1, b"x") + field(2, b"Const") + attribute("value", field(8, tensor)))
     with pytest.raises(ValueError, match="has 1 values"):
         read_graphdef(node)

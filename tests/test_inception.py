@@ -17,13 +17,17 @@ def assert_close(found: torch.Tensor, expected: np.ndarray, relative: float) -> 
     assert np.abs(found.numpy() - expected).max() <= relative * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("size", ["1x1", "8x8", "32x32", "64x64", "200x333", "256x256", "299x299", "512x512"])
+@pytest.mark.parametrize(
+    "size", ["1x1", "8x8", "32x32", "64x64", "200x333", "256x256", "299x299", "512x512"]
+)
 def test_resize_is_bit_for_bit_that_of_tf1(golden, size):
     z = golden("evaluator_resize_tf1.npz")
     out = inception.resize_tf1(torch.from_numpy(z[f"in_{size}"]), 299).numpy()
     assert np.array_equal(out[:, ::5, ::5], z[f"out5_{size}"])
     assert np.array_equal(np.stack([out[:, -1], out[:, :, -1]]), z[f"lastrowcol_{size}"])
-    np.testing.assert_allclose(out.sum(axis=(1, 2), dtype=np.float64), z[f"sum64_{size}"], rtol=1e-14)
+    np.testing.assert_allclose(
+        out.sum(axis=(1, 2), dtype=np.float64), z[f"sum64_{size}"], rtol=1e-14
+    )
 
 
 def test_resize_takes_floats_as_they_are():
@@ -41,17 +45,25 @@ def test_features_are_those_of_tensorflow(golden, case):
         assert_close(pool, z[f"{case}_{name}_pool"], 1e-5)
         assert_close(spatial, z[f"{case}_{name}_spatial"], 2e-5)
         if f"{case}_{name}_softmax" in z:
-            np.testing.assert_allclose(probabilities.numpy(), z[f"{case}_{name}_softmax"], rtol=1e-4)
+            np.testing.assert_allclose(
+                probabilities.numpy(), z[f"{case}_{name}_softmax"], rtol=1e-4
+            )
 
 
 def test_every_convolution_of_the_graph_has_its_own_scope():
-    modules = {k.removesuffix(".conv.weight") for k in inception.Inception2015().state_dict() if ".conv." in k}
+    modules = {
+        k.removesuffix(".conv.weight")
+        for k in inception.Inception2015().state_dict()
+        if ".conv." in k
+    }
     assert modules == set(inception.TENSORFLOW_SCOPES)
     assert len(set(inception.TENSORFLOW_SCOPES.values())) == len(modules) == 94
 
 
 def test_a_weights_file_in_the_old_format_without_counters_loads(tmp_path):
-    """The published file is of 2019: torch's format before zip, batch norms without num_batches_tracked."""
+    """The published file is of 2019: torch's format before zip, batch norms without
+    num_batches_tracked.
+    """
     state = recipe_state()
     assert not any(k.endswith("num_batches_tracked") for k in state)
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
@@ -87,8 +99,11 @@ def test_weights_of_unknown_hash_are_refused_unless_allowed(tmp_path):
 
 
 def test_weights_of_published_hash_are_found_in_the_folder(tmp_path, monkeypatch):
-    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of the three letters below
-    monkeypatch.setattr(inception, "PUBLISHED_WEIGHTS", (inception.WeightsFile("w.pth", 3, sha256, "nowhere"),))
+    # of the three letters below
+    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    monkeypatch.setattr(
+        inception, "PUBLISHED_WEIGHTS", (inception.WeightsFile("w.pth", 3, sha256, "nowhere"),)
+    )
     (tmp_path / "w.pth").write_bytes(b"abc")
     assert inception.find_weights(None, tmp_path, allow_unknown=False) == tmp_path / "w.pth"
 
@@ -109,7 +124,10 @@ def test_weights_are_fetched_once_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(inception, "DOWNLOADED", published)
     monkeypatch.setattr(inception, "PUBLISHED_WEIGHTS", (published,))
     inception.download_weights(tmp_path / "models")
-    assert inception.find_weights(None, tmp_path / "models", allow_unknown=False).read_bytes() == b"abc"
+    assert (
+        inception.find_weights(None, tmp_path / "models", allow_unknown=False).read_bytes()
+        == b"abc"
+    )
     source.unlink()
     inception.download_weights(tmp_path / "models")  # nothing is fetched again
     source.write_bytes(b"abd")

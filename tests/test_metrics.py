@@ -1,4 +1,6 @@
-"""The numbers: against the TensorFlow evaluator's, closed forms, and slow versions written another way."""
+"""The numbers: against the TensorFlow evaluator's, closed forms, and slow versions written
+another way.
+"""
 
 from __future__ import annotations
 
@@ -43,16 +45,27 @@ def test_frechet_distance_is_that_of_the_published_evaluator(golden):
 
 
 def test_frechet_distance_of_few_samples_is_exact(golden):
-    """For singular covariances the published square root of a matrix is off in the 8th digit; ours is not."""
+    """For singular covariances the published square root of a matrix is off in the 8th digit;
+    ours is not.
+    """
     z = golden("evaluator_fid_adm.npz")
     x, y = z["X"][:40], z["Y"][:30]
-    found = metrics.frechet_distance(*metrics.mean_and_covariance(x), *metrics.mean_and_covariance(y))
+    found = metrics.frechet_distance(
+        *metrics.mean_and_covariance(x), *metrics.mean_and_covariance(y)
+    )
     assert found == pytest.approx(float(z["FID_rank_deficient_X40_Y30"]), rel=1e-7)
 
     mu_x, mu_y = x.mean(0), y.mean(0)
-    cx, cy = (x - x.mean(0, dtype=np.float64)) / np.sqrt(39), (y - y.mean(0, dtype=np.float64)) / np.sqrt(29)
-    cross = scipy.linalg.svdvals(cx @ cy.T).sum()  # without any covariance: singular values of the data itself
-    expected = np.square(mu_x - mu_y, dtype=np.float64).sum() + (cx**2).sum() + (cy**2).sum() - 2 * cross
+    cx, cy = (
+        (x - x.mean(0, dtype=np.float64)) / np.sqrt(39),
+        (y - y.mean(0, dtype=np.float64)) / np.sqrt(29),
+    )
+    cross = scipy.linalg.svdvals(
+        cx @ cy.T
+    ).sum()  # without any covariance: singular values of the data itself
+    expected = (
+        np.square(mu_x - mu_y, dtype=np.float64).sum() + (cx**2).sum() + (cy**2).sum() - 2 * cross
+    )
     assert found == pytest.approx(expected, rel=1e-10)
 
 
@@ -79,7 +92,9 @@ def test_small_variances_count():
 
 
 def test_frechet_distance_of_a_point_to_a_gaussian():
-    assert metrics.frechet_distance(np.ones(2), np.zeros((2, 2)), np.zeros(2), np.eye(2)) == pytest.approx(4)
+    assert metrics.frechet_distance(
+        np.ones(2), np.zeros((2, 2)), np.zeros(2), np.eye(2)
+    ) == pytest.approx(4)
 
 
 def test_statistics_of_different_sizes_are_an_error():
@@ -100,12 +115,18 @@ def test_inception_score_is_that_of_the_published_evaluator(golden):
     logits = torch.from_numpy(z["features_f16"]).float() @ torch.from_numpy(weights)
     probabilities = logits.softmax(dim=1).numpy()
     np.testing.assert_allclose(probabilities[:8], z["probs_first8"], rtol=1e-4)
-    assert metrics.inception_score(probabilities) == pytest.approx(float(z["IS_split5000"]), rel=1e-6)
-    assert metrics.inception_score(probabilities, 100) == pytest.approx(float(z["IS_split100"]), rel=1e-6)
+    assert metrics.inception_score(probabilities) == pytest.approx(
+        float(z["IS_split5000"]), rel=1e-6
+    )
+    assert metrics.inception_score(probabilities, 100) == pytest.approx(
+        float(z["IS_split100"]), rel=1e-6
+    )
 
 
 def test_inception_score_of_sure_and_even_classes_is_their_number():
-    assert metrics.inception_score(np.eye(7, dtype=np.float32)[np.arange(70) % 7]) == pytest.approx(7)
+    assert metrics.inception_score(np.eye(7, dtype=np.float32)[np.arange(70) % 7]) == pytest.approx(
+        7
+    )
 
 
 def test_inception_score_of_unsure_predictions_is_one():
@@ -138,11 +159,17 @@ def scaled_golden(golden, case: str) -> tuple[np.ndarray, np.ndarray, dict]:
 
 
 def test_half_precision_distances_are_those_of_the_published_evaluator(golden):
-    """Radii and figures are equal; a distance may sit on a rounding edge that another sum order crosses."""
+    """Radii and figures are equal; a distance may sit on a rounding edge that another sum order
+    crosses.
+    """
     u, v, expected = scaled_golden(golden, "half")
     for x, radii in ((u, expected["radii_U"]), (v, expected["radii_V"])):
-        assert np.array_equal(metrics.neighbour_radii(torch.from_numpy(x), 3, exact=False), radii[:, 0])
-    ((_, _, distance),) = metrics.distance_slabs(torch.from_numpy(u), torch.from_numpy(v), exact=False)
+        assert np.array_equal(
+            metrics.neighbour_radii(torch.from_numpy(x), 3, exact=False), radii[:, 0]
+        )
+    ((_, _, distance),) = metrics.distance_slabs(
+        torch.from_numpy(u), torch.from_numpy(v), exact=False
+    )
     assert (distance[:64].numpy() != expected["D_UV"]).mean() < 1e-3
     result = metrics.precision_recall(u, v)
     assert [result.precision, result.recall] == expected["PR"].tolist()
@@ -154,7 +181,9 @@ def test_a_block_that_overflows_half_precision_is_float32(golden):
     for x, radii in ((u, expected["radii_U"]), (v, expected["radii_V"])):
         found = metrics.neighbour_radii(torch.from_numpy(x), 3, exact=False)
         np.testing.assert_allclose(found, radii[:, 0], rtol=1e-5)
-    ((_, _, distance),) = metrics.distance_slabs(torch.from_numpy(u), torch.from_numpy(v), exact=False)
+    ((_, _, distance),) = metrics.distance_slabs(
+        torch.from_numpy(u), torch.from_numpy(v), exact=False
+    )
     np.testing.assert_allclose(distance[:64], expected["D_UV"], rtol=1e-5)
     result = metrics.precision_recall(u, v)
     assert [result.precision, result.recall] == expected["PR"].tolist()
@@ -168,7 +197,9 @@ def test_exact_distances_are_another_choice(golden):
     np.testing.assert_allclose(exact, expected["radii_U"][:, 0], rtol=1e-2)
 
 
-def slow_precision_recall(reference: np.ndarray, samples: np.ndarray, k: int) -> tuple[float, float]:
+def slow_precision_recall(
+    reference: np.ndarray, samples: np.ndarray, k: int
+) -> tuple[float, float]:
     """The definition, one pair at a time, in float64."""
 
     def radius(x: np.ndarray, i: int) -> float:
@@ -177,7 +208,12 @@ def slow_precision_recall(reference: np.ndarray, samples: np.ndarray, k: int) ->
 
     def covered(inner: np.ndarray, outer: np.ndarray) -> float:
         radii = [radius(outer, j) for j in range(len(outer))]
-        return np.mean([any(((x - y) ** 2).sum() <= r for y, r in zip(outer, radii, strict=True)) for x in inner])
+        return np.mean(
+            [
+                any(((x - y) ** 2).sum() <= r for y, r in zip(outer, radii, strict=True))
+                for x in inner
+            ]
+        )
 
     reference, samples = reference.astype(np.float64), samples.astype(np.float64)
     return covered(samples, reference), covered(reference, samples)
@@ -200,7 +236,9 @@ def test_a_set_covers_itself_and_nothing_far_away(exact):
 
 
 def test_the_edge_of_a_neighbourhood_belongs_to_it():
-    """0 and 10 have squared radius 100, so have 20 and 30: 20 is just reached from 10, and 10 from 20."""
+    """0 and 10 have squared radius 100, so have 20 and 30: 20 is just reached from 10, and 10
+    from 20.
+    """
     reference, samples = np.array([[0], [10]], np.float32), np.array([[20], [30]], np.float32)
     assert metrics.precision_recall(reference, samples, k=1)[:2] == (0.5, 0.5)
 

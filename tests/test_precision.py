@@ -1,4 +1,6 @@
-"""Precision follows the machine: which one is taken where and why, said and recorded, and changed in mid-run."""
+"""Precision follows the machine: which one is taken where and why, said and recorded, and
+changed in mid-run.
+"""
 
 import json
 import platform
@@ -15,15 +17,21 @@ from utils import precision
 from utils.precision import has_bfloat16, is_emulated, limit_cpu, resolve_precision
 
 CPU = torch.device("cpu")
-EMULATED = "none (float32): this CPU computes in bfloat16 only by emulation, or slower than in float32"
+EMULATED = (
+    "none (float32): this CPU computes in bfloat16 only by emulation, or slower than in float32"
+)
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """``machine(flags, capability, name, gain)`` declares the processor's; none of it is the real one's."""
+    """``machine(flags, capability, name, gain)`` declares the processor's; none of it is the
+    real one's.
+    """
 
-    def declare(flags: str, capability: str = "AVX512", name: str = "x86_64", gain: float = 2.0) -> None:
+    def declare(
+        flags: str, capability: str = "AVX512", name: str = "x86_64", gain: float = 2.0
+    ) -> None:
         monkeypatch.setattr(precision, "bfloat16_gain", lambda: gain)
         monkeypatch.delenv("PAR_CPU", raising=False)
         monkeypatch.setattr(precision.platform, "machine", lambda: name)
@@ -95,7 +103,9 @@ def test_auto_on_devices_that_are_none_of_ours(kind):
     device = torch.device(kind)
     assert not has_bfloat16(device)
     assert resolve_precision("auto", device) == ("none", f"none (float32): the default on {kind}")
-    assert resolve_precision("bf16", device) == ("bf16", "bf16, as asked") and not is_emulated("bf16", device)
+    assert resolve_precision("bf16", device) == ("bf16", "bf16, as asked") and not is_emulated(
+        "bf16", device
+    )
 
 
 @pytest.mark.parametrize("flags, written, emulated", [
@@ -122,7 +132,9 @@ torch.nn.functional.conv2d(a, torch.randn(16, 3, 3, 3))
 """
 
 
-@pytest.mark.skipif(not (X86 and torch.backends.cpu.get_cpu_capability() != "NO AVX"), reason="declares AVX2")
+@pytest.mark.skipif(
+    not (X86 and torch.backends.cpu.get_cpu_capability() != "NO AVX"), reason="declares AVX2"
+)
 def test_torch_and_its_libraries_keep_to_the_declared_processor():
     done = run_command("python3", "-c", PROBE, PAR_CPU="avx2", ONEDNN_VERBOSE="1")
     assert "AVX2 False" in done.stdout
@@ -130,16 +142,22 @@ def test_torch_and_its_libraries_keep_to_the_declared_processor():
 
 
 def test_compiled_code_of_a_declared_processor_is_kept_apart(monkeypatch):
-    """torch.compile's cache does not tell processors apart, and code of one width overruns the buffers of another."""
+    """torch.compile's cache does not tell processors apart, and code of one width overruns the
+    buffers of another.
+    """
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     probe = "import utils.precision; from torch._inductor.runtime.cache_dir_utils import cache_dir; print(cache_dir())"
     folders = {run_command("python3", "-c", probe, PAR_CPU=name).stdout for name in ("", "avx2")}
     assert len(folders) == 2
 
 
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs a better processor than AVX2")
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs a better processor than AVX2"
+)
 def test_a_declaration_that_comes_too_late_is_an_error():
-    done = run_command("python3", "-c", "import torch; torch.ones(3) + 1\n" + PROBE, PAR_CPU="avx2", check=False)
+    done = run_command(
+        "python3", "-c", "import torch; torch.ones(3) + 1\n" + PROBE, PAR_CPU="avx2", check=False
+    )
     assert done.returncode != 0
     assert "ValueError: PAR_CPU=avx2, but torch uses AVX512: " in done.stderr
 
@@ -160,7 +178,14 @@ def written_options(folder: Path) -> dict:
 
 
 def train_words(work: Path, cloud: Path, *options: object) -> list[object]:
-    base = ["--code-path", work / "codes", "--cloud-save-path", cloud, "--no-local-save", *TRAIN_OPTIONS]
+    base = [
+        "--code-path",
+        work / "codes",
+        "--cloud-save-path",
+        cloud,
+        "--no-local-save",
+        *TRAIN_OPTIONS,
+    ]
     return [*base, *NO_DROPOUT, "--log-every", 1, *options]
 
 
@@ -179,31 +204,57 @@ def test_training_says_and_records_what_it_takes(work, machine, monkeypatch, cap
 
 def test_extraction_is_in_float32_on_every_machine(work, machine, monkeypatch, capfd, tmp_path):
     machine("amx_bf16")
-    words = ["--vq-ckpt", work / "vq.pt", "--data-path", work / "images", "--image-size", 32, "--num-workers", 0]
+    words = [
+        "--vq-ckpt",
+        work / "vq.pt",
+        "--data-path",
+        work / "images",
+        "--image-size",
+        32,
+        "--num-workers",
+        0,
+    ]
     main = extract_codes_c2i.main
     log = quietly(capfd, monkeypatch, *words, "--code-path", tmp_path / "a", main=main)
     assert "--precision none (float32), on every machine: bf16 would change some codes" in log
     assert json.loads((tmp_path / "a" / "meta.json").read_text())["precision"] == "none"
     assert written_options(tmp_path / "a")["precision"] == "none"
     machine("avx2", "AVX2")
-    log = quietly(capfd, monkeypatch, *words, "--code-path", tmp_path / "b", "--precision", "bf16", main=main)
+    log = quietly(
+        capfd, monkeypatch, *words, "--code-path", tmp_path / "b", "--precision", "bf16", main=main
+    )
     assert "--precision bf16, as asked; slow on this CPU: it may take many times as long" in log
     assert json.loads((tmp_path / "b" / "meta.json").read_text())["precision"] == "bf16"
 
 
 def test_a_run_goes_on_in_another_precision(work, monkeypatch, capfd, tmp_path):
-    """As on another machine: 3 steps of each, from a checkpoint of the one before; losses near those of float32."""
+    """As on another machine: 3 steps of each, from a checkpoint of the one before; losses near
+    those of float32.
+    """
     quietly(capfd, monkeypatch, *train_words(work, tmp_path / "one", "--mixed-precision", "none"))
     cloud, checkpoints = tmp_path / "changing", tmp_path / "changing" / NAME / "checkpoints"
     for i, name in enumerate(("bf16", "fp16", "bf16", "none", "bf16")):
-        options = ("--mixed-precision", name, "--ckpt-every", 3, "--keep-last", 9, "--export", "none")
+        options = (
+            "--mixed-precision",
+            name,
+            "--ckpt-every",
+            3,
+            "--keep-last",
+            9,
+            "--export",
+            "none",
+        )
         log = quietly(capfd, monkeypatch, *train_words(work, cloud, *options))
         assert ("new run" if i == 0 else f"resumed at step {3 * i}") in log
         for step in range(3 * (i + 2), 16, 3):
             shutil.rmtree(checkpoints / f"{step:07d}")
-        scaler = json.loads((checkpoints / f"{3 * i + 3:07d}" / "meta.json").read_text())["scalars"]["scaler"]
+        scaler = json.loads((checkpoints / f"{3 * i + 3:07d}" / "meta.json").read_text())[
+            "scalars"
+        ]["scaler"]
         assert bool(scaler) is (name == "fp16")
         assert written_options(cloud / NAME)["mixed_precision"] == name
     lines = map(json.loads, (cloud / NAME / "metrics.jsonl").read_text().splitlines())
     losses = {line["step"]: line["loss"] for line in lines}  # of a step taken twice, the later one
-    assert [losses[step] for step in range(1, 16)] == pytest.approx(curve(tmp_path / "one"), abs=5e-3)
+    assert [losses[step] for step in range(1, 16)] == pytest.approx(
+        curve(tmp_path / "one"), abs=5e-3
+    )

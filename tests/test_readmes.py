@@ -1,4 +1,6 @@
-"""READMEs: links and paths exist, commands name scripts and options that there are, and no placeholder is left."""
+"""READMEs: links and paths exist, commands name scripts and options that there are, and no
+placeholder is left.
+"""
 
 import re
 import shlex
@@ -9,10 +11,14 @@ import pytest
 from tests.helpers import ROOT
 
 READMES = sorted(
-    p for p in ROOT.rglob("*.md") if not {".venv", "quickstart", "results"} & set(p.relative_to(ROOT).parts)
+    p
+    for p in ROOT.rglob("*.md")
+    if not {".venv", "quickstart", "results"} & set(p.relative_to(ROOT).parts)
 )
 # of the user, or of torchrun and our shell scripts; what a command writes
-OUTSIDE = re.compile(r"IMAGENET|IMAGES|CODES|DIR|FILE|FOLDER|NAME|VIRTUAL_|results/|samples/|quickstart/|\.\.\.|~|://")
+OUTSIDE = re.compile(
+    r"IMAGENET|IMAGES|CODES|DIR|FILE|FOLDER|NAME|VIRTUAL_|results/|samples/|quickstart/|\.\.\.|~|://"
+)
 
 
 def anchors(path: Path) -> set[str]:
@@ -53,13 +59,17 @@ def test_links_lead_somewhere(path):
 def test_paths_exist_and_no_placeholder_is_left(path):
     text = re.sub(r"^```\n.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     code = re.findall(r"`([^`\n]+)`", text)
-    for word in (w for c in code for w in c.split() if re.fullmatch(r"[\w./-]+/[\w.-]+\.(py|sh|md|h|txt)", w)):
+    for word in (
+        w for c in code for w in c.split() if re.fullmatch(r"[\w./-]+/[\w.-]+\.(py|sh|md|h|txt)", w)
+    ):
         known = [ROOT / word, path.parent / word, ROOT / "autoregressive" / word]
         assert OUTSIDE.search(word) or any(p.exists() for p in known), f"{path}: {word}"
     assert not re.findall(r"\b[A-Z]{3,}_[A-Z]{3,}\b", re.sub(r"`[^`]*`|\([^)]*\)", "", text)), path
 
 
-@pytest.mark.parametrize("path", [p for p in READMES if commands(p)], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [p for p in READMES if commands(p)], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_commands_name_scripts_and_options_that_there_are(path, capsys, monkeypatch):
     for words in commands(path):
         script = script_of(words)
@@ -75,4 +85,6 @@ def test_commands_name_scripts_and_options_that_there_are(path, capsys, monkeypa
                 file = Path(*module.split(".")).with_suffix(".py")
                 todo += [file] if (ROOT / file).is_file() else []
         unknown = {o for o in options if f'"{o}"' not in text}
-        assert script.suffix == ".sh" or not unknown, f"{path}: {script} has no {', '.join(sorted(unknown))}"
+        assert script.suffix == ".sh" or not unknown, (
+            f"{path}: {script} has no {', '.join(sorted(unknown))}"
+        )

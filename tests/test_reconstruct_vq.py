@@ -1,4 +1,6 @@
-"""Reconstruction as a user runs it: figures against slow versions, interrupted, over processes, its options."""
+"""Reconstruction as a user runs it: figures against slow versions, interrupted, over processes,
+its options.
+"""
 
 import hashlib
 import json
@@ -19,8 +21,26 @@ SCRIPT = ("bash", "scripts/tokenizer/reconstruction_vq.sh")
 
 
 def words(work: Path, folder: Path, *options: object) -> list[object]:
-    base = ["--data-path", work / "images", "--vq-ckpt", work / "vq.pt", "--sample-dir", folder, "--num-workers", 0]
-    return [*base, "--image-size", 32, "--image-size-eval", 32, "--per-proc-batch-size", 5, *options]
+    base = [
+        "--data-path",
+        work / "images",
+        "--vq-ckpt",
+        work / "vq.pt",
+        "--sample-dir",
+        folder,
+        "--num-workers",
+        0,
+    ]
+    return [
+        *base,
+        "--image-size",
+        32,
+        "--image-size-eval",
+        32,
+        "--per-proc-batch-size",
+        5,
+        *options,
+    ]
 
 
 @pytest.fixture
@@ -34,7 +54,11 @@ def reconstruct(work, capfd, monkeypatch):
 def contents(folder: Path) -> dict[str, str]:
     """Hashes of the files of images, and the figures."""
     figures = json.loads((folder / "VQ-4-vq-size-32.json").read_text())
-    hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.[np]*") if p.suffix != ".json"}
+    hashes = {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.glob("*.[np]*")
+        if p.suffix != ".json"
+    }
     return hashes | {k: figures[k] for k in ("psnr", "ssim", "codebook_used", "perplexity")}
 
 
@@ -48,7 +72,9 @@ def test_psnr_and_ssim_closed_forms():
 
 
 def slow_ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Wang et al. 2004, equation 13, around every pixel of one colour (H, W), mirrored at its borders."""
+    """Wang et al. 2004, equation 13, around every pixel of one colour (H, W), mirrored at its
+    borders.
+    """
     x = np.arange(11) - 5
     window = np.exp(-(x[:, None] ** 2 + x[None] ** 2) / (2 * 1.5**2))
     window /= window.sum()
@@ -60,7 +86,9 @@ def slow_ssim(a: np.ndarray, b: np.ndarray) -> float:
             mp, mq = (window * p).sum(), (window * q).sum()
             vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
             cov = (window * (p - mp) * (q - mq)).sum()
-            values.append((2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
+            values.append(
+                (2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2))
+            )
     return float(np.mean(values))
 
 
@@ -73,7 +101,9 @@ def test_ssim_against_a_slow_version():
 
 
 def test_files_figures_and_picture(work, reconstruct, vgg, tmp_path):
-    """Against encoding and decoding here: both sets of images, labels, PSNR, LPIPS, usage and perplexity."""
+    """Against encoding and decoding here: both sets of images, labels, PSNR, LPIPS, usage and
+    perplexity.
+    """
     log = reconstruct(tmp_path, "--vgg-weights", vgg, "--pairs", 10)
     figures = json.loads((tmp_path / "VQ-4-vq-size-32.json").read_text())
     made, real = (np.load(tmp_path / f"VQ-4-vq-size-32{k}.npz") for k in ("", "-inputs"))
@@ -83,13 +113,17 @@ def test_files_figures_and_picture(work, reconstruct, vgg, tmp_path):
     images = torch.from_numpy(real["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1
     codes = vq.encode(images)
     with torch.no_grad():
-        expected = (127.5 * vq.decode_code(codes) + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        expected = (
+            (127.5 * vq.decode_code(codes) + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+        )
     assert np.abs(made["arr_0"].astype(int) - expected).max() <= 1
     gap = ((made["arr_0"] / 255.0 - real["arr_0"] / 255.0) ** 2).mean((1, 2, 3))
     assert figures["psnr"] == pytest.approx(float(-10 * np.log10(gap).mean()), rel=1e-9)
     assert figures["codebook_used"] == len(codes.unique()) / 64
     shares = [(codes == c).double().mean().item() for c in codes.unique()]
-    assert figures["perplexity"] == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)), rel=1e-9)
+    assert figures["perplexity"] == pytest.approx(
+        math.exp(-sum(p * math.log(p) for p in shares)), rel=1e-9
+    )
     pair = (torch.from_numpy(made["arr_0"]), torch.from_numpy(real["arr_0"]))
     pair = (x.permute(0, 3, 1, 2) / 127.5 - 1 for x in pair)
     assert figures["lpips"] == pytest.approx(np.mean(slow_lpips(vgg, *pair)), rel=1e-3)
@@ -101,8 +135,12 @@ def test_files_figures_and_picture(work, reconstruct, vgg, tmp_path):
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".npz", ".npz", ".png"]
 
 
-def test_interrupted_or_spread_over_processes_makes_the_same(work, reconstruct, tmp_path, monkeypatch):
-    """Stopped in the middle of the third chunk of five, then finished, making three; and by two processes."""
+def test_interrupted_or_spread_over_processes_makes_the_same(
+    work, reconstruct, tmp_path, monkeypatch
+):
+    """Stopped in the middle of the third chunk of five, then finished, making three; and by two
+    processes.
+    """
     reconstruct(tmp_path / "whole")
     expected = contents(tmp_path / "whole")
     real_write, written = reconstruct_vq.SampleFile.write, []
@@ -118,13 +156,16 @@ def test_interrupted_or_spread_over_processes_makes_the_same(work, reconstruct, 
         assert "the power is gone" in reconstruct(tmp_path / "stopped")
     assert written == [0, 0, 1, 1, 2] and not list((tmp_path / "stopped").glob("*.npz"))
     made = []
-    monkeypatch.setattr(reconstruct_vq.SampleFile, "write", lambda f, c, x: made.append(c) or real_write(f, c, x))
+    monkeypatch.setattr(
+        reconstruct_vq.SampleFile, "write", lambda f, c, x: made.append(c) or real_write(f, c, x)
+    )
     reconstruct(tmp_path / "stopped")
     assert made == [2, 2, 3, 3, 4, 4] and contents(tmp_path / "stopped") == expected
     again = reconstruct(tmp_path / "stopped")
     assert len(made) == 6 and f"PSNR {expected['psnr']:.2f} dB" in again
 
-    # both by the command line, with the same allocator: under PAR_CPU=avx2 others were seen to round otherwise
+    # both by the command line, with the same allocator: under PAR_CPU=avx2 others were seen to
+    # round otherwise
     threads = str(torch.get_num_threads())
     for name, nproc in (("one", 1), ("two", 2)):
         run_command(*SCRIPT, *words(work, tmp_path / name), nproc=nproc, OMP_NUM_THREADS=threads)
@@ -152,7 +193,11 @@ def test_mistakes_are_one_line(reconstruct, tmp_path_factory, options, message):
 def test_sizes_and_workers(reconstruct, tmp_path, monkeypatch):
     seen = []
     loader = reconstruct_vq.DataLoader
-    monkeypatch.setattr(reconstruct_vq, "DataLoader", lambda *a, **k: seen.append(k["num_workers"]) or loader(*a, **k))
+    monkeypatch.setattr(
+        reconstruct_vq,
+        "DataLoader",
+        lambda *a, **k: seen.append(k["num_workers"]) or loader(*a, **k),
+    )
     reconstruct(tmp_path, "--image-size", 24, "--image-size-eval", 16, "--num-workers", 1)
     with np.load(tmp_path / "VQ-4-vq-size-24.npz") as npz:
         assert npz["arr_0"].shape == (24, 16, 16, 3) and seen == [1]

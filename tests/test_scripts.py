@@ -1,4 +1,6 @@
-"""The published command lines as a user runs them: whole path, one process or two, killed or not, and mistakes."""
+"""The published command lines as a user runs them: whole path, one process or two, killed or
+not, and mistakes.
+"""
 
 import argparse
 import hashlib
@@ -38,7 +40,9 @@ def shard_digests(codes: Path) -> list[str]:
     return [digest(p) for p in sorted((codes / "shards").iterdir())]
 
 
-def test_extraction_is_the_same_for_any_processes_and_batch_and_makes_only_what_is_missing(work, tmp_path):
+def test_extraction_is_the_same_for_any_processes_and_batch_and_makes_only_what_is_missing(
+    work, tmp_path
+):
     first = shard_digests(work / "codes")
     assert len(first) == 5
     extract(work, tmp_path / "two", "--batch-size", 7, nproc=2)
@@ -54,16 +58,38 @@ def test_extraction_is_the_same_for_any_processes_and_batch_and_makes_only_what_
 
 
 def test_extraction_killed_ten_times_at_random_moments(work, tmp_path):
-    """SIGKILL of the whole process group, workers included; then one run to the end: the same shards, none twice."""
+    """SIGKILL of the whole process group, workers included; then one run to the end: the same
+    shards, none twice.
+    """
     codes, rng = tmp_path / "codes", np.random.default_rng(0)
-    command = [*EXTRACT, "--vq-ckpt", work / "vq.pt", "--data-path", work / "images", "--code-path", codes]
-    command += ["--image-size", 32, "--ten-crop", "--shard-size", 5, "--num-workers", 1, "--batch-size", 1]
+    command = [
+        *EXTRACT,
+        "--vq-ckpt",
+        work / "vq.pt",
+        "--data-path",
+        work / "images",
+        "--code-path",
+        codes,
+    ]
+    command += [
+        "--image-size",
+        32,
+        "--ten-crop",
+        "--shard-size",
+        5,
+        "--num-workers",
+        1,
+        "--batch-size",
+        1,
+    ]
     counts = []
     for _ in range(10):
         process, deadline = start(command), time.time() + 60
         while not (codes / "shards").exists() and process.poll() is None and time.time() < deadline:
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.6) + (2 if counts else 0))  # a rerun takes that long to come to work again
+        time.sleep(
+            rng.uniform(0, 0.6) + (2 if counts else 0)
+        )  # a rerun takes that long to come to work again
         kill(process)
         counts.append(len(list((codes / "shards").glob("*.npz"))))
     assert counts == sorted(counts)  # what was whole stays
@@ -87,7 +113,9 @@ def test_damaged_shard_is_named_and_made_again(work, tmp_path):
 
 
 def test_broken_images_are_left_out_and_reported(work, tmp_path):
-    """Each kind of broken file beside good ones: good ones keep their codes, the others are listed with a reason."""
+    """Each kind of broken file beside good ones: good ones keep their codes, the others are
+    listed with a reason.
+    """
     images, good = tmp_path / "images", work / "images"
     shutil.copytree(good, images)
     whole = (good / "bee" / "0.png").read_bytes()
@@ -132,7 +160,9 @@ def test_broken_images_are_left_out_and_reported(work, tmp_path):
 def png_header(width: int, height: int) -> bytes:
     """The start of a PNG that claims to be huge."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    )
 
 
 def test_published_layout_converts_to_the_same_shards(work, tmp_path):
@@ -142,18 +172,32 @@ def test_published_layout_converts_to_the_same_shards(work, tmp_path):
     for kind in ("codes", "labels"):
         (tmp_path / "old" / f"imagenet32_{kind}").mkdir(parents=True)
     for i in range(24):
-        np.save(tmp_path / f"old/imagenet32_codes/{i}.npy", codes.gather(np.full(10, i), np.arange(10))[None])
+        np.save(
+            tmp_path / f"old/imagenet32_codes/{i}.npy",
+            codes.gather(np.full(10, i), np.arange(10))[None],
+        )
         np.save(tmp_path / f"old/imagenet32_labels/{i}.npy", codes.labels[i : i + 1])
     options = ("--vq-ckpt", work / "vq.pt", "--image-size", 32, "--shard-size", 5)
     old, new = ("--code-path", tmp_path / "old"), ("--output", tmp_path / "new")
     run_command("python3", "scripts/convert_codes.py", *old, *new, *options)
     assert shard_digests(tmp_path / "new") == shard_digests(work / "codes")
-    done = run_command("python3", "scripts/convert_codes.py", *old, *new, "--vq-ckpt", work / "vq.pt", check=False)
+    done = run_command(
+        "python3", "scripts/convert_codes.py", *old, *new, "--vq-ckpt", work / "vq.pt", check=False
+    )
     assert done.returncode == 2 and "expected 10 or 2 crops of 96x96" in done.stderr
 
 
 def test_inspection_tells_counts_and_draws(work, tmp_path):
-    options = ("--code-path", work / "codes", "--vq-ckpt", work / "vq.pt", "--rows", 3, "--output", tmp_path / "a.png")
+    options = (
+        "--code-path",
+        work / "codes",
+        "--vq-ckpt",
+        work / "vq.pt",
+        "--rows",
+        3,
+        "--output",
+        tmp_path / "a.png",
+    )
     text = run_command("python3", "scripts/inspect_codes.py", *options).stdout
     assert "24 images x 10 crops of 32x32 as 8x8 codes of VQ-4" in text
     assert "3, 8 to 8 images each" in text
@@ -170,7 +214,9 @@ def test_training_mixes_two_sets(work, tmp_path):
 
 
 def test_a_failing_disk_is_no_unreadable_image(work, tmp_path):
-    """Links to a disk that is not there: an error, not a complete set that lacks them; then the disk comes back."""
+    """Links to a disk that is not there: an error, not a complete set that lacks them; then the
+    disk comes back.
+    """
     disk, images = tmp_path / "disk", tmp_path / "images"
     shutil.copytree(work / "images", disk)
     for path in sorted(disk.rglob("*.png")):
@@ -203,7 +249,9 @@ def test_skipped_images_are_tried_again_when_asked(work, tmp_path):
 
 
 def test_extracted_codes_are_those_of_the_crops(work):
-    """Crop 1 of image 4 (class bee, 5 shards of 5) is the tokenizer's code of that crop, made by hand."""
+    """Crop 1 of image 4 (class bee, 5 shards of 5) is the tokenizer's code of that crop, made by
+    hand.
+    """
     from torchvision.transforms import TenCrop
 
     from dataset.augmentation import center_crop
@@ -220,8 +268,26 @@ def test_extracted_codes_are_those_of_the_crops(work):
 
 
 def sample(work: Path, gpt: Path, folder: Path, *options: object, nproc: int = 1):
-    base = ("--vq-ckpt", work / "vq.pt", "--gpt-ckpt", gpt, "--sample-dir", folder, "--image-size-eval", 24)
-    base += ("--num-fid-samples", 22, "--per-proc-batch-size", 4, "--precision", "none", "--cfg-scale", 1.5)
+    base = (
+        "--vq-ckpt",
+        work / "vq.pt",
+        "--gpt-ckpt",
+        gpt,
+        "--sample-dir",
+        folder,
+        "--image-size-eval",
+        24,
+    )
+    base += (
+        "--num-fid-samples",
+        22,
+        "--per-proc-batch-size",
+        4,
+        "--precision",
+        "none",
+        "--cfg-scale",
+        1.5,
+    )
     return run_command(*SAMPLE, *base, *options, nproc=nproc)
 
 
@@ -239,12 +305,29 @@ def test_samples_have_the_published_form(sampled):
         assert npz["arr_0"].shape == (22, 24, 24, 3) and npz["arr_0"].dtype == np.uint8
         assert npz["labels"].shape == (22,) and set(npz["labels"]) <= {0, 1, 2}
     assert json.loads(sampled.with_suffix(".json").read_text())["options"]["cfg_scale"] == 1.5
-    assert sorted(p.name for p in sampled.parent.iterdir()) == [f"{SAMPLE_NAME}.json", f"{SAMPLE_NAME}.npz"]
+    assert sorted(p.name for p in sampled.parent.iterdir()) == [
+        f"{SAMPLE_NAME}.json",
+        f"{SAMPLE_NAME}.npz",
+    ]
 
 
 def test_two_processes_and_a_kill_give_the_same_bytes(work, trained, sampled, tmp_path):
-    command = ["bash", "scripts/autoregressive/sample_c2i.sh", "--vq-ckpt", str(work / "vq.pt"), "--gpt-ckpt"]
-    command += [str(trained), "--sample-dir", str(tmp_path), "--image-size-eval", "24", "--num-fid-samples", "22"]
+    command = [
+        "bash",
+        "scripts/autoregressive/sample_c2i.sh",
+        "--vq-ckpt",
+        str(work / "vq.pt"),
+        "--gpt-ckpt",
+    ]
+    command += [
+        str(trained),
+        "--sample-dir",
+        str(tmp_path),
+        "--image-size-eval",
+        "24",
+        "--num-fid-samples",
+        "22",
+    ]
     command += ["--per-proc-batch-size", "4", "--precision", "none", "--cfg-scale", "1.5"]
     process = start(command)
     deadline = time.time() + 120
@@ -262,21 +345,53 @@ def test_two_processes_and_a_kill_give_the_same_bytes(work, trained, sampled, tm
 
 @pytest.mark.skipif(shutil.which("taskset") is None, reason="taskset is not installed")
 def test_one_core_gives_the_same_bytes(work, trained, sampled, tmp_path):
-    base = ("--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--sample-dir", tmp_path, "--image-size-eval", 24)
-    base += ("--num-fid-samples", 22, "--per-proc-batch-size", 4, "--precision", "none", "--cfg-scale", 1.5)
+    base = (
+        "--vq-ckpt",
+        work / "vq.pt",
+        "--gpt-ckpt",
+        trained,
+        "--sample-dir",
+        tmp_path,
+        "--image-size-eval",
+        24,
+    )
+    base += (
+        "--num-fid-samples",
+        22,
+        "--per-proc-batch-size",
+        4,
+        "--precision",
+        "none",
+        "--cfg-scale",
+        1.5,
+    )
     run_command("taskset", "-c", min(os.sched_getaffinity(0)), *SAMPLE, *base)
     assert digest(tmp_path / f"{SAMPLE_NAME}.npz") == digest(sampled)
 
 
 def test_sampling_without_a_compiler_is_said(work, trained, sampled, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "slower than our kernels, which cannot be had: no C++ compiler" in sample(work, trained, tmp_path).stdout
+    assert (
+        "slower than our kernels, which cannot be had: no C++ compiler"
+        in sample(work, trained, tmp_path).stdout
+    )
     assert not json.loads((tmp_path / f"{SAMPLE_NAME}.json").read_text())["options"]["compile"]
     with np.load(sampled) as by_kernels, np.load(tmp_path / f"{SAMPLE_NAME}.npz") as by_torch:
         assert (by_kernels["arr_0"] == by_torch["arr_0"]).mean() > 0.99
-    base = ("--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--sample-dir", tmp_path / "none", "--compile")
+    base = (
+        "--vq-ckpt",
+        work / "vq.pt",
+        "--gpt-ckpt",
+        trained,
+        "--sample-dir",
+        tmp_path / "none",
+        "--compile",
+    )
     refused = run_command(*SAMPLE, *base, check=False)
-    assert refused.returncode == 2 and "--compile: no kernels for decoding on this CPU" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "--compile: no kernels for decoding on this CPU" in refused.stderr
+    )
 
 
 def test_pngs_are_the_images(work, trained, sampled, tmp_path):
@@ -287,16 +402,46 @@ def test_pngs_are_the_images(work, trained, sampled, tmp_path):
 
 
 def test_grid_picture(work, trained, tmp_path):
-    options = ("--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--classes", 0, 2, "--images-per-class", 3)
-    run_command("python3", "autoregressive/sample/sample_c2i.py", *options, "--output", tmp_path / "grid.png")
+    options = (
+        "--vq-ckpt",
+        work / "vq.pt",
+        "--gpt-ckpt",
+        trained,
+        "--classes",
+        0,
+        2,
+        "--images-per-class",
+        3,
+    )
+    run_command(
+        "python3",
+        "autoregressive/sample/sample_c2i.py",
+        *options,
+        "--output",
+        tmp_path / "grid.png",
+    )
     assert Image.open(tmp_path / "grid.png").size == (3 * 34 + 2, 2 * (16 + 34 + 2))
 
 
 def test_trace_fills_the_image_in(work, trained, tmp_path):
-    """19 steps at n = 4, 64 codes: after k steps as many codes are drawn as the schedule says, the rest is grey."""
-    options = ("--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--classes", "bee, 2", "--images-per-class", 2)
+    """19 steps at n = 4, 64 codes: after k steps as many codes are drawn as the schedule says,
+    the rest is grey.
+    """
+    options = (
+        "--vq-ckpt",
+        work / "vq.pt",
+        "--gpt-ckpt",
+        trained,
+        "--classes",
+        "bee, 2",
+        "--images-per-class",
+        2,
+    )
     options += ("--output", tmp_path / "a.png", "--trace", "--precision", "none", "--top-k", 0)
-    assert "1 bee, 2 cat" in run_command("python3", "autoregressive/sample/sample_c2i.py", *options).stdout
+    assert (
+        "1 bee, 2 cat"
+        in run_command("python3", "autoregressive/sample/sample_c2i.py", *options).stdout
+    )
     movie = Image.open(tmp_path / "a.gif")
     assert movie.n_frames == 19 and movie.size == (2 * 34 + 2, 2 * 34 + 2)
     grey = []
@@ -321,7 +466,9 @@ def test_balanced_classes_take_turns(work, trained, sampled, tmp_path):
         assert npz["labels"].tolist() == [i % 3 for i in range(22)]
         same = npz["labels"] == drawn["labels"]
         assert 0 < same.sum() < 22
-        assert np.array_equal(npz["arr_0"][same], drawn["arr_0"][same])  # the same randomness, image by image
+        assert np.array_equal(
+            npz["arr_0"][same], drawn["arr_0"][same]
+        )  # the same randomness, image by image
 
 
 @pytest.mark.parametrize("n", [1, 16])
@@ -330,8 +477,14 @@ def test_released_checkpoints_sample_with_and_without_flags(work, tmp_path, n, k
     """A released file has no config of ours: size, n and classes are read off its weights."""
     config = GPTConfig(**GPT_models["GPT-T"], vocab_size=64, num_classes=3, ar_token_num=n)
     state = fill_from_names(GPT(config)).state_dict()
-    torch.save({key: state, "args": argparse.Namespace(lr=1e-4)} if key else state, tmp_path / "PAR-T.pt")
-    flags = ("--gpt-model", "GPT-T", "--ar-token-num", n, "--spe-token-num", n - 1) if key else ("--from-fsdp",)
+    torch.save(
+        {key: state, "args": argparse.Namespace(lr=1e-4)} if key else state, tmp_path / "PAR-T.pt"
+    )
+    flags = (
+        ("--gpt-model", "GPT-T", "--ar-token-num", n, "--spe-token-num", n - 1)
+        if key
+        else ("--from-fsdp",)
+    )
     options = ("--image-size", 32, "--num-fid-samples", 2, *flags)
     log = sample(work, tmp_path / "PAR-T.pt", tmp_path, *options).stdout
     assert f"n = {n}, {n + 64 // n - 1} forward calls" in log
@@ -340,7 +493,9 @@ def test_released_checkpoints_sample_with_and_without_flags(work, tmp_path, n, k
 
 
 def test_samples_of_other_options_are_not_taken_for_these(work, trained, sampled):
-    """The published name leaves out the number of images: asking for more must not be answered with fewer."""
+    """The published name leaves out the number of images: asking for more must not be answered
+    with fewer.
+    """
     again = sample(work, trained, sampled.parent)
     assert "is there already, made with these options" in again.stdout
     before = digest(sampled)
@@ -353,7 +508,9 @@ def test_samples_of_other_options_are_not_taken_for_these(work, trained, sampled
 
 
 def test_what_killed_writers_left_does_not_hinder(work, trained, sampled, tmp_path):
-    """Killed right after the record was made, with half a header written; and of other options under the same name."""
+    """Killed right after the record was made, with half a header written; and of other options
+    under the same name.
+    """
     fingerprint = json.loads(sampled.with_suffix(".json").read_text())["fingerprint"]
     (tmp_path / f"{SAMPLE_NAME}.npz.{fingerprint}.done").write_bytes(b"\1\1\1\0\0\0")
     (tmp_path / f"{SAMPLE_NAME}.npz.{fingerprint}.partial").write_bytes(b"PK")
@@ -364,7 +521,9 @@ def test_what_killed_writers_left_does_not_hinder(work, trained, sampled, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nproc, environment, prefix", [(2, {}, "error"), (1, {"RANK": "1"}, "error on rank 1")])
+@pytest.mark.parametrize(
+    "nproc, environment, prefix", [(2, {}, "error"), (1, {"RANK": "1"}, "error on rank 1")]
+)
 def test_a_mistake_is_said_whichever_process_meets_it(nproc, environment, prefix):
     words = ("--vq-ckpt", "nowhere.pt", "--gpt-ckpt", "nowhere.pt")
     done = run_command(*SAMPLE, *words, nproc=nproc, check=False, **environment)
@@ -384,11 +543,19 @@ def test_moving_average_of_weights_can_be_sampled(work, trained, sampled, tmp_pa
 
 MISTAKES = [
     (TRAIN, ["--spe-token-num", "5"], "--spe-token-num 5 contradicts --ar-token-num 4"),
-    (TRAIN, ["--ar-token-num", "5", "--spe-token-num", "4"], "--ar-token-num 5: n = 5 does not cut a 8x8 grid"),
+    (
+        TRAIN,
+        ["--ar-token-num", "5", "--spe-token-num", "4"],
+        "--ar-token-num 5: n = 5 does not cut a 8x8 grid",
+    ),
     (TRAIN, ["--image-size", "384"], "--image-size 384 contradicts --code-path"),
     (TRAIN, ["--vocab-size", "100"], "--vocab-size 100 contradicts"),
     (TRAIN, ["--code-path", "nowhere"], "--code-path: nowhere does not exist in"),
-    (TRAIN, ["--global-batch-size", "9", "--gradient-accumulation-steps", "2"], "--global-batch-size 9 does not split"),
+    (
+        TRAIN,
+        ["--global-batch-size", "9", "--gradient-accumulation-steps", "2"],
+        "--global-batch-size 9 does not split",
+    ),
     (TRAIN, ["--gpt-ckpt", "nowhere.pt"], "--gpt-ckpt: nowhere.pt does not exist"),
     (TRAIN, ["--gpt-ckpt", "{work}/vq.pt"], "holds no GPT"),
     (EXTRACT, ["--image-size", "30"], "--image-size 30 is not a multiple of 4"),
@@ -405,21 +572,45 @@ MISTAKES = [
     (SAMPLE, ["--top-p", "0"], "--top-p 0.0 must be in (0, 1]"),
     (SAMPLE, ["--temperature", "nan"], "must be finite"),
     (SAMPLE, ["--sample-dir", "{work}/vq.pt"], "--sample-dir: cannot write in"),
-    (TRAIN, ["--cloud-save-path", "{work}/vq.pt"], "--cloud-save-path or --results-dir: cannot write in"),
+    (
+        TRAIN,
+        ["--cloud-save-path", "{work}/vq.pt"],
+        "--cloud-save-path or --results-dir: cannot write in",
+    ),
     (EXTRACT, ["--code-path", "{work}/vq.pt"], "--code-path: cannot write in"),
 ]
 
 
-@pytest.mark.parametrize("script, options, message", MISTAKES, ids=[" ".join([s[1], *o]) for s, o, _ in MISTAKES])
+@pytest.mark.parametrize(
+    "script, options, message", MISTAKES, ids=[" ".join([s[1], *o]) for s, o, _ in MISTAKES]
+)
 def test_a_mistake_is_one_line_and_writes_nothing(
     work, trained, tmp_path, monkeypatch, capsys, script, options, message
 ):
-    """In this process, as starting one for each takes minutes; that the .sh files get here the other tests show."""
+    """In this process, as starting one for each takes minutes; that the .sh files get here the
+    other tests show.
+    """
     module, base = {
-        TRAIN: (train_c2i, ["--cloud-save-path", tmp_path / "out", "--code-path", work / "codes", "--no-local-save"]),
+        TRAIN: (
+            train_c2i,
+            [
+                "--cloud-save-path",
+                tmp_path / "out",
+                "--code-path",
+                work / "codes",
+                "--no-local-save",
+            ],
+        ),
         EXTRACT: (
             extract_codes_c2i,
-            ["--vq-ckpt", work / "vq.pt", "--data-path", work / "images", "--code-path", tmp_path / "out"],
+            [
+                "--vq-ckpt",
+                work / "vq.pt",
+                "--data-path",
+                work / "images",
+                "--code-path",
+                tmp_path / "out",
+            ],
         ),
         SAMPLE: (
             sample_c2i_ddp,
@@ -440,12 +631,24 @@ def test_a_mistake_is_one_line_and_writes_nothing(
 def test_samples_of_another_tokenizer_are_refused(work, trained, tmp_path):
     """A tokenizer of the right shape whose codes the GPT has not learned."""
     other = VQModel(make_vq_config("VQ-4", codebook_size=64))
-    torch.save({"model": other.state_dict(), "vq_model": "VQ-4", "config": asdict(other.config)}, tmp_path / "vq.pt")
+    torch.save(
+        {"model": other.state_dict(), "vq_model": "VQ-4", "config": asdict(other.config)},
+        tmp_path / "vq.pt",
+    )
     done = run_command(*SAMPLE, "--vq-ckpt", tmp_path / "vq.pt", "--gpt-ckpt", trained, check=False)
-    assert done.returncode == 2 and "is not the tokenizer that made the codes of --gpt-ckpt" in done.stderr
+    assert (
+        done.returncode == 2
+        and "is not the tokenizer that made the codes of --gpt-ckpt" in done.stderr
+    )
 
 
-NAMES = ["tench, Tinca tinca", "golden retriever", "hen", "flat-coated retriever", "hen-of-the-woods, hen of the woods"]
+NAMES = [
+    "tench, Tinca tinca",
+    "golden retriever",
+    "hen",
+    "flat-coated retriever",
+    "hen-of-the-woods, hen of the woods",
+]
 
 
 @pytest.mark.parametrize(

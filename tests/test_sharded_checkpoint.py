@@ -1,4 +1,6 @@
-"""Training checkpoint folders are files that strangers hand around: nothing in one can run, or reach outside of it."""
+"""Training checkpoint folders are files that strangers hand around: nothing in one can run, or
+reach outside of it.
+"""
 
 import json
 import os
@@ -10,14 +12,29 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from tests.helpers import run_command, same_tensors, train
 from utils.checkpoints import folder as sharded_checkpoint
-from utils.checkpoints.folder import load_sharded, read_contents, read_meta, read_sharded, save_sharded
+from utils.checkpoints.folder import (
+    load_sharded,
+    read_contents,
+    read_meta,
+    read_sharded,
+    save_sharded,
+)
 
 NAME = "model.weight"
-TENSORS = {NAME: torch.arange(12.0).view(3, 4), "model.bias": torch.ones(3), "ema.step": torch.tensor(7)}
+TENSORS = {
+    NAME: torch.arange(12.0).view(3, 4),
+    "model.bias": torch.ones(3),
+    "ema.step": torch.tensor(7),
+}
 
 
 class Hostile:
@@ -69,7 +86,9 @@ def contents_of(folder: Path) -> Metadata:
 
 
 def as_bytes(folder: Path, metadata: Metadata, name: str, mark: Path) -> None:
-    """An entry that torch reads by a full unpickler, under the size and type of the tensor in whose place it stands."""
+    """An entry that torch reads by a full unpickler, under the size and type of the tensor in
+    whose place it stands.
+    """
     tensor = metadata.state_dict_metadata[name]
     entry = BytesStorageMetadata()
     vars(entry).update(size=tensor.size, properties=tensor.properties, chunks=tensor.chunks)
@@ -96,7 +115,8 @@ def as_archive(folder: Path, metadata: Metadata, name: str, mark: Path) -> None:
 @pytest.mark.parametrize("plant, message", [
     (
         as_bytes,
-        "is not a readable checkpoint folder: model.weight is a BytesStorageMetadata, not a TensorStorageMetadata",
+        "is not a readable checkpoint folder: model.weight is a BytesStorageMetadata, not a "
+        "TensorStorageMetadata",
     ),
     (as_tensor, "cannot be read: bytes in place of a tensor are not a tensor"),
     (as_archive, "cannot be read: bytes in place of a tensor are not a tensor"),
@@ -126,12 +146,17 @@ def test_commands_refuse_a_folder_that_would_run_code(work, trained, tmp_path, m
     ]
     for done in refused:
         (line,) = [x for x in done.stderr.splitlines() if x.startswith("error")]
-        assert done.returncode == 2 and "0000008 is not a readable checkpoint folder: model.norm.weight is a " in line
+        assert (
+            done.returncode == 2
+            and "0000008 is not a readable checkpoint folder: model.norm.weight is a " in line
+        )
         assert "Traceback" not in done.stderr
     assert not mark.exists() and not (tmp_path / "a.pt").exists()
 
 
-def test_contents_that_change_after_they_were_approved_are_not_read_again(folder, mark, monkeypatch):
+def test_contents_that_change_after_they_were_approved_are_not_read_again(
+    folder, mark, monkeypatch
+):
     read = sharded_checkpoint._read_metadata
 
     def swap(path: Path) -> Metadata:
@@ -162,10 +187,14 @@ def test_contents_that_name_other_classes_are_refused(folder, name):
 
 
 def test_contents_cannot_change_torch_s_classes(folder):
-    """A pickle may set attributes of whatever it names; a later reader in this process would meet them."""
+    """A pickle may set attributes of whatever it names; a later reader in this process would
+    meet them.
+    """
     module = TensorStorageMetadata.__module__
     state = b"(N}S'chunks'\nS'poison'\nst"  # (None, {"chunks": "poison"}): set on the class itself
-    (folder / ".metadata").write_bytes(f"c{module}\nTensorStorageMetadata\n".encode() + state + b"b.")
+    (folder / ".metadata").write_bytes(
+        f"c{module}\nTensorStorageMetadata\n".encode() + state + b"b."
+    )
     with pytest.raises(ValueError, match="is not a readable checkpoint folder"):
         read_contents(folder)
     assert not hasattr(TensorStorageMetadata, "chunks")
@@ -225,6 +254,8 @@ def test_contents_that_lie_are_refused(folder, edit, message):
     metadata = contents_of(folder)
     edit(folder, metadata)
     write_contents(folder, metadata)
-    with pytest.raises(ValueError, match=re.escape(f"{folder} is not a readable checkpoint folder: ") + ".*") as error:
+    with pytest.raises(
+        ValueError, match=re.escape(f"{folder} is not a readable checkpoint folder: ") + ".*"
+    ) as error:
         read_contents(folder)
     assert message in str(error.value) and "\n" not in str(error.value)

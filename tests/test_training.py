@@ -1,4 +1,6 @@
-"""GPT training as a user runs it: any spread over processes, killed, stopped, resumed, exported, and its options."""
+"""GPT training as a user runs it: any spread over processes, killed, stopped, resumed, exported,
+and its options.
+"""
 
 import json
 import os
@@ -38,7 +40,9 @@ from utils.checkpoints.weights_file import load_checkpoint, state_sha256
 from utils.training import state as training_state
 
 
-def weights(cloud: Path, step: int, key: str = "model", name: str = NAME) -> dict[str, torch.Tensor]:
+def weights(
+    cloud: Path, step: int, key: str = "model", name: str = NAME
+) -> dict[str, torch.Tensor]:
     return torch.load(cloud / name / "checkpoints" / f"{step:07d}.pt", weights_only=True)[key]
 
 
@@ -49,7 +53,9 @@ def start_from(trained: Path, cloud: Path, step: int) -> None:
 
 
 def test_training_resumes_at_the_very_next_step_bit_for_bit(work, trained, tmp_path):
-    """All later checkpoints removed, as after a kill: the rest is trained again and ends in the same bits."""
+    """All later checkpoints removed, as after a kill: the rest is trained again and ends in the
+    same bits.
+    """
     start_from(trained, tmp_path, 8)
     (tmp_path / NAME / "checkpoints" / "0000012.tmp").mkdir()
     log = train(work, tmp_path, "--ckpt-every", 4, "--ema").stdout
@@ -64,18 +70,37 @@ KILLS = int(os.environ.get("PAR_KILLS", "1"))
 SPREAD = [("fsdp", 2)] if KILLS == 1 else [("ddp", 1), ("fsdp", 1), ("ddp", 2), ("fsdp", 2)]
 EPOCHS = 8 * (KILLS + 1)
 STEPS = 3 * EPOCHS
-LONG = ["--no-local-save", "--mixed-precision", "none", *TRAIN_OPTIONS, "--epochs", EPOCHS, "--log-every", 1, "--ema"]
+LONG = [
+    "--no-local-save",
+    "--mixed-precision",
+    "none",
+    *TRAIN_OPTIONS,
+    "--epochs",
+    EPOCHS,
+    "--log-every",
+    1,
+    "--ema",
+]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(work, tmp_path_factory):
-    """``uninterrupted(mode, nproc)``: hashes of weights and average after a run of LONG that nothing disturbed."""
+    """``uninterrupted(mode, nproc)``: hashes of weights and average after a run of LONG that
+    nothing disturbed.
+    """
     known = {}
 
     def hashes(mode: str, nproc: int) -> list[str]:
         if (mode, nproc) not in known:
             cloud = tmp_path_factory.mktemp("uninterrupted")
-            options = ["--code-path", work / "codes", "--cloud-save-path", cloud, "--data-parallel", mode]
+            options = [
+                "--code-path",
+                work / "codes",
+                "--cloud-save-path",
+                cloud,
+                "--data-parallel",
+                mode,
+            ]
             run_command(*TRAIN, *LONG, *options, nproc=nproc)
             known[mode, nproc] = final_hashes(cloud)
         return known[mode, nproc]
@@ -89,7 +114,9 @@ def final_hashes(cloud: Path) -> list[str]:
 
 @pytest.mark.parametrize("mode, nproc", SPREAD)
 def test_killed_at_random_moments_ends_in_the_same_bits(work, uninterrupted, tmp_path, mode, nproc):
-    """SIGKILL of everything, every other time while a checkpoint is being written; float32, dropout on, EMA."""
+    """SIGKILL of everything, every other time while a checkpoint is being written; float32,
+    dropout on, EMA.
+    """
     command = [*TRAIN, "--code-path", work / "codes", "--cloud-save-path", tmp_path, *LONG]
     command += ["--ckpt-every", 2, "--data-parallel", mode]
     folder = tmp_path / NAME / "checkpoints"
@@ -97,7 +124,10 @@ def test_killed_at_random_moments_ends_in_the_same_bits(work, uninterrupted, tmp
     for i in range(KILLS):
         target = newest(folder) + int(rng.integers(2, 22))
         process = start(command, nproc_per_node=str(nproc))
-        wait_for(lambda t=target, i=i: newest(folder) >= t and (i % 2 or list(folder.glob("*.tmp"))), process)
+        wait_for(
+            lambda t=target, i=i: newest(folder) >= t and (i % 2 or list(folder.glob("*.tmp"))),
+            process,
+        )
         time.sleep(rng.uniform(0, 0.03))
         kill(process)
     assert newest(folder) < STEPS
@@ -106,7 +136,9 @@ def test_killed_at_random_moments_ends_in_the_same_bits(work, uninterrupted, tmp
 
 
 def test_spreading_over_processes_changes_nothing_but_rounding(work, monkeypatch, capfd, tmp_path):
-    """1 process at batch 8 = 2 at batch 4 = 4 accumulation steps of 2; DDP = FSDP = hybrid: 21 steps, loss to 1e-5."""
+    """1 process at batch 8 = 2 at batch 4 = 4 accumulation steps of 2; DDP = FSDP = hybrid: 21
+    steps, loss to 1e-5.
+    """
     ways = {
         "one": (1,),
         "accumulated": (1, "--gradient-accumulation-steps", 4),
@@ -114,23 +146,50 @@ def test_spreading_over_processes_changes_nothing_but_rounding(work, monkeypatch
         "fsdp": (2, "--data-parallel", "fsdp", "--gradient-accumulation-steps", 2),
         "hsdp": (4, "--data-parallel", "hsdp", "--shard-size", 2),
     }
-    base = ("--code-path", work / "codes", "--val-code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS)
-    base += (*NO_DROPOUT, "--mixed-precision", "none", "--epochs", 7, "--log-every", 1, "--export", "none")
+    base = (
+        "--code-path",
+        work / "codes",
+        "--val-code-path",
+        work / "codes",
+        "--no-local-save",
+        *TRAIN_OPTIONS,
+    )
+    base += (
+        *NO_DROPOUT,
+        "--mixed-precision",
+        "none",
+        "--epochs",
+        7,
+        "--log-every",
+        1,
+        "--export",
+        "none",
+    )
     for name, (nproc, *options) in ways.items():
         options = [*base, "--cloud-save-path", tmp_path / name, *options]
         alone = nproc == 1
-        log = quietly(capfd, monkeypatch, *options) if alone else run_command(*TRAIN, *options, nproc=nproc).stdout
+        log = (
+            quietly(capfd, monkeypatch, *options)
+            if alone
+            else run_command(*TRAIN, *options, nproc=nproc).stdout
+        )
         assert f"on {nproc} x cpu" in log
     one = curve(tmp_path / "one")
     assert len(one) == 21 and one[-1] < one[0] - 0.01
     for name in ways:
         assert curve(tmp_path / name) == pytest.approx(one, abs=1e-5), name
-        assert curve(tmp_path / name, "grad_norm") == pytest.approx(curve(tmp_path / "one", "grad_norm"), rel=1e-3)
-        assert curve(tmp_path / name, "val/loss") == pytest.approx(curve(tmp_path / "one", "val/loss"), abs=1e-5)
+        assert curve(tmp_path / name, "grad_norm") == pytest.approx(
+            curve(tmp_path / "one", "grad_norm"), rel=1e-3
+        )
+        assert curve(tmp_path / name, "val/loss") == pytest.approx(
+            curve(tmp_path / "one", "val/loss"), abs=1e-5
+        )
 
 
 def test_a_checkpoint_resumes_on_other_processes_and_modes(work, tmp_path):
-    """5 steps on one process, 5 sharded over two, 5 replicated over two: the losses of one process all along."""
+    """5 steps on one process, 5 sharded over two, 5 replicated over two: the losses of one
+    process all along.
+    """
     base = (*NO_DROPOUT, "--ema", "--ckpt-every", 5)
     train(work, tmp_path / "one", *base)
     place = tmp_path / "one" / NAME / "checkpoints"
@@ -144,34 +203,70 @@ def test_a_checkpoint_resumes_on_other_processes_and_modes(work, tmp_path):
             shutil.rmtree(place / "0000015")
             (tmp_path / "one" / NAME / "metrics.jsonl").unlink()
             (place / "0000015.pt").unlink()
-    expected = [json.loads(line)["loss"] for line in (tmp_path / "expected.jsonl").read_text().splitlines()]
+    expected = [
+        json.loads(line)["loss"] for line in (tmp_path / "expected.jsonl").read_text().splitlines()
+    ]
     assert curve(tmp_path / "one") == pytest.approx(expected[10:], abs=1e-5)
 
 
 def test_half_precision_learns_in_every_mode(work, monkeypatch, capfd, tmp_path):
-    """bf16 under DDP, and fp16 with its loss scale sharded: the first and last losses are near those of float32."""
-    base = ("--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS, *NO_DROPOUT, "--log-every", 1)
+    """bf16 under DDP, and fp16 with its loss scale sharded: the first and last losses are near
+    those of float32.
+    """
+    base = (
+        "--code-path",
+        work / "codes",
+        "--no-local-save",
+        *TRAIN_OPTIONS,
+        *NO_DROPOUT,
+        "--log-every",
+        1,
+    )
     curves = {}
     for name, options in {
         "none": (),
         "bf16": (),
         "fp16": ("--data-parallel", "fsdp", "--grad-precision", "fp16"),
     }.items():
-        quietly(capfd, monkeypatch, *base, "--mixed-precision", name, "--cloud-save-path", tmp_path / name, *options)
+        quietly(
+            capfd,
+            monkeypatch,
+            *base,
+            "--mixed-precision",
+            name,
+            "--cloud-save-path",
+            tmp_path / name,
+            *options,
+        )
         curves[name] = curve(tmp_path / name)
         assert curves[name] == pytest.approx(curves["none"], abs=5e-3)
         assert curve(tmp_path / name, "skipped")[-1] == 0
 
 
 def test_sigterm_saves_and_the_run_goes_on(work, uninterrupted, tmp_path):
-    """torchrun hands the signal to both processes; they save at the same step, end, and resume bit for bit."""
-    command = [*TRAIN, "--code-path", work / "codes", "--cloud-save-path", tmp_path, *LONG, "--data-parallel", "fsdp"]
+    """torchrun hands the signal to both processes; they save at the same step, end, and resume
+    bit for bit.
+    """
+    command = [
+        *TRAIN,
+        "--code-path",
+        work / "codes",
+        "--cloud-save-path",
+        tmp_path,
+        *LONG,
+        "--data-parallel",
+        "fsdp",
+    ]
     process = start(command, nproc_per_node="2")
     log = tmp_path / NAME / "log.txt"
     wait_for(lambda: log.exists() and "step 7 " in log.read_text(), process)
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=60)
-    seen = max(int(line.split("step ")[1].split()[0]) for line in log.read_text().splitlines() if ": loss " in line)
+    seen = max(
+        int(line.split("step ")[1].split()[0])
+        for line in log.read_text().splitlines()
+        if ": loss " in line
+    )
     saved = newest(tmp_path / NAME / "checkpoints")
     assert saved == seen < STEPS and "stopped by a signal" in log.read_text()
     assert f"resumed at step {saved}" in run_command(*command, nproc=2).stdout
@@ -179,7 +274,16 @@ def test_sigterm_saves_and_the_run_goes_on(work, uninterrupted, tmp_path):
 
 
 def test_sigusr1_ends_one_process_with_status_0(work, tmp_path):
-    options = ["--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS, "--epochs", 3000, "--log-every", 1]
+    options = [
+        "--code-path",
+        work / "codes",
+        "--no-local-save",
+        *TRAIN_OPTIONS,
+        "--epochs",
+        3000,
+        "--log-every",
+        1,
+    ]
     process = start([*TRAIN, "--cloud-save-path", tmp_path, *options])
     log = tmp_path / NAME / "log.txt"
     wait_for(lambda: log.exists() and "step 3 " in log.read_text(), process)
@@ -194,15 +298,30 @@ def ranks_of(cloud: Path) -> list[int]:
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             words = (folder / "cmdline").read_bytes().split(b"\0")
-            if str(cloud).encode() in words and b"torch.distributed.run" not in words and b"bash" not in words:
+            if (
+                str(cloud).encode() in words
+                and b"torch.distributed.run" not in words
+                and b"bash" not in words
+            ):
                 found.append(int(folder.name))
     return sorted(found)
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds the ranks in /proc")
 def test_a_rank_that_dies_is_started_again(work, uninterrupted, tmp_path):
-    """One of two processes is killed: torchrun stops the other, starts both again, and they end in the same bits."""
-    command = [*TRAIN, "--code-path", work / "codes", "--cloud-save-path", tmp_path, *LONG, "--ckpt-every", 5]
+    """One of two processes is killed: torchrun stops the other, starts both again, and they end
+    in the same bits.
+    """
+    command = [
+        *TRAIN,
+        "--code-path",
+        work / "codes",
+        "--cloud-save-path",
+        tmp_path,
+        *LONG,
+        "--ckpt-every",
+        5,
+    ]
     process = start([*command, "--data-parallel", "fsdp"], nproc_per_node="2", max_restarts="1")
     wait_for(lambda: newest(tmp_path / NAME / "checkpoints") >= 10, process)
     os.kill(ranks_of(tmp_path)[-1], signal.SIGKILL)
@@ -216,18 +335,39 @@ def test_a_full_disk_stops_the_run_and_spares_what_was_saved(work, trained, tmp_
     """A limit on the size of files stands for a full disk: the shard cannot be written."""
     start_from(trained, tmp_path, 8)
     before = {p: p.read_bytes() for p in (tmp_path / NAME).rglob("*") if p.is_file()}
-    options = " ".join(map(str, ("--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS, "--ema")))
+    options = " ".join(
+        map(str, ("--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS, "--ema"))
+    )
     script = f"ulimit -f 2000; bash {TRAIN[1]} --cloud-save-path {tmp_path} {options} --mixed-precision none"
     done = run_command("bash", "-c", script, check=False)
     assert done.returncode == 2
-    assert re.search(r"error: a checkpoint could not be written to .*/checkpoints \([0-9.]+ GiB free\)", done.stderr)
+    assert re.search(
+        r"error: a checkpoint could not be written to .*/checkpoints \([0-9.]+ GiB free\)",
+        done.stderr,
+    )
     assert [p.name for p in (tmp_path / NAME / "checkpoints").iterdir()] == ["0000008"]
     assert all(p.read_bytes() == content for p, content in before.items())
 
 
 def test_local_results_and_cloud_hold_the_same(work, trained, monkeypatch, capfd, tmp_path):
-    base = ("--cloud-save-path", tmp_path / "cloud", "--results-dir", tmp_path / "results", "--epochs", 1)
-    base += ("--code-path", work / "codes", "--gpt-model", "GPT-T", "--global-batch-size", 8, "--gpt-ckpt", trained)
+    base = (
+        "--cloud-save-path",
+        tmp_path / "cloud",
+        "--results-dir",
+        tmp_path / "results",
+        "--epochs",
+        1,
+    )
+    base += (
+        "--code-path",
+        work / "codes",
+        "--gpt-model",
+        "GPT-T",
+        "--global-batch-size",
+        8,
+        "--gpt-ckpt",
+        trained,
+    )
     quietly(capfd, monkeypatch, *base)
     local, cloud = (tmp_path / p / NAME / "checkpoints" for p in ("results", "cloud"))
     names = sorted(str(p.relative_to(local)) for p in local.rglob("*") if p.is_file())
@@ -235,13 +375,24 @@ def test_local_results_and_cloud_hold_the_same(work, trained, monkeypatch, capfd
     assert all((local / n).read_bytes() == (cloud / n).read_bytes() for n in names[1:])
     assert same_tensors(weights(tmp_path / "results", 3), weights(tmp_path / "cloud", 3))
     options = json.loads((local.parent / "options.json").read_text())["options"]
-    assert (options["lr"], options["lr_schedule"], options["attn_dropout_p"]) == (1e-4, "cosine", 0.1)
+    assert (options["lr"], options["lr_schedule"], options["attn_dropout_p"]) == (
+        1e-4,
+        "cosine",
+        0.1,
+    )
     assert "loss" in (local.parent / "log.txt").read_text()
 
 
 def test_resuming_takes_the_new_learning_rate(work, trained, monkeypatch, capfd, tmp_path):
     start_from(trained, tmp_path, 8)
-    base = ("--code-path", work / "codes", "--cloud-save-path", tmp_path, "--no-local-save", *TRAIN_OPTIONS)
+    base = (
+        "--code-path",
+        work / "codes",
+        "--cloud-save-path",
+        tmp_path,
+        "--no-local-save",
+        *TRAIN_OPTIONS,
+    )
     base += ("--mixed-precision", "none", "--log-every", 1)
     quietly(capfd, monkeypatch, *base, "--lr", 1e-5)
     assert len(curve(tmp_path, "lr")) == 7 and max(curve(tmp_path, "lr")) < 1e-5
@@ -249,65 +400,158 @@ def test_resuming_takes_the_new_learning_rate(work, trained, monkeypatch, capfd,
     assert "another lr_schedule (lr_schedule: cosine there, constant now)" in other
 
 
-def test_resuming_on_codes_of_another_crop_range_is_refused(trained, command, monkeypatch, capfd, tmp_path):
+def test_resuming_on_codes_of_another_crop_range_is_refused(
+    trained, command, monkeypatch, capfd, tmp_path
+):
     start_from(trained, tmp_path, 8)
-    base = ("--cloud-save-path", tmp_path, "--no-local-save", *TRAIN_OPTIONS, "--mixed-precision", "none")
+    base = (
+        "--cloud-save-path",
+        tmp_path,
+        "--no-local-save",
+        *TRAIN_OPTIONS,
+        "--mixed-precision",
+        "none",
+    )
     log = quietly(capfd, monkeypatch, *base, "--code-path", command.places["codes105"])
     assert "another crop_range (crop_range: 1.1 there, 1.05 now)" in log
 
 
 def test_nan_loss_stops_with_the_reason_and_is_never_saved(work, monkeypatch, capfd, tmp_path):
-    base = ("--code-path", work / "codes", "--cloud-save-path", tmp_path, "--no-local-save", *TRAIN_OPTIONS)
+    base = (
+        "--code-path",
+        work / "codes",
+        "--cloud-save-path",
+        tmp_path,
+        "--no-local-save",
+        *TRAIN_OPTIONS,
+    )
     base += ("--mixed-precision", "none", "--log-every", 1, "--lr", 1e30, "--ckpt-every", 1)
     log = quietly(capfd, monkeypatch, *base, "--max-skipped-steps", 6)
-    assert "error: the last 6 steps up to 8 were all skipped, as their loss was not a finite number" in log
-    assert newest(tmp_path / NAME / "checkpoints") <= 4  # two steps skipped in a row may be bad luck
+    assert (
+        "error: the last 6 steps up to 8 were all skipped, as their loss was not a finite number"
+        in log
+    )
+    assert (
+        newest(tmp_path / NAME / "checkpoints") <= 4
+    )  # two steps skipped in a row may be bad luck
 
 
 def test_fine_tuning_a_released_file_with_other_classes(work, monkeypatch, capfd, tmp_path):
-    """LlamaGen's file, n = 1 and other classes: both tables start anew, said aloud; the rest is the file's."""
-    config = GPTConfig(**GPT_models["GPT-T"], vocab_size=64, num_classes=7, grid_height=8, grid_width=8, ar_token_num=1)
+    """LlamaGen's file, n = 1 and other classes: both tables start anew, said aloud; the rest is
+    the file's.
+    """
+    config = GPTConfig(
+        **GPT_models["GPT-T"],
+        vocab_size=64,
+        num_classes=7,
+        grid_height=8,
+        grid_width=8,
+        ar_token_num=1,
+    )
     state = fill_from_names(GPT(config)).state_dict()
     torch.save({"model": state, "args": Namespace(lr=1e-4)}, tmp_path / "c2i_T.pt")
-    base = ("--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS, "--cloud-save-path", tmp_path)
-    log = quietly(capfd, monkeypatch, *base, "--gpt-ckpt", tmp_path / "c2i_T.pt", "--epochs", 1, "--lr", 0)
+    base = (
+        "--code-path",
+        work / "codes",
+        "--no-local-save",
+        *TRAIN_OPTIONS,
+        "--cloud-save-path",
+        tmp_path,
+    )
+    log = quietly(
+        capfd, monkeypatch, *base, "--gpt-ckpt", tmp_path / "c2i_T.pt", "--epochs", 1, "--lr", 0
+    )
     assert "has 7 classes, the codes have 3: the class table starts anew" in log
     assert "special tokens start anew" in log
     trained = weights(tmp_path, 3)
     assert trained["cls_embedding.embedding_table.weight"].shape == (4, 128)
     assert trained["spe_tok_embeddings.special_embeddings.weight"].shape == (3, 128)
-    assert all(torch.equal(trained[k], state[k]) for k in state if k != "cls_embedding.embedding_table.weight")
+    assert all(
+        torch.equal(trained[k], state[k])
+        for k in state
+        if k != "cls_embedding.embedding_table.weight"
+    )
 
 
 def test_exported_safetensors_loads_with_its_config(work, trained, tmp_path):
     folder, output = trained.parent / "0000015", tmp_path / "a.safetensors"
-    run_command("python3", "scripts/export_checkpoint.py", "--checkpoint", folder, "--output", output, "--ema")
+    run_command(
+        "python3",
+        "scripts/export_checkpoint.py",
+        "--checkpoint",
+        folder,
+        "--output",
+        output,
+        "--ema",
+    )
     model, name, facts = load_gpt(output, (8, 8))
     assert (name, model.config.ar_token_num, facts["steps"]) == ("GPT-T", 4, 15)
     assert same_tensors(model.state_dict(), weights(trained.parents[2], 15, "ema"))
 
 
 def test_dry_run_forecasts_and_writes_nothing(work, monkeypatch, capfd, tmp_path):
-    options = ("--code-path", work / "codes", *TRAIN_OPTIONS, "--cloud-save-path", tmp_path / "c", "--dry-run")
-    log = quietly(capfd, monkeypatch, *options, "--results-dir", tmp_path / "r", "--vq-ckpt", work / "vq.pt")
+    options = (
+        "--code-path",
+        work / "codes",
+        *TRAIN_OPTIONS,
+        "--cloud-save-path",
+        tmp_path / "c",
+        "--dry-run",
+    )
+    log = quietly(
+        capfd, monkeypatch, *options, "--results-dir", tmp_path / "r", "--vq-ckpt", work / "vq.pt"
+    )
     assert "1,591,808 parameters" in log and "step 2 " in log and "step 3 " not in log
-    assert "dry run: 0.02 GiB per process" in log and "for the 15 steps to do; nothing was written" in log
+    assert (
+        "dry run: 0.02 GiB per process" in log
+        and "for the 15 steps to do; nothing was written" in log
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_too_few_held_out_images_are_refused(work, tmp_path):
     options = ("--val-code-path", work / "codes", "--val-images", 1)
     done = train(work, tmp_path / "out", *options, nproc=2, check=False)
-    assert done.returncode != 0 and "--val-images 1: take at least one for each of the 2 processes" in done.stderr
+    assert (
+        done.returncode != 0
+        and "--val-images 1: take at least one for each of the 2 processes" in done.stderr
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_pictures_and_validation_while_training(work, monkeypatch, capfd, tmp_path):
-    """The same with weights sharded, which every rank must gather to generate; they change nothing of the training."""
-    base = ("--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS, "--mixed-precision", "none")
-    watch = ("--val-code-path", work / "codes", "--val-every", 4, "--val-images", 20, "--vq-ckpt", work / "vq.pt")
+    """The same with weights sharded, which every rank must gather to generate; they change
+    nothing of the training.
+    """
+    base = (
+        "--code-path",
+        work / "codes",
+        "--no-local-save",
+        *TRAIN_OPTIONS,
+        "--mixed-precision",
+        "none",
+    )
+    watch = (
+        "--val-code-path",
+        work / "codes",
+        "--val-every",
+        4,
+        "--val-images",
+        20,
+        "--vq-ckpt",
+        work / "vq.pt",
+    )
     quietly(capfd, monkeypatch, *base, "--cloud-save-path", tmp_path / "plain")
-    quietly(capfd, monkeypatch, *base, *watch, "--sample-every", 10, "--cloud-save-path", tmp_path / "ddp")
+    quietly(
+        capfd,
+        monkeypatch,
+        *base,
+        *watch,
+        "--sample-every",
+        10,
+        "--cloud-save-path",
+        tmp_path / "ddp",
+    )
     run_command(
         *TRAIN, *base, *watch, "--sample-every", 10, "--cloud-save-path", tmp_path / "fsdp", "--data-parallel", "fsdp",
         nproc=2,
@@ -316,7 +560,9 @@ def test_pictures_and_validation_while_training(work, monkeypatch, capfd, tmp_pa
     pictures = [sorted((tmp_path / k / NAME / "samples").iterdir()) for k in ("ddp", "fsdp")]
     assert [[p.name for p in ps] for ps in pictures] == [["0000010.png", "0000015.png"]] * 2
     for k in ("ddp", "fsdp"):
-        whole, first, rest = (curve(tmp_path / k, f"val/loss{part}") for part in ("", "_first", "_rest"))
+        whole, first, rest = (
+            curve(tmp_path / k, f"val/loss{part}") for part in ("", "_first", "_rest")
+        )
         assert len(whole) == 4
         assert whole == pytest.approx((np.array(first) * 4 + np.array(rest) * 60) / 64, abs=1e-6)
     model, _, _ = load_gpt(tmp_path / "ddp" / NAME / "checkpoints" / "0000015.pt", (8, 8))
@@ -388,8 +634,26 @@ def command(work, trained, tmp_path_factory) -> Command:
     """The training command, with the folders that options in EFFECTS name."""
     folder = tmp_path_factory.mktemp("effects")
     extract(work, folder / "codes105", "--crop-range", 1.05)
-    base = ["--code-path", "{work}/codes", "--cloud-save-path", "{place}/cloud", "--results-dir", "{place}/results"]
-    base += ["--gpt-model", "GPT-T", "--global-batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--lr", 1e-3]
+    base = [
+        "--code-path",
+        "{work}/codes",
+        "--cloud-save-path",
+        "{place}/cloud",
+        "--results-dir",
+        "{place}/results",
+    ]
+    base += [
+        "--gpt-model",
+        "GPT-T",
+        "--global-batch-size",
+        8,
+        "--epochs",
+        1,
+        "--warmup-epochs",
+        0,
+        "--lr",
+        1e-3,
+    ]
     base += ["--log-every", 2, "--ckpt-every", 2, "--mixed-precision", "none"]
     return Command(
         main=train_c2i.main,

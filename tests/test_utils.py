@@ -92,15 +92,23 @@ def test_truncated_checkpoint(tmp_path):
 def test_misfits_are_named():
     model = torch.nn.Linear(2, 3)
     with pytest.raises(ValueError, match=r"1 missing \(first: bias\), 1 unknown \(first: extra\)"):
-        load_strictly(model, {"weight": torch.ones(3, 2), "extra": torch.ones(1)}, "x.pt", "the model")
+        load_strictly(
+            model, {"weight": torch.ones(3, 2), "extra": torch.ones(1)}, "x.pt", "the model"
+        )
     with pytest.raises(ValueError, match=r"weight is \(5, 2\), expected \(3, 2\)"):
-        load_strictly(model, {"weight": torch.ones(5, 2), "bias": torch.ones(3)}, "x.pt", "the model")
+        load_strictly(
+            model, {"weight": torch.ones(5, 2), "bias": torch.ones(3)}, "x.pt", "the model"
+        )
 
 
 def test_weights_hash_tells_weights_apart():
     a, b = {"w": torch.zeros(2, 3)}, {"w": torch.zeros(2, 3)}
     assert state_sha256(a) == state_sha256(b)
-    for other in ({"v": a["w"]}, {"w": torch.zeros(3, 2)}, {"w": torch.tensor([[0, 0, 0], [0, 0, 1.0]])}):
+    for other in (
+        {"v": a["w"]},
+        {"w": torch.zeros(3, 2)},
+        {"w": torch.tensor([[0, 0, 0], [0, 0, 1.0]])},
+    ):
         assert state_sha256(other) != state_sha256(a)
 
 
@@ -111,7 +119,9 @@ def test_pixels_are_golden(golden):
 
 
 def test_image_grid_places_images():
-    pixels = np.arange(3, dtype=np.uint8)[:, None, None, None].repeat(2, 1).repeat(2, 2).repeat(3, 3)
+    pixels = (
+        np.arange(3, dtype=np.uint8)[:, None, None, None].repeat(2, 1).repeat(2, 2).repeat(3, 3)
+    )
     grid = image_grid(pixels, columns=2, padding=1)
     assert grid.shape == (7, 7, 3)
     assert grid[1:3, 4:6].max() == 1 and grid[4:6, 1:3].min() == 2 and grid[0].min() == 255
@@ -135,7 +145,10 @@ def test_samples_written_in_any_order_are_one_plain_npz(tmp_path, chunk):
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
     with zipfile.ZipFile(tmp_path / "a.npz") as archive:
         assert archive.testzip() is None and archive.namelist() == ["arr_0.npy", "labels.npy"]
-        assert [i.file_size for i in archive.infolist()] == [128 + images.nbytes, 128 + labels.nbytes]
+        assert [i.file_size for i in archive.infolist()] == [
+            128 + images.nbytes,
+            128 + labels.nbytes,
+        ]
     with np.load(tmp_path / "a.npz", allow_pickle=False) as npz:
         assert np.array_equal(npz["arr_0"], images) and np.array_equal(npz["labels"], labels)
     content = (tmp_path / "a.npz").read_bytes()
@@ -215,30 +228,42 @@ def test_batch_that_does_not_split_is_named():
 @pytest.mark.parametrize("fp16", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_step_that_is_no_number_changes_nothing(bad, fp16):
-    """Weights, moments and their step counts after good, bad, good steps are those after the good ones alone."""
+    """Weights, moments and their step counts after good, bad, good steps are those after the
+    good ones alone.
+    """
     states = []
     for losses in ([1.0, 2.0], [1.0, bad, 2.0]):
         state = small_state(1.0, fp16=fp16)
         for step, loss in enumerate(losses):
             take_step(state, step, loss)
         states.append(state)
-    ours, expected = ({k: v for k, v in s.tensors().items() if not k.startswith("ema")} for s in states[::-1])
+    ours, expected = (
+        {k: v for k, v in s.tensors().items() if not k.startswith("ema")} for s in states[::-1]
+    )
     assert all(torch.equal(ours[k], expected[k]) for k in expected)
     assert states[1].guard.skipped == 1 and states[1].guard.in_a_row == 0
 
 
 def test_spikes_are_skipped_once_the_loss_has_settled():
-    """Rule: above the running mean by more than the threshold, after 100 steps; until then only what is no number."""
+    """Rule: above the running mean by more than the threshold, after 100 steps; until then only
+    what is no number.
+    """
     guard = Guard(CPU, spike=0.5, patience=3)
     norm = torch.ones(())
-    assert not guard.should_skip(torch.tensor(1.0), norm) and not guard.should_skip(torch.tensor(99.0), norm)
+    assert not guard.should_skip(torch.tensor(1.0), norm) and not guard.should_skip(
+        torch.tensor(99.0), norm
+    )
     guard = Guard(CPU, spike=0.5, patience=3)
     losses = np.random.default_rng(0).normal(2.0, 0.05, 100).astype(np.float32)
     mean = 0.0
     for taken, loss in enumerate(losses):
         assert not guard.should_skip(torch.tensor(loss), norm)
         mean += (loss - mean) * max(0.01, 1 / (taken + 1))
-    assert guard.state[0].item() == pytest.approx(losses.mean(), abs=1e-5) == pytest.approx(mean, abs=1e-5)
+    assert (
+        guard.state[0].item()
+        == pytest.approx(losses.mean(), abs=1e-5)
+        == pytest.approx(mean, abs=1e-5)
+    )
     assert not guard.should_skip(torch.tensor(mean + 0.45), norm)
     mean += 0.45 * 0.01
     for count in (1, 2, 3):
@@ -255,7 +280,9 @@ def test_spikes_are_skipped_once_the_loss_has_settled():
 
 
 def test_clipping_is_by_the_norm_over_all_parameters():
-    """Adam's first step does not see the scale of a gradient, so look at its first moment: 0.1 of the clipped one."""
+    """Adam's first step does not see the scale of a gradient, so look at its first moment: 0.1
+    of the clipped one.
+    """
     state = small_state(0.0)
     take_step(state, 0, 3.0, max_norm=1.0)
     moment = state.tensors()["optimizer.weight.exp_avg"]
@@ -272,8 +299,12 @@ def test_batches_made_ahead_come_in_order():
         list(prefetch(lambda step: 1 // step, range(2)))
 
 
-def run_folder(tmp_path, keep_last: int = 9, keep_every: int = 0, no_local_save: bool = False) -> RunFolder:
-    args = argparse.Namespace(results_dir=str(tmp_path / "results"), cloud_save_path=str(tmp_path / "cloud"))
+def run_folder(
+    tmp_path, keep_last: int = 9, keep_every: int = 0, no_local_save: bool = False
+) -> RunFolder:
+    args = argparse.Namespace(
+        results_dir=str(tmp_path / "results"), cloud_save_path=str(tmp_path / "cloud")
+    )
     args.no_local_save, args.keep_last, args.keep_every = no_local_save, keep_last, keep_every
     return RunFolder.of(args, World(0, 1, CPU), "run")
 
@@ -295,7 +326,9 @@ def test_run_folders_save_and_resume(tmp_path):
     assert folder.resume(state, run) == 3
     assert same_tensors(state.tensors(), before)
     assert state.guard.state.tolist() == [0.5, 3.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match=r"0000003 is of a run with another epochs \(epochs: 3 there, 4 now\)"):
+    with pytest.raises(
+        ValueError, match=r"0000003 is of a run with another epochs \(epochs: 3 there, 4 now\)"
+    ):
         folder.resume(state, {"epochs": 4})
     assert run_folder(tmp_path, no_local_save=True).folder == tmp_path / "cloud/run"
 
@@ -316,7 +349,10 @@ def test_resuming_takes_the_newest_whole_checkpoint(tmp_path):
     assert folder.resume(state, {}) == 3
     assert state.model.weight[0, 0].item() == 3.0
     first, second = folder.notes
-    assert "0000006 is damaged: __0_0.distcp has 100 bytes, expected" in first and "an older one is taken" in first
+    assert (
+        "0000006 is damaged: __0_0.distcp has 100 bytes, expected" in first
+        and "an older one is taken" in first
+    )
     assert "0000005 is not a whole checkpoint: meta.json is missing" in second
     folder.save(6, small_state(6.5), {"run": {}})  # made again, it takes the damaged one's place
     folder.wait()
@@ -356,7 +392,9 @@ def test_a_place_that_lost_its_checkpoints_gets_them_again(tmp_path):
     again = run_folder(tmp_path)
     assert again.resume(small_state(0.0), {}) == 3
     again.make()
-    assert (cloud / "0000003" / "meta.json").read_bytes() == (local / "0000003" / "meta.json").read_bytes()
+    assert (cloud / "0000003" / "meta.json").read_bytes() == (
+        local / "0000003" / "meta.json"
+    ).read_bytes()
     again.finish(3, False, "safetensors", logging.getLogger("test"))
     assert (local / "0000003-ema.safetensors").exists() and (cloud / "0000003.safetensors").exists()
 
@@ -405,7 +443,9 @@ def test_exported_files_hold_the_weights_and_facts(tmp_path, suffix, ema):
     assert not torch.equal(state.ema.average["weight"], state.model.weight)
     assert torch.equal(find_state_dict(loaded, ("model",), "a")["weight"], expected)
     assert loaded["config"] == {"dim": 2} and loaded["steps"] == 3
-    with pytest.raises(ValueError, match="--gpt-ckpt: .*0000003 is a training checkpoint; python3 scripts/export"):
+    with pytest.raises(
+        ValueError, match="--gpt-ckpt: .*0000003 is a training checkpoint; python3 scripts/export"
+    ):
         load_checkpoint(tmp_path / "cloud/run/checkpoints/0000003", "--gpt-ckpt")
 
 
@@ -423,7 +463,9 @@ def test_speed_is_that_of_the_time_not_paused():
 
 
 def test_a_record_of_another_length_starts_samples_anew(tmp_path):
-    """As a disk may leave it after a power cut: the file has its full length, and nothing says what is in it."""
+    """As a disk may leave it after a power cut: the file has its full length, and nothing says
+    what is in it.
+    """
     file = SampleFile(tmp_path / "s.npz", "f", (5, 2, 2, 3), chunk=2)
     file.create()
     file.write(1, np.ones((2, 2, 2, 3), np.uint8))

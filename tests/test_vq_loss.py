@@ -25,10 +25,21 @@ CPU = World(0, 1, torch.device("cpu"))
 
 
 def options(**changes) -> Namespace:
-    base = dict(reconstruction_loss="l2", reconstruction_weight=1.0, perceptual_weight=0.0, codebook_weight=1.0)
-    base |= dict(vgg_weights=None, disc_type="patchgan", disc_weight=0.5, disc_start=3, disc_loss="hinge")
-    base |= dict(gen_loss="hinge", disc_adaptive_weight=False, image_size=32, mixed_precision="none", lr=1e-3)
-    return Namespace(**base | dict(weight_decay=0.0, beta1=0.5, beta2=0.9, max_skipped_steps=20) | changes)
+    base = dict(
+        reconstruction_loss="l2",
+        reconstruction_weight=1.0,
+        perceptual_weight=0.0,
+        codebook_weight=1.0,
+    )
+    base |= dict(
+        vgg_weights=None, disc_type="patchgan", disc_weight=0.5, disc_start=3, disc_loss="hinge"
+    )
+    base |= dict(
+        gen_loss="hinge", disc_adaptive_weight=False, image_size=32, mixed_precision="none", lr=1e-3
+    )
+    return Namespace(
+        **base | dict(weight_decay=0.0, beta1=0.5, beta2=0.9, max_skipped_steps=20) | changes
+    )
 
 
 def adversary(**changes) -> Adversary:
@@ -49,7 +60,13 @@ def test_supervised_loss_is_the_weighted_sum(kind):
     pixel = 0.5 if kind == "l1" else 0.25
     assert decoded.item() == pytest.approx(2 * pixel)
     assert loss.item() == pytest.approx(2 * pixel + 3 * 0.15)
-    expected = {"loss": loss.item(), "reconstruction": pixel, "perceptual": 0, "codebook": 0.15, "entropy": -0.1}
+    expected = {
+        "loss": loss.item(),
+        "reconstruction": pixel,
+        "perceptual": 0,
+        "codebook": 0.15,
+        "entropy": -0.1,
+    }
     assert {k: v.item() for k, v in terms.items()} == pytest.approx(expected)
 
 
@@ -72,9 +89,13 @@ def test_discriminator_losses(kind, each_real, each_fake):
     assert found.item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind, each", [("hinge", lambda x: -x), ("non-saturating", lambda x: -math.log(sigmoid(x)))])
+@pytest.mark.parametrize(
+    "kind, each", [("hinge", lambda x: -x), ("non-saturating", lambda x: -math.log(sigmoid(x)))]
+)
 def test_generator_losses_fall_as_the_logits_rise(kind, each):
-    """The published non-saturating loss swaps its arguments: its gradient would be that of mean -x, whatever x."""
+    """The published non-saturating loss swaps its arguments: its gradient would be that of mean
+    -x, whatever x.
+    """
     logits = [-2.0, 0.3, 4.0]
     x = torch.tensor(logits, requires_grad=True)
     loss = GENERATOR_LOSSES[kind](x)
@@ -97,22 +118,30 @@ def test_lpips_against_a_slow_version(vgg):
 
 def test_lpips_without_weights_says_where_it_looked(vgg, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match=f"vgg16-397923af.pth .* is not in {tmp_path}/hub/checkpoints; .*weight 0"):
+    with pytest.raises(
+        ValueError, match=f"vgg16-397923af.pth .* is not in {tmp_path}/hub/checkpoints; .*weight 0"
+    ):
         load_lpips(None)
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth").symlink_to(vgg)
     assert load_lpips(None) is not None
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="other.pth does not hold torchvision's VGG16: see features.0.bias"):
+    with pytest.raises(
+        ValueError, match="other.pth does not hold torchvision's VGG16: see features.0.bias"
+    ):
         load_lpips(str(tmp_path / "other.pth"))
 
 
 def test_adaptive_weight_is_the_ratio_of_gradients():
-    """supervised = 3 |w|^2 / 2 and adversarial = c.w: the gradients are 3 w and c; clamped where c vanishes."""
+    """supervised = 3 |w|^2 / 2 and adversarial = c.w: the gradients are 3 w and c; clamped where
+    c vanishes.
+    """
     w, c = torch.tensor([3.0, 4.0], requires_grad=True), torch.tensor([0.0, 5.0])
     supervised = 1.5 * w.square().sum()
     for scale in (1.0, 1024.0):
-        assert adaptive_weight(supervised, c @ w, w, CPU, scale).item() == pytest.approx(15 / 5.0001, rel=1e-6)
+        assert adaptive_weight(supervised, c @ w, w, CPU, scale).item() == pytest.approx(
+            15 / 5.0001, rel=1e-6
+        )
     assert adaptive_weight(1e3 * supervised, 0 * (c @ w), w, CPU).item() == 1e4
     assert w.grad is None
 
@@ -132,19 +161,24 @@ def test_adversarial_weight_and_gradients():
     before = layer.grad.clone()
     told, real, fake = it.discriminator_loss(images, layer * torch.rand(4, 3, 32, 32))
     told.backward()
-    assert torch.equal(layer.grad, before) and all(p.grad is not None for p in it.model.parameters())
+    assert torch.equal(layer.grad, before) and all(
+        p.grad is not None for p in it.model.parameters()
+    )
     assert real.item() == pytest.approx(it.model(images).mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("start, step, active", [(0, 1, True), (3, 2, False), (3, 3, True), (3, 4, True)])
+@pytest.mark.parametrize(
+    "start, step, active", [(0, 1, True), (3, 2, False), (3, 3, True), (3, 4, True)]
+)
 def test_adversary_starts_exactly_at_disc_start(start, step, active):
     assert adversary(disc_start=start).active(step) is active
 
 
 @pytest.mark.parametrize("loss", ["hinge", "non-saturating"])
 def test_a_discriminator_learns_to_tell(loss):
-    """Real: smooth gradients; made: the same with noise. After 15 steps new batches are told apart: at a third of the
-    loss of one who cannot tell, which is 1 (hinge) or log 2."""
+    """Real: smooth gradients; made: the same with noise. After 15 steps new batches are told apart:
+    at a third of the loss of one who cannot tell, which is 1 (hinge) or log 2.
+    """
     it = adversary(disc_loss=loss, disc_weight=1.0, lr=2e-4)
     generator = torch.Generator().manual_seed(0)
 
@@ -170,7 +204,10 @@ def test_discriminators_are_the_published_ones():
     expected = sum(16 * a * b for a, b in convs) + 64 + 1 + 2 * (128 + 256 + 512)
     assert sum(p.numel() for p in patch.parameters()) == expected == 2_765_633
     widths = [64, 128, 256, 512, 512, 512, 512]  # at sides 256 ... 4
-    blocks = sum(a * b + b + 9 * a * b + b + 2 * (9 * b * b + b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+    blocks = sum(
+        a * b + b + 9 * a * b + b + 2 * (9 * b * b + b)
+        for a, b in zip(widths[:-1], widths[1:], strict=True)
+    )
     ends = 27 * 64 + 64 + 9 * 512 * 512 + 512 + 16 * 512 * 512 + 512 + 512 + 1
     assert sum(p.numel() for p in style.parameters()) == blocks + ends
     assert patch(torch.zeros(2, 3, 256, 256, device="meta")).shape == (2, 1, 30, 30)

@@ -1,4 +1,6 @@
-"""Tokenizer: golden codes and reconstructions, released names, search, losses, straight-through gradient."""
+"""Tokenizer: golden codes and reconstructions, released names, search, losses, straight-through
+gradient.
+"""
 
 import json
 import math
@@ -11,7 +13,14 @@ from tokenizer.vq_model import USAGE_WINDOW, VQ_models, VQConfig, VQModel
 
 
 def tiny_config(**changes) -> VQConfig:
-    base = dict(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=32, codebook_size=11, codebook_embed_dim=4)
+    base = dict(
+        ch=32,
+        ch_mult=(1, 1),
+        num_res_blocks=1,
+        z_channels=32,
+        codebook_size=11,
+        codebook_embed_dim=4,
+    )
     return VQConfig(**base | changes)
 
 
@@ -56,13 +65,18 @@ def test_search_is_the_nearest_entry(l2_norm):
     z = torch.randn(103, 4, dtype=torch.float64)
     rows, entries = z, quantizer.embedding.weight
     if l2_norm:
-        rows, entries = rows / rows.norm(dim=1, keepdim=True), entries / entries.norm(dim=1, keepdim=True)
+        rows, entries = (
+            rows / rows.norm(dim=1, keepdim=True),
+            entries / entries.norm(dim=1, keepdim=True),
+        )
     distances = (rows[:, None] - entries[None]).square().sum(-1)
     assert torch.equal(quantizer.search(z, chunk=10), distances.argmin(1))
 
 
 def test_straight_through_gradient_and_losses():
-    """The reconstruction's gradient passes the quantizer unchanged; the losses pull entries and latents together."""
+    """The reconstruction's gradient passes the quantizer unchanged; the losses pull entries and
+    latents together.
+    """
     quantizer = fill_from_names(VQModel(tiny_config(codebook_l2_norm=False))).quantize
     z = torch.randn(2, 4, 3, 3, requires_grad=True)
     quantized, losses, codes = quantizer(z)
@@ -90,7 +104,9 @@ def test_entropy_loss_closed_forms():
     quantizer.embedding.weight.data = torch.eye(4)
     one = torch.eye(4)[:1].expand(8, 4)
     assert quantizer.entropy_loss(one).item() == pytest.approx(0.0, abs=1e-4)
-    assert quantizer.entropy_loss(torch.eye(4)).item() == pytest.approx(-0.5 * math.log(4), abs=1e-4)
+    assert quantizer.entropy_loss(torch.eye(4)).item() == pytest.approx(
+        -0.5 * math.log(4), abs=1e-4
+    )
 
 
 def test_usage_is_a_window_of_the_latest_codes():
@@ -106,7 +122,9 @@ def test_usage_is_a_window_of_the_latest_codes():
 
 
 def test_perplexity_of_the_window_against_counting():
-    """While the window fills, only codes seen so far count; then the last 65,536, whatever came in which parts."""
+    """While the window fills, only codes seen so far count; then the last 65,536, whatever came
+    in which parts.
+    """
     quantizer = VQModel(tiny_config(codebook_size=10)).quantize
     assert quantizer.usage() == 0
     seen, generator = [], torch.Generator().manual_seed(0)
@@ -116,9 +134,13 @@ def test_perplexity_of_the_window_against_counting():
         seen += codes.tolist()
         window = seen[-USAGE_WINDOW:]
         shares = [window.count(c) / len(window) for c in set(window)]
-        assert quantizer.perplexity() == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)), rel=1e-6)
+        assert quantizer.perplexity() == pytest.approx(
+            math.exp(-sum(p * math.log(p) for p in shares)), rel=1e-6
+        )
         assert quantizer.usage() == pytest.approx(len(shares) / 10)
-        expected = [c not in window for c in range(10)] if len(seen) >= USAGE_WINDOW else [False] * 10
+        expected = (
+            [c not in window for c in range(10)] if len(seen) >= USAGE_WINDOW else [False] * 10
+        )
         assert quantizer.dead().tolist() == expected
 
 
@@ -126,17 +148,23 @@ def test_entropy_loss_in_chunks_has_the_gradient_of_the_whole():
     quantizer = fill_from_names(VQModel(tiny_config(entropy_loss_ratio=0.3))).quantize
     z = torch.nn.functional.normalize(torch.randn(50, 4), dim=1).requires_grad_()
     p = (-(z[:, None] - quantizer.codebook()[None]).square().sum(-1) / 0.01).softmax(-1)
-    whole = 0.3 * (-(p * (p + 1e-30).log()).sum(-1).mean() + (p.mean(0) * (p.mean(0) + 1e-5).log()).sum())
+    whole = 0.3 * (
+        -(p * (p + 1e-30).log()).sum(-1).mean() + (p.mean(0) * (p.mean(0) + 1e-5).log()).sum()
+    )
     chunked = quantizer.entropy_loss(z, chunk=16)
     assert chunked.item() == pytest.approx(whole.item(), rel=1e-4)
     expected = torch.autograd.grad(whole, (z, quantizer.embedding.weight))
-    for found, want in zip(torch.autograd.grad(chunked, (z, quantizer.embedding.weight)), expected, strict=True):
+    for found, want in zip(
+        torch.autograd.grad(chunked, (z, quantizer.embedding.weight)), expected, strict=True
+    ):
         torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("l2_norm", [True, False])
 def test_k_means_finds_clusters_and_data_takes_latents(l2_norm):
-    """Eleven tight clusters: k-means ends nearer to the latents than its start; every data entry is one of them."""
+    """Eleven tight clusters: k-means ends nearer to the latents than its start; every data entry
+    is one of them.
+    """
     quantizer = VQModel(tiny_config(codebook_l2_norm=l2_norm)).quantize
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(11, 4, generator=generator)

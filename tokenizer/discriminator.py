@@ -1,7 +1,9 @@
-"""The two discriminators of tokenizer training: images (B, 3, S, S) in [-1, 1] -> logits, high for real ones.
+"""The two discriminators of tokenizer training: images (B, 3, S, S) in [-1, 1] -> logits, high for
+real ones.
 
 - PatchGAN (Isola et al. 2017, section 3.2.2): a logit for each overlapping patch of 70x70 pixels
-- StyleGAN (Karras et al. 2020, the residual discriminator without minibatch statistics): one logit per image
+- StyleGAN (Karras et al. 2020, the residual discriminator without minibatch statistics): one logit
+  per image
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ def leaky_relu(x: torch.Tensor) -> torch.Tensor:
 
 
 class PatchGAN(nn.Module):
-    """Convolutions of side 4 with strides 2, 2, 2, 1, 1; batch norm by the current batch on all layers but the
-    first and last.
+    """Convolutions of side 4 with strides 2, 2, 2, 1, 1; batch norm by the current batch on all
+    layers but the first and last.
 
-    Real and reconstructed images must come in batches of their own, as each batch is normalised by itself. There are
-    no running statistics: the module has no state but its parameters.
+    Real and reconstructed images must come in batches of their own, as each batch is normalised by
+    itself. There are no running statistics: the module has no state but its parameters.
     """
 
     def __init__(self, width: int = 64):
@@ -70,7 +72,9 @@ class StyleBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1, stride=2)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        from timm.layers import BlurPool2d  # here: timm takes 1.5 s to import, and PatchGAN does without
+        from timm.layers import (
+            BlurPool2d,
+        )  # here: timm takes 1.5 s to import, and PatchGAN does without
 
         self.blur = BlurPool2d(out_channels, filt_size=3, stride=1)
         self.down = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
@@ -81,7 +85,8 @@ class StyleBlock(nn.Module):
 
 
 class StyleGAN(nn.Module):
-    """Residual blocks that halve S x S down to 4 x 4, then two dense layers; width 16384 / side, at most 512.
+    """Residual blocks that halve S x S down to 4 x 4, then two dense layers; width 16384 / side, at
+    most 512.
 
     Every layer keeps torch's default initialisation, as published.
     """
@@ -91,7 +96,9 @@ class StyleGAN(nn.Module):
         sides = [image_size >> i for i in range((image_size // 4).bit_length())]  # S ... 4
         widths = [min(512, 16384 // side) for side in sides]
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.blocks = nn.ModuleList(StyleBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.blocks = nn.ModuleList(
+            StyleBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
         self.conv_out = nn.Conv2d(widths[-1], widths[-1], 3, padding=1)
         self.dense = nn.Linear(16 * widths[-1], widths[-1])
         self.logit = nn.Linear(widths[-1], 1)
@@ -105,15 +112,21 @@ class StyleGAN(nn.Module):
 
 
 def make_discriminator(kind: str, image_size: int) -> PatchGAN | StyleGAN:
-    """Return a new discriminator of ``DISCRIMINATORS`` for square images; ``ValueError`` if their size does not fit."""
+    """Return a new discriminator of ``DISCRIMINATORS`` for square images; ``ValueError`` if
+    their size does not fit.
+    """
     if kind == "patchgan":
         if image_size < 24:
-            raise ValueError(f"--disc-type patchgan takes images of 24 pixels or more, not --image-size {image_size}")
+            raise ValueError(
+                "--disc-type patchgan takes images of 24 pixels or more, not --image-size "
+                f"{image_size}"
+            )
         model = PatchGAN()
         model.init_weights()
         return model
     if image_size < 8 or image_size & (image_size - 1):
         raise ValueError(
-            f"--disc-type stylegan halves images down to 4x4: --image-size {image_size} is not a power of 2 above 4"
+            f"--disc-type stylegan halves images down to 4x4: --image-size {image_size} is not a "
+            "power of 2 above 4"
         )
     return StyleGAN(image_size)

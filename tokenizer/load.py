@@ -10,12 +10,18 @@ import torch
 
 from tokenizer.vq_model import VQ_models, VQConfig, VQModel, make_vq_config
 from utils.checkpoints.folder import read_meta, read_sharded
-from utils.checkpoints.weights_file import find_state_dict, load_checkpoint, load_strictly, state_sha256
+from utils.checkpoints.weights_file import (
+    find_state_dict,
+    load_checkpoint,
+    load_strictly,
+    state_sha256,
+)
 from utils.options import positive_int, resolve
 
 
 def require_tokenizer(vq: VQModel, sha256: str | None, path: str | Path, source: str) -> None:
-    """Raise ``ValueError`` unless ``vq``, read from ``path``, made the codes that ``source`` holds or learned.
+    """Raise ``ValueError`` unless ``vq``, read from ``path``, made the codes that ``source`` holds
+    or learned.
 
     sha256: of that tokenizer's weights; None, where it is not known, fits any.
     """
@@ -23,13 +29,15 @@ def require_tokenizer(vq: VQModel, sha256: str | None, path: str | Path, source:
         raise ValueError(f"--vq-ckpt {path} is not the tokenizer that made the codes of {source}")
 
 
-def load_vq(path: str | Path | None, vq_model: str | None, **written: object) -> tuple[VQModel, str]:
-    """Tokenizer of a checkpoint file or of a training checkpoint's folder, in ``eval()`` mode on the CPU, and the name
-    of its size.
+def load_vq(
+    path: str | Path | None, vq_model: str | None, **written: object
+) -> tuple[VQModel, str]:
+    """Tokenizer of a checkpoint file or of a training checkpoint's folder, in ``eval()`` mode on
+    the CPU, and the name of its size.
 
-    Our own checkpoints carry their config; for released ones it is that of ``vq_model`` (default VQ-16) with the
-    fields ``written`` (None: not written by the user). Raises ``ValueError`` where the two contradict, or where
-    names or shapes do not fit.
+    Our own checkpoints carry their config; for released ones it is that of ``vq_model`` (default
+    VQ-16) with the fields ``written`` (None: not written by the user). Raises ``ValueError`` where
+    the two contradict, or where names or shapes do not fit.
     """
     if path is None:
         raise ValueError("--vq-ckpt is required")
@@ -42,11 +50,15 @@ def load_vq(path: str | Path | None, vq_model: str | None, **written: object) ->
     if own is not None:
         known = {f.name for f in fields(VQConfig)}
         if not isinstance(own, dict) or set(own) != known:
-            raise ValueError(f"--vq-ckpt: {path} holds no tokenizer: its config is of another model")
+            raise ValueError(
+                f"--vq-ckpt: {path} holds no tokenizer: its config is of another model"
+            )
         config = VQConfig(**own | {"ch_mult": tuple(own["ch_mult"])})
         name = resolve("--vq-model", vq_model, checkpoint["vq_model"], f"--vq-ckpt {path}")
         for field, value in written.items():
-            resolve(f"--{field.replace('_', '-')}", value, getattr(config, field), f"--vq-ckpt {path}")
+            resolve(
+                f"--{field.replace('_', '-')}", value, getattr(config, field), f"--vq-ckpt {path}"
+            )
     else:
         name = vq_model or "VQ-16"
         config = make_vq_config(name, **written)
@@ -59,24 +71,35 @@ def load_vq(path: str | Path | None, vq_model: str | None, **written: object) ->
 
 def add_tokenizer_options(group: _ArgumentGroup, required: bool = True) -> None:
     """Add the options selecting a tokenizer; all but the file are optional."""
-    group.add_argument("--vq-ckpt", required=required, help="tokenizer checkpoint, released or trained here")
     group.add_argument(
-        "--vq-model", choices=list(VQ_models), help="size of the tokenizer (default: the checkpoint's, else VQ-16)"
+        "--vq-ckpt", required=required, help="tokenizer checkpoint, released or trained here"
     )
     group.add_argument(
-        "--codebook-size", type=positive_int, help="codebook entries (default: the checkpoint's, else the size's)"
+        "--vq-model",
+        choices=list(VQ_models),
+        help="size of the tokenizer (default: the checkpoint's, else VQ-16)",
     )
     group.add_argument(
-        "--codebook-embed-dim", type=positive_int, help="width of a codebook entry (default: the checkpoint's, else 8)"
+        "--codebook-size",
+        type=positive_int,
+        help="codebook entries (default: the checkpoint's, else the size's)",
+    )
+    group.add_argument(
+        "--codebook-embed-dim",
+        type=positive_int,
+        help="width of a codebook entry (default: the checkpoint's, else 8)",
     )
 
 
 def load_tokenizer(args: Namespace) -> tuple[VQModel, str]:
-    """Load the tokenizer that the options select, see ``load_vq``; fills options that were left out from its
-    checkpoint.
+    """Load the tokenizer that the options select, see ``load_vq``; fills options that were left out
+    from its checkpoint.
     """
     vq, name = load_vq(
-        args.vq_ckpt, args.vq_model, codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim
+        args.vq_ckpt,
+        args.vq_model,
+        codebook_size=args.codebook_size,
+        codebook_embed_dim=args.codebook_embed_dim,
     )
     args.vq_model, args.codebook_size = name, vq.config.codebook_size
     args.codebook_embed_dim = vq.config.codebook_embed_dim

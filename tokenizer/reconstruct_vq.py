@@ -1,8 +1,8 @@
 """Reconstruct images with a tokenizer; report PSNR, SSIM, LPIPS and codebook usage.
 
-Writes reconstructions and images to one .npz each, from which the evaluator computes rFID, and a picture of pairs.
-Images are divided into chunks of the batch size, so any number of processes, interrupted or not, gives the same files
-and metrics.
+Writes reconstructions and images to one .npz each, from which the evaluator computes rFID, and a
+picture of pairs. Images are divided into chunks of the batch size, so any number of processes,
+interrupted or not, gives the same files and metrics.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ from utils.files import atomic_path, prepare_folder
 from utils.images import image_grid, save_png, to_uint8
 from utils.logger import create_logger, progress
 from utils.npz import SampleFile
-from utils.options import add_retired, make_parser, non_negative_int, positive_int, run_main, write_options
+from utils.options import (
+    add_retired,
+    make_parser,
+    non_negative_int,
+    positive_int,
+    run_main,
+    write_options,
+)
 from utils.performance import usable_cores
 from utils.quality import codebook_usage, perplexity, psnr, ssim
 
@@ -51,19 +58,36 @@ def parse_args() -> Namespace:
         "bash scripts/tokenizer/reconstruction_vq.sh --data-path IMAGENET/val "
         "--vq-ckpt ./pretrained_models/vq_ds16_c2i.pt",
     )
-    parser.add_argument("--data-path", required=True, help="images: folder with one sub-folder per class")
-    add_tokenizer_options(parser.add_argument_group("tokenizer"), required=False)
-    parser.add_argument("--image-size", type=positive_int, default=256, help="side of the centre crop, pixels")
-    parser.add_argument("--image-size-eval", type=positive_int, default=256, help="side of the written images, pixels")
-    parser.add_argument("--sample-dir", default="reconstructions", help="folder to write to")
-    parser.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images per forward pass")
     parser.add_argument(
-        "--num-workers", type=non_negative_int, default=4, help="image-decoding processes, at most one per core"
+        "--data-path", required=True, help="images: folder with one sub-folder per class"
+    )
+    add_tokenizer_options(parser.add_argument_group("tokenizer"), required=False)
+    parser.add_argument(
+        "--image-size", type=positive_int, default=256, help="side of the centre crop, pixels"
+    )
+    parser.add_argument(
+        "--image-size-eval",
+        type=positive_int,
+        default=256,
+        help="side of the written images, pixels",
+    )
+    parser.add_argument("--sample-dir", default="reconstructions", help="folder to write to")
+    parser.add_argument(
+        "--per-proc-batch-size", type=positive_int, default=32, help="images per forward pass"
+    )
+    parser.add_argument(
+        "--num-workers",
+        type=non_negative_int,
+        default=4,
+        help="image-decoding processes, at most one per core",
     )
     text = "VGG16 weights vgg16-397923af.pth for LPIPS (default: torch.hub's copy; without one, no LPIPS)"
     parser.add_argument("--vgg-weights", help=text)
     parser.add_argument(
-        "--pairs", type=positive_int, default=20, help="images in the picture, each beside its reconstruction"
+        "--pairs",
+        type=positive_int,
+        default=20,
+        help="images in the picture, each beside its reconstruction",
     )
     add_retired(
         parser,
@@ -76,9 +100,13 @@ def parse_args() -> Namespace:
 
 
 class Reconstructor:
-    """Writes and measures two sets of images: reconstructions and originals, both uint8 (N, E, E, 3)."""
+    """Writes and measures two sets of images: reconstructions and originals, both uint8 (N, E,
+    E, 3).
+    """
 
-    def __init__(self, args: Namespace, world: World, vq: VQModel, lpips: nn.Module | None, name: str):
+    def __init__(
+        self, args: Namespace, world: World, vq: VQModel, lpips: nn.Module | None, name: str
+    ):
         self.args, self.world, self.vq, self.lpips = args, world, vq, lpips
         self.samples = list_images(args.data_path).samples
         self.images = ImageFiles(self.samples, CenterCrop(args.image_size))
@@ -86,31 +114,46 @@ class Reconstructor:
         base = Path(args.sample_dir) / name
         shape = (len(self.samples), args.image_size_eval, args.image_size_eval, 3)
         paths = (Path(f"{base}.npz"), Path(f"{base}-inputs.npz"))
-        self.files = [SampleFile(p, self.fingerprint, shape, args.per_proc_batch_size) for p in paths]
+        self.files = [
+            SampleFile(p, self.fingerprint, shape, args.per_proc_batch_size) for p in paths
+        ]
         self.figures, self.picture = Path(f"{base}.json"), Path(f"{base}.png")
-        self.scores = Path(f"{base}.{self.fingerprint}.scores")  # one small .npz per chunk, until all exist
+        self.scores = Path(
+            f"{base}.{self.fingerprint}.scores"
+        )  # one small .npz per chunk, until all exist
 
     def _fingerprint(self) -> str:
         """Return a short hash of everything that the files and metrics depend on."""
         args = self.args
-        options = [args.image_size, args.image_size_eval, args.per_proc_batch_size, self.lpips is not None]
+        options = [
+            args.image_size,
+            args.image_size_eval,
+            args.per_proc_batch_size,
+            self.lpips is not None,
+        ]
         text = json.dumps([state_sha256(self.vq.weights()), options, self.samples])
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def finished(self) -> list[bool]:
-        """Return which files are finished; ``ValueError`` if they were made with other options or weights."""
+        """Return which files are finished; ``ValueError`` if they were made with other options
+        or weights.
+        """
         finished = [file.npz.exists() for file in self.files]
         if any(finished):
             before = json.loads(self.figures.read_text()) if self.figures.is_file() else {}
             if before.get("fingerprint") != self.fingerprint:
                 raise ValueError(
-                    f"--sample-dir: {self.files[finished.index(True)].npz} already exists, made with other options, "
-                    f"images or weights (see {self.figures.name} beside it); move it away or give another folder"
+                    f"--sample-dir: {self.files[finished.index(True)].npz} already exists, made "
+                    "with other options, "
+                    f"images or weights (see {self.figures.name} beside it); move it away or give "
+                    "another folder"
                 )
         return finished
 
     def make(self, chunks: list[int]) -> None:
-        """Reconstruct, measure and write ``chunks``; scores are written first, as written images are not made again."""
+        """Reconstruct, measure and write ``chunks``; scores are written first, as written images
+        are not made again.
+        """
         keys = [[(i, 0) for i in self.files[0].images_of(chunk)] for chunk in chunks]
         workers = min(self.args.num_workers, usable_cores())
         loader = DataLoader(self.images, batch_sampler=keys, num_workers=workers)
@@ -125,21 +168,32 @@ class Reconstructor:
                 in_range = (to_model_range(torch.from_numpy(x), self.world.device) for x in pair)
                 scores["lpips"] = self.lpips(*in_range).flatten().cpu().numpy()  # (B,)
 
-            with atomic_path(self.scores / f"{chunk:07d}.npz") as temporary, open(temporary, "wb") as f:
+            with (
+                atomic_path(self.scores / f"{chunk:07d}.npz") as temporary,
+                open(temporary, "wb") as f,
+            ):
                 np.savez(f, codes=codes.astype(np.uint32), labels=labels.numpy(), **scores)
             for file, content in zip(self.files, (reconstructions, originals), strict=True):
                 if file.partial.exists():
                     file.write(chunk, content)
 
     def pairs(self, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Images (B, 3, S, S) in [-1, 1] -> originals and reconstructions uint8 (B, E, E, 3), codes (B, h, w)."""
+        """Images (B, 3, S, S) in [-1, 1] -> originals and reconstructions uint8 (B, E, E, 3),
+        codes (B, h, w).
+        """
         size = self.args.image_size_eval
         codes = self.vq.encode(images)  # (B, h, w)
         reconstructions = to_uint8(self.vq.decode_code(codes), size)  # (B, E, E, 3)
-        return to_uint8(images, size).cpu().numpy(), reconstructions.cpu().numpy(), codes.cpu().numpy()
+        return (
+            to_uint8(images, size).cpu().numpy(),
+            reconstructions.cpu().numpy(),
+            codes.cpu().numpy(),
+        )
 
     def summarise(self) -> tuple[dict[str, float], np.ndarray]:
-        """Return mean scores, codebook usage and perplexity over all images; and the labels (N,)."""
+        """Return mean scores, codebook usage and perplexity over all images; and the labels
+        (N,).
+        """
         chunks: dict[str, list[np.ndarray]] = {}
         for path in sorted(self.scores.iterdir()):
             with np.load(path) as npz:
@@ -147,34 +201,55 @@ class Reconstructor:
                     chunks.setdefault(key, []).append(npz[key])
         scores = {k: np.concatenate(v) for k, v in chunks.items()}
         labels, codes = scores.pop("labels"), scores.pop("codes")  # (N,), (N, h, w)
-        counts = torch.from_numpy(np.bincount(codes.reshape(-1), minlength=self.vq.config.codebook_size))  # (V,)
+        counts = torch.from_numpy(
+            np.bincount(codes.reshape(-1), minlength=self.vq.config.codebook_size)
+        )  # (V,)
         figures = {k: float(v.astype(np.float64).mean()) for k, v in scores.items()}
-        return figures | {"codebook_used": codebook_usage(counts), "perplexity": perplexity(counts)}, labels
+        return figures | {
+            "codebook_used": codebook_usage(counts),
+            "perplexity": perplexity(counts),
+        }, labels
 
     def draw(self) -> None:
         """Draw images from all over the set, each beside its reconstruction."""
-        chosen = np.linspace(0, len(self.samples) - 1, min(self.args.pairs, len(self.samples)), dtype=int)
+        chosen = np.linspace(
+            0, len(self.samples) - 1, min(self.args.pairs, len(self.samples)), dtype=int
+        )
         pixels = torch.stack([self.images[int(i), 0][0] for i in chosen])  # (N, S, S, 3)
-        originals, reconstructions, _ = self.pairs(to_model_range(pixels, self.world.device))  # (N, E, E, 3) each
-        pairs = np.stack([originals, reconstructions], axis=1).reshape(-1, *originals.shape[1:])  # (2N, E, E, 3)
+        originals, reconstructions, _ = self.pairs(
+            to_model_range(pixels, self.world.device)
+        )  # (N, E, E, 3) each
+        pairs = np.stack([originals, reconstructions], axis=1).reshape(
+            -1, *originals.shape[1:]
+        )  # (2N, E, E, 3)
         save_png(self.picture, image_grid(pairs, columns=10))
 
     def finish(self) -> dict[str, float]:
-        """Write metrics and picture, then give the files their names; to be called by one process only."""
+        """Write metrics and picture, then give the files their names; to be called by one
+        process only.
+        """
         figures, labels = self.summarise()
         vgg = find_vgg(self.args.vgg_weights) if self.lpips is not None else None
-        facts = {"fingerprint": self.fingerprint, "lpips_backbone": vgg, "images": len(self.samples)}
+        facts = {
+            "fingerprint": self.fingerprint,
+            "lpips_backbone": vgg,
+            "images": len(self.samples),
+        }
         write_options(self.figures, self.args, **figures, **facts)
         self.draw()
         for file in self.files:
             if file.partial.exists():
-                file.finish(labels, progress(self.world, "checksum", len(self.samples), unit="images"))
+                file.finish(
+                    labels, progress(self.world, "checksum", len(self.samples), unit="images")
+                )
         shutil.rmtree(self.scores)
         return figures
 
 
 def open_lpips(args: Namespace) -> nn.Module | None:
-    """Return LPIPS, or None without weights; ``ValueError`` if the file of ``--vgg-weights`` does not exist."""
+    """Return LPIPS, or None without weights; ``ValueError`` if the file of ``--vgg-weights``
+    does not exist.
+    """
     return load_lpips(args.vgg_weights) if find_vgg(args.vgg_weights) is not None else None
 
 
@@ -193,7 +268,9 @@ def main() -> None:
         lpips.to(world.device)
     prepare_folder(args.sample_dir, "--sample-dir")
     vq.to(world.device, memory_format=torch.channels_last)
-    r = Reconstructor(args, world, vq, lpips, f"{name}-{Path(args.vq_ckpt).stem}-size-{args.image_size}")
+    r = Reconstructor(
+        args, world, vq, lpips, f"{name}-{Path(args.vq_ckpt).stem}-size-{args.image_size}"
+    )
 
     finished = r.finished()
     world.barrier()  # every rank has looked before any file gets its name

@@ -1,7 +1,7 @@
 """Images -> VQ tokenizer: reconstruction, perceptual (LPIPS), codebook and GAN losses.
 
-Rerunning the same command resumes from the newest checkpoint, at the very next step. SIGTERM, SIGUSR1 and
-Ctrl-C save and exit within a step.
+Rerunning the same command resumes from the newest checkpoint, at the very next step. SIGTERM,
+SIGUSR1 and Ctrl-C save and exit within a step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from dataset.epochs import EpochOrder
 from dataset.imagenet import ImageFiles, RandomCrop, list_images, to_model_range
 from tokenizer.discriminator import DISCRIMINATORS
 from tokenizer.load import load_vq
-from tokenizer.vq_loss import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, PIXEL_LOSSES, Adversary, ReconstructionLoss
+from tokenizer.vq_loss import (
+    DISCRIMINATOR_LOSSES,
+    GENERATOR_LOSSES,
+    PIXEL_LOSSES,
+    Adversary,
+    ReconstructionLoss,
+)
 from tokenizer.vq_model import VQ_models, VQModel, make_vq_config
 from tokenizer.vq_state import VQState, place_codebook, revive_dead_codes
 from utils.checkpoints.folder import read_sharded
@@ -40,18 +46,25 @@ from utils.options import (
 from utils.parallel import delay_sync, replicate
 from utils.performance import usable_cores
 from utils.precision import autocast, log_level, resolve_precision
-from utils.training.options import add_optimizer_options, add_output_options, add_precision_option, split_batch
+from utils.training.options import (
+    add_optimizer_options,
+    add_output_options,
+    add_precision_option,
+    split_batch,
+)
 from utils.training.run import TrainingRun
 from utils.training.state import learning_rate, make_training_state
 from utils.training.stop_signal import StopSignal
 
 LOG_LINE = (
     ": loss {loss:.4f}, reconstruction {reconstruction:.4f}, {terms}codebook {codebook:.4f}, "
-    "codebook used {codebook_used:.1%}, perplexity {perplexity:.4g}, grad norm {grad_norm:.3f}, lr {lr:.2e}, "
+    "codebook used {codebook_used:.1%}, perplexity {perplexity:.4g}, grad norm {grad_norm:.3f}, lr "
+    "{lr:.2e}, "
     "{images/s:.4g} images/s, peak {memory_gib:.2f} GiB, {skipped} skipped"
 )
 GAN_LINE = (
-    "adversarial {adversarial:.4f} x {adversarial_weight:.3g}, discriminator {discriminator:.4f}, logits "
+    "adversarial {adversarial:.4f} x {adversarial_weight:.3g}, discriminator {discriminator:.4f}, "
+    "logits "
     "{logits_real:.3f} real {logits_fake:.3f} made, "
 )
 
@@ -60,30 +73,50 @@ def parse_args() -> Namespace:
     """Parse the options; names and defaults are those of the published script."""
     parser = make_parser(
         __doc__,
-        "bash scripts/tokenizer/train_vq.sh --data-path IMAGENET/train --cloud-save-path DIR --image-size 256",
+        "bash scripts/tokenizer/train_vq.sh --data-path IMAGENET/train --cloud-save-path DIR "
+        "--image-size 256",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--data-path", required=True, help="folder with one sub-folder of images per class")
-    data.add_argument("--data-face-path", help="second folder of class folders, added to --data-path")
-    data.add_argument("--image-size", type=positive_int, default=256, help="side of the training crops, pixels")
-    data.add_argument("--no-flip", action="store_true", help="do not mirror images (for text or digits)")
     data.add_argument(
-        "--num-workers", type=non_negative_int, default=16, help="processes that read images, at most one per core"
+        "--data-path", required=True, help="folder with one sub-folder of images per class"
+    )
+    data.add_argument(
+        "--data-face-path", help="second folder of class folders, added to --data-path"
+    )
+    data.add_argument(
+        "--image-size", type=positive_int, default=256, help="side of the training crops, pixels"
+    )
+    data.add_argument(
+        "--no-flip", action="store_true", help="do not mirror images (for text or digits)"
+    )
+    data.add_argument(
+        "--num-workers",
+        type=non_negative_int,
+        default=16,
+        help="processes that read images, at most one per core",
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--vq-model", choices=list(VQ_models), default="VQ-16", help="size of the tokenizer")
+    model.add_argument(
+        "--vq-model", choices=list(VQ_models), default="VQ-16", help="size of the tokenizer"
+    )
     model.add_argument(
         "--vq-ckpt",
-        help="file of weights to start from, released or exported; or the folder of a training checkpoint to resume "
+        help="file of weights to start from, released or exported; or the folder of a training "
+        "checkpoint to resume "
         "from if the run has no checkpoint yet",
     )
     model.add_argument(
         "--finetune",
         action="store_true",
-        help="start at step 0 from the weights of --vq-ckpt; a checkpoint folder's discriminator included",
+        help="start at step 0 from the weights of --vq-ckpt; a checkpoint folder's discriminator "
+        "included",
     )
-    model.add_argument("--codebook-size", type=positive_int, help="codebook entries (default: those of --vq-model)")
-    model.add_argument("--codebook-embed-dim", type=positive_int, help="width of a codebook entry (default: 8)")
+    model.add_argument(
+        "--codebook-size", type=positive_int, help="codebook entries (default: those of --vq-model)"
+    )
+    model.add_argument(
+        "--codebook-embed-dim", type=positive_int, help="width of a codebook entry (default: 8)"
+    )
     model.add_argument(
         "--codebook-l2-norm",
         action=BooleanOptionalAction,
@@ -95,20 +128,35 @@ def parse_args() -> Namespace:
         "--codebook-init",
         choices=["uniform", "data", "kmeans"],
         default="uniform",
-        help="how a new codebook starts. uniform: random, as published; data: encoder outputs of the first images; "
+        help="how a new codebook starts. uniform: random, as published; data: encoder outputs of "
+        "the first images; "
         "kmeans: k-means centres of these",
     )
     model.add_argument(
         "--revive-dead-codes",
         type=non_negative_int,
         default=0,
-        help="every so many steps, move entries unused in the last 65,536 codes to current encoder outputs; 0: never",
+        help="every so many steps, move entries unused in the last 65,536 codes to current encoder "
+        "outputs; 0: never",
     )
     loss = parser.add_argument_group("loss")
-    loss.add_argument("--reconstruction-loss", choices=list(PIXEL_LOSSES), default="l2", help="loss between pixels")
-    loss.add_argument("--reconstruction-weight", type=non_negative_float, default=1.0, help="weight of the pixel loss")
     loss.add_argument(
-        "--codebook-weight", type=non_negative_float, default=1.0, help="weight of the quantizer's losses"
+        "--reconstruction-loss",
+        choices=list(PIXEL_LOSSES),
+        default="l2",
+        help="loss between pixels",
+    )
+    loss.add_argument(
+        "--reconstruction-weight",
+        type=non_negative_float,
+        default=1.0,
+        help="weight of the pixel loss",
+    )
+    loss.add_argument(
+        "--codebook-weight",
+        type=non_negative_float,
+        default=1.0,
+        help="weight of the quantizer's losses",
     )
     loss.add_argument(
         "--commit-loss-beta",
@@ -123,10 +171,14 @@ def parse_args() -> Namespace:
         help="weight of the entropy loss within the quantizer's losses",
     )
     loss.add_argument(
-        "--perceptual-weight", type=non_negative_float, default=1.0, help="weight of the LPIPS loss; 0 disables it"
+        "--perceptual-weight",
+        type=non_negative_float,
+        default=1.0,
+        help="weight of the LPIPS loss; 0 disables it",
     )
     loss.add_argument(
-        "--vgg-weights", help="torchvision's vgg16-397923af.pth, the network of LPIPS (default: torch.hub's copy)"
+        "--vgg-weights",
+        help="torchvision's vgg16-397923af.pth, the network of LPIPS (default: torch.hub's copy)",
     )
     gan = parser.add_argument_group("GAN loss")
     gan.add_argument(
@@ -142,21 +194,36 @@ def parse_args() -> Namespace:
         help="first step with the GAN loss, counted from 1",
     )
     gan.add_argument(
-        "--disc-type", choices=DISCRIMINATORS, default="patchgan", help="architecture of the discriminator"
+        "--disc-type",
+        choices=DISCRIMINATORS,
+        default="patchgan",
+        help="architecture of the discriminator",
     )
     gan.add_argument(
-        "--disc-loss", choices=list(DISCRIMINATOR_LOSSES), default="hinge", help="GAN loss of the discriminator"
+        "--disc-loss",
+        choices=list(DISCRIMINATOR_LOSSES),
+        default="hinge",
+        help="GAN loss of the discriminator",
     )
-    gan.add_argument("--gen-loss", choices=list(GENERATOR_LOSSES), default="hinge", help="GAN loss of the tokenizer")
+    gan.add_argument(
+        "--gen-loss",
+        choices=list(GENERATOR_LOSSES),
+        default="hinge",
+        help="GAN loss of the tokenizer",
+    )
     gan.add_argument(
         "--disc-adaptive-weight",
         action="store_true",
-        help="also weight the GAN loss by the ratio of gradients at the decoder's last layer (VQGAN)",
+        help="also weight the GAN loss by the ratio of gradients at the decoder's last layer "
+        "(VQGAN)",
     )
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=positive_int, default=40, help="passes over the images")
     training.add_argument(
-        "--global-batch-size", type=positive_int, default=128, help="images per step, of all processes"
+        "--global-batch-size",
+        type=positive_int,
+        default=128,
+        help="images per step, of all processes",
     )
     training.add_argument("--lr", type=non_negative_float, default=1e-4, help="learning rate")
     training.add_argument(
@@ -180,7 +247,9 @@ def parse_args() -> Namespace:
 
 
 def start_folder(args: Namespace) -> Path | None:
-    """Return the training checkpoint to resume from, if ``--vq-ckpt`` is one and ``--finetune`` is off."""
+    """Return the training checkpoint to resume from, if ``--vq-ckpt`` is one and ``--finetune``
+    is off.
+    """
     folder = args.vq_ckpt is not None and Path(args.vq_ckpt).is_dir() and not args.finetune
     return Path(args.vq_ckpt) if folder else None
 
@@ -190,24 +259,40 @@ def check_options(args: Namespace) -> None:
     if args.finetune and args.vq_ckpt is None:
         raise ValueError("--finetune needs --vq-ckpt, the weights to start from")
     if args.vq_ckpt is not None and args.codebook_init != "uniform":
-        raise ValueError(f"--codebook-init {args.codebook_init} makes a new codebook, but --vq-ckpt brings one")
+        raise ValueError(
+            f"--codebook-init {args.codebook_init} makes a new codebook, but --vq-ckpt brings one"
+        )
     if args.compile and args.disc_adaptive_weight:
-        raise ValueError("--disc-adaptive-weight takes gradients apart, which a model under --compile does not allow")
+        raise ValueError(
+            "--disc-adaptive-weight takes gradients apart, which a model under --compile does not "
+            "allow"
+        )
 
 
 def make_model(args: Namespace) -> VQModel:
-    """Return a new tokenizer, or the weights of ``--vq-ckpt`` with this run's losses and dropout."""
+    """Return a new tokenizer, or the weights of ``--vq-ckpt`` with this run's losses and
+    dropout.
+    """
     written = dict(codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim)
     losses = dict(
-        commit_loss_beta=args.commit_loss_beta, entropy_loss_ratio=args.entropy_loss_ratio, dropout_p=args.dropout_p
+        commit_loss_beta=args.commit_loss_beta,
+        entropy_loss_ratio=args.entropy_loss_ratio,
+        dropout_p=args.dropout_p,
     )
     if args.vq_ckpt is None or start_folder(args) is not None:
-        model = VQModel(make_vq_config(args.vq_model, **written, **losses, codebook_l2_norm=args.codebook_l2_norm))
+        model = VQModel(
+            make_vq_config(
+                args.vq_model, **written, **losses, codebook_l2_norm=args.codebook_l2_norm
+            )
+        )
         model.init_weights()
         return model
     pretrained, _ = load_vq(args.vq_ckpt, args.vq_model, **written)
     resolve(
-        "--codebook-l2-norm", args.codebook_l2_norm, pretrained.config.codebook_l2_norm, f"--vq-ckpt {args.vq_ckpt}"
+        "--codebook-l2-norm",
+        args.codebook_l2_norm,
+        pretrained.config.codebook_l2_norm,
+        f"--vq-ckpt {args.vq_ckpt}",
     )
     model = VQModel(replace(pretrained.config, **losses))
     model.load_state_dict(pretrained.state_dict())
@@ -217,28 +302,42 @@ def make_model(args: Namespace) -> VQModel:
 
 def list_all_images(args: Namespace) -> list[tuple[str, int]]:
     """Return (path, label) of every image to train on."""
-    faces = [] if args.data_face_path is None else list_images(args.data_face_path, "--data-face-path").samples
+    faces = (
+        []
+        if args.data_face_path is None
+        else list_images(args.data_face_path, "--data-face-path").samples
+    )
     return list_images(args.data_path).samples + faces
 
 
-def make_loader(args: Namespace, order: EpochOrder, steps: range, rank: int, size: int) -> DataLoader:
-    """Return a loader of one rank's images in ``steps``, uint8 (B, S, S, 3); crops depend on (index, epoch)."""
+def make_loader(
+    args: Namespace, order: EpochOrder, steps: range, rank: int, size: int
+) -> DataLoader:
+    """Return a loader of one rank's images in ``steps``, uint8 (B, S, S, 3); crops depend on
+    (index, epoch).
+    """
     augment = RandomCrop(args.image_size, flip=not args.no_flip, seed=args.global_seed)
     files = ImageFiles(list_all_images(args), augment)
     keys = order.rank_keys(steps.start, steps.stop, rank, size)
     workers = min(args.num_workers, usable_cores())
-    return DataLoader(files, batch_sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available())
+    return DataLoader(
+        files, batch_sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available()
+    )
 
 
 def fixed_options(args: Namespace, model: VQModel, order: EpochOrder) -> dict[str, Any]:
     """Return what may not change between a run and its resumption."""
     fixed = ("image_size", "epochs", "global_batch_size", "global_seed", "lr_schedule")
-    options = {k: getattr(args, k) for k in fixed} | {"disc_type": args.disc_type if args.disc_weight else None}
+    options = {k: getattr(args, k) for k in fixed} | {
+        "disc_type": args.disc_type if args.disc_weight else None
+    }
     return options | {"config": asdict(model.config), "images": order.length}
 
 
 def load_discriminator(args: Namespace, adversary: Adversary | None) -> None:
-    """Take the discriminator's weights of a training checkpoint along with ``--finetune``, if they fit."""
+    """Take the discriminator's weights of a training checkpoint along with ``--finetune``, if
+    they fit.
+    """
     if not (args.finetune and adversary and Path(args.vq_ckpt).is_dir()):
         return
     pretrained = read_sharded(Path(args.vq_ckpt), "discriminator.model.")
@@ -247,7 +346,12 @@ def load_discriminator(args: Namespace, adversary: Adversary | None) -> None:
 
 
 def log_header(
-    logger: logging.Logger, args: Namespace, model: VQModel, adversary: Adversary | None, images: int, steps: int
+    logger: logging.Logger,
+    args: Namespace,
+    model: VQModel,
+    adversary: Adversary | None,
+    images: int,
+    steps: int,
 ) -> None:
     """Log once what is trained."""
     parameters = sum(p.numel() for p in model.parameters())
@@ -262,7 +366,9 @@ def main() -> None:
     args = parse_args()
     world = init_distributed()
     device = world.device
-    args.mixed_precision, precision_note = world.broadcast(resolve_precision(args.mixed_precision, device))
+    args.mixed_precision, precision_note = world.broadcast(
+        resolve_precision(args.mixed_precision, device)
+    )
     micro_batch = split_batch(args.global_batch_size, world.size, args.gradient_accumulation_steps)
     stop = StopSignal(world)
     check_options(args)
@@ -291,7 +397,13 @@ def main() -> None:
     )  # fmt: skip
     if run.first_step == 0 and args.codebook_init != "uniform":
         first = make_loader(args, order, range(order.steps_per_epoch), 0, 1)
-        place_codebook(args, world, model, (pixels for pixels, _, _ in first), order.steps_per_epoch * order.batch)
+        place_codebook(
+            args,
+            world,
+            model,
+            (pixels for pixels, _, _ in first),
+            order.steps_per_epoch * order.batch,
+        )
         if state.ema:
             state.ema.start(model)
     forward = replicate(world, model)
@@ -310,35 +422,52 @@ def main() -> None:
             # ------------------------------------------------------------ one training step
             lr = learning_rate(step, args.lr, args.lr_schedule, total_steps)
             state.set_learning_rate(lr)
-            opponent = adversary if adversary and (adversary.active(step + 1) or args.dry_run) else None
+            opponent = (
+                adversary if adversary and (adversary.active(step + 1) or args.dry_run) else None
+            )
             terms, codes = dict.fromkeys(names, torch.zeros((), device=device)), []
             for i, micro in enumerate(pixels.split(micro_batch)):
-                images = to_model_range(micro, device).contiguous(memory_format=memory_format)  # (b, 3, S, S)
+                images = to_model_range(micro, device).contiguous(
+                    memory_format=memory_format
+                )  # (b, 3, S, S)
                 more = i + 1 < accumulation
                 with delay_sync(forward, more):
                     with autocast(device, args.mixed_precision):
-                        reconstruction, quantizer_losses, micro_codes = forward(images)  # (b, 3, S, S), -, (b, h, w)
+                        reconstruction, quantizer_losses, micro_codes = forward(
+                            images
+                        )  # (b, 3, S, S), -, (b, h, w)
                         reconstruction = reconstruction.float()  # (b, 3, S, S)
-                        loss, decoder_loss, micro_terms = reconstruction_loss(images, reconstruction, quantizer_losses)
+                        loss, decoder_loss, micro_terms = reconstruction_loss(
+                            images, reconstruction, quantizer_losses
+                        )
                         if opponent:
                             last_layer, scale = model.decoder.last_layer, state.scaler.get_scale()
-                            gan_loss, weight = opponent.generator_loss(reconstruction, decoder_loss, last_layer, scale)
+                            gan_loss, weight = opponent.generator_loss(
+                                reconstruction, decoder_loss, last_layer, scale
+                            )
                             loss = loss + weight * gan_loss  # ()
                     state.scaler.scale(loss / accumulation).backward()
                 if opponent:
                     with delay_sync(opponent.forward, more):
                         with autocast(device, args.mixed_precision):
-                            disc_loss, real_logit, fake_logit = opponent.discriminator_loss(images, reconstruction)
+                            disc_loss, real_logit, fake_logit = opponent.discriminator_loss(
+                                images, reconstruction
+                            )
                         opponent.state.scaler.scale(disc_loss / accumulation).backward()
                     gan_terms = (gan_loss, weight, disc_loss, real_logit, fake_logit)  # () each
                     micro_terms |= zip(Adversary.names, gan_terms, strict=True)
                 for name, value in micro_terms.items():
                     terms[name] = terms[name] + value.detach() / accumulation  # ()
                 codes.append(micro_codes)
-            terms = dict(zip(names, world.mean(torch.stack(list(terms.values()))), strict=True))  # () each
+            terms = dict(
+                zip(names, world.mean(torch.stack(list(terms.values()))), strict=True)
+            )  # () each
             norm = state.gradient_norm()
-            # The guard sees only the supervised loss (a GAN loss has no stable mean); NaNs show up in the norm.
-            state.update(step, terms["loss"], norm, args.max_grad_norm)  # clip, skip if harmful, step, EMA
+            # The guard sees only the supervised loss (a GAN loss has no stable mean); NaNs show up
+            # in the norm.
+            state.update(
+                step, terms["loss"], norm, args.max_grad_norm
+            )  # clip, skip if harmful, step, EMA
             if opponent:
                 disc_norm = opponent.state.gradient_norm()
                 opponent.state.update(step, terms["discriminator"], disc_norm, args.max_grad_norm)
@@ -349,9 +478,14 @@ def main() -> None:
             run.end_step(**terms, grad_norm=norm)
             if run.log_due:
                 figures = run.read(lr)
-                figures |= {"codebook_used": model.quantize.usage(), "perplexity": model.quantize.perplexity()}
+                figures |= {
+                    "codebook_used": model.quantize.usage(),
+                    "perplexity": model.quantize.perplexity(),
+                }
                 extra = "perceptual {perceptual:.4f}, " if args.perceptual_weight else ""
-                run.log(LOG_LINE.replace("{terms}", extra + (GAN_LINE if opponent else "")), figures)
+                run.log(
+                    LOG_LINE.replace("{terms}", extra + (GAN_LINE if opponent else "")), figures
+                )
             with run.paused():
                 run.save_if_due({"vq_model": args.vq_model, "config": config})
         run.finish("pt")

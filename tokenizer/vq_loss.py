@@ -28,36 +28,51 @@ MAX_ADAPTIVE_WEIGHT = 1e4
 
 
 def find_vgg(path: str | None) -> Path | None:
-    """Return the file of VGG16's weights: ``path``, or torch.hub's copy if there is one; nothing is downloaded."""
+    """Return the file of VGG16's weights: ``path``, or torch.hub's copy if there is one; nothing
+    is downloaded.
+    """
     cached = Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
     return Path(path) if path is not None else cached if cached.is_file() else None
 
 
 def load_lpips(path: str | None) -> nn.Module:
-    """Return LPIPS on VGG16 (Zhang et al. 2018), frozen: (B, 3, H, W) twice, in [-1, 1] -> (B, 1, 1, 1) distances.
+    """Return LPIPS on VGG16 (Zhang et al. 2018), frozen: (B, 3, H, W) twice, in [-1, 1] -> (B, 1,
+    1, 1) distances.
 
-    The linear layers come with torchmetrics; the backbone is torchvision's state dict, from ``path`` or torch.hub's
-    cache. ``ValueError`` if it is in neither or is of another network.
+    The linear layers come with torchmetrics; the backbone is torchvision's state dict, from
+    ``path`` or torch.hub's cache. ``ValueError`` if it is in neither or is of another network.
     """
     file = find_vgg(path)
     if file is None:
         raise ValueError(
-            f"--perceptual-weight above 0 needs VGG16's weights: {VGG_FILE} (from torchvision's model page) is not in "
+            f"--perceptual-weight above 0 needs VGG16's weights: {VGG_FILE} (from torchvision's "
+            "model page) is not in "
             f"{Path(torch.hub.get_dir()) / 'checkpoints'}; name it by --vgg-weights, or disable "
             f"LPIPS by --perceptual-weight 0"
         )
     from torchmetrics.functional.image import lpips  # takes seconds, only where it is needed
 
     backbone = load_checkpoint(file, "--vgg-weights")
-    linear = torch.load(Path(lpips.__file__).parent / "lpips_models" / "vgg.pth", map_location="cpu", weights_only=True)
+    linear = torch.load(
+        Path(lpips.__file__).parent / "lpips_models" / "vgg.pth",
+        map_location="cpu",
+        weights_only=True,
+    )
     with torch.device("meta"):  # VGG16 has 120M parameters that LPIPS does not use
         model = lpips._LPIPS(pretrained=False, net="vgg", pnet_rand=True, use_dropout=False)
     model.scaling_layer = lpips.ScalingLayer()
-    state = {f"lin{i}.model.0.weight": linear[f"lin{i}.model.1.weight"] for i in range(len(model.chns))}
-    for name, parameter in model.net.named_parameters():  # slice1.0.weight is the backbone's features.0.weight
+    state = {
+        f"lin{i}.model.0.weight": linear[f"lin{i}.model.1.weight"] for i in range(len(model.chns))
+    }
+    for (
+        name,
+        parameter,
+    ) in model.net.named_parameters():  # slice1.0.weight is the backbone's features.0.weight
         given = backbone.get(f"features.{name.partition('.')[2]}")
         if not isinstance(given, torch.Tensor) or given.shape != parameter.shape:
-            raise ValueError(f"--vgg-weights: {file} does not hold torchvision's VGG16: see features.{name[7:]}")
+            raise ValueError(
+                f"--vgg-weights: {file} does not hold torchvision's VGG16: see features.{name[7:]}"
+            )
         state[f"net.{name}"] = given.float()
     model.load_state_dict(state, strict=False, assign=True)  # lins.* are the lin* once more
     return model.eval().requires_grad_(False)
@@ -69,7 +84,9 @@ def discriminator_hinge(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 
 
 def discriminator_logistic(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """(mean -log sigmoid(real) + mean -log(1 - sigmoid(fake))) / 2 of logits (Goodfellow et al. 2014)."""
+    """(mean -log sigmoid(real) + mean -log(1 - sigmoid(fake))) / 2 of logits (Goodfellow et al.
+    2014).
+    """
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
@@ -94,15 +111,20 @@ PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
 def adaptive_weight(
-    supervised: torch.Tensor, adversarial: torch.Tensor, last_layer: torch.Tensor, world: World, scale: float = 1.0
+    supervised: torch.Tensor,
+    adversarial: torch.Tensor,
+    last_layer: torch.Tensor,
+    world: World,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """|d supervised / d last layer| / (|d adversarial / d last layer| + 1e-4), at most 1e4: a scalar without gradient.
 
-    VQGAN's equation 7. Gradients are averaged over the ranks first, so that all weigh alike. ``scale``: factor that
-    keeps the gradients of half precision from vanishing.
+    VQGAN's equation 7. Gradients are averaged over the ranks first, so that all weigh alike.
+    ``scale``: factor that keeps the gradients of half precision from vanishing.
     """
     norms = [
-        world.mean(torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0]).norm() / scale  # ()
+        world.mean(torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0]).norm()
+        / scale  # ()
         for loss in (supervised, adversarial)
     ]
     return (norms[0] / (norms[1] + 1e-4)).clamp(max=MAX_ADAPTIVE_WEIGHT)  # ()
@@ -121,10 +143,16 @@ class ReconstructionLoss:
     def __call__(
         self, images: torch.Tensor, reconstruction: torch.Tensor, quantizer: QuantizerLoss
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss, its decoder part (for the adaptive weight), and detached terms under ``names``."""
+        """Return the loss, its decoder part (for the adaptive weight), and detached terms under
+        ``names``.
+        """
         args, codebook = self.args, sum(quantizer)  # ()
         pixel = PIXEL_LOSSES[args.reconstruction_loss](reconstruction, images)  # ()
-        perceptual = self.lpips(reconstruction, images).float().mean() if self.lpips else torch.zeros_like(pixel)  # ()
+        perceptual = (
+            self.lpips(reconstruction, images).float().mean()
+            if self.lpips
+            else torch.zeros_like(pixel)
+        )  # ()
         decoded = args.reconstruction_weight * pixel + args.perceptual_weight * perceptual  # ()
         loss = decoded + args.codebook_weight * codebook  # ()
         terms = (loss, pixel, perceptual, codebook, quantizer.entropy)
@@ -145,31 +173,48 @@ class Adversary:
         self.forward: nn.Module = self.model
 
     def replicate(self) -> None:
-        """Average gradients over the ranks from now on; call it once weights are made or resumed."""
+        """Average gradients over the ranks from now on; call it once weights are made or
+        resumed.
+        """
         self.forward = replicate(self.world, self.model)
 
     def active(self, step: int) -> bool:
-        """Return whether step ``step``, counted from 1 as in the log, has a GAN loss: from ``--disc-start`` on."""
+        """Return whether step ``step``, counted from 1 as in the log, has a GAN loss: from
+        ``--disc-start`` on.
+        """
         return step >= self.args.disc_start
 
     def generator_loss(
-        self, reconstruction: torch.Tensor, decoded: torch.Tensor, last_layer: torch.Tensor, scale: float
+        self,
+        reconstruction: torch.Tensor,
+        decoded: torch.Tensor,
+        last_layer: torch.Tensor,
+        scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the GAN loss of reconstructions and its weight, two scalars.
 
-        The discriminator's parameters get no gradient from it. ``decoded``, ``last_layer``, ``scale``: see
-        ``adaptive_weight``.
+        The discriminator's parameters get no gradient from it. ``decoded``, ``last_layer``,
+        ``scale``: see ``adaptive_weight``.
         """
         frozen = {k: p.detach() for k, p in self.model.named_parameters()}
         logits = functional_call(self.model, frozen, (reconstruction,)).float()  # (B, ...)
         adversarial = GENERATOR_LOSSES[self.args.gen_loss](logits)  # ()
         weight = torch.full_like(adversarial, self.args.disc_weight, requires_grad=False)  # ()
         if self.args.disc_adaptive_weight:
-            weight = weight * adaptive_weight(decoded, adversarial, last_layer, self.world, scale)  # ()
+            weight = weight * adaptive_weight(
+                decoded, adversarial, last_layer, self.world, scale
+            )  # ()
         return adversarial, weight
 
-    def discriminator_loss(self, images: torch.Tensor, reconstruction: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the discriminator's loss, times ``--disc-weight`` as published, and mean logits of real and fake."""
-        real, fake = self.forward(images).float(), self.forward(reconstruction.detach()).float()  # (B, ...) each
+    def discriminator_loss(
+        self, images: torch.Tensor, reconstruction: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the discriminator's loss, times ``--disc-weight`` as published, and mean logits
+        of real and fake.
+        """
+        real, fake = (
+            self.forward(images).float(),
+            self.forward(reconstruction.detach()).float(),
+        )  # (B, ...) each
         loss = self.args.disc_weight * DISCRIMINATOR_LOSSES[self.args.disc_loss](real, fake)  # ()
         return loss, real.detach().mean(), fake.detach().mean()

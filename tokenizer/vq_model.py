@@ -1,7 +1,8 @@
 """VQ tokenizer: images <-> grids of codes.
 
 - convolutional encoder and decoder of VQGAN (Esser et al. 2021), attention at the lowest resolution
-- vector quantizer with a low-dimensional, l2-normalised codebook (ViT-VQGAN, Yu et al. 2022; LlamaGen)
+- vector quantizer with a low-dimensional, l2-normalised codebook (ViT-VQGAN, Yu et al. 2022;
+  LlamaGen)
 - parameter names and shapes of the released ``vq_ds16_c2i.pt``
 
 Images are float (B, 3, H, W) in [-1, 1]; codes are int64 (B, H/f, W/f), f = ``config.downsample``.
@@ -19,7 +20,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from utils import quality
 
-USAGE_WINDOW = 65536  # codes over which codebook usage is counted; the size is part of released checkpoints
+USAGE_WINDOW = (
+    65536  # codes over which codebook usage is counted; the size is part of released checkpoints
+)
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,13 @@ class VQConfig:
         return 2 ** (len(self.ch_mult) - 1)
 
     def grid(self, image_size: int) -> int:
-        """Return the codes along each side of an image; ``ValueError`` if its size does not divide."""
+        """Return the codes along each side of an image; ``ValueError`` if its size does not
+        divide.
+        """
         if image_size % self.downsample:
             raise ValueError(
-                f"--image-size {image_size} is not a multiple of {self.downsample}, the tokenizer's pixels per code"
+                f"--image-size {image_size} is not a multiple of {self.downsample}, the "
+                "tokenizer's pixels per code"
             )
         return image_size // self.downsample
 
@@ -96,7 +102,9 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)  # (B, C, H, W)
-        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (B, 1, HW, C)
+        q, k, v = (
+            f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v)
+        )  # (B, 1, HW, C)
         h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, C)
         return x + self.proj_out(h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))  # (B, C, H, W)
 
@@ -124,9 +132,13 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, attention after each where asked, then a change of resolution."""
+    """Residual blocks of one resolution, attention after each where asked, then a change of
+    resolution.
+    """
 
-    def __init__(self, widths: list[int], attention: bool, resample: type[nn.Module] | None, dropout_p: float):
+    def __init__(
+        self, widths: list[int], attention: bool, resample: type[nn.Module] | None, dropout_p: float
+    ):
         super().__init__()
         pairs = list(zip(widths[:-1], widths[1:], strict=True))
         self.res = nn.ModuleList(ResnetBlock(a, b, dropout_p) for a, b in pairs)
@@ -164,7 +176,9 @@ class Encoder(nn.Module):
             lowest = i == len(widths) - 1
             resample = None if lowest else Downsample
             self.conv_blocks.append(
-                Level([before] + [width] * config.num_res_blocks, lowest, resample, config.dropout_p)
+                Level(
+                    [before] + [width] * config.num_res_blocks, lowest, resample, config.dropout_p
+                )
             )
             before = width
         self.mid = mid_blocks(before, config.dropout_p)
@@ -191,7 +205,12 @@ class Decoder(nn.Module):
         for i, width in enumerate(widths):
             resample = None if i == len(widths) - 1 else Upsample
             self.conv_blocks.append(
-                Level([before] + [width] * (config.num_res_blocks + 1), i == 0, resample, config.dropout_p)
+                Level(
+                    [before] + [width] * (config.num_res_blocks + 1),
+                    i == 0,
+                    resample,
+                    config.dropout_p,
+                )
             )
             before = width
         self.norm_out = group_norm(before)
@@ -218,13 +237,16 @@ class QuantizerLoss(NamedTuple):
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest codebook entry of each latent, with a straight-through gradient (van den Oord et al. 2017)."""
+    """Nearest codebook entry of each latent, with a straight-through gradient (van den Oord et
+    al. 2017).
+    """
 
     def __init__(self, config: VQConfig):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_embed_dim)
-        # the latest codes of training, oldest first, -1: none yet; float32 and this size in released checkpoints
+        # the latest codes of training, oldest first, -1: none yet; float32 and this size in
+        # released checkpoints
         self.register_buffer("codebook_used", torch.full((USAGE_WINDOW,), -1.0))
 
     def codebook(self) -> torch.Tensor:
@@ -234,18 +256,24 @@ class VectorQuantizer(nn.Module):
     def _normalize(self, x: torch.Tensor) -> torch.Tensor:
         return F.normalize(x, dim=-1) if self.config.codebook_l2_norm else x
 
-    def search(self, z: torch.Tensor, codebook: torch.Tensor | None = None, chunk: int = 4096) -> torch.Tensor:
-        """Nearest entry of each row: argmin |z - e|^2 = argmax z.e - |e|^2 / 2; (N, C) -> (N,) int64.
+    def search(
+        self, z: torch.Tensor, codebook: torch.Tensor | None = None, chunk: int = 4096
+    ) -> torch.Tensor:
+        """Nearest entry of each row: argmin |z - e|^2 = argmax z.e - |e|^2 / 2; (N, C) -> (N,)
+        int64.
 
-        ``chunk`` rows at a time, so that at most chunk x V similarities exist at once. With unit entries |e| is
-        the same for all and drops out. ``codebook``: the result of ``codebook()``, where it is at hand. float32 also
-        under autocast, as each code is one of thousands of near neighbours.
+        ``chunk`` rows at a time, so that at most chunk x V similarities exist at once. With unit
+        entries |e| is the same for all and drops out. ``codebook``: the result of ``codebook()``,
+        where it is at hand. float32 also under autocast, as each code is one of thousands of near
+        neighbours.
         """
         codebook = self.codebook() if codebook is None else codebook  # (V, C)
         z = self._normalize(z)  # (N, C)
         bias = None if self.config.codebook_l2_norm else -0.5 * codebook.square().sum(-1)  # (V,)
         with torch.autocast(z.device.type, enabled=False):
-            return torch.cat([F.linear(rows, codebook, bias).argmax(-1) for rows in z.split(chunk)])  # (N,)
+            return torch.cat(
+                [F.linear(rows, codebook, bias).argmax(-1) for rows in z.split(chunk)]
+            )  # (N,)
 
     @staticmethod
     def rows(z: torch.Tensor) -> torch.Tensor:
@@ -253,7 +281,9 @@ class VectorQuantizer(nn.Module):
         return z.permute(0, 2, 3, 1).flatten(0, 2).float()  # (N, C)
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, QuantizerLoss, torch.Tensor]:
-        """Quantize (B, C, h, w): quantized (B, C, h, w) with z's gradient, losses, codes (B, h, w) int64."""
+        """Quantize (B, C, h, w): quantized (B, C, h, w) with z's gradient, losses, codes (B, h,
+        w) int64.
+        """
         z = self._normalize(z.permute(0, 2, 3, 1).float())  # (B, h, w, C)
         with torch.no_grad():
             codes = self.search(z.flatten(0, 2)).view(z.shape[:-1])  # (B, h, w)
@@ -266,22 +296,29 @@ class VectorQuantizer(nn.Module):
         quantized = z + (quantized - z).detach()  # (B, h, w, C)
         return quantized.permute(0, 3, 1, 2), losses, codes
 
-    def entropy_loss(self, z: torch.Tensor, temperature: float = 0.01, chunk: int = 4096) -> torch.Tensor:
-        """ratio * (mean entropy per latent - entropy of the mean assignment) of latents (..., C): a scalar, small when
-        each latent is sure and all entries are used (MaskGIT's tokenizer, Chang et al. 2022).
+    def entropy_loss(
+        self, z: torch.Tensor, temperature: float = 0.01, chunk: int = 4096
+    ) -> torch.Tensor:
+        """ratio * (mean entropy per latent - entropy of the mean assignment) of latents (..., C): a
+        scalar, small when each latent is sure and all entries are used (MaskGIT's tokenizer, Chang
+        et al. 2022).
 
-        Affinity is -|z - e|^2. ``chunk`` latents at a time, computed again in backward, so that at most chunk x V
-        probabilities exist at once.
+        Affinity is -|z - e|^2. ``chunk`` latents at a time, computed again in backward, so that at
+        most chunk x V probabilities exist at once.
         """
         codebook, z = self.codebook(), z.flatten(0, -2)  # (V, C), (N, C)
 
         def sums(rows: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            log_p = (-torch.cdist(rows, codebook).square() / temperature).log_softmax(-1)  # (chunk, V)
+            log_p = (-torch.cdist(rows, codebook).square() / temperature).log_softmax(
+                -1
+            )  # (chunk, V)
             return log_p.exp().sum(0), -(log_p.exp() * log_p).sum()  # (V,), ()
 
         parts = [recompute(sums, rows, codebook, use_reentrant=False) for rows in z.split(chunk)]
         mean_p, per_latent = (sum(part) / len(z) for part in zip(*parts, strict=True))  # (V,), ()
-        return self.config.entropy_loss_ratio * (per_latent + (mean_p * (mean_p + 1e-5).log()).sum())
+        return self.config.entropy_loss_ratio * (
+            per_latent + (mean_p * (mean_p + 1e-5).log()).sum()
+        )
 
     @torch.no_grad()
     def record_usage(self, codes: torch.Tensor) -> None:
@@ -307,14 +344,17 @@ class VectorQuantizer(nn.Module):
         return (self.window_counts() == 0) & (self.codebook_used >= 0).all()  # (V,)
 
     @torch.no_grad()
-    def move(self, entries: torch.Tensor, latents: torch.Tensor, generator: torch.Generator) -> None:
+    def move(
+        self, entries: torch.Tensor, latents: torch.Tensor, generator: torch.Generator
+    ) -> None:
         """Put ``entries``, (V,) bool, at latents drawn from (N, C); ``generator`` is on the CPU."""
         drawn = torch.randint(len(latents), (int(entries.sum()),), generator=generator)  # (D,)
         self.embedding.weight[entries] = self._normalize(latents)[drawn.to(latents.device)]
 
     @torch.no_grad()
     def fit(self, latents: torch.Tensor, iterations: int, generator: torch.Generator) -> None:
-        """Put the entries at V of the latents (N, C), then move them by ``iterations`` of k-means (Lloyd 1982).
+        """Put the entries at V of the latents (N, C), then move them by ``iterations`` of k-means
+        (Lloyd 1982).
 
         Entries that no latent is nearest to go to random latents. N must be at least V.
         """

@@ -1,4 +1,6 @@
-"""What changes as a tokenizer trains besides its weights: the discriminator's state, and entries of the codebook."""
+"""What changes as a tokenizer trains besides its weights: the discriminator's state, and entries
+of the codebook.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class VQState(TrainingState):
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters of both."""
-        return super().parameters() + (self.discriminator.parameters() if self.discriminator else [])
+        return super().parameters() + (
+            self.discriminator.parameters() if self.discriminator else []
+        )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Tensors of the tokenizer, and those of the discriminator under ``discriminator.``."""
@@ -59,31 +63,44 @@ class VQState(TrainingState):
 
 
 @torch.no_grad()
-def place_codebook(args: Namespace, world: World, model: VQModel, images: Iterable[torch.Tensor], count: int) -> None:
-    """Set the entries of a new codebook from the latents of ``images``, uint8 (B, S, S, 3), on rank 0 for all.
+def place_codebook(
+    args: Namespace, world: World, model: VQModel, images: Iterable[torch.Tensor], count: int
+) -> None:
+    """Set the entries of a new codebook from the latents of ``images``, uint8 (B, S, S, 3), on rank
+    0 for all.
 
-    Batches are taken until there are enough latents. count: of the images. Raises ``ValueError`` if they are too few.
+    Batches are taken until there are enough latents. count: of the images. Raises ``ValueError`` if
+    they are too few.
     """
     size, tokens = model.config.codebook_size, model.config.grid(args.image_size) ** 2
     if count * tokens < size:
         raise ValueError(
-            f"--codebook-init {args.codebook_init}: {count} images have {count * tokens} latents for {size} entries"
+            f"--codebook-init {args.codebook_init}: {count} images have {count * tokens} latents "
+            f"for {size} entries"
         )
     if world.is_main:
         latents: list[torch.Tensor] = []
         for pixels in images:
-            latents.append(model.quantize.rows(model.latent(to_model_range(pixels, world.device))))  # (N, C)
+            latents.append(
+                model.quantize.rows(model.latent(to_model_range(pixels, world.device)))
+            )  # (N, C)
             if sum(map(len, latents)) >= LATENTS_PER_ENTRY * size:
                 break
         iterations = KMEANS_ITERATIONS if args.codebook_init == "kmeans" else 0
-        model.quantize.fit(torch.cat(latents), iterations, torch.Generator().manual_seed(args.global_seed))
+        model.quantize.fit(
+            torch.cat(latents), iterations, torch.Generator().manual_seed(args.global_seed)
+        )
     entries = world.broadcast(model.quantize.embedding.weight.cpu())  # (V, C)
     model.quantize.embedding.weight.copy_(entries)
 
 
 @torch.no_grad()
-def revive_dead_codes(args: Namespace, world: World, state: VQState, images: torch.Tensor, step: int) -> None:
-    """Move dead entries, of weights and moving average, to latents of ``images`` (b, 3, S, S) of all ranks."""
+def revive_dead_codes(
+    args: Namespace, world: World, state: VQState, images: torch.Tensor, step: int
+) -> None:
+    """Move dead entries, of weights and moving average, to latents of ``images`` (b, 3, S, S) of
+    all ranks.
+    """
     model, average = state.model, state.ema and state.ema.average
     dead = model.quantize.dead()  # (V,)
     with autocast(world.device, args.mixed_precision):

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-TIMEOUT = timedelta(hours=2)  # others wait while rank 0 copies a checkpoint, tens of GB for the largest models
+TIMEOUT = timedelta(
+    hours=2
+)  # others wait while rank 0 copies a checkpoint, tens of GB for the largest models
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class World:
         return x
 
     def gather_objects(self, value: object) -> list | None:
-        """Return every rank's ``value`` (anything that can be pickled), in order, on rank 0; None elsewhere."""
+        """Return every rank's ``value`` (anything that can be pickled), in order, on rank 0;
+        None elsewhere.
+        """
         if self.size == 1:
             return [value]
         values = [None] * self.size if self.is_main else None
@@ -52,7 +56,9 @@ class World:
         """Return ``x`` of every rank, of one shape, concatenated in the order of ranks."""
         if self.size == 1:
             return x
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        parts = [
+            torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)
+        ]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
@@ -67,16 +73,17 @@ class World:
 def init_distributed(connect: bool = True, alone: bool = False) -> World:
     """Join the job that torchrun's environment describes; without one, be the only process.
 
-    nccl for CUDA tensors, gloo for the CPU's; each local rank takes its own GPU. connect: False for work that
-    needs no communication, then the processes know their rank only. alone: a single process makes a process group of
-    itself, which sharding needs.
+    nccl for CUDA tensors, gloo for the CPU's; each local rank takes its own GPU. connect: False for
+    work that needs no communication, then the processes know their rank only. alone: a single
+    process makes a process group of itself, which sharding needs.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"nproc_per_node asks for at least {local_rank + 1} GPUs, {torch.cuda.device_count()} are visible"
+                f"nproc_per_node asks for at least {local_rank + 1} GPUs, "
+                f"{torch.cuda.device_count()} are visible"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

@@ -17,8 +17,9 @@ from typing import Any
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to; on success fsync it and rename it to ``path``.
 
-    If the block raises (disk full, Ctrl-C), the half-written file is removed and whatever stood under
-    ``path`` before is untouched. A process killed in between leaves a ``*.tmp-*`` file: ``remove_temporary``.
+    If the block raises (disk full, Ctrl-C), the half-written file is removed and whatever stood
+    under ``path`` before is untouched. A process killed in between leaves a ``*.tmp-*`` file:
+    ``remove_temporary``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,9 @@ def _where(path: str | Path) -> str:
 
 
 def prepare_folder(path: str | Path, option: str) -> Path:
-    """Create the folder and try to write in it; raise a ``ValueError`` that names the option if that fails."""
+    """Create the folder and try to write in it; raise a ``ValueError`` that names the option if
+    that fails.
+    """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

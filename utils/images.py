@@ -21,7 +21,9 @@ def to_uint8(images: torch.Tensor, size: int | None = None) -> torch.Tensor:
     """
     if size is not None and tuple(images.shape[-2:]) != (size, size):
         images = F.interpolate(images, size=(size, size), mode="bicubic")  # (B, 3, S, S)
-    return (127.5 * images + 128.0).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)  # (B, S, S, 3)
+    return (
+        (127.5 * images + 128.0).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
+    )  # (B, S, S, 3)
 
 
 def save_png(path: str | Path, pixels: np.ndarray) -> None:
@@ -31,10 +33,14 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
 
 
 def image_grid(pixels: np.ndarray, columns: int, padding: int = 2) -> np.ndarray:
-    """uint8 (N, H, W, 3) -> one picture, ``columns`` images a row, white gaps of ``padding`` pixels."""
+    """uint8 (N, H, W, 3) -> one picture, ``columns`` images a row, white gaps of ``padding``
+    pixels.
+    """
     n, h, w, c = pixels.shape
     rows = -(-n // columns)
-    canvas = np.full((rows * (h + padding) + padding, columns * (w + padding) + padding, c), 255, np.uint8)
+    canvas = np.full(
+        (rows * (h + padding) + padding, columns * (w + padding) + padding, c), 255, np.uint8
+    )
     for i, image in enumerate(pixels):
         top, left = padding + i // columns * (h + padding), padding + i % columns * (w + padding)
         canvas[top : top + h, left : left + w] = image
@@ -48,14 +54,20 @@ def labelled_rows(pixels: np.ndarray, labels: Sequence[str], padding: int = 2) -
     for images, label in zip(pixels, labels, strict=True):
         row = image_grid(images, columns, padding)  # (H', W', 3)
         caption = Image.new("RGB", (row.shape[1], height), "white")
-        ImageDraw.Draw(caption).text((padding, 1), label, fill="black", font=ImageFont.load_default(12))
+        ImageDraw.Draw(caption).text(
+            (padding, 1), label, fill="black", font=ImageFont.load_default(12)
+        )
         rows += [np.asarray(caption), row]
     return np.concatenate(rows)
 
 
 def save_gif(path: str | Path, frames: Sequence[np.ndarray], milliseconds: int = 80) -> None:
-    """Write uint8 frames (H, W, 3) as an endless animation that rests on its last frame, atomically."""
+    """Write uint8 frames (H, W, 3) as an endless animation that rests on its last frame,
+    atomically.
+    """
     first, *others = (Image.fromarray(f) for f in frames)
     durations = [milliseconds] * len(others) + [2000]
     with atomic_path(path) as temporary:
-        first.save(temporary, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
+        first.save(
+            temporary, format="GIF", save_all=True, append_images=others, duration=durations, loop=0
+        )

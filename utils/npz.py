@@ -1,12 +1,14 @@
-"""``.npz`` files: arrays read safely or mapped in place, and a set of images written by many processes.
+"""``.npz`` files: arrays read safely or mapped in place, and a set of images written by many
+processes.
 
-Reading trusts no file: nothing is unpickled, and the size in an array's header is compared with the bytes in the
-archive before memory is allocated.
+Reading trusts no file: nothing is unpickled, and the size in an array's header is compared with the
+bytes in the archive before memory is allocated.
 
-Writing produces ``arr_0`` uint8 (N, H, W, 3) and ``labels`` int64 (N,). Every process writes its chunks directly to
-their position in the final file, so nothing is packed or copied. A second file has one byte per chunk, written after
-the chunk: if a process is killed in between, only that chunk is made again. Files are written with plain writes rather
-than a memory map, which on a network disk writes whole pages and could overwrite a neighbour's images.
+Writing produces ``arr_0`` uint8 (N, H, W, 3) and ``labels`` int64 (N,). Every process writes its
+chunks directly to their position in the final file, so nothing is packed or copied. A second file
+has one byte per chunk, written after the chunk: if a process is killed in between, only that chunk
+is made again. Files are written with plain writes rather than a memory map, which on a network disk
+writes whole pages and could overwrite a neighbour's images.
 """
 
 from __future__ import annotations
@@ -36,9 +38,17 @@ BLOCK = 1 << 24  # bytes read at a time for the checksum
 _LARGE = 0xFFFFFFFF  # in a field of a zip: the value is in the zip64 extra field
 _DATE = 0x21  # 1980-01-01, so that equal images give equal files
 
-_HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_HEADER_READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 # what zipfile raises for damaged, encrypted or foreign files
-_ZIP_ERRORS: tuple[type[Exception], ...] = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+_ZIP_ERRORS: tuple[type[Exception], ...] = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+)
 _ZIP_ERRORS += (MemoryError, EOFError, NotImplementedError, RuntimeError, OSError)
 
 
@@ -48,12 +58,16 @@ def _readable(path: str | Path) -> Iterator[None]:
     try:
         yield
     except _ZIP_ERRORS as error:
-        raise ValueError(f"{path} is not a whole .npz file: {str(error) or type(error).__name__}") from error
+        raise ValueError(
+            f"{path} is not a whole .npz file: {str(error) or type(error).__name__}"
+        ) from error
 
 
 @contextmanager
 def open_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
-    """Open an archive for ``open_member`` and ``map_member``; ``ValueError`` if it is not a whole ``.npz``."""
+    """Open an archive for ``open_member`` and ``map_member``; ``ValueError`` if it is not a
+    whole ``.npz``.
+    """
     with _readable(path):
         archive = zipfile.ZipFile(path)
     with archive:
@@ -87,7 +101,8 @@ class Member:
 
 
 def open_member(archive: zipfile.ZipFile, name: str) -> Member:
-    """Read the header of array ``name`` and compare its size with the number of bytes in the archive.
+    """Read the header of array ``name`` and compare its size with the number of bytes in the
+    archive.
 
     Raises ``ValueError`` if the array is missing, holds Python objects or is damaged.
     """
@@ -109,11 +124,14 @@ def open_member(archive: zipfile.ZipFile, name: str) -> Member:
     if any(type(side) is not int or side < 0 for side in shape):
         raise ValueError(f"{path}: {name} is not a readable array: its shape is {shape}")
     if dtype.hasobject:
-        raise ValueError(f"{path}: {name} holds Python objects, which are never loaded; expected numbers")
+        raise ValueError(
+            f"{path}: {name} holds Python objects, which are never loaded; expected numbers"
+        )
     member = Member(path, name, stream, shape, fortran_order, dtype)
     if member.num_bytes != present:
         raise ValueError(
-            f"{path}: {name} should have {member.num_bytes} bytes of values and has {present}: damaged file"
+            f"{path}: {name} should have {member.num_bytes} bytes of values and has {present}: "
+            "damaged file"
         )
     return member
 
@@ -122,19 +140,28 @@ def map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """Map array ``name`` of an uncompressed archive into memory, without keeping the file open."""
     member, info = open_member(archive, name), archive.getinfo(f"{name}.npy")
     if info.compress_type != zipfile.ZIP_STORED or member.fortran_order:
-        raise ValueError(f"{member.path}: {name} is compressed or in Fortran order and cannot be mapped")
+        raise ValueError(
+            f"{member.path}: {name} is compressed or in Fortran order and cannot be mapped"
+        )
 
     with _readable(member.path), open(member.path, "rb") as f:
-        f.seek(info.header_offset + 26)  # the lengths of name and extra field end the zip's local header
-        start = info.header_offset + 30 + sum(struct.unpack("<HH", f.read(4))) + member.stream.tell()
-        # numpy.memmap keeps one file descriptor per map; a set of codes has more shards than a process may open files
+        f.seek(
+            info.header_offset + 26
+        )  # the lengths of name and extra field end the zip's local header
+        start = (
+            info.header_offset + 30 + sum(struct.unpack("<HH", f.read(4))) + member.stream.tell()
+        )
+        # numpy.memmap keeps one file descriptor per map; a set of codes has more shards than a
+        # process may open files
         size = os.path.getsize(member.path)
         whole = torch.from_file(member.path, shared=False, size=size, dtype=torch.uint8).numpy()
     return np.frombuffer(whole, member.dtype, math.prod(member.shape), start).reshape(member.shape)
 
 
 class SampleFile:
-    """An unfinished set of images; ``fingerprint`` distinguishes sets made with other options or weights."""
+    """An unfinished set of images; ``fingerprint`` distinguishes sets made with other options or
+    weights.
+    """
 
     def __init__(self, npz: Path, fingerprint: str, shape: tuple[int, int, int, int], chunk: int):
         self.npz, self.fingerprint, self.shape, self.chunk = npz, fingerprint, shape, chunk
@@ -142,7 +169,9 @@ class SampleFile:
         self.record = npz.with_name(f"{npz.name}.{fingerprint}.done")
         self.num_chunks = -(-shape[0] // chunk)
         header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "|u1", "fortran_order": False, "shape": shape}
+        )
         self._npy_header = header.getvalue()
         self._image_bytes = shape[1] * shape[2] * shape[3]
         self._size = len(self._npy_header) + shape[0] * self._image_bytes
@@ -156,19 +185,25 @@ class SampleFile:
         free = shutil.disk_usage(self.npz.parent).free
         if free < self._size:
             raise ValueError(
-                f"{self.npz.parent} has {free / 2**30:.1f} GiB free, {self.npz.name} needs {self._size / 2**30:.1f} GiB"
+                f"{self.npz.parent} has {free / 2**30:.1f} GiB free, {self.npz.name} needs "
+                f"{self._size / 2**30:.1f} GiB"
             )
         with open(self.partial, "wb") as f:
             f.write(_local_header(b"arr_0.npy", 0, self._size) + self._npy_header)
             f.truncate(self._end)
-        with atomic_path(self.record) as temporary:  # last: its existence marks a file that can be continued
+        with atomic_path(
+            self.record
+        ) as temporary:  # last: its existence marks a file that can be continued
             temporary.write_bytes(bytes(self.num_chunks))
 
     def has_begun(self) -> bool:
         """Return whether there is an unfinished file that can be continued."""
         if not (self.record.exists() and self.partial.exists()):
             return False
-        return self.partial.stat().st_size >= self._end and self.record.stat().st_size == self.num_chunks
+        return (
+            self.partial.stat().st_size >= self._end
+            and self.record.stat().st_size == self.num_chunks
+        )
 
     def missing(self) -> list[int]:
         """Return the chunks that are still to be written."""
@@ -180,17 +215,25 @@ class SampleFile:
 
     def write(self, chunk: int, images: np.ndarray) -> None:
         """Write the images (b, H, W, 3) of one chunk."""
-        assert images.shape == (len(self.images_of(chunk)), *self.shape[1:]) and images.dtype == np.uint8
+        assert (
+            images.shape == (len(self.images_of(chunk)), *self.shape[1:])
+            and images.dtype == np.uint8
+        )
         try:
-            _write_at(self.partial, self._start + chunk * self.chunk * self._image_bytes, images.tobytes())
+            _write_at(
+                self.partial, self._start + chunk * self.chunk * self._image_bytes, images.tobytes()
+            )
             _write_at(self.record, chunk, b"\1")
         except OSError as error:
             raise ValueError(
-                f"{self.partial} cannot be written: {error.strerror}; the same command continues from here"
+                f"{self.partial} cannot be written: {error.strerror}; the same command continues "
+                "from here"
             ) from error
 
     def finish(self, labels: np.ndarray, bar: tqdm) -> None:
-        """Add checksum, labels and table of contents, then rename the file; to be called by one process only."""
+        """Add checksum, labels and table of contents, then rename the file; to be called by one
+        process only.
+        """
         assert not self.missing()
         crc = zlib.crc32(self._npy_header)
         with open(self.partial, "r+b") as f:
@@ -207,7 +250,10 @@ class SampleFile:
             np.lib.format.write_array(array, labels, allow_pickle=False)
             text = array.getvalue()
             f.write(_local_header(b"labels.npy", zlib.crc32(text), len(text)) + text)
-            files = [(b"arr_0.npy", crc, self._size, 0), (b"labels.npy", zlib.crc32(text), len(text), self._end)]
+            files = [
+                (b"arr_0.npy", crc, self._size, 0),
+                (b"labels.npy", zlib.crc32(text), len(text), self._end),
+            ]
             f.write(_end_of_zip(f.tell(), files))
             f.flush()
             os.fsync(f.fileno())
@@ -229,19 +275,47 @@ def _write_at(path: Path, offset: int, content: bytes) -> None:
 
 
 def _local_header(name: bytes, crc: int, size: int) -> bytes:
-    """Return the header of a stored file in a zip, in zip64 form for every size (APPNOTE 4.3.7, 4.5.3)."""
+    """Return the header of a stored file in a zip, in zip64 form for every size (APPNOTE 4.3.7,
+    4.5.3).
+    """
     fields = (0x04034B50, 45, 0, 0, 0, _DATE, crc, _LARGE, _LARGE, len(name), 20)
     return struct.pack("<I5H3I2H", *fields) + name + struct.pack("<2H2Q", 1, 16, size, size)
 
 
 def _end_of_zip(position: int, files: list[tuple[bytes, int, int, int]]) -> bytes:
-    """Return the table of contents at ``position`` for files of (name, crc, size, offset) (APPNOTE 4.3.12-16)."""
+    """Return the table of contents at ``position`` for files of (name, crc, size, offset)
+    (APPNOTE 4.3.12-16).
+    """
     directory = b""
     for name, crc, size, offset in files:
-        fields = (0x02014B50, 45, 45, 0, 0, 0, _DATE, crc, _LARGE, _LARGE, len(name), 28, 0, 0, 0, 0, _LARGE)
-        directory += struct.pack("<I6H3I5H2I", *fields) + name + struct.pack("<2H3Q", 1, 24, size, size, offset)
+        fields = (
+            0x02014B50,
+            45,
+            45,
+            0,
+            0,
+            0,
+            _DATE,
+            crc,
+            _LARGE,
+            _LARGE,
+            len(name),
+            28,
+            0,
+            0,
+            0,
+            0,
+            _LARGE,
+        )
+        directory += (
+            struct.pack("<I6H3I5H2I", *fields)
+            + name
+            + struct.pack("<2H3Q", 1, 24, size, size, offset)
+        )
     count = len(files)
-    end64 = struct.pack("<IQ2H2I4Q", 0x06064B50, 44, 45, 45, 0, 0, count, count, len(directory), position)
+    end64 = struct.pack(
+        "<IQ2H2I4Q", 0x06064B50, 44, 45, 45, 0, 0, count, count, len(directory), position
+    )
     locator = struct.pack("<IIQI", 0x07064B50, 0, position + len(directory), 1)
     end = struct.pack("<I4H2IH", 0x06054B50, 0, 0, count, count, _LARGE, _LARGE, 0)
     return directory + end64 + locator + end

@@ -1,4 +1,6 @@
-"""Command lines: one style of parser, users' mistakes as one line, resolved options beside every output."""
+"""Command lines: one style of parser, users' mistakes as one line, resolved options beside every
+output.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ def make_parser(description: str, example: str, arguments: str = "") -> argparse
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call ``main``; a user's mistake (``ValueError``, ``OSError``) ends in one line and exit status 2.
+    """Call ``main``; a user's mistake (``ValueError``, ``OSError``) ends in one line and exit
+    status 2.
 
     Under torchrun every failing rank reports its own error. ``PAR_DEBUG=1`` keeps the traceback.
     """
@@ -58,7 +61,9 @@ def run_main(main: Callable[[], None]) -> None:
             raise
         rank = os.environ.get("RANK", "0")
         # tqdm's write clears an open progress bar first
-        tqdm.write(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
+        tqdm.write(
+            f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -100,9 +105,13 @@ def fraction(text: str) -> float:
 
 
 def resolve(option: str, written: Any, fixed: Any, source: str) -> Any:
-    """Return ``fixed``, the value that ``source`` records; ``ValueError`` if the user wrote a different one."""
+    """Return ``fixed``, the value that ``source`` records; ``ValueError`` if the user wrote a
+    different one.
+    """
     if written is not None and written != fixed:
-        raise ValueError(f"{option} {written} contradicts {source}, which says {fixed}; leave the option out")
+        raise ValueError(
+            f"{option} {written} contradicts {source}, which says {fixed}; leave the option out"
+        )
     return fixed
 
 
@@ -121,20 +130,31 @@ class _Retired(argparse.Action):
 
     def __init__(self, option_strings: list[str], dest: str, nargs: int, help: str):  # noqa: A002 - argparse's name
         super().__init__(
-            option_strings, argparse.SUPPRESS, nargs, help=help, default=argparse.SUPPRESS, metavar="VALUE"
+            option_strings,
+            argparse.SUPPRESS,
+            nargs,
+            help=help,
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
         )
 
-    def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: object, namespace: object, values: object, option_string: str | None = None
+    ) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"note: {option_string} has no effect any more: {self.help}", file=sys.stderr)
 
 
 def git_revision() -> str | None:
-    """Return the checked-out commit, with ``+`` if files were changed since; None outside a repository."""
+    """Return the checked-out commit, with ``+`` if files were changed since; None outside a
+    repository.
+    """
     root = Path(__file__).parent
     try:
         commit, changed = (
-            subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True, timeout=30).stdout
+            subprocess.run(
+                ["git", "-C", root, *words], capture_output=True, text=True, check=True, timeout=30
+            ).stdout
             for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         )
     except (OSError, subprocess.SubprocessError):
@@ -151,7 +171,9 @@ def write_options(path: str | Path, args: argparse.Namespace, **facts: object) -
         "python": platform.python_version(),
         "torch": torch.__version__,
         "git": git_revision(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or "cpu",
         "PAR_CPU": cpu_name(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }

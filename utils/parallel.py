@@ -11,7 +11,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
+    bf16_compress_hook,
+    fp16_compress_hook,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -31,11 +34,15 @@ _COMPRESS_HOOK = {torch.bfloat16: bf16_compress_hook, torch.float16: fp16_compre
 
 
 def replicate(world: World, model: nn.Module, grad_dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return ``model`` under DDP, gradients averaged in ``grad_dtype``; with one rank, ``model`` itself."""
+    """Return ``model`` under DDP, gradients averaged in ``grad_dtype``; with one rank, ``model``
+    itself.
+    """
     if world.size == 1:
         return model
     device_ids = [world.device.index] if world.device.type == "cuda" else None
-    ddp = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+    ddp = DistributedDataParallel(
+        model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
     if grad_dtype in _COMPRESS_HOOK:
         ddp.register_comm_hook(None, _COMPRESS_HOOK[grad_dtype])
     return ddp
@@ -52,23 +59,30 @@ def shard(
     cpu_offload: bool = False,
     forward_methods: Sequence[str] = (),
 ) -> nn.Module:
-    """Shard ``model`` in place under FSDP2, each of ``blocks`` separately; it is called under autocast as before.
+    """Shard ``model`` in place under FSDP2, each of ``blocks`` separately; it is called under
+    autocast as before.
 
-    mode: ``fsdp`` gathers a block's weights anew for backward, ``sdp`` keeps them, ``hsdp`` shards within groups of
-    ``shard_size`` ranks (default: those of one machine) and replicates over the groups. precision: blocks are gathered
-    in that type, so the same products see the same operands as autocast's; embeddings and the output layer are
-    gathered in float32. Gradients are summed in ``grad_dtype``. ``forward_methods``: further methods, besides
-    ``forward``, that use the weights.
+    mode: ``fsdp`` gathers a block's weights anew for backward, ``sdp`` keeps them, ``hsdp`` shards
+    within groups of ``shard_size`` ranks (default: those of one machine) and replicates over the
+    groups. precision: blocks are gathered in that type, so the same products see the same operands
+    as autocast's; embeddings and the output layer are gathered in float32. Gradients are summed in
+    ``grad_dtype``. ``forward_methods``: further methods, besides ``forward``, that use the weights.
     """
     mesh = _make_mesh(world, mode, shard_size)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     reshard = mode != "sdp"
     outer = MixedPrecisionPolicy(reduce_dtype=grad_dtype, cast_forward_inputs=False)
     dtype = AUTOCAST_DTYPE[precision]
-    inner = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=grad_dtype, cast_forward_inputs=False)
+    inner = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=grad_dtype, cast_forward_inputs=False
+    )
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=inner, offload_policy=offload, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=outer, offload_policy=offload, reshard_after_forward=reshard)
+        fully_shard(
+            block, mesh=mesh, mp_policy=inner, offload_policy=offload, reshard_after_forward=reshard
+        )
+    fully_shard(
+        model, mesh=mesh, mp_policy=outer, offload_policy=offload, reshard_after_forward=reshard
+    )
     for method in forward_methods:
         register_fsdp_forward_method(model, method)
     return model
@@ -79,14 +93,22 @@ def _make_mesh(world: World, mode: str, shard_size: int | None) -> DeviceMesh:
         return init_device_mesh(world.device.type, (world.size,))
     shard_size = shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if world.size % shard_size:
-        raise ValueError(f"--shard-size {shard_size} does not divide {world.size} processes into equal groups")
+        raise ValueError(
+            f"--shard-size {shard_size} does not divide {world.size} processes into equal groups"
+        )
     groups = (world.size // shard_size, shard_size)
     return init_device_mesh(world.device.type, groups, mesh_dim_names=("replicate", "shard"))
 
 
 def delay_sync(forward: nn.Module, delay: bool) -> AbstractContextManager:
-    """Return a context in which DDP does not average gradients yet; sharded ones are reduced in every micro-batch."""
-    return forward.no_sync() if delay and isinstance(forward, DistributedDataParallel) else nullcontext()
+    """Return a context in which DDP does not average gradients yet; sharded ones are reduced in
+    every micro-batch.
+    """
+    return (
+        forward.no_sync()
+        if delay and isinstance(forward, DistributedDataParallel)
+        else nullcontext()
+    )
 
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:
@@ -96,5 +118,7 @@ def gradient_norm(model: nn.Module) -> torch.Tensor:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the part of a sharded tensor that this rank holds, sharing its memory; other tensors as they are."""
+    """Return the part of a sharded tensor that this rank holds, sharing its memory; other
+    tensors as they are.
+    """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

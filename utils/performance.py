@@ -14,16 +14,24 @@ import torch
 
 from utils.precision import AUTOCAST_DTYPE, cpu_name
 
-# dense bf16 and fp16 matrix products, operations per second, from the data sheets; the first key in the name counts
+# dense bf16 and fp16 matrix products, operations per second, from the data sheets; the first key in
+# the name counts
 DATA_SHEET = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H20": 148e12, "B200": 2250e12}
-DATA_SHEET |= {"A100": 312e12, "A800": 312e12, "H800": 989e12, "L40S": 362e12, "RTX 4090": 165e12, "V100": 125e12}
+DATA_SHEET |= {
+    "A100": 312e12,
+    "A800": 312e12,
+    "H800": 989e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "V100": 125e12,
+}
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     """Return operations per second of matrix products on ``device``, and the source of the figure.
 
-    precision: a key of ``AUTOCAST_DTYPE``. GPUs in half precision have the figure of their data sheet where it is
-    listed; otherwise a product of square matrices is measured now.
+    precision: a key of ``AUTOCAST_DTYPE``. GPUs in half precision have the figure of their data
+    sheet where it is listed; otherwise a product of square matrices is measured now.
     """
     dtype = AUTOCAST_DTYPE[precision] or torch.float32
     if device.type == "cuda" and dtype != torch.float32:
@@ -58,7 +66,9 @@ def processor_name() -> str:
     """Return the processor's name, with the one that ``PAR_CPU`` declares."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
+    names = [
+        line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))
+    ]
     if sys.platform == "darwin":
         words = ["sysctl", "-n", "machdep.cpu.brand_string"]
         names = [subprocess.run(words, capture_output=True, text=True).stdout.strip()]
@@ -72,7 +82,11 @@ def device_name() -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak of memory in bytes: allocated on a CUDA device, else resident in this process."""
+    """Return the peak of memory in bytes: allocated on a CUDA device, else resident in this
+    process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

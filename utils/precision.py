@@ -1,7 +1,7 @@
 """Precision follows the machine: what a device computes in, what ``auto`` means there, autocast.
 
-``PAR_CPU=avx2`` or ``PAR_CPU=avx512`` in the environment declares the processor to be a lesser one, without bfloat16:
-torch, oneDNN and MKL are held to these instructions. For tests and benchmarks.
+``PAR_CPU=avx2`` or ``PAR_CPU=avx512`` in the environment declares the processor to be a lesser one,
+without bfloat16: torch, oneDNN and MKL are held to these instructions. For tests and benchmarks.
 """
 
 from __future__ import annotations
@@ -17,19 +17,36 @@ from pathlib import Path
 import torch
 
 # none, fp32 and tf32 compute in float32; tf32 lets CUDA round the factors of matrix products
-AUTOCAST_DTYPE = {"none": None, "fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST_DTYPE = {
+    "none": None,
+    "fp32": None,
+    "tf32": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 AUTO_HELP = (
-    "auto takes bf16 where the device computes in it (GPUs of compute capability 8.0 or newer; CPUs with AMX, AVX-512 "
+    "auto takes bf16 where the device computes in it (GPUs of compute capability 8.0 or newer; "
+    "CPUs with AMX, AVX-512 "
     "BF16 or Arm BF16, if "
-    "that is faster than float32 there), else fp16 with a loss scale on CUDA, else none, which is float32"
+    "that is faster than float32 there), else fp16 with a loss scale on CUDA, else none, which is "
+    "float32"
 )
-CPU_BFLOAT16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "bf16": "Arm BF16"}  # flag -> name
+CPU_BFLOAT16 = {
+    "amx_bf16": "AMX",
+    "avx512_bf16": "AVX-512 BF16",
+    "bf16": "Arm BF16",
+}  # flag -> name
 PRODUCT_WIDTH = 512  # of the matrices that are timed
 WORTHWHILE_GAIN = 1.2  # of bfloat16 over float32
 
-# PAR_CPU -> settings of ATen, oneDNN and MKL, each of which reads its own when its first operator runs
+# PAR_CPU -> settings of ATen, oneDNN and MKL, each of which reads its own when its first operator
+# runs
 CPU_LIMITS = {
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
     "avx512": {
         "ATEN_CPU_CAPABILITY": "avx512",
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
@@ -39,40 +56,59 @@ CPU_LIMITS = {
 
 
 def cpu_name() -> str | None:
-    """Return the processor that ``PAR_CPU`` declares: ``avx2``, ``avx512``, or None for the one that is there."""
+    """Return the processor that ``PAR_CPU`` declares: ``avx2``, ``avx512``, or None for the one
+    that is there.
+    """
     return os.environ.get("PAR_CPU") or None
 
 
 def cpu_flags() -> set[str]:
-    """Return the names of the processor's instruction sets as torch or Linux has them; empty if neither can tell."""
+    """Return the names of the processor's instruction sets as torch or Linux has them; empty if
+    neither can tell.
+    """
     if hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 and newer
         return {name for name, value in torch.cpu.get_capabilities().items() if value is True}
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return set()
-    return {word for line in lines if line.startswith(("flags", "Features")) for word in line.split(":", 1)[1].split()}
+    return {
+        word
+        for line in lines
+        if line.startswith(("flags", "Features"))
+        for word in line.split(":", 1)[1].split()
+    }
 
 
 def limit_cpu() -> None:
-    """Hold torch to the processor that ``PAR_CPU`` declares; to be called before any of its operators has run."""
+    """Hold torch to the processor that ``PAR_CPU`` declares; to be called before any of its
+    operators has run.
+    """
     name = cpu_name()
     if name is None:
         return
     if name not in CPU_LIMITS:
         raise ValueError(f"PAR_CPU={name}: expected {' or '.join(CPU_LIMITS)}, or no PAR_CPU")
-    needed = {"avx2": {"avx2"}, "avx512": {"avx512bw", "avx512_bw"}}[name]  # Linux and torch spell it differently
+    needed = {"avx2": {"avx2"}, "avx512": {"avx512bw", "avx512_bw"}}[
+        name
+    ]  # Linux and torch spell it differently
     if not needed & cpu_flags():
-        raise ValueError(f"PAR_CPU={name}: this processor ({platform.machine()}) does not have {name}")
+        raise ValueError(
+            f"PAR_CPU={name}: this processor ({platform.machine()}) does not have {name}"
+        )
     for variable, value in CPU_LIMITS[name].items():
         os.environ.setdefault(variable, value)
-    # torch.compile keeps C++ for one width of registers and compiles it again for another, which then writes past the
-    # end of its buffers (seen with torch 2.14.1): each declared processor has a cache of its own
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_{name}"))
+    # torch.compile keeps C++ for one width of registers and compiles it again for another, which
+    # then writes past the end of its buffers (seen with torch 2.14.1): each declared processor has
+    # a cache of its own
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_{name}")
+    )
     capability = torch.backends.cpu.get_cpu_capability()
     if capability != name.upper():
         raise ValueError(
-            f"PAR_CPU={name}, but torch uses {capability}: ATEN_CPU_CAPABILITY says so, or an operator of torch ran "
+            f"PAR_CPU={name}, but torch uses {capability}: ATEN_CPU_CAPABILITY says so, or an "
+            "operator of torch ran "
             f"before utils.precision was imported"
         )
 
@@ -81,7 +117,9 @@ limit_cpu()
 
 
 def bfloat16_unit(device: torch.device) -> str | None:
-    """Return what computes in bfloat16 on ``device``, in words; None if nothing does or the device type is unknown."""
+    """Return what computes in bfloat16 on ``device``, in words; None if nothing does or the
+    device type is unknown.
+    """
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"compute capability {major}.{minor}" if major >= 8 else None
@@ -96,9 +134,11 @@ def bfloat16_unit(device: torch.device) -> str | None:
 
 @functools.cache
 def bfloat16_gain() -> float:
-    """Return how many times as fast a matrix product is in bfloat16 as in float32 on this CPU, measured in 0.1 s.
+    """Return how many times as fast a matrix product is in bfloat16 as in float32 on this CPU,
+    measured in 0.1 s.
 
-    An Intel Xeon whose AMX is hidden by a virtual machine has AVX-512 BF16 and takes twice as long by it.
+    An Intel Xeon whose AMX is hidden by a virtual machine has AVX-512 BF16 and takes twice as long
+    by it.
     """
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -113,7 +153,9 @@ def bfloat16_gain() -> float:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether ``device`` computes in bfloat16 itself, and on a CPU faster than in float32."""
+    """Return whether ``device`` computes in bfloat16 itself, and on a CPU faster than in
+    float32.
+    """
     return bfloat16_unit(device) is not None
 
 
@@ -128,15 +170,17 @@ def is_emulated(precision: str, device: torch.device) -> bool:
 
 
 def log_level(precision: str, device: torch.device) -> int:
-    """Return the level at which to log the reason of ``resolve_precision``: a warning where it is emulated."""
+    """Return the level at which to log the reason of ``resolve_precision``: a warning where it
+    is emulated.
+    """
     return logging.WARNING if is_emulated(precision, device) else logging.INFO
 
 
 def resolve_precision(written: str, device: torch.device) -> tuple[str, str]:
     """Return the precision to compute in on ``device`` and the reason, for one log line.
 
-    ``written``: ``auto`` (see ``AUTO_HELP``) or a key of ``AUTOCAST_DTYPE``, which is returned as it is; where
-    ``is_emulated`` is true of it, the reason is a warning.
+    ``written``: ``auto`` (see ``AUTO_HELP``) or a key of ``AUTOCAST_DTYPE``, which is returned as
+    it is; where ``is_emulated`` is true of it, the reason is a warning.
     """
     if written != "auto":
         slow = f"; slow on this {_kind(device)}: it may take many times as long as none (float32)"
@@ -149,7 +193,8 @@ def resolve_precision(written: str, device: torch.device) -> tuple[str, str]:
         return "none", f"none (float32): the default on {device.type}"
     declared = f" (PAR_CPU={cpu_name()})" if cpu_name() else ""
     return "none", (
-        f"none (float32): this CPU computes in bfloat16 only by emulation, or slower than in float32{declared}"
+        "none (float32): this CPU computes in bfloat16 only by emulation, or slower than in "
+        f"float32{declared}"
     )
 
 
@@ -158,8 +203,8 @@ def _kind(device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return an autocast context for ``precision``, a key of ``AUTOCAST_DTYPE``; off in those that compute in
-    float32.
+    """Return an autocast context for ``precision``, a key of ``AUTOCAST_DTYPE``; off in those that
+    compute in float32.
     """
     dtype = AUTOCAST_DTYPE[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -12,9 +12,11 @@ from autoregressive.models.gpt import GPT, TransformerBlock
 
 
 def finish_block(block: TransformerBlock, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Add the attention output y to x, then the feed-forward, both (B, T, D); a block in ``eval()`` mode.
+    """Add the attention output y to x, then the feed-forward, both (B, T, D); a block in ``eval()``
+    mode.
 
-    Without the stochastic depth, which does nothing then but would make torch.compile treat every block on its own.
+    Without the stochastic depth, which does nothing then but would make torch.compile treat every
+    block on its own.
     """
     x = x + block.attention.output(y)  # (B, T, D)
     return x + block.feed_forward(block.ffn_norm(x))  # (B, T, D)
@@ -23,8 +25,9 @@ def finish_block(block: TransformerBlock, x: torch.Tensor, y: torch.Tensor) -> t
 class CompiledDecoder(StepDecoder):
     """Decoder (see decoding/decoder.py) of a GPT in ``eval()`` mode, which stays as it is.
 
-    torch.compile gets the parts of a block before and after its attention, with one compilation for all blocks.
-    Attention and cache stay as they are: their growing lengths would become copies of the cache.
+    torch.compile gets the parts of a block before and after its attention, with one compilation for
+    all blocks. Attention and cache stay as they are: their growing lengths would become copies of
+    the cache.
     """
 
     def __init__(self, model: GPT):
@@ -43,15 +46,19 @@ class CompiledDecoder(StepDecoder):
         freqs_cis = self.model.freqs_cis[start : start + x.shape[1]]  # (t, hd/2, 2)
         for block in self.model.layers:
             q, k, v = self._before(block, x, freqs_cis)  # (B, H or Hkv, t, hd)
-            x = self._after(block, x, block.attention.attend(q, k, v, None, cache, start))  # (B, t, D)
+            x = self._after(
+                block, x, block.attention.attend(q, k, v, None, cache, start)
+            )  # (B, t, D)
         return self.model.norm(x)  # (B, t, D)
 
     @torch.inference_mode()
-    def capture(self, decode: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Callable[..., torch.Tensor]:
+    def capture(
+        self, decode: Callable[..., torch.Tensor], *inputs: torch.Tensor
+    ) -> Callable[..., torch.Tensor]:
         """Record ``decode(*inputs)`` as one CUDA graph and return a function that replays it.
 
-        inputs: buffers of the largest batch. The function copies its arguments, of as many rows or fewer, into them.
-        Elsewhere than on CUDA, returns ``decode`` as it is.
+        inputs: buffers of the largest batch. The function copies its arguments, of as many rows or
+        fewer, into them. Elsewhere than on CUDA, returns ``decode`` as it is.
         """
         if self.device.type != "cuda":
             return decode

@@ -1,7 +1,8 @@
 """What a decoder is, and the one place that chooses one for a machine.
 
-``eager``: the GPT itself, by torch's operators. ``kernels``: our own, on a CPU. ``compiled``: torch.compile, and one
-CUDA graph. Where a CPU has a choice, both ways are timed on it once and the faster one is taken.
+``eager``: the GPT itself, by torch's operators. ``kernels``: our own, on a CPU. ``compiled``:
+torch.compile, and one CUDA graph. Where a CPU has a choice, both ways are timed on it once and the
+faster one is taken.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ MEASURED_SECONDS = 0.3  # per way, at least one step
 
 
 class Decoder(Protocol):
-    """Anything that makes logits step by step over a cache of its own kind. A GPT in ``eval()`` mode is one.
+    """Anything that makes logits step by step over a cache of its own kind. A GPT in ``eval()``
+    mode is one.
 
     A decoder may also have ``capture``, see ``CompiledDecoder``.
     """
@@ -40,17 +42,27 @@ class Decoder(Protocol):
     device: torch.device
 
     def new_cache(self, batch: int) -> Any:
-        """Return an empty cache for at most ``batch`` rows; ``first_rows(b)`` of it shares its memory."""
+        """Return an empty cache for at most ``batch`` rows; ``first_rows(b)`` of it shares its
+        memory.
+        """
 
     def decode_step(
-        self, tokens: torch.Tensor, cond: torch.Tensor, start: int, stop: int, cache: Any, cfg_scale: float | None
+        self,
+        tokens: torch.Tensor,
+        cond: torch.Tensor,
+        start: int,
+        stop: int,
+        cache: Any,
+        cfg_scale: float | None,
     ) -> torch.Tensor:
         """See ``GPT.decode_step``."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way of decoding: the type of weights and cache, a key of ``AUTOCAST_DTYPE``, and the decoder's name."""
+    """A way of decoding: the type of weights and cache, a key of ``AUTOCAST_DTYPE``, and the
+    decoder's name.
+    """
 
     precision: str
     decoder: str
@@ -66,12 +78,15 @@ class Way:
         return AUTOCAST_DTYPE[self.precision] or torch.float32
 
     def __str__(self) -> str:
-        by = {"eager": "torch's operators", "kernels": "our kernels", "compiled": "torch.compile"}[self.decoder]
+        by = {"eager": "torch's operators", "kernels": "our kernels", "compiled": "torch.compile"}[
+            self.decoder
+        ]
         return f"{by} in {str(self.dtype).removeprefix('torch.')}"
 
 
 def make_decoder(model: GPT, way: Way, rows: int) -> Decoder:
-    """Return a decoder of ``model``, which is on its device in ``way.dtype``; ``kernels`` take its weights.
+    """Return a decoder of ``model``, which is on its device in ``way.dtype``; ``kernels`` take its
+    weights.
 
     rows: rows of the largest step, images times slots (twice with guidance).
     """
@@ -86,19 +101,26 @@ def possible_ways(
 ) -> tuple[list[Way], str | None]:
     """Return the ways that the options leave, and a note on them for the log, or None.
 
-    precision: as written, ``auto`` included; on a CPU our kernels then keep weights in bfloat16, whether or not the
-    processor multiplies it. compiled: ``--compile`` as written, None if it was left out. Raises ``ValueError`` if
-    ``compiled`` asks for kernels that there are not.
+    precision: as written, ``auto`` included; on a CPU our kernels then keep weights in bfloat16,
+    whether or not the processor multiplies it. compiled: ``--compile`` as written, None if it was
+    left out. Raises ``ValueError`` if ``compiled`` asks for kernels that there are not.
     """
     resolved, reason = resolve_precision(precision, device)
     if device.type != "cpu":
         return [Way(resolved, "compiled" if compiled else "eager")], reason
-    kernels, eager = Way("bf16" if precision == "auto" else resolved, "kernels"), Way(resolved, "eager")
+    kernels, eager = (
+        Way("bf16" if precision == "auto" else resolved, "kernels"),
+        Way(resolved, "eager"),
+    )
     missing = "none for quantized weights" if quantized else unavailable_reason(kernels.dtype)
     if compiled and missing is not None:
         raise ValueError(f"--compile: no kernels for decoding on this CPU: {missing}")
     if compiled is False or missing is not None:
-        slower = f"several times slower than our kernels, which cannot be had: {missing}; " if compiled is None else ""
+        slower = (
+            f"several times slower than our kernels, which cannot be had: {missing}; "
+            if compiled is None
+            else ""
+        )
         return [eager], slower + reason
     note = None
     if kernels.precision == "bf16" and not has_bfloat16(device):
@@ -107,13 +129,17 @@ def possible_ways(
 
 
 def choose_way(
-    model: GPT, ways: list[Way], batch: int, guided: bool, begun: Callable[[Way], bool] | None = None
+    model: GPT,
+    ways: list[Way],
+    batch: int,
+    guided: bool,
+    begun: Callable[[Way], bool] | None = None,
 ) -> tuple[Way, str]:
     """Return one of ``ways`` and a line that says why.
 
-    That is the only way there is; otherwise the one that an interrupted run has ``begun`` with, so that it ends in the
-    same images; otherwise the faster one on this CPU. model: float32 on the CPU, left as it is. batch: images at a
-    time.
+    That is the only way there is; otherwise the one that an interrupted run has ``begun`` with, so
+    that it ends in the same images; otherwise the faster one on this CPU. model: float32 on the
+    CPU, left as it is. batch: images at a time.
     """
     if len(ways) == 1:
         return ways[0], f"decoding by {ways[0]}"
@@ -123,26 +149,40 @@ def choose_way(
     seconds, is_new = measured_seconds(model, ways, batch, guided)
     best, other = sorted(ways, key=seconds.__getitem__)
     return best, (
-        f"decoding by {best}: {1e3 * seconds[best]:.3g} ms per step, by {other} {1e3 * seconds[other]:.3g} "
-        f"(measured {'now' if is_new else 'before'} on this machine; --compile and --no-compile override it)"
+        f"decoding by {best}: {1e3 * seconds[best]:.3g} ms per step, by {other} "
+        f"{1e3 * seconds[other]:.3g} "
+        f"(measured {'now' if is_new else 'before'} on this machine; --compile and --no-compile "
+        "override it)"
     )
 
 
-def measured_seconds(model: GPT, ways: list[Way], batch: int, guided: bool) -> tuple[dict[Way, float], bool]:
-    """Return seconds per step of each of ``ways`` on this CPU, and whether they were measured just now.
+def measured_seconds(
+    model: GPT, ways: list[Way], batch: int, guided: bool
+) -> tuple[dict[Way, float], bool]:
+    """Return seconds per step of each of ``ways`` on this CPU, and whether they were measured just
+    now.
 
-    Kept beside the compiled kernels and measured again when kernels, processor, torch, model size, rows or precision
-    change; not with the number of threads, so that one process or many on a machine decode alike.
+    Kept beside the compiled kernels and measured again when kernels, processor, torch, model size,
+    rows or precision change; not with the number of threads, so that one process or many on a
+    machine decode alike.
     """
     shape = {k: v for k, v in asdict(model.config).items() if "drop" not in k}
     kernels = load()
-    facts = ["none" if isinstance(kernels, str) else kernels.key, torch.__version__, shape, batch, guided]
+    facts = [
+        "none" if isinstance(kernels, str) else kernels.key,
+        torch.__version__,
+        shape,
+        batch,
+        guided,
+    ]
     key = hashlib.sha256(json.dumps([*facts, [str(w) for w in ways]]).encode()).hexdigest()[:16]
     path = cache_folder() / f"decoders-{key}.json"
     if (seconds := read_seconds(path, ways)) is not None:
         return seconds, False
     seconds = {way: time_step(model, way, batch, guided) for way in ways}
-    if (earlier := read_seconds(path, ways)) is not None:  # of a process that measured at the same time
+    if (
+        earlier := read_seconds(path, ways)
+    ) is not None:  # of a process that measured at the same time
         return earlier, False
     with contextlib.suppress(OSError):  # measured again next time
         write_json(path, {str(way): s for way, s in seconds.items()})
@@ -161,11 +201,16 @@ def read_seconds(path: Path, ways: list[Way]) -> dict[Way, float] | None:
 
 @torch.inference_mode()
 def time_step(model: GPT, way: Way, batch: int, guided: bool) -> float:
-    """Return the seconds of one step in the middle of the schedule, by as many layers as fill ``MEASURED_BYTES``."""
+    """Return the seconds of one step in the middle of the schedule, by as many layers as fill
+    ``MEASURED_BYTES``.
+    """
     layer_bytes = sum(p.numel() for p in model.layers[0].parameters()) * way.dtype.itemsize
     layers = min(model.config.n_layer, -(-MEASURED_BYTES // layer_bytes))
     part = first_layers(model, layers).cast_weights(way.dtype)
-    rows, (start, stop) = (2 * batch if guided else batch), model.order.schedule[len(model.order.schedule) // 2]
+    rows, (start, stop) = (
+        (2 * batch if guided else batch),
+        model.order.schedule[len(model.order.schedule) // 2],
+    )
     decoder = make_decoder(part, way, rows * model.order.n)
     tokens = torch.zeros(rows, model.order.num_tokens, dtype=torch.int64)  # (R, T)
     labels = torch.zeros(rows, dtype=torch.int64)  # (R,)
@@ -175,7 +220,9 @@ def time_step(model: GPT, way: Way, batch: int, guided: bool) -> float:
     seconds: list[float] = []
     while not seconds or sum(seconds) < MEASURED_SECONDS:
         if not seconds:
-            decoder.decode_step(tokens, labels, start, stop, cache, 1.5 if guided else None)  # warm up
+            decoder.decode_step(
+                tokens, labels, start, stop, cache, 1.5 if guided else None
+            )  # warm up
         started = time.perf_counter()
         decoder.decode_step(tokens, labels, start, stop, cache, 1.5 if guided else None)
         seconds.append(time.perf_counter() - started)

@@ -14,11 +14,17 @@ CFG_SCHEDULES = ("constant", "linear", "power-cosine")
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How logits become tokens; the defaults are the paper's sampling (temperature 1, nothing cut off)."""
+    """How logits become tokens; the defaults are the paper's sampling (temperature 1, nothing
+    cut off).
+    """
 
     cfg_scale: float = 1.0  # guidance: uncond + cfg_scale (cond - uncond); 1 is none
-    cfg_interval: int = -1  # guide only steps with at most this many tokens decoded before them; -1: all
-    cfg_schedule: str = "constant"  # or linear, power-cosine: from 1 at the first token towards cfg_scale
+    cfg_interval: int = (
+        -1
+    )  # guide only steps with at most this many tokens decoded before them; -1: all
+    cfg_schedule: str = (
+        "constant"  # or linear, power-cosine: from 1 at the first token towards cfg_scale
+    )
     cfg_power: float = 2.75  # of power-cosine
     temperature: float = 1.0  # 0: the most likely token
     top_k: int = 0  # 0: off
@@ -26,24 +32,35 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, (self.cfg_scale, self.temperature))):
-            raise ValueError(f"--cfg-scale {self.cfg_scale} and --temperature {self.temperature} must be finite")
+            raise ValueError(
+                f"--cfg-scale {self.cfg_scale} and --temperature {self.temperature} must be finite"
+            )
         if not 1.0 <= self.cfg_scale <= 1e3:
-            raise ValueError(f"--cfg-scale {self.cfg_scale} must be in [1, 1000] (1 is no guidance)")
+            raise ValueError(
+                f"--cfg-scale {self.cfg_scale} must be in [1, 1000] (1 is no guidance)"
+            )
         if self.cfg_interval < -1:
-            raise ValueError(f"--cfg-interval {self.cfg_interval} must be a token count, or -1 for all tokens")
+            raise ValueError(
+                f"--cfg-interval {self.cfg_interval} must be a token count, or -1 for all tokens"
+            )
         if self.cfg_schedule not in CFG_SCHEDULES:
-            raise ValueError(f"--cfg-schedule {self.cfg_schedule} must be one of {', '.join(CFG_SCHEDULES)}")
+            raise ValueError(
+                f"--cfg-schedule {self.cfg_schedule} must be one of {', '.join(CFG_SCHEDULES)}"
+            )
         if not 0.0 < self.cfg_power < math.inf:
             raise ValueError(f"--cfg-power {self.cfg_power} must be a finite number above 0")
         if self.temperature != 0.0 and not 1e-3 <= self.temperature <= 1e3:
-            raise ValueError(f"--temperature {self.temperature} must be 0 (greedy) or in [0.001, 1000]")
+            raise ValueError(
+                f"--temperature {self.temperature} must be 0 (greedy) or in [0.001, 1000]"
+            )
         if self.top_k < 0:
             raise ValueError(f"--top-k {self.top_k} must not be negative (0 is off)")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"--top-p {self.top_p} must be in (0, 1] (1 is off)")
 
     def scale(self, decoded: int, total: int) -> float:
-        """Return the CFG scale of a step before which ``decoded`` of ``total`` tokens are decoded; 1.0: none.
+        """Return the CFG scale of a step before which ``decoded`` of ``total`` tokens are decoded;
+        1.0: none.
 
         With progress p = decoded / total: constant s; linear 1 + (s - 1) p; power-cosine
         1 + (s - 1) (1 - cos(pi p^power)) / 2 (MDTv2, arXiv 2303.14389).
@@ -59,8 +76,11 @@ class SamplingOptions:
         return 1.0 + (self.cfg_scale - 1.0) * share
 
 
-def image_randomness(seed: int, indices: range, num_classes: int, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return random class ids (B,) int64 and uniforms (B, T) float32 in [0, 1) of images ``indices``.
+def image_randomness(
+    seed: int, indices: range, num_classes: int, num_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return random class ids (B,) int64 and uniforms (B, T) float32 in [0, 1) of images
+    ``indices``.
 
     Each image's are a function of (seed, index) alone.
     """
@@ -73,16 +93,20 @@ def image_randomness(seed: int, indices: range, num_classes: int, num_tokens: in
 def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     """Set to -inf what top-k, then nucleus (top-p) filtering cut off; (..., V) -> (..., V).
 
-    Top-k keeps ties with the k-th logit. Top-p keeps the smallest set of most likely tokens whose probability
-    exceeds ``top_p``, at least one (Holtzman et al. 2020).
+    Top-k keeps ties with the k-th logit. Top-p keeps the smallest set of most likely tokens whose
+    probability exceeds ``top_p``, at least one (Holtzman et al. 2020).
     """
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[..., -1:]  # (..., 1)
         logits = logits.masked_fill(logits < kth, -torch.inf)  # (..., V)
     if top_p < 1.0:
         ranked, ranks = logits.sort(descending=True)  # (..., V)
-        before = F.pad(ranked.softmax(-1).cumsum(-1)[..., :-1], (1, 0))  # (..., V) of all more likely tokens
-        cut = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ranks, before > top_p)  # (..., V)
+        before = F.pad(
+            ranked.softmax(-1).cumsum(-1)[..., :-1], (1, 0)
+        )  # (..., V) of all more likely tokens
+        cut = torch.zeros_like(logits, dtype=torch.bool).scatter(
+            -1, ranks, before > top_p
+        )  # (..., V)
         logits = logits.masked_fill(cut, -torch.inf)  # (..., V)
     return logits
 
@@ -90,7 +114,8 @@ def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
 def sample(logits: torch.Tensor, uniforms: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
     """Draw tokens by inverse CDF: the first token whose cumulative probability exceeds u.
 
-    logits: (B, t, V); uniforms: (B, t) in [0, 1). Returns (B, t) int64. A token of probability 0 is never drawn.
+    logits: (B, t, V); uniforms: (B, t) in [0, 1). Returns (B, t) int64. A token of probability 0 is
+    never drawn.
     """
     if options.temperature == 0.0:
         return logits.argmax(-1)  # (B, t)
@@ -98,7 +123,7 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, options: SamplingOption
         logits = logits / options.temperature  # (B, t, V)
     logits = filter_logits(logits, options.top_k, options.top_p)  # (B, t, V)
     cdf = logits.softmax(-1).cumsum(-1)  # (B, t, V)
-    # The last value y of cdf is 1 only up to rounding. u stays below it, so that the search ends within the vocabulary:
-    # uniforms are at most 1 - 2^-24, and (1 - 2^-24) y rounds to below y.
+    # The last value y of cdf is 1 only up to rounding. u stays below it, so that the search ends
+    # within the vocabulary: uniforms are at most 1 - 2^-24, and (1 - 2^-24) y rounds to below y.
     u = uniforms[..., None] * cdf[..., -1:]  # (B, t, 1)
     return torch.searchsorted(cdf, u, right=True).squeeze(-1)  # (B, t)

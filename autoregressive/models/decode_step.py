@@ -9,19 +9,24 @@ import torch
 
 
 def guide(hidden: torch.Tensor, cfg_scale: float | None) -> torch.Tensor:
-    """Guide final hidden states (B, t, D), a conditional and an unconditional half -> (B / 2, t, D).
+    """Guide final hidden states (B, t, D), a conditional and an unconditional half -> (B / 2, t,
+    D).
 
-    uncond + cfg_scale (cond - uncond), computed in at least float32. The output layer is linear, so this guides the
-    logits at half its work. Without ``cfg_scale`` returns ``hidden``.
+    uncond + cfg_scale (cond - uncond), computed in at least float32. The output layer is linear, so
+    this guides the logits at half its work. Without ``cfg_scale`` returns ``hidden``.
     """
     if cfg_scale is None:
         return hidden
-    conditional, unconditional = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).chunk(2)
+    conditional, unconditional = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).chunk(
+        2
+    )
     return torch.lerp(unconditional, conditional, cfg_scale).to(hidden.dtype)  # (B / 2, t, D)
 
 
 class StepDecoder:
-    """One decoding step out of ``embed_slots``, ``trunk`` and ``head``, which a GPT and its faster decoders have."""
+    """One decoding step out of ``embed_slots``, ``trunk`` and ``head``, which a GPT and its
+    faster decoders have.
+    """
 
     embed_slots: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
     trunk: Callable[..., torch.Tensor]  # a GPT's takes a mask too
@@ -36,12 +41,13 @@ class StepDecoder:
         cache: Any,
         cfg_scale: float | None = None,
     ) -> torch.Tensor:
-        """Return logits (B, stop - start, V), at least float32, of slots [start, stop), an entry of ``order.schedule``.
+        """Return logits (B, stop - start, V), at least float32, of slots [start, stop), an entry of
+        ``order.schedule``.
 
-        tokens: (B, T) region-ordered codes, read only where already decoded; cond: (B,). Steps must come in the
-        schedule's order with one cache of ``new_cache``. Every cached key is visible, so there is no mask. With
-        ``cfg_scale`` the rows are a conditional half and an unconditional one, and logits are those of ``guide``,
-        (B / 2, ...).
+        tokens: (B, T) region-ordered codes, read only where already decoded; cond: (B,). Steps must
+        come in the schedule's order with one cache of ``new_cache``. Every cached key is visible,
+        so there is no mask. With ``cfg_scale`` the rows are a conditional half and an unconditional
+        one, and logits are those of ``guide``, (B / 2, ...).
         """
         x = self.embed_slots(tokens, cond, start, stop)  # (B, t, D)
         hidden = self.trunk(x, start, cache=cache)  # (B, t, D)

@@ -50,9 +50,14 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         if self.dim % self.n_head or self.dim // self.n_head % 4:
-            raise ValueError(f"width {self.dim} / {self.n_head} heads is not a multiple of 4, as 2-D rotary needs")
+            raise ValueError(
+                f"width {self.dim} / {self.n_head} heads is not a multiple of 4, as 2-D rotary "
+                "needs"
+            )
         if self.n_head % self.kv_heads:
-            raise ValueError(f"{self.n_head} heads cannot share {self.kv_heads} key-value heads equally")
+            raise ValueError(
+                f"{self.n_head} heads cannot share {self.kv_heads} key-value heads equally"
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -70,8 +75,8 @@ class GPTConfig:
         return -(-int(2 * 4 * self.dim / 3) // self.multiple_of) * self.multiple_of
 
 
-# Parameters at vocabulary 16384, 1000 classes, n = 4 (T and S: vocabulary 256, 10 classes); FID is the paper's
-# table 1, ImageNet 256x256 with guidance. PAR-3B-16x: 2.88.
+# Parameters at vocabulary 16384, 1000 classes, n = 4 (T and S: vocabulary 256, 10 classes); FID is
+# the paper's table 1, ImageNet 256x256 with guidance. PAR-3B-16x: 2.88.
 GPT_models: dict[str, dict[str, int]] = {
     #                layers          width         heads             params    published FID, 4x
     "GPT-T":    dict(n_layer=6,  dim=128,  n_head=4),   #   1.6M
@@ -97,7 +102,9 @@ class LabelEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
 
     def forward(self, labels: torch.Tensor) -> torch.Tensor:
-        """(B,) int64 in [0, num_classes] -> (B, D); in training a label becomes null with ``dropout_prob``."""
+        """(B,) int64 in [0, num_classes] -> (B, D); in training a label becomes null with
+        ``dropout_prob``.
+        """
         if self.training and self.dropout_prob > 0:
             drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob  # (B,)
             labels = torch.where(drop, self.num_classes, labels)  # (B,)
@@ -119,8 +126,9 @@ def rotary_table(positions: torch.Tensor, head_dim: int, base: float) -> torch.T
     """Return cos and sin of each slot's 2-D rotary angles, (T, head_dim/2, 2) float32.
 
     The first half of the channel pairs turns with the row, the second with the column, by angle
-    position * base^(-4 i / head_dim). Slots without a position (class and special tokens) get all zeros, cos
-    included: this zeroes their queries and keys, it is not the identity. Released weights were trained so.
+    position * base^(-4 i / head_dim). Slots without a position (class and special tokens) get all
+    zeros, cos included: this zeroes their queries and keys, it is not the identity. Released
+    weights were trained so.
     """
     half = head_dim // 2
     frequencies = 1.0 / base ** (torch.arange(0, half, 2).float() / half)  # (hd/4,)
@@ -131,11 +139,17 @@ def rotary_table(positions: torch.Tensor, head_dim: int, base: float) -> torch.T
 
 
 def apply_rotary(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
-    """Rotate adjacent channel pairs of x (B, T, H, hd) by freqs_cis (T, hd/2, 2); computed in at least float32."""
-    pairs = x.to(torch.promote_types(x.dtype, freqs_cis.dtype)).unflatten(-1, (-1, 2))  # (B, T, H, hd/2, 2)
+    """Rotate adjacent channel pairs of x (B, T, H, hd) by freqs_cis (T, hd/2, 2); computed in at
+    least float32.
+    """
+    pairs = x.to(torch.promote_types(x.dtype, freqs_cis.dtype)).unflatten(
+        -1, (-1, 2)
+    )  # (B, T, H, hd/2, 2)
     cos, sin = freqs_cis[:, None, :, 0], freqs_cis[:, None, :, 1]  # (T, 1, hd/2)
     a, b = pairs.unbind(-1)  # (B, T, H, hd/2)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)  # (B, T, H, hd)
+    return (
+        torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+    )  # (B, T, H, hd)
 
 
 class Attention(nn.Module):
@@ -145,21 +159,37 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.n_head, self.kv_heads = layer, config.n_head, config.kv_heads
         self.head_dim, self.dropout_p = config.head_dim, config.attn_dropout_p
-        self.wqkv = nn.Linear(config.dim, (config.n_head + 2 * config.kv_heads) * config.head_dim, bias=False)
+        self.wqkv = nn.Linear(
+            config.dim, (config.n_head + 2 * config.kv_heads) * config.head_dim, bias=False
+        )
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.resid_dropout = Dropout(config.resid_dropout_p)
 
-    def project(self, x: torch.Tensor, freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(
+        self, x: torch.Tensor, freqs_cis: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return queries (B, H, T, hd), keys and values (B, Hkv, T, hd) of x (B, T, D)."""
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 Hkv, hd)
-        qk, v = qkv.split([self.n_head + self.kv_heads, self.kv_heads], dim=2)  # (B, T, H + Hkv or Hkv, hd)
-        q, k = apply_rotary(qk, freqs_cis).split([self.n_head, self.kv_heads], dim=2)  # (B, T, H or Hkv, hd)
+        qk, v = qkv.split(
+            [self.n_head + self.kv_heads, self.kv_heads], dim=2
+        )  # (B, T, H + Hkv or Hkv, hd)
+        q, k = apply_rotary(qk, freqs_cis).split(
+            [self.n_head, self.kv_heads], dim=2
+        )  # (B, T, H or Hkv, hd)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, cache: KVCache | None, start: int
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: Mask,
+        cache: KVCache | None,
+        start: int,
     ) -> torch.Tensor:
-        """Return the attention output (B, T, D) of queries (B, H, T, hd), over the cache if there is one."""
+        """Return the attention output (B, T, D) of queries (B, H, T, hd), over the cache if
+        there is one.
+        """
         if cache is not None:
             k, v = cache.update(self.layer, start, k, v)  # (B, Hkv, start + T, hd)
         y = attend(q, k, v, mask, self.dropout_p if self.training else 0.0)  # (B, H, T, hd)
@@ -219,7 +249,9 @@ class TransformerBlock(nn.Module):
     ) -> torch.Tensor:
         """Compute the block: (B, T, D) -> (B, T, D)."""
         q, k, v = self.before_attention(x, freqs_cis)  # (B, H or Hkv, T, hd)
-        return self.after_attention(x, self.attention.attend(q, k, v, mask, cache, start))  # (B, T, D)
+        return self.after_attention(
+            x, self.attention.attend(q, k, v, mask, cache, start)
+        )  # (B, T, D)
 
     def before_attention(
         self, x: torch.Tensor, freqs_cis: torch.Tensor
@@ -250,7 +282,9 @@ class GPT(StepDecoder, nn.Module):
         super().__init__()
         self.config = config
         self.order = RegionOrder.build((config.grid_height, config.grid_width), config.ar_token_num)
-        self.cls_embedding = LabelEmbedder(config.num_classes, config.dim, config.class_dropout_prob)
+        self.cls_embedding = LabelEmbedder(
+            config.num_classes, config.dim, config.class_dropout_prob
+        )
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         if self.order.n > 1:
             self.spe_tok_embeddings = SpecialTokens(self.order.n - 1, config.dim)
@@ -294,35 +328,50 @@ class GPT(StepDecoder, nn.Module):
     def forward(self, codes: torch.Tensor, cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the teacher-forced cross-entropy, in ``train()`` and ``eval()`` mode alike.
 
-        codes: (B, T) int64 raster codes in [0, vocab_size); cond: (B,) int64 class ids, num_classes for null.
-        Returns the mean, a float32 scalar, and detached losses (B, T) in region order (``order.permutation``).
+        codes: (B, T) int64 raster codes in [0, vocab_size); cond: (B,) int64 class ids, num_classes
+        for null. Returns the mean, a float32 scalar, and detached losses (B, T) in region order
+        (``order.permutation``).
         """
         targets = codes[:, self.permutation]  # (B, T)
-        return linear_cross_entropy(self.hidden(targets, cond), self.output.weight, targets)  # (), (B, T)
+        return linear_cross_entropy(
+            self.hidden(targets, cond), self.output.weight, targets
+        )  # (), (B, T)
 
     def logits(self, codes: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """Return teacher-forced logits (B, T, vocab_size) in region order; arguments as for ``forward``."""
+        """Return teacher-forced logits (B, T, vocab_size) in region order; arguments as for
+        ``forward``.
+        """
         return self.output(self.hidden(codes[:, self.permutation], cond))  # (B, T, V)
 
     def hidden(self, tokens: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """Return the final hidden states (B, T, D) of a fully known, region-ordered sequence (B, T)."""
+        """Return the final hidden states (B, T, D) of a fully known, region-ordered sequence (B,
+        T).
+        """
         x = self.embed_slots(tokens, cond, 0, self.order.num_tokens)  # (B, T, D)
-        mask = DenseMask(self.mask, self.query_chunks) if self.block_mask is None else self.block_mask
+        mask = (
+            DenseMask(self.mask, self.query_chunks) if self.block_mask is None else self.block_mask
+        )
         return self.trunk(x, 0, mask)  # (B, T, D)
 
     def use_flex_attention(self, device: torch.device) -> None:
-        """Train with FlexAttention, which skips masked keys; for compiled blocks on CUDA, without attention dropout."""
+        """Train with FlexAttention, which skips masked keys; for compiled blocks on CUDA,
+        without attention dropout.
+        """
         steps, slots = self.order.steps.to(device), self.order.num_tokens
 
-        def attends(_b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        def attends(
+            _b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+        ) -> torch.Tensor:
             return steps[q] >= steps[k]  # RegionOrder.attends on the device
 
         self.block_mask = create_block_mask(attends, None, None, slots, slots, device=device)
 
     def recompute_activations(self, what: str) -> None:
-        """Save memory in training by computing activations again in backward: ``none``, ``selective`` or ``full``.
+        """Save memory in training by computing activations again in backward: ``none``,
+        ``selective`` or ``full``.
 
-        full keeps only the input of each block; selective also keeps the results of its matrix products and attention.
+        full keeps only the input of each block; selective also keeps the results of its matrix
+        products and attention.
         """
         recompute = None if what == "none" else partial(checkpoint, use_reentrant=False)
         if what == "selective":
@@ -332,10 +381,11 @@ class GPT(StepDecoder, nn.Module):
             block.recompute = recompute  # inside what is compiled, so that the compiler sees it
 
     def flops_per_image(self) -> int:
-        """Return the floating-point operations of forward and backward over one image, without recomputation.
+        """Return the floating-point operations of forward and backward over one image, without
+        recomputation.
 
-        6 per token and weight of a matrix product (PaLM, arXiv 2204.02311, appendix B), and 12 D per layer and
-        visible pair of slots in attention.
+        6 per token and weight of a matrix product (PaLM, arXiv 2204.02311, appendix B), and 12 D
+        per layer and visible pair of slots in attention.
         """
         config, slots = self.config, self.order.num_tokens
         wqkv = config.dim * (config.n_head + 2 * config.kv_heads) * config.head_dim
@@ -353,14 +403,24 @@ class GPT(StepDecoder, nn.Module):
         """Return an empty cache for ``decode_step`` of at most ``batch`` rows."""
         config, weight = self.config, self.tok_embeddings.weight
         slots = self.order.num_tokens
-        return KVCache(config.n_layer, batch, config.kv_heads, slots, config.head_dim, weight.device, weight.dtype)
+        return KVCache(
+            config.n_layer,
+            batch,
+            config.kv_heads,
+            slots,
+            config.head_dim,
+            weight.device,
+            weight.dtype,
+        )
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the output layer: (..., D) -> logits (..., V) of at least float32."""
         logits = self.output(hidden)  # (..., V)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def embed_slots(self, tokens: torch.Tensor, cond: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def embed_slots(
+        self, tokens: torch.Tensor, cond: torch.Tensor, start: int, stop: int
+    ) -> torch.Tensor:
         """Return input embeddings (B, stop - start, D) of slots [start, stop).
 
         tokens: (B, T) in region order; cond: (B,).
@@ -376,7 +436,9 @@ class GPT(StepDecoder, nn.Module):
                 pieces.append(self.tok_embeddings(tokens[:, which]))  # (B, ..., D)
         return torch.cat(pieces, dim=1)  # (B, stop - start, D)
 
-    def trunk(self, x: torch.Tensor, start: int, mask: Mask = None, cache: KVCache | None = None) -> torch.Tensor:
+    def trunk(
+        self, x: torch.Tensor, start: int, mask: Mask = None, cache: KVCache | None = None
+    ) -> torch.Tensor:
         """Apply blocks and final norm to slots [start, start + t): (B, t, D) -> (B, t, D)."""
         freqs_cis = self.freqs_cis[start : start + x.shape[1]]  # (t, hd/2, 2)
         x = self.tok_dropout(x)  # (B, t, D)

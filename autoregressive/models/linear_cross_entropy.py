@@ -1,4 +1,6 @@
-"""Output layer and cross-entropy as one operation, so that the logits of all tokens never exist at once."""
+"""Output layer and cross-entropy as one operation, so that the logits of all tokens never exist
+at once.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,16 @@ def linear_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean of -log softmax(hidden weight^T)[target], and the same for each token.
 
-    hidden: (..., D); weight: (V, D); targets: (...) int64 in [0, V). Returns the mean, a float32 scalar to
-    differentiate, and the detached losses (...) float32. Products run in autocast's type, softmax in float32. Gradients
-    are made in the forward pass, chunk by chunk while its logits exist (as in Liger Kernel, arXiv 2410.10989), so
-    nothing is computed twice.
+    hidden: (..., D); weight: (V, D); targets: (...) int64 in [0, V). Returns the mean, a float32
+    scalar to differentiate, and the detached losses (...) float32. Products run in autocast's type,
+    softmax in float32. Gradients are made in the forward pass, chunk by chunk while its logits
+    exist (as in Liger Kernel, arXiv 2410.10989), so nothing is computed twice.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    loss, losses = _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), dtype)
+    loss, losses = _LinearCrossEntropy.apply(
+        hidden.flatten(0, -2), weight, targets.flatten(), dtype
+    )
     return loss, losses.view(targets.shape)
 
 
@@ -34,9 +38,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         differentiate = any(ctx.needs_input_grad)
         h, w = hidden.to(dtype), weight.to(dtype)  # (N, D), (V, D)
-        losses = torch.empty(len(h), device=h.device, dtype=torch.promote_types(dtype, torch.float32))  # (N,)
+        losses = torch.empty(
+            len(h), device=h.device, dtype=torch.promote_types(dtype, torch.float32)
+        )  # (N,)
         if differentiate:
-            d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)  # (N, D), (V, D)
+            d_hidden, d_weight = (
+                torch.empty_like(hidden),
+                torch.zeros_like(weight),
+            )  # (N, D), (V, D)
         rows = max(1, CHUNK_ELEMENTS // len(w))
         for start in range(0, len(h), rows):
             part = slice(start, start + rows)
@@ -46,7 +55,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses[part] = (log_z - logits.gather(-1, target)).squeeze(-1)  # (c,)
             if differentiate:
                 d_logits = logits.sub_(log_z).exp_()  # (c, V), softmax
-                d_logits.scatter_add_(-1, target, torch.full_like(log_z, -1.0))  # (c, V), softmax - one-hot
+                d_logits.scatter_add_(
+                    -1, target, torch.full_like(log_z, -1.0)
+                )  # (c, V), softmax - one-hot
                 d_logits = d_logits.to(dtype)  # (c, V), not yet divided by N: float16 would lose it
                 d_hidden[part] = d_logits @ w  # (c, D)
                 d_weight += d_logits.T @ h[part]  # (V, D)

@@ -24,12 +24,14 @@ def load_gpt(
     bare: bool = False,
     ema: bool = False,
 ) -> tuple[GPT, str, dict]:
-    """Return a checkpoint's GPT, in ``eval()`` mode on the CPU, the name of its size, and what else it records.
+    """Return a checkpoint's GPT, in ``eval()`` mode on the CPU, the name of its size, and what else
+    it records.
 
-    Our own checkpoints carry their config. For a released one it is read off the shapes of its weights, and
-    ``grid`` (height, width in codes; None: ``default_grid``) is taken as given. Arguments that are not None were
-    written by the user: each must agree, else ``ValueError``. ``bare``: the file must be a state dict with nothing
-    around it. ``ema``: take its moving average of the weights.
+    Our own checkpoints carry their config. For a released one it is read off the shapes of its
+    weights, and ``grid`` (height, width in codes; None: ``default_grid``) is taken as given.
+    Arguments that are not None were written by the user: each must agree, else ``ValueError``.
+    ``bare``: the file must be a state dict with nothing around it. ``ema``: take its moving average
+    of the weights.
     """
     checkpoint = load_checkpoint(path, "--gpt-ckpt")
     source = f"--gpt-ckpt {path}"
@@ -39,10 +41,16 @@ def load_gpt(
     state = find_state_dict(checkpoint, keys, path)
     own = checkpoint.get("config")
     if own is not None:
-        if not isinstance(own, dict) or not set(own) <= {f.name for f in fields(GPTConfig)} or "n_layer" not in own:
+        if (
+            not isinstance(own, dict)
+            or not set(own) <= {f.name for f in fields(GPTConfig)}
+            or "n_layer" not in own
+        ):
             raise ValueError(f"{source} holds no GPT: its config is of another model")
         config, name = GPTConfig(**own), str(checkpoint.get("gpt_model"))
-        resolve("the code grid of --image-size", grid, (config.grid_height, config.grid_width), source)
+        resolve(
+            "the code grid of --image-size", grid, (config.grid_height, config.grid_width), source
+        )
     else:
         config, name = config_from_shapes(state, grid or default_grid, path)
     resolve("--gpt-model", gpt_model, name, source)
@@ -55,15 +63,19 @@ def load_gpt(
     return model.eval().requires_grad_(False), name, checkpoint
 
 
-def resolve_parallelism(ar_token_num: int, spe_token_num: int | None, grid: tuple[int, int] | None = None) -> int:
+def resolve_parallelism(
+    ar_token_num: int, spe_token_num: int | None, grid: tuple[int, int] | None = None
+) -> int:
     """Return n from the published option pair, for codes of ``grid`` (h, w) if that is known.
 
-    Special tokens are n - 1, and n must cut the grid into equal regions; anything else is a ``ValueError``.
+    Special tokens are n - 1, and n must cut the grid into equal regions; anything else is a
+    ``ValueError``.
     """
     if spe_token_num is not None and spe_token_num != ar_token_num - 1:
         raise ValueError(
             f"--spe-token-num {spe_token_num} contradicts --ar-token-num {ar_token_num}: "
-            f"predicting n tokens at once takes n-1 special tokens, so either --spe-token-num {ar_token_num - 1} "
+            "predicting n tokens at once takes n-1 special tokens, so either --spe-token-num "
+            f"{ar_token_num - 1} "
             f"or --ar-token-num {spe_token_num + 1}"
         )
     if grid is not None:
@@ -77,7 +89,9 @@ def resolve_parallelism(ar_token_num: int, spe_token_num: int | None, grid: tupl
 def config_from_shapes(
     state: dict[str, torch.Tensor], grid: tuple[int, int], path: str | Path
 ) -> tuple[GPTConfig, str]:
-    """Return config and size name of released weights, from their shapes; ``ValueError`` if no size fits."""
+    """Return config and size name of released weights, from their shapes; ``ValueError`` if no
+    size fits.
+    """
     try:
         vocab_size, dim = state["tok_embeddings.weight"].shape
         classes = len(state["cls_embedding.embedding_table.weight"]) - 1
@@ -89,7 +103,10 @@ def config_from_shapes(
     n_layer = len({k.split(".")[1] for k in state if k.startswith("layers.")})
     sizes = {(s["n_layer"], s["dim"]): name for name, s in GPT_models.items()}
     if (n_layer, dim) not in sizes:
-        raise ValueError(f"--gpt-ckpt: {path} has {n_layer} layers of width {dim}, which is not a size of GPT_models")
+        raise ValueError(
+            f"--gpt-ckpt: {path} has {n_layer} layers of width {dim}, which is not a size of "
+            "GPT_models"
+        )
     name = sizes[n_layer, dim]
     n_head = GPT_models[name]["n_head"]
     special = state.get("spe_tok_embeddings.special_embeddings.weight", ())

@@ -1,8 +1,9 @@
 """The region order: which tokens are predicted together, and what each of them may see.
 
-A grid of h x w codes is cut into rh x rw equal regions, n = rh * rw (paper, section 3.2). Tokens at the same place of
-every region are far apart, hence weakly dependent, and are predicted in one step. The first token of every region
-sets the global structure and is predicted alone. A 4x4 grid at n = 4, where a number is the step that predicts a code:
+A grid of h x w codes is cut into rh x rw equal regions, n = rh * rw (paper, section 3.2). Tokens at
+the same place of every region are far apart, hence weakly dependent, and are predicted in one step.
+The first token of every region sets the global structure and is predicted alone. A 4x4 grid at n =
+4, where a number is the step that predicts a code:
 
     0  4 | 1  4        steps 0 to 3: one code each, the first of every region
     5  6 | 5  6        steps 4 to 6: four codes each, one in every region
@@ -16,8 +17,8 @@ The model is fed T = h * w slots; slot s predicts token s of the region order:
     holds    class    t1 .. tn    n-1 special       token s - n (all groups but the last)
     step     0        1 .. n      n                 n + s // n - 1
 
-and slot q attends to slot k  <=>  step[q] >= step[k]. Other code asks this file; gpt.py repeats only that comparison,
-for FlexAttention.
+and slot q attends to slot k  <=>  step[q] >= step[k]. Other code asks this file; gpt.py repeats
+only that comparison, for FlexAttention.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ import torch
 
 
 def split_regions(grid: tuple[int, int], n: int) -> tuple[int, int]:
-    """Return region counts (rh, rw), rh * rw = n, that divide ``grid`` into regions as nearly square as possible.
+    """Return region counts (rh, rw), rh * rw = n, that divide ``grid`` into regions as nearly
+    square as possible.
 
-    Of two equally square cuts the one with more columns of regions is taken. Raises ``ValueError`` with the n
-    that would fit. A region must hold at least two tokens, since its first one is not predicted in parallel.
+    Of two equally square cuts the one with more columns of regions is taken. Raises ``ValueError``
+    with the n that would fit. A region must hold at least two tokens, since its first one is not
+    predicted in parallel.
     """
 
     def cuts(m: int) -> list[tuple[int, int]]:
@@ -52,7 +55,8 @@ def split_regions(grid: tuple[int, int], n: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class RegionOrder:
-    """Ordering of a ``grid`` (h, w) cut into ``regions`` (rh, rw); equal arguments give equal orders.
+    """Ordering of a ``grid`` (h, w) cut into ``regions`` (rh, rw); equal arguments give equal
+    orders.
 
     All tensors are int64 on the CPU, computed once.
     """
@@ -67,7 +71,9 @@ class RegionOrder:
 
     @classmethod
     def build(cls, grid: int | tuple[int, int], n: int) -> RegionOrder:
-        """Return the order for a square (int) or h x w grid in which ``n`` tokens are predicted per step."""
+        """Return the order for a square (int) or h x w grid in which ``n`` tokens are predicted
+        per step.
+        """
         height, width = (grid, grid) if isinstance(grid, int) else grid
         return cls((height, width), split_regions((height, width), n))
 
@@ -85,8 +91,8 @@ class RegionOrder:
     def permutation(self) -> torch.Tensor:
         """(T,) raster index of each token of the region order: ``region = raster[:, permutation]``.
 
-        Place in the region is the outer index (raster within the region), region the inner one (raster over
-        regions); paper, section 3.2 and figure 4.
+        Place in the region is the outer index (raster within the region), region the inner one
+        (raster over regions); paper, section 3.2 and figure 4.
         """
         (h, w), (rh, rw) = self.grid, self.regions
         raster = torch.arange(h * w).view(rh, h // rh, rw, w // rw)  # (rh, h/rh, rw, w/rw)
@@ -105,7 +111,9 @@ class RegionOrder:
 
     @cached_property
     def slot_positions(self) -> torch.Tensor:
-        """(T, 2) row and column of the token that each slot holds; (-1, -1) for the class and special slots."""
+        """(T, 2) row and column of the token that each slot holds; (-1, -1) for the class and
+        special slots.
+        """
         n = self.n
         raster = self.permutation
         row_column = torch.stack([raster // self.grid[1], raster % self.grid[1]], dim=-1)  # (T, 2)
@@ -114,19 +122,24 @@ class RegionOrder:
 
     @cached_property
     def schedule(self) -> tuple[tuple[int, int], ...]:
-        """Slots [start, stop) of each forward call of decoding: n single slots, then T/n - 1 groups of n."""
+        """Slots [start, stop) of each forward call of decoding: n single slots, then T/n - 1
+        groups of n.
+        """
         n = self.n
         singles = [(s, s + 1) for s in range(n)]
         return (*singles, *((s, s + n) for s in range(n, self.num_tokens, n)))
 
     def attends(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Apply the attention rule to slot indices: step[q] >= step[k] (paper, section 3.3); broadcasts, bool."""
+        """Apply the attention rule to slot indices: step[q] >= step[k] (paper, section 3.3);
+        broadcasts, bool.
+        """
         return self.steps[query] >= self.steps[key]
 
     def held(self, start: int, stop: int) -> list[tuple[str, slice]]:
         """Return what slots [start, stop) hold, in their order: a kind, and which ones of it.
 
-        ``("class", [0, 1))``, ``("token", places in the region order)`` or ``("special", of the special tokens)``.
+        ``("class", [0, 1))``, ``("token", places in the region order)`` or ``("special", of the
+        special tokens)``.
         """
         n, slots = self.n, self.num_tokens
         runs = [

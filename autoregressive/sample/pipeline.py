@@ -1,4 +1,6 @@
-"""What both samplers share: their model and sampling options, and checkpoints -> a ready pair of models."""
+"""What both samplers share: their model and sampling options, and checkpoints -> a ready pair of
+models.
+"""
 
 from __future__ import annotations
 
@@ -29,38 +31,59 @@ RETIRED_OPTIONS = {
 
 
 def add_model_options(parser: ArgumentParser) -> None:
-    """Add the options selecting the models, under the published names; all but the two files are optional."""
-    group = parser.add_argument_group("models (options other than the files are optional where a checkpoint has them)")
+    """Add the options selecting the models, under the published names; all but the two files are
+    optional.
+    """
+    group = parser.add_argument_group(
+        "models (options other than the files are optional where a checkpoint has them)"
+    )
     group.add_argument("--gpt-ckpt", help="GPT checkpoint, released or trained here (required)")
-    group.add_argument("--gpt-model", choices=list(GPT_models), help="size of the GPT (default: the checkpoint's)")
-    group.add_argument("--gpt-ema", action="store_true", help="sample from the moving average of the GPT's weights")
+    group.add_argument(
+        "--gpt-model", choices=list(GPT_models), help="size of the GPT (default: the checkpoint's)"
+    )
+    group.add_argument(
+        "--gpt-ema", action="store_true", help="sample from the moving average of the GPT's weights"
+    )
     group.add_argument(
         "--from-fsdp",
         action="store_true",
         help="stop unless --gpt-ckpt is a bare state dict, as published FSDP files are",
     )
-    group.add_argument("--ar-token-num", type=positive_int, help="n, tokens per step (default: the checkpoint's)")
+    group.add_argument(
+        "--ar-token-num", type=positive_int, help="n, tokens per step (default: the checkpoint's)"
+    )
     group.add_argument(
         "--spe-token-num",
         type=int,
         help="number of special tokens: --ar-token-num minus 1, as in published command lines",
     )
-    group.add_argument("--num-classes", type=positive_int, help="number of classes (default: the checkpoint's)")
     group.add_argument(
-        "--image-size", type=positive_int, help="side of generated images, pixels (default: the checkpoint's, else 384)"
+        "--num-classes", type=positive_int, help="number of classes (default: the checkpoint's)"
     )
-    group.add_argument("--downsample-size", type=positive_int, help="pixels per code (default: the tokenizer's)")
+    group.add_argument(
+        "--image-size",
+        type=positive_int,
+        help="side of generated images, pixels (default: the checkpoint's, else 384)",
+    )
+    group.add_argument(
+        "--downsample-size", type=positive_int, help="pixels per code (default: the tokenizer's)"
+    )
     add_tokenizer_options(group, required=False)
 
 
-def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int, compiled: bool) -> None:
+def add_sampling_options(
+    parser: ArgumentParser, cfg_scale: float, top_k: int, compiled: bool
+) -> None:
     """Add the options of drawing tokens and computing them, with one sampler's defaults.
 
     compiled: whether ``--compile`` is the default on CUDA.
     """
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "--cfg-scale", type=float, default=cfg_scale, help="strength of classifier-free guidance (CFG); 1 disables it"
+        "--cfg-scale",
+        type=float,
+        default=cfg_scale,
+        help="strength of classifier-free guidance (CFG); 1 disables it",
     )
     group.add_argument(
         "--cfg-interval",
@@ -72,30 +95,43 @@ def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int, c
         "--cfg-schedule",
         choices=CFG_SCHEDULES,
         default="constant",
-        help="CFG scale over the steps: constant, as published; linear and power-cosine rise from 1 to --cfg-scale",
+        help="CFG scale over the steps: constant, as published; linear and power-cosine rise from "
+        "1 to --cfg-scale",
     )
     group.add_argument(
-        "--cfg-power", type=float, default=2.75, help="exponent of --cfg-schedule power-cosine; larger: rises later"
+        "--cfg-power",
+        type=float,
+        default=2.75,
+        help="exponent of --cfg-schedule power-cosine; larger: rises later",
     )
     group.add_argument(
-        "--temperature", type=float, default=1.0, help="softmax temperature; 0 takes the likeliest token"
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="softmax temperature; 0 takes the likeliest token",
     )
     group.add_argument(
-        "--top-k", type=int, default=top_k, help="draw from the k likeliest tokens only; 0: from all tokens"
+        "--top-k",
+        type=int,
+        default=top_k,
+        help="draw from the k likeliest tokens only; 0: from all tokens",
     )
     group.add_argument(
         "--top-p",
         type=float,
         default=1.0,
-        help="draw from the fewest likeliest tokens with this total probability (nucleus sampling); 1: from all tokens",
+        help="draw from the fewest likeliest tokens with this total probability (nucleus "
+        "sampling); 1: from all tokens",
     )
     group.add_argument(
         "--precision",
         choices=["auto", "none", "fp16", "bf16"],
         default="auto",
-        help="data type of the GPT's weights and cache (none: float32). auto: bf16 on GPUs of compute capability 8.0 "
+        help="data type of the GPT's weights and cache (none: float32). auto: bf16 on GPUs of "
+        "compute capability 8.0 "
         "or newer "
-        "and on CPUs that decode by our own kernels, which compute in float32 where the processor has no bf16 "
+        "and on CPUs that decode by our own kernels, which compute in float32 where the processor "
+        "has no bf16 "
         "products; fp16 on "
         "older CUDA devices; else none",
     )
@@ -108,8 +144,10 @@ def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int, c
     group.add_argument(
         "--compile",
         action=BooleanOptionalAction,
-        help="on a CPU: decode by our own kernels, which a C++ compiler builds in seconds (default: torch's operators "
-        "and the kernels are timed once per machine and model size, and the faster is taken); on CUDA: torch.compile "
+        help="on a CPU: decode by our own kernels, which a C++ compiler builds in seconds "
+        "(default: torch's operators "
+        "and the kernels are timed once per machine and model size, and the faster is taken); on "
+        "CUDA: torch.compile "
         "the GPT and run all steps as one CUDA graph, which takes minutes to build (default: "
         f"{'yes' if compiled else 'no'})",
     )
@@ -117,7 +155,9 @@ def add_sampling_options(parser: ArgumentParser, cfg_scale: float, top_k: int, c
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A GPT and the tokenizer of its codes, in ``eval()`` mode; ``make_generator`` places the GPT on its device."""
+    """A GPT and the tokenizer of its codes, in ``eval()`` mode; ``make_generator`` places the
+    GPT on its device.
+    """
 
     gpt: GPT  # float32 on the CPU
     vq: VQModel  # on the device
@@ -139,7 +179,9 @@ class Pipeline:
     def guided(self) -> bool:
         """Whether any step has guidance, which doubles the rows."""
         order = self.gpt.order
-        return any(self.options.scale(start, order.num_tokens) != 1.0 for start, _ in order.schedule)
+        return any(
+            self.options.scale(start, order.num_tokens) != 1.0 for start, _ in order.schedule
+        )
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Raster codes (B, T) -> images (B, 3, H, W), about [-1, 1], float32."""
@@ -147,7 +189,8 @@ class Pipeline:
             return self.vq.decode_code(codes.view(-1, *self.gpt.order.grid))  # (B, 3, H, W)
 
     def choose_way(self, batch: int, begun: Callable[[Way], bool] | None = None) -> tuple[Way, str]:
-        """Return the way to decode ``batch`` images at a time and a line that says why; the same on every rank.
+        """Return the way to decode ``batch`` images at a time and a line that says why; the same on
+        every rank.
 
         begun: whether an interrupted run of this command decodes in a way; then that is the one.
         """
@@ -158,7 +201,9 @@ class Pipeline:
         return way, f"{reason}; {self.note}" if self.note else reason
 
     def make_generator(self, way: Way, batch: int, quantized: str) -> Generator:
-        """Return a generator of ``batch`` images at a time; the GPT itself may not be used afterwards."""
+        """Return a generator of ``batch`` images at a time; the GPT itself may not be used
+        afterwards.
+        """
         gpt = self.gpt.cast_weights(way.dtype).to(self.world.device)
         if quantized != "none":
             quantize(gpt, quantized)
@@ -168,7 +213,13 @@ class Pipeline:
 
     def fingerprint(self, args: Namespace, way: Way) -> str:
         """Return a short hash of everything that the bytes of the samples depend on."""
-        names: tuple[str, ...] = ("quantize", "gpt_ema", "image_size_eval", "per_proc_batch_size", "num_fid_samples")
+        names: tuple[str, ...] = (
+            "quantize",
+            "gpt_ema",
+            "image_size_eval",
+            "per_proc_batch_size",
+            "num_fid_samples",
+        )
         names += ("global_seed", "class_protocol")
         values = [getattr(args, n) for n in names]
         # other kernels round otherwise
@@ -179,8 +230,12 @@ class Pipeline:
     def resolved_options(self) -> dict[str, object]:
         """Return the GPT's options as the checkpoints record them."""
         order, downsample = self.gpt.order, self.vq.config.downsample
-        resolved = dict(gpt_model=self.gpt_name, image_size=self.image_size, downsample_size=downsample)
-        return resolved | dict(ar_token_num=order.n, spe_token_num=order.n - 1, num_classes=self.gpt.config.num_classes)
+        resolved = dict(
+            gpt_model=self.gpt_name, image_size=self.image_size, downsample_size=downsample
+        )
+        return resolved | dict(
+            ar_token_num=order.n, spe_token_num=order.n - 1, num_classes=self.gpt.config.num_classes
+        )
 
     def facts(self) -> dict[str, object]:
         """Return hashes and configs of the checkpoints, for the record beside the samples."""
@@ -189,10 +244,11 @@ class Pipeline:
 
 
 def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
-    """Load both checkpoints and check that they and the options fit each other; ``ValueError`` where not.
+    """Load both checkpoints and check that they and the options fit each other; ``ValueError``
+    where not.
 
-    Options that were left out are set in ``args`` to what the checkpoints record. ``compiled``: --compile's default on
-    CUDA.
+    Options that were left out are set in ``args`` to what the checkpoints record. ``compiled``:
+    --compile's default on CUDA.
     """
     guidance = (args.cfg_scale, args.cfg_interval, args.cfg_schedule, args.cfg_power)
     options = SamplingOptions(*guidance, args.temperature, args.top_k, args.top_p)
@@ -225,7 +281,9 @@ def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
 
 
 def load_gpt_for(args: Namespace, vq: VQModel) -> tuple[GPT, str, dict]:
-    """Load ``--gpt-ckpt``, which must have learned codes of ``vq``; see ``load_gpt`` for what is returned."""
+    """Load ``--gpt-ckpt``, which must have learned codes of ``vq``; see ``load_gpt`` for what is
+    returned.
+    """
     n = args.ar_token_num
     if n is None and args.spe_token_num is not None:
         n = args.spe_token_num + 1
@@ -233,7 +291,9 @@ def load_gpt_for(args: Namespace, vq: VQModel) -> tuple[GPT, str, dict]:
         n = resolve_parallelism(n, args.spe_token_num)
     downsample = vq.config.downsample
     if args.downsample_size not in (None, downsample):
-        raise ValueError(f"--downsample-size {args.downsample_size}: the tokenizer of --vq-ckpt has {downsample}")
+        raise ValueError(
+            f"--downsample-size {args.downsample_size}: the tokenizer of --vq-ckpt has {downsample}"
+        )
     gpt, name, checkpoint = load_gpt(
         args.gpt_ckpt,
         grid=None if args.image_size is None else (vq.config.grid(args.image_size),) * 2,
@@ -245,12 +305,16 @@ def load_gpt_for(args: Namespace, vq: VQModel) -> tuple[GPT, str, dict]:
         bare=args.from_fsdp,
         ema=args.gpt_ema,
     )
-    require_tokenizer(vq, checkpoint.get("tokenizer_sha256"), args.vq_ckpt, f"--gpt-ckpt {args.gpt_ckpt}")
+    require_tokenizer(
+        vq, checkpoint.get("tokenizer_sha256"), args.vq_ckpt, f"--gpt-ckpt {args.gpt_ckpt}"
+    )
     return gpt, name, checkpoint
 
 
 def quantize(gpt: GPT, what: str) -> None:
-    """Round the weights of every linear layer to ``int8`` (one scale per row) or ``fp8``, by torchao."""
+    """Round the weights of every linear layer to ``int8`` (one scale per row) or ``fp8``, by
+    torchao.
+    """
     from torchao.quantization import quantize_
 
     quantize_(gpt, quantization(what))
@@ -261,5 +325,7 @@ def quantization(what: str) -> object:
     try:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
     except ImportError as error:
-        raise ValueError(f"--quantize {what} needs the package torchao: pip install torchao") from error
+        raise ValueError(
+            f"--quantize {what} needs the package torchao: pip install torchao"
+        ) from error
     return {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[what]()

@@ -1,4 +1,6 @@
-"""GPT checkpoint -> one picture: a row of images per class, with its name; --trace shows them fill in step by step."""
+"""GPT checkpoint -> one picture: a row of images per class, with its name; --trace shows them
+fill in step by step.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,14 @@ from utils.distributed import init_distributed
 from utils.files import prepare_folder
 from utils.images import image_grid, labelled_rows, save_gif, save_png, to_uint8
 from utils.logger import progress
-from utils.options import add_retired, make_parser, non_negative_int, positive_int, run_main, write_options
+from utils.options import (
+    add_retired,
+    make_parser,
+    non_negative_int,
+    positive_int,
+    run_main,
+    write_options,
+)
 
 GREY = 96  # of codes that are not decoded yet
 PUBLISHED_CLASSES = ["207", "360", "387", "974", "88", "979", "417", "279"]
@@ -47,24 +56,34 @@ def parse_args() -> Namespace:
         help="class ids, or names separated by commas, such as 'golden retriever, 360'",
     )
     output.add_argument("--images-per-class", type=positive_int, default=4, help="images per class")
-    output.add_argument("--seed", type=non_negative_int, default=0, help="random seed of the tokens")
+    output.add_argument(
+        "--seed", type=non_negative_int, default=0, help="random seed of the tokens"
+    )
     output.add_argument("--output", default="samples/grid.png", help="file of the picture, .png")
     output.add_argument(
-        "--trace", action="store_true", help="also write a .gif and a strip of the images as they fill in"
+        "--trace",
+        action="store_true",
+        help="also write a .gif and a strip of the images as they fill in",
     )
-    output.add_argument("--trace-frames", type=positive_int, default=48, help="maximum number of frames of --trace")
+    output.add_argument(
+        "--trace-frames", type=positive_int, default=48, help="maximum number of frames of --trace"
+    )
     add_retired(parser, RETIRED_OPTIONS)
     return parser.parse_args()
 
 
 def class_names(pipeline: Pipeline) -> list[str]:
-    """Return a name for each class: ImageNet's in words, or the names of the folders the model learned from."""
+    """Return a name for each class: ImageNet's in words, or the names of the folders the model
+    learned from.
+    """
     names, num_classes = pipeline.classes, pipeline.gpt.config.num_classes
     if names is None or len(names) != num_classes:
         names = None if num_classes == 1000 else [str(i) for i in range(num_classes)]
     if names is not None and not any(re.fullmatch(r"n\d{8}", name) for name in names):
         return names
-    from timm.data import ImageNetInfo  # takes a second or two, and other data sets need no names of it
+    from timm.data import (
+        ImageNetInfo,
+    )  # takes a second or two, and other data sets need no names of it
 
     info = ImageNetInfo()
     wnids = info.label_names()
@@ -75,7 +94,8 @@ def class_names(pipeline: Pipeline) -> list[str]:
 def find_classes(words: list[str], names: list[str]) -> list[int]:
     """Return the class ids that ``--classes`` lists, as ids or as names between commas.
 
-    Where classes are named by numbers, a number is an id. Raises ``ValueError`` if there is no such class.
+    Where classes are named by numbers, a number is an id. Raises ``ValueError`` if there is no such
+    class.
     """
     found: list[int] = []
     for item in filter(None, map(str.strip, " ".join(words).split(","))):
@@ -91,28 +111,38 @@ def find_classes(words: list[str], names: list[str]) -> list[int]:
 
 
 def find_name(name: str, names: list[str]) -> int:
-    """Return the class of this name: one of its synonyms, else a part of exactly one class's name."""
+    """Return the class of this name: one of its synonyms, else a part of exactly one class's
+    name.
+    """
     synonyms = [[s.strip().lower() for s in n.split(",")] for n in names]
     exact = [i for i, s in enumerate(synonyms) if name.lower() in s]
     found = exact or [i for i, n in enumerate(names) if name.lower() in n.lower()]
     if not found:
         raise ValueError(f"--classes {name}: the checkpoint has no class of this name")
     if len(found) > 1:
-        raise ValueError(f"--classes {name}: which of {', '.join(f'{i} ({names[i]})' for i in found[:5])}?")
+        raise ValueError(
+            f"--classes {name}: which of {', '.join(f'{i} ({names[i]})' for i in found[:5])}?"
+        )
     return found[0]
 
 
 class Trace:
-    """Frames of one batch as it is decoded: images of the tokens so far, grey where there is none yet."""
+    """Frames of one batch as it is decoded: images of the tokens so far, grey where there is
+    none yet.
+    """
 
     def __init__(self, pipeline: Pipeline, frames: int):
         self.pipeline, steps = pipeline, len(pipeline.gpt.order.schedule)
-        self.wanted = set(np.linspace(0, steps - 1, min(frames, steps)).round().astype(int).tolist())
+        self.wanted = set(
+            np.linspace(0, steps - 1, min(frames, steps)).round().astype(int).tolist()
+        )
         self.step = 0
         self.frames: list[np.ndarray] = []  # (B, S, S, 3) each
 
     def __call__(self, tokens: torch.Tensor, decoded: int) -> None:
-        """Take a frame after a step: region-ordered tokens (B, T), of which the first ``decoded`` are known."""
+        """Take a frame after a step: region-ordered tokens (B, T), of which the first
+        ``decoded`` are known.
+        """
         if self.step in self.wanted:
             order = self.pipeline.gpt.order
             codes = tokens[:, order.inverse.to(tokens.device)]  # (B, T)
@@ -132,7 +162,9 @@ def main() -> None:
         raise ValueError(f"--output {output}: the picture's name must end in .png")
     world = init_distributed()
     if args.trace and args.compile and world.device.type == "cuda":
-        raise ValueError("--trace looks at every step, which --compile makes one of on CUDA; leave --compile out")
+        raise ValueError(
+            "--trace looks at every step, which --compile makes one of on CUDA; leave --compile out"
+        )
     pipeline = load_pipeline(args, world, compiled=False)
     names = class_names(pipeline)
     args.classes = find_classes(args.classes, names)
@@ -143,7 +175,9 @@ def main() -> None:
     generator = pipeline.make_generator(way, args.images_per_class, args.quantize)
     num_classes, num_tokens = pipeline.gpt.config.num_classes, pipeline.gpt.order.num_tokens
     rows, traces = [], []
-    for row, label in enumerate(progress(world, "sampling", len(args.classes), unit="classes", items=args.classes)):
+    for row, label in enumerate(
+        progress(world, "sampling", len(args.classes), unit="classes", items=args.classes)
+    ):
         indices = range(row * args.images_per_class, (row + 1) * args.images_per_class)
         _, uniforms = image_randomness(args.seed, indices, num_classes, num_tokens)
         cond = torch.full((args.images_per_class,), label, device=world.device)  # (b,)

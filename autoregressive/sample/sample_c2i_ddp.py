@@ -1,8 +1,9 @@
 """GPT checkpoint -> 50,000 class-conditional images in one .npz, by any number of processes.
 
-The random numbers of image i are a function of (seed, i). Images are made in fixed batches, each written to its place
-in the .npz: any number of processes, on one machine or many over a shared disk, interrupted or not, ends in the same
-bytes. Another batch size, decoder (see --compile), precision or kind of device may differ by rounding.
+The random numbers of image i are a function of (seed, i). Images are made in fixed batches, each
+written to its place in the .npz: any number of processes, on one machine or many over a shared
+disk, interrupted or not, ends in the same bytes. Another batch size, decoder (see --compile),
+precision or kind of device may differ by rounding.
 """
 
 from __future__ import annotations
@@ -35,7 +36,14 @@ from utils.files import prepare_folder
 from utils.images import save_png, to_uint8
 from utils.logger import create_logger, progress
 from utils.npz import SampleFile, open_member, open_npz
-from utils.options import add_retired, make_parser, non_negative_int, positive_int, run_main, write_options
+from utils.options import (
+    add_retired,
+    make_parser,
+    non_negative_int,
+    positive_int,
+    run_main,
+    write_options,
+)
 
 
 def parse_args() -> Namespace:
@@ -43,31 +51,53 @@ def parse_args() -> Namespace:
     parser = make_parser(
         __doc__,
         "bash scripts/autoregressive/sample_c2i.sh --vq-ckpt ./pretrained_models/vq_ds16_c2i.pt "
-        "--gpt-ckpt ./pretrained_models/PAR-3B-16x.pt --spe-token-num 15 --ar-token-num 16 --gpt-model GPT-3B "
+        "--gpt-ckpt ./pretrained_models/PAR-3B-16x.pt --spe-token-num 15 --ar-token-num 16 "
+        "--gpt-model GPT-3B "
         "--image-size 384 --image-size-eval 256 --cfg-scale 1.5",
     )
     add_model_options(parser)
     add_sampling_options(parser, cfg_scale=1.5, top_k=0, compiled=True)
     output = parser.add_argument_group("output")
-    output.add_argument("--sample-dir", default="samples", help="folder for the .npz, its .json and .png files")
-    output.add_argument("--num-fid-samples", type=positive_int, default=50000, help="number of images")
-    output.add_argument("--image-size-eval", type=positive_int, default=256, help="side of the written images, pixels")
-    output.add_argument("--per-proc-batch-size", type=positive_int, default=32, help="images per batch of a process")
+    output.add_argument(
+        "--sample-dir", default="samples", help="folder for the .npz, its .json and .png files"
+    )
+    output.add_argument(
+        "--num-fid-samples", type=positive_int, default=50000, help="number of images"
+    )
+    output.add_argument(
+        "--image-size-eval",
+        type=positive_int,
+        default=256,
+        help="side of the written images, pixels",
+    )
+    output.add_argument(
+        "--per-proc-batch-size", type=positive_int, default=32, help="images per batch of a process"
+    )
     output.add_argument(
         "--class-protocol",
         choices=["random", "balanced"],
         default="random",
-        help="classes of the images. random: drawn per image, as published; balanced: all classes equally often",
+        help="classes of the images. random: drawn per image, as published; balanced: all classes "
+        "equally often",
     )
-    output.add_argument("--global-seed", type=non_negative_int, default=0, help="random seed of classes and tokens")
-    output.add_argument("--png", action="store_true", help="also write each image as a numbered .png")
+    output.add_argument(
+        "--global-seed", type=non_negative_int, default=0, help="random seed of classes and tokens"
+    )
+    output.add_argument(
+        "--png", action="store_true", help="also write each image as a numbered .png"
+    )
     add_retired(parser, RETIRED_OPTIONS)
     return parser.parse_args()
 
 
 def sample_name(args: Namespace, pipeline: Pipeline) -> str:
     """Return the published name of a set of samples, the key of evaluation tables."""
-    checkpoint = Path(args.gpt_ckpt).name.removesuffix(".pth").removesuffix(".pt").removesuffix(".safetensors")
+    checkpoint = (
+        Path(args.gpt_ckpt)
+        .name.removesuffix(".pth")
+        .removesuffix(".pt")
+        .removesuffix(".safetensors")
+    )
     return (
         f"{pipeline.gpt_name}-{checkpoint}-size-{pipeline.image_size}-size-{args.image_size_eval}-"
         f"{pipeline.vq_name}-topk-{args.top_k}-topp-{args.top_p}-temperature-{args.temperature}-"
@@ -93,7 +123,8 @@ def main() -> None:
     size, order = args.image_size_eval, pipeline.gpt.order
 
     def file_of(way: Way) -> SampleFile:
-        # chunks of another batch size, number or checkpoint of the same name must not mix with these
+        # chunks of another batch size, number or checkpoint of the same name must not mix with
+        # these
         shape = (args.num_fid_samples, size, size, 3)
         return SampleFile(npz, pipeline.fingerprint(args, way), shape, args.per_proc_batch_size)
 
@@ -115,8 +146,10 @@ def main() -> None:
         missing = file.missing()
         world.barrier()  # every rank has listed before any rank writes
         logger.info(
-            f"{pipeline.gpt_name}, n = {order.n}, {len(order.schedule)} forward calls a batch; {len(missing)} of "
-            f"{file.num_chunks} batches of {args.per_proc_batch_size} to make on {world.size} x {world.device}"
+            f"{pipeline.gpt_name}, n = {order.n}, {len(order.schedule)} forward calls a batch; "
+            f"{len(missing)} of "
+            f"{file.num_chunks} batches of {args.per_proc_batch_size} to make on {world.size} x "
+            f"{world.device}"
         )
         logger.info(reason)
         started = time.perf_counter()
@@ -126,17 +159,31 @@ def main() -> None:
         if world.is_main:
             made = sum(len(file.images_of(c)) for c in missing)
             speed = {"images": made, "seconds": seconds, "images_per_second": made / seconds}
-            write_options(npz.with_suffix(".json"), args, fingerprint=file.fingerprint, speed=speed, **pipeline.facts())
+            write_options(
+                npz.with_suffix(".json"),
+                args,
+                fingerprint=file.fingerprint,
+                speed=speed,
+                **pipeline.facts(),
+            )
             classes = pipeline.gpt.config.num_classes
             labels = [class_ids(args, file.images_of(c), classes) for c in range(file.num_chunks)]
-            file.finish(np.concatenate(labels), progress(world, "checksum", args.num_fid_samples, unit="images"))
-            logger.info(f"{args.num_fid_samples:,} images in {npz}; {made:,} made now, {made / seconds:.3g} images/s")
+            file.finish(
+                np.concatenate(labels),
+                progress(world, "checksum", args.num_fid_samples, unit="images"),
+            )
+            logger.info(
+                f"{args.num_fid_samples:,} images in {npz}; {made:,} made now, "
+                f"{made / seconds:.3g} images/s"
+            )
     if world.is_main and args.png:
         write_pngs(npz, world)
 
 
 def finished_fingerprint(npz: Path) -> str | None:
-    """Return the fingerprint of finished samples, from the JSON beside them; None if there is none."""
+    """Return the fingerprint of finished samples, from the JSON beside them; None if there is
+    none.
+    """
     path = npz.with_suffix(".json")
     if not (npz.is_file() and path.is_file()):
         return None
@@ -147,10 +194,13 @@ def finished_fingerprint(npz: Path) -> str | None:
 
 
 def check_finished(npz: Path, fingerprint: str) -> None:
-    """Raise ``ValueError`` unless the finished samples under this name were made with these options and weights."""
+    """Raise ``ValueError`` unless the finished samples under this name were made with these
+    options and weights.
+    """
     if finished_fingerprint(npz) != fingerprint:
         raise ValueError(
-            f"--sample-dir: {npz} is there, made with other options or weights (see {npz.stem}.json beside it); "
+            f"--sample-dir: {npz} is there, made with other options or weights (see "
+            f"{npz.stem}.json beside it); "
             f"move it away or give another folder"
         )
 
@@ -158,7 +208,9 @@ def check_finished(npz: Path, fingerprint: str) -> None:
 def make_chunks(
     args: Namespace, world: World, pipeline: Pipeline, way: Way, file: SampleFile, chunks: list[int]
 ) -> None:
-    """Generate and write ``chunks``; on CUDA the images of one are decoded and written while the next is generated."""
+    """Generate and write ``chunks``; on CUDA the images of one are decoded and written while the
+    next is generated.
+    """
     if not chunks:
         return
     generator = pipeline.make_generator(way, args.per_proc_batch_size, args.quantize)
@@ -170,7 +222,9 @@ def make_chunks(
         with torch.cuda.stream(stream) if stream else nullcontext():
             if stream:
                 stream.wait_event(generated)
-            images = to_uint8(pipeline.decode(codes), args.image_size_eval).cpu().numpy()  # (b, S, S, 3)
+            images = (
+                to_uint8(pipeline.decode(codes), args.image_size_eval).cpu().numpy()
+            )  # (b, S, S, 3)
         file.write(chunk, images)
         return len(images)
 
@@ -192,7 +246,9 @@ def make_chunks(
 
 
 def write_pngs(npz: Path, world: World) -> None:
-    """Write each image as a numbered .png into a folder beside the npz, one image in memory at a time."""
+    """Write each image as a numbered .png into a folder beside the npz, one image in memory at a
+    time.
+    """
     with open_npz(npz) as archive:
         images = open_member(archive, "arr_0")
         total, *shape = images.shape

@@ -1,4 +1,6 @@
-"""What a GPT is trained on: cached codes, checked against the options and each other, and batches of them."""
+"""What a GPT is trained on: cached codes, checked against the options and each other, and
+batches of them.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +18,31 @@ from utils.options import resolve
 
 
 def open_training_codes(args: Namespace) -> Codes:
-    """Open the codes of ``--code-path`` and ``--mix-code-path``; fills options that were left out from them."""
+    """Open the codes of ``--code-path`` and ``--mix-code-path``; fills options that were left
+    out from them.
+    """
     codes = open_codes(args.code_path)
     if args.mix_code_path is not None:
-        codes = MixedCodes(codes, open_codes(args.mix_code_path, "--mix-code-path"), args.mix_weight)
+        codes = MixedCodes(
+            codes, open_codes(args.mix_code_path, "--mix-code-path"), args.mix_weight
+        )
     describe_codes(args, codes)
     return codes
 
 
 def describe_codes(args: Namespace, codes: Codes) -> None:
-    """Set grid, classes and codebook size in ``args`` from the codes; what the user wrote must agree."""
+    """Set grid, classes and codebook size in ``args`` from the codes; what the user wrote must
+    agree.
+    """
     meta, source = codes.meta, f"--code-path {args.code_path}"
     if meta:
         args.image_size = resolve("--image-size", args.image_size, meta["image_size"], source)
         args.vocab_size = resolve("--vocab-size", args.vocab_size, meta["codebook_size"], source)
         args.num_classes = resolve("--num-classes", args.num_classes, len(meta["classes"]), source)
         downsample = meta["image_size"] // meta["grid"][0]
-        args.downsample_size = resolve("--downsample-size", args.downsample_size, downsample, source)
+        args.downsample_size = resolve(
+            "--downsample-size", args.downsample_size, downsample, source
+        )
     args.image_size = args.image_size or 384
     args.downsample_size = args.downsample_size or 16
     args.vocab_size = args.vocab_size or 16384
@@ -40,27 +50,43 @@ def describe_codes(args: Namespace, codes: Codes) -> None:
     grid = args.image_size // args.downsample_size
     if grid**2 != codes.num_tokens:
         raise ValueError(
-            f"{source} holds {codes.num_tokens} codes per crop, but --image-size {args.image_size} / "
+            f"{source} holds {codes.num_tokens} codes per crop, but --image-size {args.image_size} "
+            "/ "
             f"--downsample-size {args.downsample_size} makes {grid}x{grid}"
         )
     if codes.labels.max() >= args.num_classes:
-        raise ValueError(f"{source} has label {codes.labels.max()}, but --num-classes is {args.num_classes}")
+        raise ValueError(
+            f"{source} has label {codes.labels.max()}, but --num-classes is {args.num_classes}"
+        )
 
 
 def open_held_out(args: Namespace, codes: Codes, world: World) -> Codes | None:
-    """Open the codes of ``--val-code-path``, which must be of the same kind as those to train on."""
+    """Open the codes of ``--val-code-path``, which must be of the same kind as those to train
+    on.
+    """
     if args.val_code_path is None:
         return None
     held_out = open_codes(args.val_code_path, "--val-code-path")
     for key in ("tokenizer_sha256", "grid", "classes", "image_size"):
         if codes.meta and held_out.meta and codes.meta[key] != held_out.meta[key]:
-            raise ValueError(f"--val-code-path {args.val_code_path}: its {key} differs from that of --code-path")
+            raise ValueError(
+                f"--val-code-path {args.val_code_path}: its {key} differs from that of --code-path"
+            )
     if held_out.num_tokens != codes.num_tokens:
-        raise ValueError(f"--val-code-path holds {held_out.num_tokens} codes per crop, --code-path {codes.num_tokens}")
+        raise ValueError(
+            f"--val-code-path holds {held_out.num_tokens} codes per crop, --code-path "
+            f"{codes.num_tokens}"
+        )
     if held_out.labels.max() >= args.num_classes:
-        raise ValueError(f"--val-code-path has label {held_out.labels.max()}, but --num-classes is {args.num_classes}")
+        raise ValueError(
+            f"--val-code-path has label {held_out.labels.max()}, but --num-classes is "
+            f"{args.num_classes}"
+        )
     if min(args.val_images, len(held_out)) < world.size:
-        raise ValueError(f"--val-images {args.val_images}: take at least one for each of the {world.size} processes")
+        raise ValueError(
+            f"--val-images {args.val_images}: take at least one for each of the {world.size} "
+            "processes"
+        )
     return held_out
 
 
@@ -69,7 +95,9 @@ def open_tokenizer(args: Namespace, codes: Codes, world: World) -> VQModel | Non
     if args.vq_ckpt is None:
         return None
     vq, _ = load_vq(args.vq_ckpt, None)
-    require_tokenizer(vq, codes.meta.get("tokenizer_sha256"), args.vq_ckpt, f"--code-path {args.code_path}")
+    require_tokenizer(
+        vq, codes.meta.get("tokenizer_sha256"), args.vq_ckpt, f"--code-path {args.code_path}"
+    )
     return vq.to(world.device)
 
 
@@ -81,20 +109,24 @@ class CodeBatches:
         self.order = EpochOrder(len(codes), batch, seed)
 
     def rank_slice(self, step: int, world: World) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return this rank's part of global batch ``step``: codes (b, T) int64 in raster order, labels (b,) int64.
+        """Return this rank's part of global batch ``step``: codes (b, T) int64 in raster order,
+        labels (b,) int64.
 
         For a CUDA device both are in pinned memory.
         """
         _, images = self.order.indices(step)  # (B,)
         rng = np.random.default_rng([self.seed, step, 1])
-        crops = rng.choice(self.codes.num_crops, size=len(images), p=self.codes.crop_weights)  # (B,)
+        crops = rng.choice(
+            self.codes.num_crops, size=len(images), p=self.codes.crop_weights
+        )  # (B,)
         each = len(images) // world.size
         mine = slice(world.rank * each, (world.rank + 1) * each)
         codes, labels = self.codes.batch(images[mine], crops[mine])  # (b, T), (b,)
         if codes.max() >= self.vocab_size:
             worst = images[mine][codes.max(1).argmax()]
             raise ValueError(
-                f"--code-path: image {worst} holds code {codes.max()}, but --vocab-size is {self.vocab_size}"
+                f"--code-path: image {worst} holds code {codes.max()}, but --vocab-size is "
+                f"{self.vocab_size}"
             )
         batch = torch.from_numpy(codes), torch.from_numpy(labels)
         return tuple(x.pin_memory() for x in batch) if world.device.type == "cuda" else batch

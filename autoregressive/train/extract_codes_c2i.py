@@ -1,7 +1,7 @@
 """Images -> cached code grids: every crop of every image through the tokenizer, once.
 
-Each process takes shards that no other has, on one machine or on many that share a disk. Processes may join late, die
-and be restarted; a rerun makes only what is missing or damaged.
+Each process takes shards that no other has, on one machine or on many that share a disk. Processes
+may join late, die and be restarted; a rerun makes only what is missing or damaged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ from tqdm import tqdm
 
 from dataset.augmentation import crop_names, take_crops
 from dataset.claims import Claims
-from dataset.codes import CodesPlan, finish_codes, num_skipped, shard_damage, shard_path, start_codes, write_shard
+from dataset.codes import (
+    CodesPlan,
+    finish_codes,
+    num_skipped,
+    shard_damage,
+    shard_path,
+    start_codes,
+    write_shard,
+)
 from dataset.imagenet import CenterCrop, ImageFiles, Unreadable, list_images, to_model_range
 from tokenizer.load import add_tokenizer_options, load_tokenizer
 from tokenizer.vq_model import VQModel
@@ -52,17 +60,25 @@ def parse_args() -> Namespace:
     """Parse the options; names and defaults are those of the published script."""
     parser = make_parser(
         __doc__,
-        "bash scripts/autoregressive/extract_codes_c2i.sh --vq-ckpt ./pretrained_models/vq_ds16_c2i.pt "
+        "bash scripts/autoregressive/extract_codes_c2i.sh --vq-ckpt "
+        "./pretrained_models/vq_ds16_c2i.pt "
         "--data-path IMAGENET/train --code-path CODES --ten-crop --crop-range 1.1 --image-size 384",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--data-path", required=True, help="folder with one sub-folder of images per class")
-    data.add_argument("--code-path", required=True, help="folder to write codes to; a rerun makes what is missing")
-    data.add_argument("--image-size", type=positive_int, default=256, help="side of the crops, pixels")
+    data.add_argument(
+        "--data-path", required=True, help="folder with one sub-folder of images per class"
+    )
+    data.add_argument(
+        "--code-path", required=True, help="folder to write codes to; a rerun makes what is missing"
+    )
+    data.add_argument(
+        "--image-size", type=positive_int, default=256, help="side of the crops, pixels"
+    )
     data.add_argument(
         "--ten-crop",
         action="store_true",
-        help="ten crops per image: corners and centre of a larger square, each also mirrored; without it the centre "
+        help="ten crops per image: corners and centre of a larger square, each also mirrored; "
+        "without it the centre "
         "crop and its mirror image",
     )
     data.add_argument(
@@ -71,7 +87,9 @@ def parse_args() -> Namespace:
         default=1.1,
         help="side of the square of --ten-crop, as a multiple of --image-size",
     )
-    data.add_argument("--no-flip", action="store_true", help="leave out the mirror images (for text or digits)")
+    data.add_argument(
+        "--no-flip", action="store_true", help="leave out the mirror images (for text or digits)"
+    )
     data.add_argument("--debug", action="store_true", help="extract only the first 100 images")
     add_tokenizer_options(parser.add_argument_group("tokenizer"))
     work = parser.add_argument_group("work")
@@ -79,18 +97,30 @@ def parse_args() -> Namespace:
         "--precision",
         choices=["auto", "none", "tf32", "bf16"],
         default="auto",
-        help="data type of the encoder's products. auto is none (float32) on every machine, unlike in training: tf32 "
+        help="data type of the encoder's products. auto is none (float32) on every machine, unlike "
+        "in training: tf32 "
         "and "
         "bf16 are faster where a device has them, but change some codes",
     )
-    work.add_argument("--batch-size", type=positive_int, default=16, help="crops per batch of a process")
-    work.add_argument("--shard-size", type=positive_int, default=1024, help="images per shard file")
-    work.add_argument("--strict", action="store_true", help="stop at an unreadable image instead of leaving it out")
     work.add_argument(
-        "--retry-skipped", action="store_true", help="make shards again that lack images because they were unreadable"
+        "--batch-size", type=positive_int, default=16, help="crops per batch of a process"
+    )
+    work.add_argument("--shard-size", type=positive_int, default=1024, help="images per shard file")
+    work.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at an unreadable image instead of leaving it out",
     )
     work.add_argument(
-        "--num-workers", type=non_negative_int, default=24, help="processes that read images, at most one per core"
+        "--retry-skipped",
+        action="store_true",
+        help="make shards again that lack images because they were unreadable",
+    )
+    work.add_argument(
+        "--num-workers",
+        type=non_negative_int,
+        default=24,
+        help="processes that read images, at most one per core",
     )
     add_retired(
         parser,
@@ -102,8 +132,12 @@ def parse_args() -> Namespace:
     return parser.parse_args()
 
 
-def make_plan(args: Namespace, samples: list[tuple[str, int]], classes: list[str], vq: VQModel, name: str) -> CodesPlan:
-    """Return what the code folder will hold, from options, listing and tokenizer; checks that they fit."""
+def make_plan(
+    args: Namespace, samples: list[tuple[str, int]], classes: list[str], vq: VQModel, name: str
+) -> CodesPlan:
+    """Return what the code folder will hold, from options, listing and tokenizer; checks that
+    they fit.
+    """
     if args.crop_range < 1.0:
         raise ValueError(f"--crop-range {args.crop_range} must be at least 1")
     paths = b"\n".join(os.fsencode(os.path.relpath(path, args.data_path)) for path, _ in samples)
@@ -124,20 +158,29 @@ def make_plan(args: Namespace, samples: list[tuple[str, int]], classes: list[str
 
 
 @torch.inference_mode()
-def encode_crops(vq: VQModel, codebook: torch.Tensor, pixels: torch.Tensor, args: Namespace) -> np.ndarray:
-    """Return codes (B, crops, tokens) of resized images (B, R, R, 3) uint8, ``--batch-size`` crops at a time."""
+def encode_crops(
+    vq: VQModel, codebook: torch.Tensor, pixels: torch.Tensor, args: Namespace
+) -> np.ndarray:
+    """Return codes (B, crops, tokens) of resized images (B, R, R, 3) uint8, ``--batch-size``
+    crops at a time.
+    """
     device = codebook.device
-    crops = take_crops(pixels.to(device), args.image_size, args.ten_crop, flips=not args.no_flip)  # (B, K, S, S, 3)
+    crops = take_crops(
+        pixels.to(device), args.image_size, args.ten_crop, flips=not args.no_flip
+    )  # (B, K, S, S, 3)
     with autocast(device, "bf16" if args.precision == "bf16" else "none"):
         parts = crops.flatten(0, 1).split(args.batch_size)  # (<=batch, S, S, 3) each
-        codes = torch.cat([vq.encode(to_model_range(part, device), codebook) for part in parts])  # (B*K, h, w)
+        codes = torch.cat(
+            [vq.encode(to_model_range(part, device), codebook) for part in parts]
+        )  # (B*K, h, w)
     return codes.view(*crops.shape[:2], -1).cpu().numpy()  # (B, K, T)
 
 
 class ShardBatches:
     """Keys of the images to decode, shard after shard; a shard is claimed only when its turn comes.
 
-    For a DataLoader's batch_sampler. No batch spans two shards. ``bar`` counts what other processes make.
+    For a DataLoader's batch_sampler. No batch spans two shards. ``bar`` counts what other processes
+    make.
     """
 
     def __init__(self, plan: CodesPlan, claims: Claims, shards: list[int], batch: int, bar: tqdm):
@@ -177,7 +220,9 @@ def collate(items: list[tuple[torch.Tensor, int, int] | Unreadable]) -> ImageBat
 
 
 def check_shards(args: Namespace, world: World, plan: CodesPlan, logger: Logger) -> None:
-    """Delete those of this rank's share of the shards that are damaged or, with --retry-skipped, incomplete."""
+    """Delete those of this rank's share of the shards that are damaged or, with --retry-skipped,
+    incomplete.
+    """
     present = [s for s in range(plan.num_shards) if shard_path(args.code_path, s).exists()]
     own = present[world.rank :: world.size]
     for shard in progress(world, "checking", len(own), unit="shards", items=own):
@@ -192,9 +237,16 @@ def check_shards(args: Namespace, world: World, plan: CodesPlan, logger: Logger)
 
 
 def make_all_shards(
-    args: Namespace, world: World, vq: VQModel, plan: CodesPlan, samples: list[tuple[str, int]], logger: Logger
+    args: Namespace,
+    world: World,
+    vq: VQModel,
+    plan: CodesPlan,
+    samples: list[tuple[str, int]],
+    logger: Logger,
 ) -> None:
-    """Work until all shards exist: take free ones, wait for others, reclaim those of dead processes."""
+    """Work until all shards exist: take free ones, wait for others, reclaim those of dead
+    processes.
+    """
     waiting = False
     while True:
         missing = [s for s in range(plan.num_shards) if not shard_path(args.code_path, s).exists()]
@@ -223,18 +275,27 @@ def make_shards(
 ) -> None:
     """Claim, encode and write those of ``shards`` that no other process has."""
     resized = int(plan.image_size * plan.crop_range)
-    bar = progress(world, "extracting", sum(len(plan.shard_images(s)) for s in shards), unit="images")
+    bar = progress(
+        world, "extracting", sum(len(plan.shard_images(s)) for s in shards), unit="images"
+    )
     with bar:
         loader = DataLoader(
             ImageFiles(samples, CenterCrop(resized), tolerant=True),
-            batch_sampler=ShardBatches(plan, claims, shards, max(1, args.batch_size // len(plan.crops)), bar),
+            batch_sampler=ShardBatches(
+                plan, claims, shards, max(1, args.batch_size // len(plan.crops)), bar
+            ),
             collate_fn=collate,
             num_workers=min(args.num_workers, usable_cores()),
             pin_memory=world.device.type == "cuda",
         )
         encode = partial(encode_crops, vq, vq.quantize.codebook(), args=args)
         for shard, batches in groupby(loader, key=lambda batch: batch.first // plan.shard_size):
-            codes, labels, index, skipped = [np.empty((0, len(plan.crops), plan.num_tokens), np.int64)], [], [], []
+            codes, labels, index, skipped = (
+                [np.empty((0, len(plan.crops), plan.num_tokens), np.int64)],
+                [],
+                [],
+                [],
+            )
             for batch in batches:
                 if fatal := [u for u in batch.skipped if u.fatal or args.strict]:
                     raise ValueError(fatal[0].reason)
@@ -246,7 +307,9 @@ def make_shards(
                 claims.renew()
                 bar.update(len(batch.images) + len(batch.skipped))
             join = np.concatenate
-            write_shard(args.code_path, plan, shard, join(codes), join(labels), join(index), skipped)
+            write_shard(
+                args.code_path, plan, shard, join(codes), join(labels), join(index), skipped
+            )
             claims.release(shard)
 
 
@@ -256,10 +319,15 @@ def main() -> None:
     world = init_distributed(connect=False)
     logger = create_logger(world)
     if args.precision == "auto":
-        args.precision, reason = "none", "none (float32), on every machine: bf16 would change some codes"
+        args.precision, reason = (
+            "none",
+            "none (float32), on every machine: bf16 would change some codes",
+        )
     else:
         args.precision, reason = resolve_precision(args.precision, world.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+        args.precision == "tf32"
+    )
     listing = list_images(args.data_path)
     samples = listing.samples[:100] if args.debug else listing.samples
     vq, name = load_tokenizer(args)
@@ -281,9 +349,14 @@ def main() -> None:
     if not world.is_main:
         return
     while (meta := finish_codes(args.code_path, plan, [path for path, _ in samples])) is None:
-        check_shards(args, World(0, 1, world.device), plan, logger)  # another rank has yet to delete a damaged one
+        check_shards(
+            args, World(0, 1, world.device), plan, logger
+        )  # another rank has yet to delete a damaged one
         make_all_shards(args, world, vq, plan, samples, logger)
-    logger.info(f"{args.code_path}: codes of {meta['num_coded_images']:,} images in {plan.num_shards} shards")
+    logger.info(
+        f"{args.code_path}: codes of {meta['num_coded_images']:,} images in {plan.num_shards} "
+        "shards"
+    )
     if meta["num_skipped_images"]:
         text = f"{meta['num_skipped_images']:,} unreadable images left out; see {args.code_path}/skipped.json"
         if args.strict:

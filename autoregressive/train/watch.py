@@ -23,12 +23,20 @@ PICTURE_CFG_SCALE = 2.0
 
 @torch.no_grad()
 def validate(
-    forward: nn.Module, model: GPT, codes: Codes, images: int, batch: int, world: World, precision: str
+    forward: nn.Module,
+    model: GPT,
+    codes: Codes,
+    images: int,
+    batch: int,
+    world: World,
+    precision: str,
 ) -> dict[str, float]:
-    """Return the cross-entropy of ``images`` held-out images spread over the set, one crop each, without dropout.
+    """Return the cross-entropy of ``images`` held-out images spread over the set, one crop each,
+    without dropout.
 
-    ``val/loss`` over all tokens, ``val/loss_first`` over t1..tn, which are predicted one by one, and
-    ``val/loss_rest`` over those predicted n at a time. Images that do not divide by the number of ranks are left out.
+    ``val/loss`` over all tokens, ``val/loss_first`` over t1..tn, which are predicted one by one,
+    and ``val/loss_rest`` over those predicted n at a time. Images that do not divide by the number
+    of ranks are left out.
     """
     images = min(images, len(codes))
     each = images // world.size
@@ -38,7 +46,9 @@ def validate(
         mine = np.arange(start, min(start + batch, each)) + world.rank * each
         x, y = codes.batch(mine * len(codes) // images, mine % codes.num_crops)  # (b, T), (b,)
         with autocast(world.device, precision):
-            _, losses = forward(torch.from_numpy(x).to(world.device), torch.from_numpy(y).to(world.device))  # (b, T)
+            _, losses = forward(
+                torch.from_numpy(x).to(world.device), torch.from_numpy(y).to(world.device)
+            )  # (b, T)
         sums += losses.sum(0)
     model.train()
     mean = world.mean(sums / each)  # (T,)
@@ -48,7 +58,9 @@ def validate(
 
 
 @torch.no_grad()
-def draw_samples(model: GPT, vq: VQModel, path: Path, world: World, precision: str, sharded: bool) -> None:
+def draw_samples(
+    model: GPT, vq: VQModel, path: Path, world: World, precision: str, sharded: bool
+) -> None:
     """Write a picture of 16 samples of evenly spaced classes, with the same randomness each time.
 
     Sharded weights take every rank to generate; otherwise only rank 0 does.
@@ -61,7 +73,9 @@ def draw_samples(model: GPT, vq: VQModel, path: Path, world: World, precision: s
     model.eval()
     with autocast(world.device, precision):
         options = SamplingOptions(cfg_scale=PICTURE_CFG_SCALE)
-        codes = generate(model, model.order, classes, torch.from_numpy(uniforms).to(world.device), options)  # (b, T)
+        codes = generate(
+            model, model.order, classes, torch.from_numpy(uniforms).to(world.device), options
+        )  # (b, T)
     model.train()
     if world.is_main:
         pixels = vq.decode_code(codes.view(-1, *model.order.grid))  # (b, 3, S, S)

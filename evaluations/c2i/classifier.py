@@ -40,11 +40,15 @@ class SmallClassifier(nn.Module):
         self.head = nn.Linear(width, config.num_classes)
 
     def forward(self, images: torch.Tensor) -> Features:
-        """``images`` (B, S, S, 3) uint8, or float32 in 0-255. Raises ``ValueError`` for another image size."""
+        """``images`` (B, S, S, 3) uint8, or float32 in 0-255. Raises ``ValueError`` for another
+        image size.
+        """
         size = self.config.image_size
         if tuple(images.shape[1:]) != (size, size, 3):
             shape = "x".join(str(n) for n in images.shape[1:])
-            raise ValueError(f"the feature network was trained on {size}x{size}x3 images, these are {shape}")
+            raise ValueError(
+                f"the feature network was trained on {size}x{size}x3 images, these are {shape}"
+            )
         pool = self.pool_features(images.permute(0, 3, 1, 2).float() / 127.5 - 1)  # (B, D)
         return Features(pool, None, self.head(pool).softmax(dim=1))
 
@@ -65,9 +69,18 @@ def _conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
 
 
-def save_classifier(path: str | Path, network: SmallClassifier, classes: list[str], **facts: Any) -> None:
-    """Write weights, config, class names and ``facts`` atomically; ``load_classifier`` reads them."""
-    content = {"model": network.state_dict(), "config": asdict(network.config), "classes": classes, **facts}
+def save_classifier(
+    path: str | Path, network: SmallClassifier, classes: list[str], **facts: Any
+) -> None:
+    """Write weights, config, class names and ``facts`` atomically; ``load_classifier`` reads
+    them.
+    """
+    content = {
+        "model": network.state_dict(),
+        "config": asdict(network.config),
+        "classes": classes,
+        **facts,
+    }
     save_checkpoint(content, path)
 
 
@@ -81,6 +94,8 @@ def load_classifier(path: str | Path, option: str) -> tuple[SmallClassifier, dic
         network = SmallClassifier(ClassifierConfig(**content["config"]))
         state = content["model"]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{option}: {path} was not written by scripts/quickstart/train_classifier.py") from error
+        raise ValueError(
+            f"{option}: {path} was not written by scripts/quickstart/train_classifier.py"
+        ) from error
     load_strictly(network, state, path, "its own config")
     return network.eval().requires_grad_(False), content

@@ -1,8 +1,8 @@
 """FID, sFID, Inception Score, Precision and Recall of generated images against a reference set.
 
-REF and each SAMPLES: an .npz with images (arr_0, uint8 N x H x W x 3), stored statistics (mu, sigma and mu_s,
-sigma_s), or both; or a folder of images. The metrics go to the screen, to a .txt and to a .metrics.json beside the
-samples. Under torchrun the images are shared among the processes.
+REF and each SAMPLES: an .npz with images (arr_0, uint8 N x H x W x 3), stored statistics (mu, sigma
+and mu_s, sigma_s), or both; or a folder of images. The metrics go to the screen, to a .txt and to a
+.metrics.json beside the samples. Under torchrun the images are shared among the processes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,37 @@ import numpy as np
 import torch
 
 from evaluations.c2i.classifier import load_classifier
-from evaluations.c2i.extra_metrics import class_frechet, frechet_interval, kernel_distance, load_dinov2, paired_quality
-from evaluations.c2i.features import FeatureNetwork, Features, MeasuredSet, measure_reference, measure_set
+from evaluations.c2i.extra_metrics import (
+    class_frechet,
+    frechet_interval,
+    kernel_distance,
+    load_dinov2,
+    paired_quality,
+)
+from evaluations.c2i.features import (
+    FeatureNetwork,
+    Features,
+    MeasuredSet,
+    measure_reference,
+    measure_set,
+)
 from evaluations.c2i.image_sets import ImageSet, open_images
 from evaluations.c2i.inception import download_weights, find_weights, load_inception
-from evaluations.c2i.metrics import class_accuracy, frechet_distance, inception_score, precision_recall, require_labels
-from evaluations.c2i.report import as_text, describe_distances, markdown, settings_of, warnings_after, warnings_before
+from evaluations.c2i.metrics import (
+    class_accuracy,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+    require_labels,
+)
+from evaluations.c2i.report import (
+    as_text,
+    describe_distances,
+    markdown,
+    settings_of,
+    warnings_after,
+    warnings_before,
+)
 from evaluations.c2i.self_check import compare_with_published, self_check
 from utils.distributed import World, init_distributed
 from utils.files import atomic_path, prepare_folder, require_file, sha256_file
@@ -76,20 +101,28 @@ def main() -> None:
     read_samples = any(samples.count for samples in sets)
     stored = reference.pool is not None and reference.spatial is not None
     read_reference = reference.count > 0 and (read_samples or not stored)
-    network, network_file = load_network(args, world) if read_samples or read_reference else (None, None)
+    network, network_file = (
+        load_network(args, world) if read_samples or read_reference else (None, None)
+    )
     for samples in sets:
         check_files(reference, samples, network, args, world)
     if args.compile and network is not None:
         network.compile()
-    dino = load_dinov2(require_file(args.dinov2, "--dinov2")).to(world.device) if args.dinov2 else None
+    dino = (
+        load_dinov2(require_file(args.dinov2, "--dinov2")).to(world.device) if args.dinov2 else None
+    )
 
     say(world, "computing reference batch activations...")
     cache, batch = not args.no_cache, args.batch_size
     sha256 = network_file["sha256"] if network_file else ""
-    measured = measure_reference(reference, network if read_reference else None, sha256, cache, batch, world)
+    measured = measure_reference(
+        reference, network if read_reference else None, sha256, cache, batch, world
+    )
     say(world, "computing/reading reference batch statistics...")
     sha256 = sha256_file(args.dinov2) if dino else ""
-    dino_measured = measure_reference(reference.without_statistics(), dino, sha256, cache, batch, world)
+    dino_measured = measure_reference(
+        reference.without_statistics(), dino, sha256, cache, batch, world
+    )
 
     inputs = Inputs(args, world, network, dino, reference, measured, dino_measured)
     results = []
@@ -99,9 +132,13 @@ def main() -> None:
             continue
         results.append(result)
         write_text(result, text)
-        if args.self_check and (table := compare_with_published(samples.path.name, result["metrics"])):
+        if args.self_check and (
+            table := compare_with_published(samples.path.name, result["metrics"])
+        ):
             print(table)
-        write_options(output, args, **result, reference_images=reference.count, network=network_file)
+        write_options(
+            output, args, **result, reference_images=reference.count, network=network_file
+        )
     if args.markdown and world.is_main:
         with atomic_path(args.markdown) as temporary:
             temporary.write_text(markdown(results))
@@ -115,8 +152,12 @@ def parse_args() -> argparse.Namespace:
         "python3 evaluations/c2i/evaluator.py VIRTUAL_imagenet256_labeled.npz samples/samples.npz",
         arguments="REF SAMPLES...",
     )
-    parser.add_argument("reference", metavar="REF", nargs="?", help="reference: .npz or folder of images")
-    parser.add_argument("samples", metavar="SAMPLES", nargs="*", help="one or more sets of samples: .npz or folder")
+    parser.add_argument(
+        "reference", metavar="REF", nargs="?", help="reference: .npz or folder of images"
+    )
+    parser.add_argument(
+        "samples", metavar="SAMPLES", nargs="*", help="one or more sets of samples: .npz or folder"
+    )
 
     group = parser.add_argument_group("Feature network")
     text = "weights of the 2015 Inception, .pb or .pth (default: a published file in pretrained_models/)"
@@ -137,20 +178,33 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--frechet", choices=["symmetric", "sqrtm"], default="symmetric", help=text)
 
     group = parser.add_argument_group("Additional metrics")
-    group.add_argument("--kid", action="store_true", help="compute KID: mean and standard deviation over 100 subsets")
+    group.add_argument(
+        "--kid",
+        action="store_true",
+        help="compute KID: mean and standard deviation over 100 subsets",
+    )
     text = "compute FD-DINOv2 with this file of timm's DINOv2 ViT-L/14 weights"
     group.add_argument("--dinov2", metavar="FILE", help=text)
-    group.add_argument("--class-fid", action="store_true", help="compute FID within each class; both sets need labels")
+    group.add_argument(
+        "--class-fid",
+        action="store_true",
+        help="compute FID within each class; both sets need labels",
+    )
     text = "compute a 95%% interval of FID from this many bootstrap resamplings of the samples"
     group.add_argument("--bootstrap", type=positive_int, metavar="DRAWS", help=text)
     text = "compute PSNR and SSIM between image i of SAMPLES and image i of REF, for tokenizers (FID is then rFID)"
     group.add_argument("--paired", action="store_true", help=text)
 
     group = parser.add_argument_group("Execution")
-    group.add_argument("--batch-size", type=positive_int, default=64, help="images per forward pass")
+    group.add_argument(
+        "--batch-size", type=positive_int, default=64, help="images per forward pass"
+    )
     text = "compile the feature network with torch.compile; pays off from about 10,000 images"
     group.add_argument("--compile", action="store_true", help=text)
-    group.add_argument("--device", help="device to run on: cpu, cuda, cuda:1 or mps (default: the fastest available)")
+    group.add_argument(
+        "--device",
+        help="device to run on: cpu, cuda, cuda:1 or mps (default: the fastest available)",
+    )
     text = "do not cache the features of the reference in a file beside it"
     group.add_argument("--no-cache", action="store_true", help=text)
 
@@ -163,13 +217,17 @@ def parse_args() -> argparse.Namespace:
 
 
 def output_paths(samples: ImageSet, args: argparse.Namespace) -> tuple[Path, Path]:
-    """Return the paths of text and JSON: ``x.txt`` and ``x.metrics.json`` beside ``x.npz`` or the folder ``x``.
+    """Return the paths of text and JSON: ``x.txt`` and ``x.metrics.json`` beside ``x.npz`` or the
+    folder ``x``.
 
-    Raises ``ValueError`` for a file without the ending .npz, whose text could replace the file itself, and for paths
-    that cannot be written.
+    Raises ``ValueError`` for a file without the ending .npz, whose text could replace the file
+    itself, and for paths that cannot be written.
     """
     if not samples.path.is_dir() and samples.path.suffix != ".npz":
-        raise ValueError(f"SAMPLES: the name of {samples.path} does not end in .npz, which the name of the .txt needs")
+        raise ValueError(
+            f"SAMPLES: the name of {samples.path} does not end in .npz, which the name of the .txt "
+            "needs"
+        )
     if args.output and len(args.samples) > 1:
         raise ValueError("--output names one file; leave it out if there are several SAMPLES")
     base = samples.path.resolve() if samples.path.is_dir() else samples.path.with_suffix("")
@@ -184,26 +242,40 @@ def output_paths(samples: ImageSet, args: argparse.Namespace) -> tuple[Path, Pat
 
 def check_outputs(outputs: list[Path], args: argparse.Namespace) -> None:
     """Raise ``ValueError`` if an output is also an input, or if two outputs have one path."""
-    inputs = (args.reference, *args.samples, args.inception_weights, args.feature_network, args.dinov2)
+    inputs = (
+        args.reference,
+        *args.samples,
+        args.inception_weights,
+        args.feature_network,
+        args.dinov2,
+    )
     taken = {Path(p).resolve() for p in inputs if p}
     for path in [*outputs, *([Path(args.markdown)] if args.markdown else [])]:
         if path.resolve() in taken:
-            raise ValueError(f"{path} would be written over: it is an input or another output; give another name")
+            raise ValueError(
+                f"{path} would be written over: it is an input or another output; give another name"
+            )
         taken.add(path.resolve())
 
 
 def choose_world(name: str | None) -> World:
-    """Join the other processes, on the device of that name if it works, or on the fastest available."""
+    """Join the other processes, on the device of that name if it works, or on the fastest
+    available.
+    """
     world = init_distributed()
     if name is None:
         return world
     try:
         device = torch.empty(0, device=name).device
         if world.size > 1 and device.type == "cuda":
-            raise ValueError(f"--device {name}: {world.size} processes use one GPU each; leave it out")
+            raise ValueError(
+                f"--device {name}: {world.size} processes use one GPU each; leave it out"
+            )
         return World(world.rank, world.size, device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {name} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"--device: {name} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def load_network(args: argparse.Namespace, world: World) -> tuple[FeatureNetwork, dict[str, str]]:
@@ -219,24 +291,42 @@ def load_network(args: argparse.Namespace, world: World) -> tuple[FeatureNetwork
 
 
 def check_options(reference: ImageSet, samples: ImageSet, args: argparse.Namespace) -> None:
-    """Raise ``ValueError`` for options that need images, labels or sizes which the two sets do not have."""
+    """Raise ``ValueError`` for options that need images, labels or sizes which the two sets do
+    not have.
+    """
     for option, wanted in (("--kid", args.kid), ("--dinov2", args.dinov2)):
         if wanted and not (reference.count and samples.count):
             raise ValueError(f"{option} needs the images of REF and SAMPLES, not statistics alone")
     if args.bootstrap and not samples.count:
-        raise ValueError(f"--bootstrap needs the images of SAMPLES; {samples.path} holds statistics alone")
+        raise ValueError(
+            f"--bootstrap needs the images of SAMPLES; {samples.path} holds statistics alone"
+        )
     if args.class_fid and (reference.labels is None or samples.labels is None):
-        raise ValueError("--class-fid needs labels of REF and SAMPLES (an array `labels` in each .npz)")
+        raise ValueError(
+            "--class-fid needs labels of REF and SAMPLES (an array `labels` in each .npz)"
+        )
     if args.paired and (reference.shape != samples.shape or not samples.count):
-        raise ValueError(f"--paired: REF holds {reference.shape}, SAMPLES {samples.shape}; expected the same images")
+        raise ValueError(
+            f"--paired: REF holds {reference.shape}, SAMPLES {samples.shape}; expected the same "
+            "images"
+        )
     if args.paired and min(samples.shape[1:3]) < SSIM_WINDOW:
-        raise ValueError(f"--paired: images of {samples.path} are smaller than SSIM's window of {SSIM_WINDOW} pixels")
+        raise ValueError(
+            f"--paired: images of {samples.path} are smaller than SSIM's window of {SSIM_WINDOW} "
+            "pixels"
+        )
 
 
 def check_files(
-    reference: ImageSet, samples: ImageSet, network: FeatureNetwork | None, args: argparse.Namespace, world: World
+    reference: ImageSet,
+    samples: ImageSet,
+    network: FeatureNetwork | None,
+    args: argparse.Namespace,
+    world: World,
 ) -> None:
-    """Raise ``ValueError`` for errors that would otherwise show up late, by a look at the first batch of each set."""
+    """Raise ``ValueError`` for errors that would otherwise show up late, by a look at the first
+    batch of each set.
+    """
     widths: dict[str, set[int]] = {"pool": set(), "spatial": set()}
     for images in (reference, samples):
         features = first_features(images, network, args.batch_size, world)
@@ -250,25 +340,39 @@ def check_files(
     for kind, numbers in widths.items():
         if len(numbers) > 1:
             text = " and ".join(str(n) for n in sorted(numbers))
-            raise ValueError(f"stored statistics and network do not belong together: {kind} features of {text} values")
+            raise ValueError(
+                f"stored statistics and network do not belong together: {kind} features of {text} "
+                "values"
+            )
 
 
 @torch.inference_mode()
-def first_features(images: ImageSet, network: FeatureNetwork | None, batch_size: int, world: World) -> Features | None:
-    """Check the first batch and return the features of its first image; None without images or network."""
+def first_features(
+    images: ImageSet, network: FeatureNetwork | None, batch_size: int, world: World
+) -> Features | None:
+    """Check the first batch and return the features of its first image; None without images or
+    network.
+    """
     if network is None or not images.count:
         return None
     if images.count <= NEIGHBOURS:
-        raise ValueError(f"{images.path} holds {images.count} images, at least {NEIGHBOURS + 1} are needed")
+        raise ValueError(
+            f"{images.path} holds {images.count} images, at least {NEIGHBOURS + 1} are needed"
+        )
     batch = next(images.batches(batch_size))
     peak = batch.max().item()
     if peak <= 1:  # nothing in a whole batch is brighter: values in [0, 1]
-        raise ValueError(f"{images.path}: the first images have no value above {peak:g}, expected values in 0..255")
+        raise ValueError(
+            f"{images.path}: the first images have no value above {peak:g}, expected values in "
+            "0..255"
+        )
     return network(batch[:1].to(world.device))
 
 
 def evaluate(inputs: Inputs, samples: ImageSet) -> dict[str, Any] | None:
-    """Return all metrics of one set of samples and the settings behind them; None on all ranks but 0."""
+    """Return all metrics of one set of samples and the settings behind them; None on all ranks
+    but 0.
+    """
     args, world = inputs.args, inputs.world
     warnings = warnings_before(inputs.reference, samples)
     for line in warnings if world.is_main else []:
@@ -279,17 +383,23 @@ def evaluate(inputs: Inputs, samples: ImageSet) -> dict[str, Any] | None:
     measured = measure_set(samples, network, "samples", args.batch_size, world)
     say(world, "computing/reading sample batch statistics...")
     dino = inputs.dino if samples.count else None
-    dino_measured = measure_set(samples.without_statistics(), dino, "DINOv2", args.batch_size, world)
+    dino_measured = measure_set(
+        samples.without_statistics(), dino, "DINOv2", args.batch_size, world
+    )
     if not world.is_main:
         return None
 
-    late_warnings = warnings_after(samples, measured.features) if measured.features is not None else []
+    late_warnings = (
+        warnings_after(samples, measured.features) if measured.features is not None else []
+    )
     for line in late_warnings:
         print(line, file=sys.stderr)
     say(world, "Computing evaluations...")
     metrics, details = compute_metrics(inputs, samples, measured)
     if dino is not None:
-        metrics["fd_dinov2"] = frechet_distance(*dino_measured.pool, *inputs.dino_reference.pool, args.frechet)
+        metrics["fd_dinov2"] = frechet_distance(
+            *dino_measured.pool, *inputs.dino_reference.pool, args.frechet
+        )
     return {
         "samples": str(samples.path),
         "sample_images": samples.count,
@@ -315,7 +425,9 @@ def compute_metrics(
         if args.feature_network and samples.labels is not None:
             metrics["class_accuracy"] = class_accuracy(features.probabilities, samples.labels)
     if features is not None and ref.features is not None:
-        result = precision_recall(ref.features.pool, features.pool, NEIGHBOURS, args.exact_distances, world.device)
+        result = precision_recall(
+            ref.features.pool, features.pool, NEIGHBOURS, args.exact_distances, world.device
+        )
         metrics |= {"precision": result.precision, "recall": result.recall}
         details["distances"] = describe_distances(result, args.exact_distances)
 
@@ -325,13 +437,17 @@ def compute_metrics(
         interval = frechet_interval(ref.pool, features.pool, metrics["fid"], args.bootstrap, world)
         metrics["fid_low"], metrics["fid_high"] = interval
     if args.class_fid:
-        by_class = class_frechet(ref.features.pool, inputs.reference.labels, features.pool, samples.labels)
+        by_class = class_frechet(
+            ref.features.pool, inputs.reference.labels, features.pool, samples.labels
+        )
         if not by_class:
             raise ValueError("--class-fid: no class has two images in REF and in SAMPLES")
         metrics["class_fid"] = float(np.mean(list(by_class.values())))
         details["fid_of_class"] = by_class
     if args.paired:
-        batches = zip(inputs.reference.batches(args.batch_size), samples.batches(args.batch_size), strict=True)
+        batches = zip(
+            inputs.reference.batches(args.batch_size), samples.batches(args.batch_size), strict=True
+        )
         count = -(-samples.count // args.batch_size)
         pairs = progress(world, "PSNR and SSIM", count, unit="batch", items=batches)
         metrics["psnr"], metrics["ssim"] = paired_quality(pairs, world.device)

@@ -1,4 +1,6 @@
-"""Metrics beyond the published five, each behind an option: KID, FID per class, bootstrap, PSNR, SSIM, FD-DINOv2."""
+"""Metrics beyond the published five, each behind an option: KID, FID per class, bootstrap, PSNR,
+SSIM, FD-DINOv2.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,14 @@ DINOV2 = "vit_large_patch14_dinov2.lvd142m"
 DINOV2_SIZE = 224
 
 
-def kernel_distance(reference: np.ndarray, samples: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """KID: mean and standard deviation, over 100 subsets of 1,000, of the squared MMD with kernel (x.y / D + 1)^3.
+def kernel_distance(
+    reference: np.ndarray, samples: np.ndarray, seed: int = 0
+) -> tuple[float, float]:
+    """KID: mean and standard deviation, over 100 subsets of 1,000, of the squared MMD with kernel
+    (x.y / D + 1)^3.
 
-    Features (N, D) and (M, D) float32 (Binkowski et al. 2018, arXiv 1801.01401, section 4; not multiplied by 1,000).
-    If a set has fewer than 1,000 rows, subsets have as many.
+    Features (N, D) and (M, D) float32 (Binkowski et al. 2018, arXiv 1801.01401, section 4; not
+    multiplied by 1,000). If a set has fewer than 1,000 rows, subsets have as many.
     """
     from torchmetrics.image.kid import poly_mmd  # takes over a second
 
@@ -35,7 +40,8 @@ def kernel_distance(reference: np.ndarray, samples: np.ndarray, seed: int = 0) -
     values = []
     for _ in range(KID_SUBSETS):
         real, fake = (
-            torch.from_numpy(x[rng.choice(len(x), size, replace=False)]).double() for x in (reference, samples)
+            torch.from_numpy(x[rng.choice(len(x), size, replace=False)]).double()
+            for x in (reference, samples)
         )
         values.append(poly_mmd(real, fake).item())
     return float(np.mean(values)), float(np.std(values))
@@ -44,7 +50,9 @@ def kernel_distance(reference: np.ndarray, samples: np.ndarray, seed: int = 0) -
 def class_frechet(
     reference: np.ndarray, reference_labels: np.ndarray, samples: np.ndarray, labels: np.ndarray
 ) -> dict[int, float]:
-    """Return FID by class, for classes with at least two images in both sets; labels (N,) and (M,) integers."""
+    """Return FID by class, for classes with at least two images in both sets; labels (N,) and
+    (M,) integers.
+    """
     distances = {}
     for label in np.intersect1d(reference_labels, labels):
         real, fake = reference[reference_labels == label], samples[labels == label]
@@ -61,11 +69,13 @@ def frechet_interval(
     world: World,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return a 95% interval around ``distance``, the FID of sample features (M, D) to the statistics (mu, sigma).
+    """Return a 95% interval around ``distance``, the FID of sample features (M, D) to the
+    statistics (mu, sigma).
 
-    Its ends are percentiles 2.5 and 97.5 of FID over ``draws`` bootstrap resamplings, shifted so that their mean is
-    ``distance``: resampled sets repeat images, which raises FID as much again as the finite set does, far more than
-    the interval is wide. The interval shows the noise of drawing M samples, not FID's bias at M.
+    Its ends are percentiles 2.5 and 97.5 of FID over ``draws`` bootstrap resamplings, shifted so
+    that their mean is ``distance``: resampled sets repeat images, which raises FID as much again as
+    the finite set does, far more than the interval is wide. The interval shows the noise of drawing
+    M samples, not FID's bias at M.
     """
     rng = np.random.default_rng(seed)
     values = []
@@ -88,10 +98,11 @@ def paired_quality(
 
 
 class DinoFeatures(nn.Module):
-    """A ``FeatureNetwork`` for FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675): class tokens of DINOv2 ViT-L/14.
+    """A ``FeatureNetwork`` for FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675): class tokens of
+    DINOv2 ViT-L/14.
 
-    Images are resized to 224 x 224 (bicubic, antialiased) and normalised by ImageNet's mean and standard deviation.
-    ``probabilities`` are empty.
+    Images are resized to 224 x 224 (bicubic, antialiased) and normalised by ImageNet's mean and
+    standard deviation. ``probabilities`` are empty.
     """
 
     def __init__(self, name: str = DINOV2) -> None:
@@ -99,8 +110,12 @@ class DinoFeatures(nn.Module):
 
         super().__init__()
         self.network = timm.create_model(name, num_classes=0, dynamic_img_size=True)
-        self.register_buffer("mean", torch.tensor(timm.data.IMAGENET_DEFAULT_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(timm.data.IMAGENET_DEFAULT_STD).view(3, 1, 1), persistent=False)
+        self.register_buffer(
+            "mean", torch.tensor(timm.data.IMAGENET_DEFAULT_MEAN).view(3, 1, 1), persistent=False
+        )
+        self.register_buffer(
+            "std", torch.tensor(timm.data.IMAGENET_DEFAULT_STD).view(3, 1, 1), persistent=False
+        )
 
     def forward(self, images: torch.Tensor) -> Features:
         """``images`` (B, H, W, 3) uint8, or float32 in 0-255 -> pool features (B, 1024)."""
@@ -112,7 +127,9 @@ class DinoFeatures(nn.Module):
 
 
 def load_dinov2(path: str | Path, name: str = DINOV2) -> DinoFeatures:
-    """Load the network with timm's weights ``name`` from a file; ``ValueError`` if the file holds something else."""
+    """Load the network with timm's weights ``name`` from a file; ``ValueError`` if the file
+    holds something else.
+    """
     model = DinoFeatures(name)
     state = find_state_dict(load_checkpoint(path, "--dinov2"), ("model", "state_dict"), path)
     load_strictly(model.network, state, path, f"timm's {name}")

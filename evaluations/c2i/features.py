@@ -1,4 +1,6 @@
-"""Images -> features -> statistics, shared among all processes; those of the reference are cached on disk."""
+"""Images -> features -> statistics, shared among all processes; those of the reference are
+cached on disk.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ VERSION = 1  # of the cache files: to be raised when resize, network or statisti
 class Features(NamedTuple):
     """A network's float32 output for B images.
 
-    ``pool`` (B, D) for FID, Precision and Recall; ``spatial`` (B, S) for sFID, or None if the network has none;
-    ``probabilities`` (B, classes), rows that sum to 1, for the Inception Score and class accuracy.
+    ``pool`` (B, D) for FID, Precision and Recall; ``spatial`` (B, S) for sFID, or None if the
+    network has none; ``probabilities`` (B, classes), rows that sum to 1, for the Inception Score
+    and class accuracy.
     """
 
     pool: torch.Tensor
@@ -38,12 +41,16 @@ class FeatureNetwork(Protocol):
     """Any network that can replace Inception."""
 
     def __call__(self, images: torch.Tensor) -> Features:
-        """``images`` (B, H, W, 3) uint8, or float32 in the same range 0-255, on the network's device."""
+        """``images`` (B, H, W, 3) uint8, or float32 in the same range 0-255, on the network's
+        device.
+        """
         ...
 
 
 class ImageFeatures(NamedTuple):
-    """``Features`` of a whole set of N images as numpy arrays, and a hash of each image's pixels (N,) uint64."""
+    """``Features`` of a whole set of N images as numpy arrays, and a hash of each image's pixels
+    (N,) uint64.
+    """
 
     pool: np.ndarray
     spatial: np.ndarray | None
@@ -52,7 +59,9 @@ class ImageFeatures(NamedTuple):
 
 
 class MeasuredSet(NamedTuple):
-    """Features of a set of images (None without images, and on all ranks but 0), statistics of both kinds."""
+    """Features of a set of images (None without images, and on all ranks but 0), statistics of
+    both kinds.
+    """
 
     features: ImageFeatures | None
     pool: Statistics | None
@@ -60,8 +69,11 @@ class MeasuredSet(NamedTuple):
 
 
 @torch.inference_mode()
-def extract_features(network: FeatureNetwork, batches: Iterable[torch.Tensor], world: World) -> ImageFeatures | None:
-    """Run every batch (B, H, W, 3) through ``network`` and return the results in order on rank 0, None elsewhere.
+def extract_features(
+    network: FeatureNetwork, batches: Iterable[torch.Tensor], world: World
+) -> ImageFeatures | None:
+    """Run every batch (B, H, W, 3) through ``network`` and return the results in order on rank 0,
+    None elsewhere.
 
     ``batches`` are those of this rank: every ``world.size``-th batch of the whole set.
     """
@@ -69,14 +81,18 @@ def extract_features(network: FeatureNetwork, batches: Iterable[torch.Tensor], w
     # cudnn's default rounds the inputs of a float32 convolution to 10 bits
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for images in batches:
-            features = [None if x is None else x.cpu().numpy() for x in network(images.to(world.device))]
+            features = [
+                None if x is None else x.cpu().numpy() for x in network(images.to(world.device))
+            ]
             parts.append((*features, _hashes(images)))
 
     ranks = world.gather_objects(parts)
     if ranks is None:
         return None
     in_order = [part for row in zip_longest(*ranks) for part in row if part is not None]
-    return ImageFeatures(*(None if x[0] is None else np.concatenate(x) for x in zip(*in_order, strict=True)))
+    return ImageFeatures(
+        *(None if x[0] is None else np.concatenate(x) for x in zip(*in_order, strict=True))
+    )
 
 
 def _hashes(images: torch.Tensor) -> np.ndarray:
@@ -87,14 +103,17 @@ def _hashes(images: torch.Tensor) -> np.ndarray:
 def measure_set(
     images: ImageSet, network: FeatureNetwork | None, name: str, batch_size: int, world: World
 ) -> MeasuredSet:
-    """Run all images through ``network``, if there is one; stored statistics take precedence over computed ones.
+    """Run all images through ``network``, if there is one; stored statistics take precedence over
+    computed ones.
 
     Every rank must call this; only rank 0 gets the features and statistics.
     """
     features = None
     if network is not None:
         with progress(world, name, images.count, unit="image") as bar:
-            batches = _count_up(images.batches(batch_size, world.rank, world.size), bar, images.count, world.size)
+            batches = _count_up(
+                images.batches(batch_size, world.rank, world.size), bar, images.count, world.size
+            )
             features = extract_features(network, batches, world)
     pool, spatial = images.pool, images.spatial
     if features is not None:
@@ -104,17 +123,27 @@ def measure_set(
     return MeasuredSet(features, pool, spatial)
 
 
-def _count_up(batches: Iterator[torch.Tensor], bar: tqdm, total: int, size: int) -> Iterator[torch.Tensor]:
-    """Yield the batches; per batch, advance the bar by its images and as many for each of the other ranks."""
+def _count_up(
+    batches: Iterator[torch.Tensor], bar: tqdm, total: int, size: int
+) -> Iterator[torch.Tensor]:
+    """Yield the batches; per batch, advance the bar by its images and as many for each of the
+    other ranks.
+    """
     for batch in batches:
         yield batch
         bar.update(min(len(batch) * size, total - bar.n))
 
 
 def measure_reference(
-    images: ImageSet, network: FeatureNetwork | None, network_sha256: str, cache: bool, batch_size: int, world: World
+    images: ImageSet,
+    network: FeatureNetwork | None,
+    network_sha256: str,
+    cache: bool,
+    batch_size: int,
+    world: World,
 ) -> MeasuredSet:
-    """``measure_set``, with ``cache`` from a file beside the reference if an earlier call has written one.
+    """``measure_set``, with ``cache`` from a file beside the reference if an earlier call has
+    written one.
 
     The file's name and content hold the SHA-256 of the reference and of the network.
     """
@@ -122,7 +151,9 @@ def measure_reference(
     cached = None
     if cache and world.is_main:
         hashes = (sha256_file(images.path), network_sha256)
-        path = images.path.with_name(f"{images.path.name}.{'-'.join(h[:8] for h in hashes)}.features.npz")
+        path = images.path.with_name(
+            f"{images.path.name}.{'-'.join(h[:8] for h in hashes)}.features.npz"
+        )
         key = f"{VERSION} {' '.join(hashes)}"
         cached = _read_cache(path, key, images)
     if world.broadcast(cached is not None):
@@ -135,14 +166,20 @@ def measure_reference(
 
 
 def _read_cache(path: Path, key: str, images: ImageSet) -> MeasuredSet | None:
-    """Return what ``_write_cache`` wrote under ``key``; None if the file is missing, damaged or of another key."""
+    """Return what ``_write_cache`` wrote under ``key``; None if the file is missing, damaged or
+    of another key.
+    """
     if not path.exists():
         return None
     try:
         statistics = open_archive(path, "cached features")
         with np.load(path, allow_pickle=False) as z:
             pool, written_key = z["pool"], str(z["key"])
-        if written_key != key or statistics.pool is None or len(statistics.pool.mu) != pool.shape[1]:
+        if (
+            written_key != key
+            or statistics.pool is None
+            or len(statistics.pool.mu) != pool.shape[1]
+        ):
             raise ValueError("it belongs to something else")
         if len(pool) != images.count or pool.dtype != np.float32 or not np.isfinite(pool).all():
             raise ValueError(f"it holds features {pool.dtype} {pool.shape}")
@@ -158,11 +195,17 @@ def _read_cache(path: Path, key: str, images: ImageSet) -> MeasuredSet | None:
 def _write_cache(path: Path, key: str, measured: MeasuredSet) -> None:
     """Write pool features and statistics; a folder that cannot be written to is only noted."""
     arrays = {"pool": measured.features.pool, "key": np.array(key)}
-    for names, statistics in ((("mu", "sigma"), measured.pool), (("mu_s", "sigma_s"), measured.spatial)):
+    for names, statistics in (
+        (("mu", "sigma"), measured.pool),
+        (("mu_s", "sigma_s"), measured.spatial),
+    ):
         if statistics is not None:
             arrays |= dict(zip(names, statistics, strict=True))
     try:
         with atomic_path(path) as temporary, open(temporary, "wb") as f:
             np.savez(f, **arrays)
     except OSError as error:
-        print(f"note: features of the reference are not cached: {path}: {error.strerror}", file=sys.stderr)
+        print(
+            f"note: features of the reference are not cached: {path}: {error.strerror}",
+            file=sys.stderr,
+        )

@@ -1,8 +1,9 @@
-"""Reads the constants and boolean attributes of a frozen TensorFlow graph (``.pb``) without TensorFlow.
+"""Reads the constants and boolean attributes of a frozen TensorFlow graph (``.pb``) without
+TensorFlow.
 
-Decodes the protobuf wire format and the few messages that lead to a constant (graph.proto, node_def.proto,
-attr_value.proto, tensor.proto, tensor_shape.proto of TensorFlow) and skips all other fields. Nothing in the file is
-executed.
+Decodes the protobuf wire format and the few messages that lead to a constant (graph.proto,
+node_def.proto, attr_value.proto, tensor.proto, tensor_shape.proto of TensorFlow) and skips all
+other fields. Nothing in the file is executed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import numpy as np
 
 # wire types: the lowest three bits of a field's key
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-# numeric members of the DataType enum -> numpy dtype, and the field of TensorProto that lists values of this type
+# numeric members of the DataType enum -> numpy dtype, and the field of TensorProto that lists
+# values of this type
 DTYPES: dict[int, tuple[str, int]] = {
     1: ("<f4", 5),
     2: ("<f8", 6),
@@ -35,7 +37,9 @@ LARGEST = 1 << 28  # bytes of all constants: one repeated value can stand for a 
 
 
 class Node(NamedTuple):
-    """One operation: its type, its value (None unless it is a numeric ``Const``) and its boolean attributes."""
+    """One operation: its type, its value (None unless it is a numeric ``Const``) and its boolean
+    attributes.
+    """
 
     op: str
     value: np.ndarray | None
@@ -52,7 +56,9 @@ def read_graphdef(data: bytes) -> dict[str, Node]:
                 nodes[name] = node
                 size += 0 if node.value is None else node.value.nbytes
                 if size > LARGEST:
-                    raise ValueError(f"GraphDef too large: its constants take more than {LARGEST:,} bytes")
+                    raise ValueError(
+                        f"GraphDef too large: its constants take more than {LARGEST:,} bytes"
+                    )
     except (IndexError, TypeError, OverflowError, MemoryError, UnicodeDecodeError) as error:
         raise ValueError(f"not a GraphDef: {error}") from error
     if not nodes:
@@ -79,7 +85,9 @@ def _node(data: memoryview) -> tuple[str, Node]:
 
 
 def _tensor(data: memoryview) -> np.ndarray | None:
-    """Decode a TensorProto: raw bytes, or a list of values whose last value fills the rest of the shape."""
+    """Decode a TensorProto: raw bytes, or a list of values whose last value fills the rest of
+    the shape.
+    """
     fields: dict[int, list[int | memoryview]] = {}
     for field, content in _fields(data):
         fields.setdefault(field, []).append(content)
@@ -92,7 +100,9 @@ def _tensor(data: memoryview) -> np.ndarray | None:
     if CONTENT in fields:
         values = np.frombuffer(_message(fields[CONTENT][-1]), dtype)
     else:
-        values = np.concatenate([_values(x, dtype) for x in fields.get(listed, [])] or [np.zeros(min(count, 1), dtype)])
+        values = np.concatenate(
+            [_values(x, dtype) for x in fields.get(listed, [])] or [np.zeros(min(count, 1), dtype)]
+        )
         if len(values) < count <= LARGEST // dtype.itemsize:
             values = np.concatenate([values, np.full(count - len(values), values[-1])])
     if len(values) != count:
@@ -112,11 +122,15 @@ def _values(content: int | memoryview, dtype: np.dtype) -> np.ndarray:
         return words.astype(np.uint16).view(dtype)
     if dtype.kind == "f":  # a single value: the bits of a fixed32 or fixed64
         return words.astype(f"<u{dtype.itemsize}").view(dtype)
-    return words.astype(np.int64).astype(dtype)  # negative integers are written as 64-bit two's complement
+    return words.astype(np.int64).astype(
+        dtype
+    )  # negative integers are written as 64-bit two's complement
 
 
 def _shape(data: memoryview) -> tuple[int, ...]:
-    sizes = [dict(_fields(_message(content))).get(1, 0) for field, content in _fields(data) if field == 2]
+    sizes = [
+        dict(_fields(_message(content))).get(1, 0) for field, content in _fields(data) if field == 2
+    ]
     if any(not 0 <= s < 1 << 31 for s in sizes):
         raise ValueError(f"not a GraphDef: a tensor of shape {sizes}")
     return tuple(sizes)
@@ -129,7 +143,9 @@ def _message(content: int | memoryview) -> memoryview:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Yield number and value of each field of a message: numbers as unsigned integers (their bits), others as bytes."""
+    """Yield number and value of each field of a message: numbers as unsigned integers (their
+    bits), others as bytes.
+    """
     position = 0
     while position < len(data):
         key, position = _varint(data, position)
@@ -158,7 +174,9 @@ def _varints(data: memoryview) -> Iterator[int]:
 
 
 def _varint(data: memoryview, position: int) -> tuple[int, int]:
-    """Return an integer, stored in 7 bits per byte with the lowest first, and the position after it."""
+    """Return an integer, stored in 7 bits per byte with the lowest first, and the position after
+    it.
+    """
     value = 0
     for shift in range(0, 70, 7):
         byte = data[position]

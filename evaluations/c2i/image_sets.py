@@ -1,4 +1,6 @@
-"""Sets of images for the evaluator, ``.npz`` or folder: images in batches, statistics and labels at once."""
+"""Sets of images for the evaluator, ``.npz`` or folder: images in batches, statistics and labels
+at once.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,21 @@ from evaluations.c2i.metrics import Statistics
 from utils.files import require_file
 from utils.npz import Member, open_member, open_npz
 
-IMAGES, LABELS = "arr_0", ("labels", "arr_1")  # guided-diffusion saves labels as a second positional array
+IMAGES, LABELS = (
+    "arr_0",
+    ("labels", "arr_1"),
+)  # guided-diffusion saves labels as a second positional array
 LARGEST_IMAGE = 1 << 26  # values of one image
 LARGEST_WHOLE = 1 << 30  # bytes of an array read at once: 8 times the statistics of 4096 features
 
 
 @dataclass(frozen=True)
 class ImageArchive:
-    """An ``.npz`` of images ``arr_0`` (N, H, W, 3), read in batches, and of statistics and labels (N,).
+    """An ``.npz`` of images ``arr_0`` (N, H, W, 3), read in batches, and of statistics and labels
+    (N,).
 
-    ``shape`` is the shape of the images; ``pool`` and ``spatial`` are the stored statistics (``mu``, ``sigma`` and
-    ``mu_s``, ``sigma_s``). Whatever the file does not hold is None.
+    ``shape`` is the shape of the images; ``pool`` and ``spatial`` are the stored statistics
+    (``mu``, ``sigma`` and ``mu_s``, ``sigma_s``). Whatever the file does not hold is None.
     """
 
     path: Path
@@ -48,10 +54,11 @@ class ImageArchive:
         return replace(self, pool=None, spatial=None)
 
     def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[torch.Tensor]:
-        """Yield images in file order: (B, H, W, 3) uint8, or float32 for a file of floats, values 0-255.
+        """Yield images in file order: (B, H, W, 3) uint8, or float32 for a file of floats, values
+        0-255.
 
-        Yields only batches ``rank``, ``rank + size``, ... and holds one batch at a time. Raises ``ValueError`` for a
-        damaged file and for floats outside 0-255.
+        Yields only batches ``rank``, ``rank + size``, ... and holds one batch at a time. Raises
+        ``ValueError`` for a damaged file and for floats outside 0-255.
         """
         with open_npz(self.path) as archive:
             member = open_member(archive, IMAGES)
@@ -69,7 +76,9 @@ class ImageArchive:
 
 @dataclass(frozen=True)
 class ImageFolderSet:
-    """A folder of images of one size, with the interface of ``ImageArchive``; sorted by name, 2.png before 10.png."""
+    """A folder of images of one size, with the interface of ``ImageArchive``; sorted by name,
+    2.png before 10.png.
+    """
 
     path: Path
     shape: tuple[int, int, int, int]
@@ -84,7 +93,9 @@ class ImageFolderSet:
         return len(self.files)
 
     def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[torch.Tensor]:
-        """See ``ImageArchive``; ``ValueError`` for a file that is not an image or differs in size from the first."""
+        """See ``ImageArchive``; ``ValueError`` for a file that is not an image or differs in
+        size from the first.
+        """
         for start in range(rank * batch_size, self.count, size * batch_size):
             yield torch.stack([self._read(file) for file in self.files[start : start + batch_size]])
 
@@ -96,7 +107,9 @@ class ImageFolderSet:
         pixels = np.array(open_image(file))  # (H, W, 3) uint8
         if pixels.shape != self.shape[1:]:
             size, first_size = (f"{s[1]}x{s[0]}" for s in (pixels.shape, self.shape[1:]))
-            raise ValueError(f"{file} has {size} pixels, the first image of {self.path} has {first_size}")
+            raise ValueError(
+                f"{file} has {size} pixels, the first image of {self.path} has {first_size}"
+            )
         return torch.from_numpy(pixels)
 
 
@@ -108,7 +121,12 @@ def open_images(path: str | Path, name: str) -> ImageSet:
     if not Path(path).is_dir():
         return open_archive(path, name)
     images = [p for p in Path(path).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS]
-    files = tuple(sorted(images, key=lambda p: [w.zfill(20) if w.isdigit() else w for w in re.split(r"(\d+)", str(p))]))
+    files = tuple(
+        sorted(
+            images,
+            key=lambda p: [w.zfill(20) if w.isdigit() else w for w in re.split(r"(\d+)", str(p))],
+        )
+    )
     if not files:
         raise ValueError(f"{name}: no images in {path}")
     height, width, channels = np.array(open_image(files[0])).shape
@@ -118,30 +136,41 @@ def open_images(path: str | Path, name: str) -> ImageSet:
 def open_archive(path: str | Path, name: str) -> ImageArchive:
     """Open an ``.npz`` without reading its images; ``name`` is its name in error messages.
 
-    Raises ``ValueError`` if the file is damaged, holds neither images nor statistics, or holds them with another dtype
-    or shape.
+    Raises ``ValueError`` if the file is damaged, holds neither images nor statistics, or holds them
+    with another dtype or shape.
     """
     path = require_file(path, name)
     with open_npz(path) as archive:
-        names = [entry.removesuffix(".npy") for entry in archive.namelist() if entry.endswith(".npy")]
+        names = [
+            entry.removesuffix(".npy") for entry in archive.namelist() if entry.endswith(".npy")
+        ]
         shape = _image_shape(open_member(archive, IMAGES), path) if IMAGES in names else None
         pool = _read_statistics(archive, "mu", "sigma", names, path)
         spatial = _read_statistics(archive, "mu_s", "sigma_s", names, path)
         labels = _read_labels(archive, shape, names, path)
     if shape is None and pool is None:
         found = ", ".join(names) or "nothing"
-        raise ValueError(f"{name}: {path} holds neither images (arr_0) nor statistics (mu and sigma); found {found}")
+        raise ValueError(
+            f"{name}: {path} holds neither images (arr_0) nor statistics (mu and sigma); found "
+            f"{found}"
+        )
     return ImageArchive(path, shape, pool, spatial, labels)
 
 
 def _image_shape(member: Member, path: Path) -> tuple[int, int, int, int]:
     shape, dtype = member.shape, member.dtype
     if len(shape) != 4 or shape[3] != 3 or 0 in shape:
-        raise ValueError(f"{path}: {member.name} has the shape {shape}, expected images (N, H, W, 3)")
+        raise ValueError(
+            f"{path}: {member.name} has the shape {shape}, expected images (N, H, W, 3)"
+        )
     if dtype != np.uint8 and dtype.kind != "f":
-        raise ValueError(f"{path}: {member.name} is {dtype}, expected uint8 (or floats) with values 0-255")
+        raise ValueError(
+            f"{path}: {member.name} is {dtype}, expected uint8 (or floats) with values 0-255"
+        )
     if math.prod(shape[1:]) > LARGEST_IMAGE:
-        raise ValueError(f"{path}: images of {shape[2]}x{shape[1]} pixels are too large to be read in batches")
+        raise ValueError(
+            f"{path}: images of {shape[2]}x{shape[1]} pixels are too large to be read in batches"
+        )
     return shape
 
 
@@ -152,17 +181,29 @@ def _read_statistics(
     if not present:
         return None
     if len(present) == 1:
-        raise ValueError(f"{path} holds {present[0]} without its partner; expected {mu_name} and {sigma_name}")
-    mu, sigma = (_read_whole(archive, name) for name in present)
-    if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or mu.ndim != 1 or sigma.shape != mu.shape * 2:
         raise ValueError(
-            f"{path}: {mu_name} is {mu.dtype} {mu.shape} and {sigma_name} {sigma.dtype} {sigma.shape}, "
+            f"{path} holds {present[0]} without its partner; expected {mu_name} and {sigma_name}"
+        )
+    mu, sigma = (_read_whole(archive, name) for name in present)
+    if (
+        mu.dtype.kind != "f"
+        or sigma.dtype.kind != "f"
+        or mu.ndim != 1
+        or sigma.shape != mu.shape * 2
+    ):
+        raise ValueError(
+            f"{path}: {mu_name} is {mu.dtype} {mu.shape} and {sigma_name} {sigma.dtype} "
+            f"{sigma.shape}, "
             "expected floats (D,) and (D, D)"
         )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError(f"{path}: {mu_name} or {sigma_name} holds values that are not finite")
-    if (sigma.diagonal() < 0).any() or not np.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-6 * abs(sigma).max()):
-        raise ValueError(f"{path}: {sigma_name} is not a covariance: not symmetric, or a variance is negative")
+    if (sigma.diagonal() < 0).any() or not np.allclose(
+        sigma, sigma.T, rtol=1e-3, atol=1e-6 * abs(sigma).max()
+    ):
+        raise ValueError(
+            f"{path}: {sigma_name} is not a covariance: not symmetric, or a variance is negative"
+        )
     return Statistics(mu, sigma)
 
 
@@ -177,14 +218,17 @@ def _read_labels(
         return member.read(member.shape)
     if name != LABELS[0]:
         return None  # the second positional array is not labels
-    raise ValueError(f"{path}: labels are {member.dtype} {member.shape}, expected {shape[0]} integers")
+    raise ValueError(
+        f"{path}: labels are {member.dtype} {member.shape}, expected {shape[0]} integers"
+    )
 
 
 def _read_whole(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     member = open_member(archive, name)
     if member.num_bytes > LARGEST_WHOLE:
         raise ValueError(
-            f"{member.path}: {name} would take {member.num_bytes:,} bytes of memory, at most {LARGEST_WHOLE:,} are read"
+            f"{member.path}: {name} would take {member.num_bytes:,} bytes of memory, at most "
+            f"{LARGEST_WHOLE:,} are read"
         )
     return member.read(member.shape)
 

@@ -1,9 +1,10 @@
 """The Inception network of December 2015, as the TensorFlow evaluator runs it.
 
-Input: uint8 images of any size. Output: pool features (2048), spatial features (2023) and softmax (1008). All
-published FIDs use this network, and no other Inception gives the same numbers. Parameter names are those of
-torchvision and pytorch-fid. Differences from torchvision's network: TF1's resize, average pools that do not count the
-padding, a max pool in the last block, 1008 classes and no bias.
+Input: uint8 images of any size. Output: pool features (2048), spatial features (2023) and softmax
+(1008). All published FIDs use this network, and no other Inception gives the same numbers.
+Parameter names are those of torchvision and pytorch-fid. Differences from torchvision's network:
+TF1's resize, average pools that do not count the padding, a max pool in the last block, 1008
+classes and no bias.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
-from torchvision.models.inception import BasicConv2d, InceptionA, InceptionB, InceptionC, InceptionD, InceptionE
+from torchvision.models.inception import (
+    BasicConv2d,
+    InceptionA,
+    InceptionB,
+    InceptionC,
+    InceptionD,
+    InceptionE,
+)
 
 from evaluations.c2i.features import Features
 from evaluations.c2i.graphdef import Node, read_graphdef
@@ -65,7 +73,9 @@ DOWNLOADED = PUBLISHED_WEIGHTS[1]
 
 
 class Inception2015(nn.Module):
-    """A ``FeatureNetwork``: images (B, H, W, 3) -> ``Features``. Only for evaluation, in float32."""
+    """A ``FeatureNetwork``: images (B, H, W, 3) -> ``Features``. Only for evaluation, in
+    float32.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +98,9 @@ class Inception2015(nn.Module):
         self.fc = nn.Linear(2048, CLASSES)
 
     def forward(self, images: torch.Tensor) -> Features:
-        """``images`` (B, H, W, 3) uint8, or float32 in 0-255 -> float32 pool, spatial and probabilities."""
+        """``images`` (B, H, W, 3) uint8, or float32 in 0-255 -> float32 pool, spatial and
+        probabilities.
+        """
         x = resize_tf1(images, IMAGE_SIZE)  # (B, 299, 299, 3)
         x = (x - 128) * 0.0078125  # (B, 299, 299, 3) in [-1, 1)
         x = x.permute(0, 3, 1, 2)  # (B, 3, 299, 299), channels last in memory
@@ -106,7 +118,9 @@ class Inception2015(nn.Module):
         x = self.Mixed_6b(x)  # (B, 768, 17, 17)
         x = self.Mixed_6c(x)  # (B, 768, 17, 17)
         x = self.Mixed_6d(x)  # (B, 768, 17, 17)
-        spatial = x[:, :SPATIAL_CHANNELS]  # (B, 7, 17, 17), the first channels of Mixed_6d.branch1x1
+        spatial = x[
+            :, :SPATIAL_CHANNELS
+        ]  # (B, 7, 17, 17), the first channels of Mixed_6d.branch1x1
         spatial = spatial.permute(0, 2, 3, 1).flatten(1)  # (B, 2023), height, width, channel
         x = self.Mixed_6e(x)  # (B, 768, 17, 17)
         x = self.Mixed_7a(x)  # (B, 1280, 8, 8)
@@ -123,9 +137,13 @@ class BlockA(InceptionA):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         branch1x1 = self.branch1x1(x)  # (B, 64, 35, 35)
         branch5x5 = self.branch5x5_2(self.branch5x5_1(x))  # (B, 64, 35, 35)
-        branch3x3dbl = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))  # (B, 96, 35, 35)
+        branch3x3dbl = self.branch3x3dbl_3(
+            self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        )  # (B, 96, 35, 35)
         branch_pool = self.branch_pool(_average_pool(x))  # (B, 32 or 64, 35, 35)
-        return torch.cat([branch1x1, branch5x5, branch3x3dbl, branch_pool], dim=1)  # (B, 256 or 288, 35, 35)
+        return torch.cat(
+            [branch1x1, branch5x5, branch3x3dbl, branch_pool], dim=1
+        )  # (B, 256 or 288, 35, 35)
 
 
 class BlockC(InceptionC):
@@ -134,10 +152,14 @@ class BlockC(InceptionC):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         branch1x1 = self.branch1x1(x)  # (B, 192, 17, 17)
         branch7x7 = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))  # (B, 192, 17, 17)
-        branch7x7dbl = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))  # (B, 128-192, 17, 17)
+        branch7x7dbl = self.branch7x7dbl_3(
+            self.branch7x7dbl_2(self.branch7x7dbl_1(x))
+        )  # (B, 128-192, 17, 17)
         branch7x7dbl = self.branch7x7dbl_5(self.branch7x7dbl_4(branch7x7dbl))  # (B, 192, 17, 17)
         branch_pool = self.branch_pool(_average_pool(x))  # (B, 192, 17, 17)
-        return torch.cat([branch1x1, branch7x7, branch7x7dbl, branch_pool], dim=1)  # (B, 768, 17, 17)
+        return torch.cat(
+            [branch1x1, branch7x7, branch7x7dbl, branch_pool], dim=1
+        )  # (B, 768, 17, 17)
 
 
 class BlockE(InceptionE):
@@ -146,14 +168,19 @@ class BlockE(InceptionE):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         branch1x1 = self.branch1x1(x)  # (B, 320, 8, 8)
         branch3x3 = self.branch3x3_1(x)  # (B, 384, 8, 8)
-        branch3x3 = [self.branch3x3_2a(branch3x3), self.branch3x3_2b(branch3x3)]  # 2 x (B, 384, 8, 8)
+        branch3x3 = [
+            self.branch3x3_2a(branch3x3),
+            self.branch3x3_2b(branch3x3),
+        ]  # 2 x (B, 384, 8, 8)
         branch3x3dbl = self.branch3x3dbl_2(self.branch3x3dbl_1(x))  # (B, 384, 8, 8)
         branch3x3dbl = [
             self.branch3x3dbl_3a(branch3x3dbl),
             self.branch3x3dbl_3b(branch3x3dbl),
         ]  # 2 x (B, 384, 8, 8)
         branch_pool = self.branch_pool(self.pool(x))  # (B, 192, 8, 8)
-        return torch.cat([branch1x1, *branch3x3, *branch3x3dbl, branch_pool], dim=1)  # (B, 2048, 8, 8)
+        return torch.cat(
+            [branch1x1, *branch3x3, *branch3x3dbl, branch_pool], dim=1
+        )  # (B, 2048, 8, 8)
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """3x3 pooling before the last branch: (B, C, 8, 8) -> the same."""
@@ -176,8 +203,8 @@ def _average_pool(x: torch.Tensor) -> torch.Tensor:
 def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
     """TF1's bilinear resize, bit for bit: (B, H, W, C) of any dtype -> float32 (B, size, size, C).
 
-    Output i is at input position i * (H / size), without half-pixel shift or antialiasing; columns are interpolated
-    first.
+    Output i is at input position i * (H / size), without half-pixel shift or antialiasing; columns
+    are interpolated first.
     """
     x = images.float()  # (B, H, W, C)
     low, high, weight = _resize_grid(x.shape[2], size, x.device)
@@ -188,8 +215,12 @@ def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
     return top + (bottom - top) * weight[:, None, None]  # (B, size, size, C)
 
 
-def _resize_grid(length: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return lower and upper neighbour (int64) and the upper one's weight (float32), each (size,)."""
+def _resize_grid(
+    length: int, size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return lower and upper neighbour (int64) and the upper one's weight (float32), each
+    (size,).
+    """
     scale = float(np.float32(length) / np.float32(size))
     position = torch.arange(size, dtype=torch.float32, device=device) * scale
     low = position.floor()
@@ -197,7 +228,8 @@ def _resize_grid(length: int, size: int, device: torch.device) -> tuple[torch.Te
 
 
 def load_inception(path: str | Path) -> Inception2015:
-    """Load the network from a TensorFlow graph (``.pb``) or a state dict with pytorch-fid's names, on the CPU.
+    """Load the network from a TensorFlow graph (``.pb``) or a state dict with pytorch-fid's names,
+    on the CPU.
 
     Raises ``ValueError`` if the file is neither.
     """
@@ -205,18 +237,23 @@ def load_inception(path: str | Path) -> Inception2015:
         try:
             return build_inception(state_of_graph(read_graphdef(Path(path).read_bytes())), path)
         except ValueError as error:
-            raise ValueError(f"--inception-weights: {path} is not the Inception graph of 2015: {error}") from error
+            raise ValueError(
+                f"--inception-weights: {path} is not the Inception graph of 2015: {error}"
+            ) from error
     return build_inception(load_checkpoint(path, "--inception-weights"), path)
 
 
 def state_of_graph(nodes: Mapping[str, Node]) -> dict[str, torch.Tensor]:
-    """Convert the nodes of the 2015 graph to our state dict; ``ValueError`` if a constant is missing.
+    """Convert the nodes of the 2015 graph to our state dict; ``ValueError`` if a constant is
+    missing.
 
     A batch norm without ``scale_after_normalization`` ignores its gamma, so gamma becomes 1.
     """
     constants = {name: node.value for name, node in nodes.items() if node.value is not None}
     for name, node in nodes.items():
-        if node.op == "BatchNormWithGlobalNormalization" and not node.switches.get("scale_after_normalization", False):
+        if node.op == "BatchNormWithGlobalNormalization" and not node.switches.get(
+            "scale_after_normalization", False
+        ):
             shape = np.shape(constants.get(f"{name}/beta", ()))
             constants[f"{name}/gamma"] = np.ones(shape, np.float32)
     try:
@@ -226,7 +263,9 @@ def state_of_graph(nodes: Mapping[str, Node]) -> dict[str, torch.Tensor]:
 
 
 def build_inception(state: Mapping[str, torch.Tensor], source: str | Path) -> Inception2015:
-    """Build the network from ``state``, with batch norms folded into the convolutions, in channels-last format."""
+    """Build the network from ``state``, with batch norms folded into the convolutions, in
+    channels-last format.
+    """
     network = Inception2015()
     counters = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
     load_strictly(network, {**counters, **state}, source, "the Inception network of 2015")
@@ -239,13 +278,16 @@ def build_inception(state: Mapping[str, torch.Tensor], source: str | Path) -> In
 
 
 def find_weights(path: str | Path | None, folder: Path, allow_unknown: bool) -> Path:
-    """Return the weights file to use: ``path``, or a published file in ``folder``; its hash must be a published one.
+    """Return the weights file to use: ``path``, or a published file in ``folder``; its hash must be
+    a published one.
 
     Raises ``ValueError`` naming the expected files with size, hash and source.
     """
     wanted = f"expected {' or '.join(str(w) for w in PUBLISHED_WEIGHTS)} in {folder}/ or at --inception-weights"
     if path is None:
-        path = next((folder / w.name for w in PUBLISHED_WEIGHTS if (folder / w.name).is_file()), None)
+        path = next(
+            (folder / w.name for w in PUBLISHED_WEIGHTS if (folder / w.name).is_file()), None
+        )
         if path is None:
             raise ValueError(f"no Inception weights: {wanted}")
     path = require_file(path, "--inception-weights", wanted)
@@ -257,54 +299,89 @@ def find_weights(path: str | Path | None, folder: Path, allow_unknown: bool) -> 
         return path
     how = "sha256" if of_size else "size"
     raise ValueError(
-        f"--inception-weights: {path} ({size:,} bytes) is not a published file by its {how}: {wanted}; "
+        f"--inception-weights: {path} ({size:,} bytes) is not a published file by its {how}: "
+        f"{wanted}; "
         "--allow-unknown-weights accepts it"
     )
 
 
 def download_weights(folder: Path) -> None:
-    """Download a published file into ``folder``, unless one exists; its sha256 is checked before it gets its name."""
+    """Download a published file into ``folder``, unless one exists; its sha256 is checked before
+    it gets its name.
+    """
     if any((folder / w.name).is_file() for w in PUBLISHED_WEIGHTS):
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        torch.hub.download_url_to_file(DOWNLOADED.source, str(folder / DOWNLOADED.name), DOWNLOADED.sha256)
+        torch.hub.download_url_to_file(
+            DOWNLOADED.source, str(folder / DOWNLOADED.name), DOWNLOADED.sha256
+        )
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"--download: {DOWNLOADED.source} cannot be fetched into {folder}: {error}") from error
+        raise ValueError(
+            f"--download: {DOWNLOADED.source} cannot be fetched into {folder}: {error}"
+        ) from error
 
 
-# Convolutions of each block: torchvision's name -> TensorFlow's scope within the block's scope in the 2015 graph.
-# fmt: off
+# Convolutions of each block: torchvision's name -> TensorFlow's scope within the block's scope in
+# the 2015 graph. fmt: off
 _SCOPES_A = {
-    "branch1x1": "conv", "branch5x5_1": "tower/conv", "branch5x5_2": "tower/conv_1",
-    "branch3x3dbl_1": "tower_1/conv", "branch3x3dbl_2": "tower_1/conv_1", "branch3x3dbl_3": "tower_1/conv_2",
+    "branch1x1": "conv",
+    "branch5x5_1": "tower/conv",
+    "branch5x5_2": "tower/conv_1",
+    "branch3x3dbl_1": "tower_1/conv",
+    "branch3x3dbl_2": "tower_1/conv_1",
+    "branch3x3dbl_3": "tower_1/conv_2",
     "branch_pool": "tower_2/conv",
 }
 _SCOPES_B = {
-    "branch3x3": "conv", "branch3x3dbl_1": "tower/conv", "branch3x3dbl_2": "tower/conv_1",
+    "branch3x3": "conv",
+    "branch3x3dbl_1": "tower/conv",
+    "branch3x3dbl_2": "tower/conv_1",
     "branch3x3dbl_3": "tower/conv_2",
 }
 _SCOPES_C = {
-    "branch1x1": "conv", "branch7x7_1": "tower/conv", "branch7x7_2": "tower/conv_1",
-    "branch7x7_3": "tower/conv_2", "branch7x7dbl_1": "tower_1/conv", "branch7x7dbl_2": "tower_1/conv_1",
-    "branch7x7dbl_3": "tower_1/conv_2", "branch7x7dbl_4": "tower_1/conv_3", "branch7x7dbl_5": "tower_1/conv_4",
+    "branch1x1": "conv",
+    "branch7x7_1": "tower/conv",
+    "branch7x7_2": "tower/conv_1",
+    "branch7x7_3": "tower/conv_2",
+    "branch7x7dbl_1": "tower_1/conv",
+    "branch7x7dbl_2": "tower_1/conv_1",
+    "branch7x7dbl_3": "tower_1/conv_2",
+    "branch7x7dbl_4": "tower_1/conv_3",
+    "branch7x7dbl_5": "tower_1/conv_4",
     "branch_pool": "tower_2/conv",
 }
 _SCOPES_D = {
-    "branch3x3_1": "tower/conv", "branch3x3_2": "tower/conv_1", "branch7x7x3_1": "tower_1/conv",
-    "branch7x7x3_2": "tower_1/conv_1", "branch7x7x3_3": "tower_1/conv_2", "branch7x7x3_4": "tower_1/conv_3",
+    "branch3x3_1": "tower/conv",
+    "branch3x3_2": "tower/conv_1",
+    "branch7x7x3_1": "tower_1/conv",
+    "branch7x7x3_2": "tower_1/conv_1",
+    "branch7x7x3_3": "tower_1/conv_2",
+    "branch7x7x3_4": "tower_1/conv_3",
 }
 _SCOPES_E = {
-    "branch1x1": "conv", "branch3x3_1": "tower/conv", "branch3x3_2a": "tower/mixed/conv",
-    "branch3x3_2b": "tower/mixed/conv_1", "branch3x3dbl_1": "tower_1/conv", "branch3x3dbl_2": "tower_1/conv_1",
-    "branch3x3dbl_3a": "tower_1/mixed/conv", "branch3x3dbl_3b": "tower_1/mixed/conv_1",
+    "branch1x1": "conv",
+    "branch3x3_1": "tower/conv",
+    "branch3x3_2a": "tower/mixed/conv",
+    "branch3x3_2b": "tower/mixed/conv_1",
+    "branch3x3dbl_1": "tower_1/conv",
+    "branch3x3dbl_2": "tower_1/conv_1",
+    "branch3x3dbl_3a": "tower_1/mixed/conv",
+    "branch3x3dbl_3b": "tower_1/mixed/conv_1",
     "branch_pool": "tower_2/conv",
 }
 _BLOCKS = {
-    "Mixed_5b": ("mixed", _SCOPES_A), "Mixed_5c": ("mixed_1", _SCOPES_A), "Mixed_5d": ("mixed_2", _SCOPES_A),
-    "Mixed_6a": ("mixed_3", _SCOPES_B), "Mixed_6b": ("mixed_4", _SCOPES_C), "Mixed_6c": ("mixed_5", _SCOPES_C),
-    "Mixed_6d": ("mixed_6", _SCOPES_C), "Mixed_6e": ("mixed_7", _SCOPES_C), "Mixed_7a": ("mixed_8", _SCOPES_D),
-    "Mixed_7b": ("mixed_9", _SCOPES_E), "Mixed_7c": ("mixed_10", _SCOPES_E),
+    "Mixed_5b": ("mixed", _SCOPES_A),
+    "Mixed_5c": ("mixed_1", _SCOPES_A),
+    "Mixed_5d": ("mixed_2", _SCOPES_A),
+    "Mixed_6a": ("mixed_3", _SCOPES_B),
+    "Mixed_6b": ("mixed_4", _SCOPES_C),
+    "Mixed_6c": ("mixed_5", _SCOPES_C),
+    "Mixed_6d": ("mixed_6", _SCOPES_C),
+    "Mixed_6e": ("mixed_7", _SCOPES_C),
+    "Mixed_7a": ("mixed_8", _SCOPES_D),
+    "Mixed_7b": ("mixed_9", _SCOPES_E),
+    "Mixed_7c": ("mixed_10", _SCOPES_E),
 }
 # fmt: on
 TENSORFLOW_SCOPES = {
@@ -330,13 +407,17 @@ TENSORFLOW_CONSTANTS = {
 
 
 def state_from_tensorflow(constants: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Convert constants of the 2015 graph (kernels HWIO, ``softmax/weights`` (2048, 1008)) to our state dict."""
+    """Convert constants of the 2015 graph (kernels HWIO, ``softmax/weights`` (2048, 1008)) to
+    our state dict.
+    """
     state = {
         f"{module}.{parameter}": torch.tensor(constants[f"{scope}/{constant}"])
         for module, scope in TENSORFLOW_SCOPES.items()
         for parameter, constant in TENSORFLOW_CONSTANTS.items()
     }
-    state = {k: v.permute(3, 2, 0, 1) if v.ndim == 4 else v for k, v in state.items()}  # HWIO -> OIHW
+    state = {
+        k: v.permute(3, 2, 0, 1) if v.ndim == 4 else v for k, v in state.items()
+    }  # HWIO -> OIHW
     state["fc.weight"] = torch.tensor(constants["softmax/weights"]).T
     state["fc.bias"] = torch.tensor(constants["softmax/biases"])
     return state

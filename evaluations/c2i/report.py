@@ -48,7 +48,8 @@ def warnings_before(reference: ImageSet, samples: ImageSet) -> list[str]:
         lines.append(f"note: {samples.path} holds statistics alone: only FID and sFID")
     elif samples.count < PUBLISHED_SAMPLES:
         lines.append(
-            f"warning: {samples.count:,} sample images; published figures use {PUBLISHED_SAMPLES:,}, "
+            f"warning: {samples.count:,} sample images; published figures use "
+            f"{PUBLISHED_SAMPLES:,}, "
             "and fewer raise FID"
         )
     if samples.count and not reference.count:
@@ -56,12 +57,14 @@ def warnings_before(reference: ImageSet, samples: ImageSet) -> list[str]:
     if samples.shape and reference.shape and samples.shape[1:] != reference.shape[1:]:
         sizes = [f"{s.shape[2]}x{s.shape[1]}" for s in (samples, reference)]
         lines.append(
-            f"warning: sample images are {sizes[0]}, the reference's {sizes[1]}; published figures use one size"
+            f"warning: sample images are {sizes[0]}, the reference's {sizes[1]}; published figures "
+            "use one size"
         )
     labels = samples.labels
     if labels is not None and len(np.unique(labels)) > 1 and (np.diff(labels) >= 0).all():
         lines.append(
-            "warning: samples are sorted by class; the Inception Score is computed per 5,000 images in file order "
+            "warning: samples are sorted by class; the Inception Score is computed per 5,000 "
+            "images in file order "
             "and will be too low"
         )
     return lines
@@ -72,11 +75,15 @@ def warnings_after(samples: ImageSet, features: ImageFeatures) -> list[str]:
     repeated = len(features.hashes) - len(np.unique(features.hashes))
     if not repeated:
         return []
-    return [f"warning: {repeated:,} of {samples.count:,} images of {samples.path} are copies of others"]
+    return [
+        f"warning: {repeated:,} of {samples.count:,} images of {samples.path} are copies of others"
+    ]
 
 
 def settings_of(samples: Path) -> dict[str, Any] | None:
-    """Return the options from the JSON that the sampler wrote beside the samples; None if it cannot be read."""
+    """Return the options from the JSON that the sampler wrote beside the samples; None if it
+    cannot be read.
+    """
     try:
         base = samples.resolve() if samples.is_dir() else samples.with_suffix("")
         options = json.loads(base.with_name(f"{base.name}.json").read_text())["options"]
@@ -97,7 +104,9 @@ def describe_distances(result: PrecisionRecall, exact: bool) -> str:
 
 def as_text(metrics: dict[str, float]) -> str:
     """Return one line ``title: value`` per metric, as the published evaluator prints them."""
-    return "".join(f"{title}: {metrics[name]}\n" for name, title in TITLES.items() if name in metrics)
+    return "".join(
+        f"{title}: {metrics[name]}\n" for name, title in TITLES.items() if name in metrics
+    )
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
@@ -109,5 +118,9 @@ def markdown(results: list[dict[str, Any]]) -> str:
         numbers = [f"{result['metrics'][n]:.4f}" if n in result["metrics"] else "" for n in names]
         options = result["made_with"] or {}
         settings = ", ".join(f"{k} {options[k]}" for k in SETTINGS if k in options)
-        rows.append([Path(result["samples"]).name, f"{result['sample_images']:,}", *numbers, settings])
-    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+        rows.append(
+            [Path(result["samples"]).name, f"{result['sample_images']:,}", *numbers, settings]
+        )
+    return "".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |\n" for row in rows
+    )

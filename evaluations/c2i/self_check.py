@@ -1,7 +1,9 @@
-"""Checks that the evaluator of this installation computes what the published TensorFlow evaluator does.
+"""Checks that the evaluator of this installation computes what the published TensorFlow evaluator
+does.
 
-Resize and network are compared with stored values: TensorFlow's own for the resize, those of seeded random weights
-for the network, stored when it agreed with TensorFlow's features (golden tests). Formulas are checked in closed form.
+Resize and network are compared with stored values: TensorFlow's own for the resize, those of seeded
+random weights for the network, stored when it agreed with TensorFlow's features (golden tests).
+Formulas are checked in closed form.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from evaluations.c2i import inception
 from evaluations.c2i.metrics import frechet_distance, inception_score, precision_recall
 from utils.files import sha256_file
 
-# an image of 8 x 8 pixels; sums per channel and pixel (35, 55) of TensorFlow 2.21's resize of it to 299 x 299
+# an image of 8 x 8 pixels; sums per channel and pixel (35, 55) of TensorFlow 2.21's resize of it to
+# 299 x 299
 IMAGE = np.frombuffer(
     bytes.fromhex(
         "2611da52fe4cec176b8e862c91ab9883dd183da115b74daa935744739c4c408952ab0581d4a58b52aa29a9e954fa3d7f"
@@ -76,7 +79,9 @@ def check_weights(weights: str | None, folder: Path, allow_unknown: bool) -> str
 def check_resize() -> str:
     """Check TF1's resize: one pixel bit for bit, the sums up to rounding."""
     out = inception.resize_tf1(torch.tensor(IMAGE), inception.IMAGE_SIZE).numpy()
-    assert np.array_equal(out[0, 35, 55], np.float32(RESIZED_PIXEL)), f"pixel (35, 55) is {out[0, 35, 55]}"
+    assert np.array_equal(out[0, 35, 55], np.float32(RESIZED_PIXEL)), (
+        f"pixel (35, 55) is {out[0, 35, 55]}"
+    )
     _close("sums", out.sum(axis=(0, 1, 2), dtype=np.float64), RESIZED_SUMS, 1e-13)
     return "8x8 -> 299x299 as TensorFlow's"
 
@@ -84,7 +89,9 @@ def check_resize() -> str:
 @torch.inference_mode()
 def check_network() -> str:
     """Check the features of the network with seeded weights."""
-    network = inception.build_inception(inception.state_from_tensorflow(recipe_constants()), "recipe")
+    network = inception.build_inception(
+        inception.state_from_tensorflow(recipe_constants()), "recipe"
+    )
     pool, spatial, _ = (x.double().numpy()[0] for x in network(torch.tensor(IMAGE)))
     _close("pool features", [*pool[:3], pool.sum()], [*POOL, POOL_SUM], 1e-4)
     _close("spatial features", [*spatial[:3], spatial.sum()], [*SPATIAL, SPATIAL_SUM], 1e-4)
@@ -92,7 +99,9 @@ def check_network() -> str:
 
 
 def check_frechet() -> str:
-    """Check FID of Gaussians with commuting covariances: |m|^2 + sum (a - b)^2 over their standard deviations a, b."""
+    """Check FID of Gaussians with commuting covariances: |m|^2 + sum (a - b)^2 over their
+    standard deviations a, b.
+    """
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.standard_normal((64, 64)))[0]
     a, b, mean = rng.uniform(0.5, 2, 64), rng.uniform(0.5, 2, 64), rng.standard_normal(64)
@@ -103,8 +112,15 @@ def check_frechet() -> str:
 
 
 def check_inception_score() -> str:
-    """Check that certain predictions of 10 equally frequent classes score 10, uniform predictions 1."""
-    _close("score", [inception_score(np.eye(10).repeat(5, 0)), inception_score(np.full((50, 10), 0.1))], [10, 1], 1e-12)
+    """Check that certain predictions of 10 equally frequent classes score 10, uniform
+    predictions 1.
+    """
+    _close(
+        "score",
+        [inception_score(np.eye(10).repeat(5, 0)), inception_score(np.full((50, 10), 0.1))],
+        [10, 1],
+        1e-12,
+    )
     return "10 certain classes score 10, uniform predictions 1"
 
 
@@ -112,24 +128,33 @@ def check_precision_recall() -> str:
     """Check that a set covers itself and nothing far away, in both precisions."""
     points = np.random.default_rng(0).standard_normal((50, 16)).astype(np.float32)
     for exact in (False, True):
-        itself, elsewhere = precision_recall(points, points, exact=exact), precision_recall(points, points + 100)
+        itself, elsewhere = (
+            precision_recall(points, points, exact=exact),
+            precision_recall(points, points + 100),
+        )
         assert itself[:2] == (1, 1) and elsewhere[:2] == (0, 0), f"{itself[:2]}, {elsewhere[:2]}"  # noqa: PT018
     return "a set covers itself and nothing far away"
 
 
 def compare_with_published(name: str, metrics: dict[str, float]) -> str | None:
-    """Return a table of published and measured metrics for OpenAI's sample files; None for any other file."""
+    """Return a table of published and measured metrics for OpenAI's sample files; None for any
+    other file.
+    """
     if name not in PUBLISHED:
         return None
     lines = [f"{name}: published, measured, relative difference"]
     for metric, published in PUBLISHED[name].items():
         measured = metrics.get(metric, np.nan)
-        lines.append(f"  {metric:16} {published:11.6f} {measured:11.6f} {measured / published - 1:+.2e}")
+        lines.append(
+            f"  {metric:16} {published:11.6f} {measured:11.6f} {measured / published - 1:+.2e}"
+        )
     return "\n".join(lines)
 
 
 def recipe_constants(use_gamma: bool = True) -> dict[str, np.ndarray]:
-    """Return random constants of the 2015 graph, each seeded by its name; without ``use_gamma`` gamma is 1."""
+    """Return random constants of the 2015 graph, each seeded by its name; without ``use_gamma``
+    gamma is 1.
+    """
     shapes = {k: tuple(v.shape) for k, v in inception.Inception2015().state_dict().items()}
     constants = {}
 
@@ -154,7 +179,9 @@ def recipe_constants(use_gamma: bool = True) -> dict[str, np.ndarray]:
 
 
 def _close(name: str, computed: object, expected: object, relative: float) -> None:
-    """Raise ``AssertionError`` if an error exceeds ``relative`` times the largest expected value."""
+    """Raise ``AssertionError`` if an error exceeds ``relative`` times the largest expected
+    value.
+    """
     computed, expected = np.asarray(computed, np.float64), np.asarray(expected, np.float64)
     error = np.abs(computed - expected).max() / np.abs(expected).max()
     assert error <= relative, f"{name} are {computed.tolist()}, expected {expected.tolist()}"

@@ -1,8 +1,9 @@
 """Extraction and loading of codes against the published procedure, as ratios within one run.
 
-Published: one image at a time, its ten crops as one batch, float32 in torch's default layout, all distances to the
-codebook by einsum, one int64 .npy of codes and one of labels per image; loaded file by file through a DataLoader.
-Also says what bounds extraction: the encoder's FLOPs against this machine's matrix-multiply ceiling.
+Published: one image at a time, its ten crops as one batch, float32 in torch's default layout, all
+distances to the codebook by einsum, one int64 .npy of codes and one of labels per image; loaded
+file by file through a DataLoader. Also says what bounds extraction: the encoder's FLOPs against
+this machine's matrix-multiply ceiling.
 """
 
 from __future__ import annotations
@@ -48,13 +49,17 @@ def published_codes(vq: VQModel, crops: torch.Tensor) -> np.ndarray:
     z = vq.latent(crops).permute(0, 2, 3, 1)  # (10, h, w, C)
     z = torch.nn.functional.normalize(z, dim=-1).reshape(-1, z.shape[-1])  # (N, C)
     e = torch.nn.functional.normalize(vq.quantize.embedding.weight, dim=-1)  # (V, C)
-    d = z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * torch.einsum("bd,dn->bn", z, e.T)  # (N, V)
+    d = (
+        z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * torch.einsum("bd,dn->bn", z, e.T)
+    )  # (N, V)
     return d.argmin(1).view(len(crops), -1).numpy()
 
 
 @torch.inference_mode()
 def extract_one_way(way: str, data_path: str, count: int, size: int, work: Path) -> None:
-    """Encode and write ``count`` images as ``way`` says; codes and figures go to ``work``/``way``.npz."""
+    """Encode and write ``count`` images as ``way`` says; codes and figures go to
+    ``work``/``way``.npz.
+    """
     samples = list_images(data_path).samples[:count]
     torch.manual_seed(0)
     vq = VQModel(make_vq_config("VQ-16")).eval()
@@ -65,10 +70,14 @@ def extract_one_way(way: str, data_path: str, count: int, size: int, work: Path)
     (work / way).mkdir()
 
     def encode(path: str) -> np.ndarray:
-        pixels = torch.from_numpy(center_crop(open_image(path), int(size * 1.1)).copy())[None]  # (1, R, R, 3)
+        pixels = torch.from_numpy(center_crop(open_image(path), int(size * 1.1)).copy())[
+            None
+        ]  # (1, R, R, 3)
         crops = take_crops(pixels, size, True, True)[0]  # (10, S, S, 3)
         if way.startswith("published"):
-            return published_codes(vq, crops.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1)  # (10, T)
+            return published_codes(
+                vq, crops.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+            )  # (10, T)
         with torch.autocast("cpu", torch.bfloat16, enabled=way.endswith("bf16")):
             codes = [vq.encode(to_model_range(part, CPU), codebook) for part in crops.split(2)]
         return torch.cat(codes).flatten(1).numpy()  # (10, T)
@@ -91,17 +100,28 @@ def extract_one_way(way: str, data_path: str, count: int, size: int, work: Path)
 
 
 def measure_extraction(args: Namespace, work: Path) -> dict[str, float]:
-    """Images per second and peak memory of each way in a process of its own; codes compared one by one.
+    """Images per second and peak memory of each way in a process of its own; codes compared one by
+    one.
 
-    "published" runs under glibc's allocator settings as they are, the others under those of scripts/launch.sh.
+    "published" runs under glibc's allocator settings as they are, the others under those of
+    scripts/launch.sh.
     """
     results, codes = {}, {}
     for way in ("published", "published, memory kept", "ours", "ours, bf16"):
-        options = dict(data_path=args.data_path, images=args.images, image_size=args.image_size, work=work, way=way)
+        options = dict(
+            data_path=args.data_path,
+            images=args.images,
+            image_size=args.image_size,
+            work=work,
+            way=way,
+        )
         run_way(__file__, {} if way == "published" else KEPT_MEMORY, **options)
         with np.load(work / f"{way}.npz", allow_pickle=False) as found:
             codes[way] = found["codes"]
-            results |= {f"{way}: images/s": float(found["rate"]), f"{way}: peak GiB": float(found["peak"])}
+            results |= {
+                f"{way}: images/s": float(found["rate"]),
+                f"{way}: peak GiB": float(found["peak"]),
+            }
             results[f"{way}: ratio"] = results[f"{way}: images/s"] / results["published: images/s"]
             results[f"{way}: codes equal"] = float((codes[way] == codes["published"]).mean())
     return results
@@ -109,7 +129,9 @@ def measure_extraction(args: Namespace, work: Path) -> dict[str, float]:
 
 @torch.inference_mode()
 def measure_ceiling(size: int) -> dict[str, float]:
-    """GFLOP/s of a large float32 matrix product, and of the encoder; what the encoder's time goes to."""
+    """GFLOP/s of a large float32 matrix product, and of the encoder; what the encoder's time
+    goes to.
+    """
     a = torch.randn(2048, 2048)
     a @ a
     ceiling = 2 * 2048**3 / fastest(lambda: a @ a, 5) / 1e9
@@ -122,7 +144,11 @@ def measure_ceiling(size: int) -> dict[str, float]:
         vq.encode(image)
     events = sorted(trace.key_averages(), key=lambda e: -e.self_cpu_time_total)
     total = sum(e.self_cpu_time_total for e in events)
-    result = {"GFLOP a crop": counter.get_total_flops() / 1e9, "encoder GFLOP/s": reached, "matmul GFLOP/s": ceiling}
+    result = {
+        "GFLOP a crop": counter.get_total_flops() / 1e9,
+        "encoder GFLOP/s": reached,
+        "matmul GFLOP/s": ceiling,
+    }
     return result | {f"share of {e.key}": e.self_cpu_time_total / total for e in events[:5]}
 
 
@@ -136,11 +162,17 @@ def drop_page_cache(folder: Path) -> None:
 
 def disk_bytes(folder: Path) -> int:
     """Bytes that the files take on disk, whole blocks."""
-    return int(subprocess.run(["du", "-s", "-B1", folder], capture_output=True, check=True).stdout.split()[0])
+    return int(
+        subprocess.run(["du", "-s", "-B1", folder], capture_output=True, check=True).stdout.split()[
+            0
+        ]
+    )
 
 
 def measure_loading(work: Path, count: int, batch: int = 256) -> dict[str, float]:
-    """Images per second of random batches of 256, warm and cold, and disk use, of both layouts of the same codes."""
+    """Images per second of random batches of 256, warm and cold, and disk use, of both layouts
+    of the same codes.
+    """
     codes = np.random.default_rng(0).integers(0, 16384, (count, 10, 576))
     published, ours = work / "published", work / "shards"
     write_published_codes(published, codes, np.arange(count) % 1000)
@@ -163,13 +195,18 @@ def measure_loading(work: Path, count: int, batch: int = 256) -> dict[str, float
         index = np.array(plan.shard_images(shard))
         write_shard(ours, plan, shard, codes[index], index % 1000, index)
     finish_codes(ours, plan, [""] * count)
-    result = {"published bytes/image": disk_bytes(published) / count, "ours bytes/image": disk_bytes(ours) / count}
+    result = {
+        "published bytes/image": disk_bytes(published) / count,
+        "ours bytes/image": disk_bytes(ours) / count,
+    }
 
     workers = usable_cores()
     order = np.random.default_rng(1).permutation(count)
 
     def load_published() -> None:
-        for x, _ in DataLoader(PublishedDataset(published, count), batch, shuffle=True, num_workers=workers):
+        for x, _ in DataLoader(
+            PublishedDataset(published, count), batch, shuffle=True, num_workers=workers
+        ):
             x.sum()
 
     def load_ours() -> None:
@@ -190,10 +227,18 @@ def measure_loading(work: Path, count: int, batch: int = 256) -> dict[str, float
 
 def main() -> None:
     """Measure, print, write JSON."""
-    parser = make_parser(__doc__, "python3 scripts/benchmarks/codes.py --data-path IMAGES --output codes.json")
-    parser.add_argument("--data-path", required=True, help="folder with one sub-folder of images per class")
-    parser.add_argument("--images", type=positive_int, default=4, help="images to extract (ten crops each)")
-    parser.add_argument("--image-size", type=positive_int, default=384, help="side of the crops, pixels")
+    parser = make_parser(
+        __doc__, "python3 scripts/benchmarks/codes.py --data-path IMAGES --output codes.json"
+    )
+    parser.add_argument(
+        "--data-path", required=True, help="folder with one sub-folder of images per class"
+    )
+    parser.add_argument(
+        "--images", type=positive_int, default=4, help="images to extract (ten crops each)"
+    )
+    parser.add_argument(
+        "--image-size", type=positive_int, default=384, help="side of the crops, pixels"
+    )
     parser.add_argument("--loaded-images", type=positive_int, default=20000, help="images to load")
     add_output_options(parser, "codes.json", work="folder for 2 GB of scratch files")
     args = parser.parse_args()
@@ -204,7 +249,9 @@ def main() -> None:
         extraction = measure_extraction(args, Path(folder)) | measure_ceiling(args.image_size)
         loading = measure_loading(Path(folder), args.loaded_images)
     for kind in ("cold", "warm"):
-        loading[f"ratio, {kind}"] = loading[f"ours {kind} images/s"] / loading[f"published {kind} images/s"]
+        loading[f"ratio, {kind}"] = (
+            loading[f"ours {kind} images/s"] / loading[f"published {kind} images/s"]
+        )
     loading["ratio, disk"] = loading["published bytes/image"] / loading["ours bytes/image"]
     for title, table in (("extraction", extraction), ("loading", loading)):
         print(f"\n{title}")

@@ -1,4 +1,6 @@
-"""What benchmarks share: timing, a process of its own for each way, parts of the published code, the JSON."""
+"""What benchmarks share: timing, a process of its own for each way, parts of the published code,
+the JSON.
+"""
 
 from __future__ import annotations
 
@@ -49,16 +51,24 @@ def warm_up_steps(device: torch.device) -> int:
 
 
 def time_steps(
-    step: Callable[..., torch.Tensor], batches: Iterable[tuple[torch.Tensor, ...]], device: torch.device
+    step: Callable[..., torch.Tensor],
+    batches: Iterable[tuple[torch.Tensor, ...]],
+    device: torch.device,
 ) -> dict[str, float]:
-    """Take a training step on each batch; return the seconds of the fastest after the warm-up, first and last loss."""
+    """Take a training step on each batch; return the seconds of the fastest after the warm-up,
+    first and last loss.
+    """
     losses, times = [], []
     for batch in batches:
         started = time.perf_counter()
         loss = step(*(x.to(device, non_blocking=True) for x in batch))
         losses.append(loss.item())  # waits for the device
         times.append(time.perf_counter() - started)
-    return {"seconds": min(times[warm_up_steps(device) :]), "first loss": losses[0], "last loss": losses[-1]}
+    return {
+        "seconds": min(times[warm_up_steps(device) :]),
+        "first loss": losses[0],
+        "last loss": losses[-1],
+    }
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -75,7 +85,9 @@ def run_way(script: str, environment: Mapping[str, str], **options: object) -> N
     subprocess.run(words, env=os.environ | environment, check=True)
 
 
-def figures_of(script: str, environment: Mapping[str, str], work: str, **options: object) -> dict[str, Any]:
+def figures_of(
+    script: str, environment: Mapping[str, str], work: str, **options: object
+) -> dict[str, Any]:
     """Return the figures that ``run_way`` leaves in ``work``; ``options`` are those of one way."""
     run_way(script, environment, work=work, **options)
     return json.loads((Path(work) / "figures.json").read_text())
@@ -87,7 +99,9 @@ def write_figures(work: str, figures: dict[str, Any]) -> None:
 
 
 def write_results(args: Namespace, results: object) -> None:
-    """Write ``results`` to ``args.output`` as JSON, with the options and what they were measured on."""
+    """Write ``results`` to ``args.output`` as JSON, with the options and what they were measured
+    on.
+    """
     machine = {"device": device_name(), "threads": torch.get_num_threads(), "git": git_revision()}
     write_json(args.output, {"options": vars(args), "results": results, **machine})
 
@@ -95,7 +109,8 @@ def write_results(args: Namespace, results: object) -> None:
 def add_output_options(parser: ArgumentParser, output: str, work: str = SUPPRESS) -> None:
     """Add ``--output``, and the options by which a benchmark runs one way in a process of its own.
 
-    work: help of ``--work``, the folder that this process writes to; hidden, as ``--way`` is, if there is none.
+    work: help of ``--work``, the folder that this process writes to; hidden, as ``--way`` is, if
+    there is none.
     """
     parser.add_argument("--output", default=output, help="JSON to write")
     parser.add_argument("--way", help=SUPPRESS)
@@ -125,7 +140,9 @@ class PublishedRMSNorm(nn.Module):
         self.weight, self.eps = weight, eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)  # (B, T, D)
+        y = x.float() * torch.rsqrt(
+            x.float().square().mean(-1, keepdim=True) + self.eps
+        )  # (B, T, D)
         return y.type_as(x) * self.weight  # (B, T, D)
 
 
@@ -149,7 +166,9 @@ class PublishedDataset(Dataset):
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         codes = np.load(self.folder / "codes" / f"{i}.npy")  # (1, crops, T)
         crop = torch.randint(codes.shape[1], (1,)).item()
-        return torch.from_numpy(codes[0, crop]), torch.from_numpy(np.load(self.folder / "labels" / f"{i}.npy"))
+        return torch.from_numpy(codes[0, crop]), torch.from_numpy(
+            np.load(self.folder / "labels" / f"{i}.npy")
+        )
 
 
 def write_published_codes(folder: Path, codes: np.ndarray, labels: np.ndarray) -> None:

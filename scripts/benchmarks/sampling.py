@@ -1,18 +1,20 @@
 """Sampling against the published decoding: seconds a batch, images/s, what bounds them, in one run.
 
-Published: the same model decoded with a mask over the padded length, all positions of the cache read at every step,
-every step's probabilities kept, softmax and multinomial over the whole vocabulary, guidance on logits; keys and values
-copied in every layer (repeat_interleave in LlamaGen's gpt.py) and attention by torch's plain operators, to which the
-published loop confines it (sdp_kernel in its generate.py, commit 5a50452). Fused: that without the copies and with
-torch's fused attention. Ours: Generator, eager by torch's operators, compiled by our kernels on a CPU, by torch.compile
-and one CUDA graph on CUDA. Random weights, guidance on, no image decoding. For all of ours but eager float32 also the
-share of greedy tokens equal to those of eager float32 after the same tokens, and the difference of the logits.
-"compiled" is what the samplers do by default, so where a measurement finds torch's operators faster it is eager. A
-device that emulates bfloat16 is measured in it by our kernels alone, which only store it there, against published
-float32.
-Each figure is from a process of its own, all under the allocator settings of scripts/launch.sh. Bytes are those that
-must be read (weights, once a call, and the keys and values there are), FLOPs those of the products; the ceilings beside
-them are a long sum and a matrix product, measured in the same process.
+Published: the same model decoded with a mask over the padded length, all positions of the cache
+read at every step, every step's probabilities kept, softmax and multinomial over the whole
+vocabulary, guidance on logits; keys and values copied in every layer (repeat_interleave in
+LlamaGen's gpt.py) and attention by torch's plain operators, to which the published loop confines it
+(sdp_kernel in its generate.py, commit 5a50452). Fused: that without the copies and with torch's
+fused attention. Ours: Generator, eager by torch's operators, compiled by our kernels on a CPU, by
+torch.compile and one CUDA graph on CUDA. Random weights, guidance on, no image decoding. For all of
+ours but eager float32 also the share of greedy tokens equal to those of eager float32 after the
+same tokens, and the difference of the logits. "compiled" is what the samplers do by default, so
+where a measurement finds torch's operators faster it is eager. A device that emulates bfloat16 is
+measured in it by our kernels alone, which only store it there, against published float32. Each
+figure is from a process of its own, all under the allocator settings of scripts/launch.sh. Bytes
+are those that must be read (weights, once a call, and the keys and values there are), FLOPs those
+of the products; the ceilings beside them are a long sum and a matrix product, measured in the same
+process.
 """
 
 from __future__ import annotations
@@ -60,26 +62,38 @@ CFG_SCALE = 1.5
 class PublishedCache:
     """Keys and values over the whole padded length, whatever is filled of it."""
 
-    def __init__(self, config: GPTConfig, batch: int, slots: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, config: GPTConfig, batch: int, slots: int, dtype: torch.dtype, device: torch.device
+    ):
         shape = (config.n_layer, 2, batch, config.kv_heads, slots, config.head_dim)
         self.store = torch.zeros(shape, dtype=dtype, device=device)  # (L, 2, B, Hkv, T, hd)
 
-    def update(self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self.store[layer]  # (B, Hkv, T, hd)
         keys[:, :, start : start + k.shape[2]] = k
         values[:, :, start : start + k.shape[2]] = v
         return keys, values  # (B, Hkv, T, hd)
 
 
-def published_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
-    """By torch's plain operators over copies of keys and values, made even where there are as many as queries."""
+def published_attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, p: float
+) -> torch.Tensor:
+    """By torch's plain operators over copies of keys and values, made even where there are as
+    many as queries.
+    """
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, T, hd)
     return F.scaled_dot_product_attention(q, k, v, mask, p)  # (B, H, t, hd)
 
 
-def fused_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
+def fused_attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, p: float
+) -> torch.Tensor:
     """By torch's fused attention, with a mask."""
-    return F.scaled_dot_product_attention(q, k, v, mask, p, enable_gqa=q.shape[1] != k.shape[1])  # (B, H, t, hd)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, p, enable_gqa=q.shape[1] != k.shape[1]
+    )  # (B, H, t, hd)
 
 
 @torch.inference_mode()
@@ -88,7 +102,9 @@ def published_generate(model: GPT, cond: torch.Tensor) -> torch.Tensor:
     batch, slots = len(cond), model.order.num_tokens
     padded = -(-slots // 8) * 8
     labels = torch.cat([cond, torch.full_like(cond, model.config.num_classes)])  # (2B,)
-    mask = torch.zeros(2 * batch, padded, padded, dtype=torch.bool, device=cond.device)  # (2B, Tp, Tp)
+    mask = torch.zeros(
+        2 * batch, padded, padded, dtype=torch.bool, device=cond.device
+    )  # (2B, Tp, Tp)
     mask[:, :slots, :slots] = model.mask
     cache = PublishedCache(model.config, 2 * batch, padded, model.output.weight.dtype, cond.device)
     tokens, probabilities = cond.new_zeros(2 * batch, slots), []  # (2B, T)
@@ -113,7 +129,9 @@ def random_model(gpt_model: str, n: int) -> GPT:
 
 
 def make_published(model: GPT, fused: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The model with the published norm, decoded the published way but, if ``fused``, for its attention."""
+    """The model with the published norm, decoded the published way but, if ``fused``, for its
+    attention.
+    """
     gpt.attend = fused_attend if fused else published_attend
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION] if fused else []
     use_published_norm(model)
@@ -127,7 +145,9 @@ def make_published(model: GPT, fused: bool) -> Callable[[torch.Tensor], torch.Te
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: ``batch`` images at a time by one way, n tokens at once, with weights in ``precision``."""
+    """What is timed: ``batch`` images at a time by one way, n tokens at once, with weights in
+    ``precision``.
+    """
 
     gpt_model: str
     n: int
@@ -138,25 +158,36 @@ class Case:
 
 
 def way_of(model: GPT, case: Case, device: torch.device) -> Way:
-    """How ``case.way`` decodes: ``compiled`` is what the samplers do by default there with this precision."""
+    """How ``case.way`` decodes: ``compiled`` is what the samplers do by default there with this
+    precision.
+    """
     if case.way != "compiled":
         return Way(case.precision, "eager")
-    ways, _ = possible_ways(device, case.precision, True if device.type == "cuda" else None, quantized=False)
+    ways, _ = possible_ways(
+        device, case.precision, True if device.type == "cuda" else None, quantized=False
+    )
     return choose_way(model, ways, case.batch, guided=True)[0]
 
 
 @torch.inference_mode()
 def step_logits(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
-    """Guided logits (T, V) float32 of one image of class 0, each step after the region-ordered ``tokens`` (T,)."""
+    """Guided logits (T, V) float32 of one image of class 0, each step after the region-ordered
+    ``tokens`` (T,).
+    """
     cache = decoder.new_cache(2)
     labels = torch.tensor([0, decoder.config.num_classes], device=decoder.device)  # (2,)
     both = tokens.expand(2, -1)  # (2, T)
-    steps = [decoder.decode_step(both, labels, *step, cache, CFG_SCALE)[0] for step in decoder.order.schedule]
+    steps = [
+        decoder.decode_step(both, labels, *step, cache, CFG_SCALE)[0]
+        for step in decoder.order.schedule
+    ]
     return torch.cat(steps).float()  # (T, V)
 
 
 def agreement(decoder: Decoder, reference: GPT) -> dict[str, float]:
-    """Share of greedy tokens that are those of ``reference`` after the same tokens; distance of the logits."""
+    """Share of greedy tokens that are those of ``reference`` after the same tokens; distance of
+    the logits.
+    """
     order = reference.order
     cond = torch.zeros(1, dtype=torch.int64, device=reference.device)
     uniforms = torch.zeros(1, order.num_tokens, device=cond.device)
@@ -165,14 +196,21 @@ def agreement(decoder: Decoder, reference: GPT) -> dict[str, float]:
     expected, logits = step_logits(reference, tokens), step_logits(decoder, tokens)  # (T, V)
     return {
         "equal tokens": (logits.argmax(-1) == tokens).float().mean().item(),
-        "logit error": ((logits - expected).square().mean() / expected.square().mean()).sqrt().item(),
+        "logit error": ((logits - expected).square().mean() / expected.square().mean())
+        .sqrt()
+        .item(),
     }
 
 
 def work_of(model: GPT, batch: int, way: str) -> tuple[float, float]:
-    """Bytes that must be read and FLOPs of products, for one guided batch; int8 and fp8 weights are a byte each."""
+    """Bytes that must be read and FLOPs of products, for one guided batch; int8 and fp8 weights
+    are a byte each.
+    """
     config, order = model.config, model.order
-    size, rows = model.tok_embeddings.weight.element_size(), 2 * batch  # embeddings keep the weights' type
+    size, rows = (
+        model.tok_embeddings.weight.element_size(),
+        2 * batch,
+    )  # embeddings keep the weights' type
     block = config.dim * (config.n_head + 2 * config.kv_heads) * config.head_dim
     block += config.dim**2 + 3 * config.dim * config.ffn_dim
     weights, head = config.n_layer * block, config.dim * config.vocab_size
@@ -186,7 +224,9 @@ def work_of(model: GPT, batch: int, way: str) -> tuple[float, float]:
 
 
 def time_batches(case: Case, device: torch.device) -> tuple[dict[str, float | str], Decoder | None]:
-    """Time one way, the best of ``case.repeats`` batches after one to warm up: its figures, and the decoder if ours."""
+    """Time one way, the best of ``case.repeats`` batches after one to warm up: its figures, and
+    the decoder if ours.
+    """
     batch = case.batch
     model = random_model(case.gpt_model, case.n)
     ours = case.way not in ("published", "fused")
@@ -232,13 +272,26 @@ def measure(case: Case) -> dict[str, float | str]:
 def main() -> None:
     """Measure each way in a process of its own, print, write JSON."""
     parser = make_parser(
-        __doc__, "python3 scripts/benchmarks/sampling.py --ar-token-num 4 16 --batch 1 8 --output s.json"
+        __doc__,
+        "python3 scripts/benchmarks/sampling.py --ar-token-num 4 16 --batch 1 8 --output s.json",
     )
     parser.add_argument("--gpt-model", choices=list(GPT_models), default="GPT-B", help="size")
-    parser.add_argument("--ar-token-num", type=positive_int, nargs="+", default=[4, 16, 1], help="tokens at once, n")
-    parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 8], help="images at once")
-    parser.add_argument("--precision", choices=["none", "bf16"], nargs="+", default=["none", "bf16"], help="of weights")
-    parser.add_argument("--repeats", type=positive_int, default=2, help="batches timed, of which the fastest counts")
+    parser.add_argument(
+        "--ar-token-num", type=positive_int, nargs="+", default=[4, 16, 1], help="tokens at once, n"
+    )
+    parser.add_argument(
+        "--batch", type=positive_int, nargs="+", default=[1, 8], help="images at once"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["none", "bf16"],
+        nargs="+",
+        default=["none", "bf16"],
+        help="of weights",
+    )
+    parser.add_argument(
+        "--repeats", type=positive_int, default=2, help="batches timed, of which the fastest counts"
+    )
     ways = ["published", "eager", "compiled"]
     parser.add_argument(
         "--ways",
@@ -251,7 +304,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.way:
         (n,), (batch,), (precision,) = args.ar_token_num, args.batch, args.precision
-        write_figures(args.work, measure(Case(args.gpt_model, n, batch, precision, args.way, args.repeats)))
+        write_figures(
+            args.work, measure(Case(args.gpt_model, n, batch, precision, args.way, args.repeats))
+        )
         return
     results = []
     published: dict[tuple[int, int, str], float] = {}  # seconds by n, batch, precision
@@ -259,11 +314,18 @@ def main() -> None:
     for n, batch, precision in product(args.ar_token_num, args.batch, args.precision):
         for way in args.ways:
             if emulated and precision == "bf16" and way != "compiled":
-                print(f"n {n:2}  batch {batch:2}  {precision:5} {way:9} left out: this device emulates bfloat16")
+                print(
+                    f"n {n:2}  batch {batch:2}  {precision:5} {way:9} left out: this device "
+                    "emulates bfloat16"
+                )
                 continue
-            options = dict(gpt_model=args.gpt_model, ar_token_num=n, batch=batch, precision=precision)
+            options = dict(
+                gpt_model=args.gpt_model, ar_token_num=n, batch=batch, precision=precision
+            )
             with tempfile.TemporaryDirectory(prefix="par-sampling-") as work:
-                figures = figures_of(__file__, ALLOCATOR, work, **options, way=way, repeats=args.repeats)
+                figures = figures_of(
+                    __file__, ALLOCATOR, work, **options, way=way, repeats=args.repeats
+                )
             if way == "published":
                 published[n, batch, precision] = figures["seconds"]
             base = published.get((n, batch, precision)) or published.get((n, batch, "none"))
@@ -273,15 +335,21 @@ def main() -> None:
 
 
 def describe(result: dict[str, object], published: float | None) -> str:
-    """One line of figures; the gain is over ``published`` seconds, of float32 where bfloat16 was left out."""
+    """One line of figures; the gain is over ``published`` seconds, of float32 where bfloat16 was
+    left out.
+    """
     gain = f"{published / result['seconds']:5.2f}x" if published else ""
     agreed = ""
     if "equal tokens" in result:
         agreed = f"  {result['equal tokens']:.1%} of greedy tokens equal, logits off by {result['logit error']:.1e}"
     return (
-        "n {n:2}  batch {batch:2}  {precision:5} {way:9} {seconds:7.2f} s {images/s:7.3f} images/s ".format(**result)
+        "n {n:2}  batch {batch:2}  {precision:5} {way:9} {seconds:7.2f} s {images/s:7.3f} images/s ".format(
+            **result
+        )
         + f"{gain}  {{calls}} calls  {{GB/s:6.1f}} of {{ceiling GB/s:.0f}} GB/s  ".format(**result)
-        + "{TFLOP/s:.3f} of {ceiling TFLOP/s:.2f} TFLOP/s  {peak GiB:.2f} GiB  by {decoder}".format(**result)
+        + "{TFLOP/s:.3f} of {ceiling TFLOP/s:.2f} TFLOP/s  {peak GiB:.2f} GiB  by {decoder}".format(
+            **result
+        )
         + agreed
     )
 

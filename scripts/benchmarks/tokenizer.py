@@ -1,9 +1,11 @@
-"""A tokenizer's training step against the straightforward published one: seconds, images/s and peak memory in one run.
+"""A tokenizer's training step against the straightforward published one: seconds, images/s and peak
+memory in one run.
 
-Published: the whole distance matrix |z|^2 + |e|^2 - 2 z.e by einsum, the discriminator in float32 at every step, before
+Published: the whole distance matrix |z|^2 + |e|^2 - 2 z.e by einsum, the discriminator in float32
+at every step, before
 --disc-start too, its parameters' gradients computed in the generator's backward as well, plain Adam, NCHW. Ours:
-train_vq.py's step before and after --disc-start. No LPIPS, which is the same in both. Each way runs in a process of its
-own, all of them under the allocator settings of scripts/launch.sh.
+train_vq.py's step before and after --disc-start. No LPIPS, which is the same in both. Each way runs
+in a process of its own, all of them under the allocator settings of scripts/launch.sh.
 """
 
 from __future__ import annotations
@@ -46,15 +48,23 @@ DISC_WEIGHT = 0.5
 def published_search(self: VectorQuantizer, z: torch.Tensor) -> torch.Tensor:
     """Nearest entries of (N, C) from the (N, V) matrix of squared distances: (N,)."""
     z, codebook = self._normalize(z), self.codebook()  # (N, C), (V, C)
-    distances = z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * torch.einsum("nc,vc->nv", z, codebook)
+    distances = (
+        z.square().sum(1, keepdim=True)
+        + codebook.square().sum(1)
+        - 2 * torch.einsum("nc,vc->nv", z, codebook)
+    )
     return distances.argmin(1)
 
 
-def published_step(args: Namespace, model: VQModel, world: World) -> Callable[[torch.Tensor], torch.Tensor]:
+def published_step(
+    args: Namespace, model: VQModel, world: World
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """The published arithmetic on our parameters."""
     VectorQuantizer.search = published_search
     discriminator = make_discriminator(args.disc_type, args.image_size).to(world.device)
-    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-4, betas=(0.9, 0.95)) for m in (model, discriminator)]
+    optimizers = [
+        torch.optim.Adam(m.parameters(), lr=1e-4, betas=(0.9, 0.95)) for m in (model, discriminator)
+    ]
 
     def update(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -69,7 +79,9 @@ def published_step(args: Namespace, model: VQModel, world: World) -> Callable[[t
         (supervised + DISC_WEIGHT * generator_hinge(discriminator(made))).backward()
         update(model, optimizers[0])
         optimizers[1].zero_grad()
-        (DISC_WEIGHT * discriminator_hinge(discriminator(images), discriminator(made.detach()))).backward()
+        (
+            DISC_WEIGHT * discriminator_hinge(discriminator(images), discriminator(made.detach()))
+        ).backward()
         update(discriminator, optimizers[1])
         model.quantize.record_usage(codes)
         return supervised.detach()
@@ -77,20 +89,42 @@ def published_step(args: Namespace, model: VQModel, world: World) -> Callable[[t
     return step
 
 
-def our_step(args: Namespace, model: VQModel, world: World, gan: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def our_step(
+    args: Namespace, model: VQModel, world: World, gan: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """The step of train_vq.py on one process."""
-    options = dict(perceptual_weight=0.0, reconstruction_loss="l2", reconstruction_weight=1.0, codebook_weight=1.0)
-    options |= dict(
-        disc_type=args.disc_type, disc_weight=DISC_WEIGHT, disc_loss="hinge", gen_loss="hinge", disc_start=0
+    options = dict(
+        perceptual_weight=0.0,
+        reconstruction_loss="l2",
+        reconstruction_weight=1.0,
+        codebook_weight=1.0,
     )
-    options |= dict(disc_adaptive_weight=False, image_size=args.image_size, mixed_precision=args.precision, lr=1e-4)
+    options |= dict(
+        disc_type=args.disc_type,
+        disc_weight=DISC_WEIGHT,
+        disc_loss="hinge",
+        gen_loss="hinge",
+        disc_start=0,
+    )
+    options |= dict(
+        disc_adaptive_weight=False,
+        image_size=args.image_size,
+        mixed_precision=args.precision,
+        lr=1e-4,
+    )
     options = Namespace(**options, weight_decay=0.05, beta1=0.9, beta2=0.95, max_skipped_steps=20)
     memory_format = torch.channels_last if world.device.type == "cuda" else torch.contiguous_format
     model.to(memory_format=memory_format)
     supervised = ReconstructionLoss(options, world.device, memory_format)
     adversary = Adversary(options, world, memory_format)
     scaler = torch.amp.GradScaler(world.device.type, enabled=False)
-    state = TrainingState(model, make_adamw(model, 1e-4, 0.05, (0.9, 0.95)), scaler, None, Guard(world.device, 1.0, 20))
+    state = TrainingState(
+        model,
+        make_adamw(model, 1e-4, 0.05, (0.9, 0.95)),
+        scaler,
+        None,
+        Guard(world.device, 1.0, 20),
+    )
 
     def step(images: torch.Tensor) -> torch.Tensor:
         images = images.contiguous(memory_format=memory_format)  # (B, 3, S, S)
@@ -99,7 +133,9 @@ def our_step(args: Namespace, model: VQModel, world: World, gan: bool) -> Callab
             made = made.float()  # (B, 3, S, S)
             total, decoded, terms = supervised(images, made, quantizer)
             if gan:
-                adversarial, weight = adversary.generator_loss(made, decoded, model.decoder.last_layer, 1.0)
+                adversarial, weight = adversary.generator_loss(
+                    made, decoded, model.decoder.last_layer, 1.0
+                )
                 total = total + weight * adversarial
         total.backward()
         if gan:
@@ -123,21 +159,41 @@ def measure(args: Namespace) -> dict[str, float]:
     model.init_weights()
     model.to(world.device).train()
     published = args.way == "published"
-    step = published_step(args, model, world) if published else our_step(args, model, world, "from" in args.way)
+    step = (
+        published_step(args, model, world)
+        if published
+        else our_step(args, model, world, "from" in args.way)
+    )
     shape = (args.batch, 3, args.image_size, args.image_size)
-    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(world.device) * 2 - 1  # (B, 3, S, S)
-    figures = time_steps(step, [(images,)] * (warm_up_steps(world.device) + args.steps), world.device)
-    return figures | {"images/s": args.batch / figures["seconds"], "peak GiB": peak_memory(world.device) / 2**30}
+    images = (
+        torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(world.device) * 2 - 1
+    )  # (B, 3, S, S)
+    figures = time_steps(
+        step, [(images,)] * (warm_up_steps(world.device) + args.steps), world.device
+    )
+    return figures | {
+        "images/s": args.batch / figures["seconds"],
+        "peak GiB": peak_memory(world.device) / 2**30,
+    }
 
 
 def main() -> None:
     """Measure each way in a process of its own, print, write JSON."""
-    parser = make_parser(__doc__, "python3 scripts/benchmarks/tokenizer.py --vq-model VQ-16 --image-size 256 --batch 2")
+    parser = make_parser(
+        __doc__,
+        "python3 scripts/benchmarks/tokenizer.py --vq-model VQ-16 --image-size 256 --batch 2",
+    )
     parser.add_argument("--vq-model", choices=list(VQ_models), default="VQ-16", help="size")
-    parser.add_argument("--image-size", type=positive_int, default=256, help="side of the images, pixels")
+    parser.add_argument(
+        "--image-size", type=positive_int, default=256, help="side of the images, pixels"
+    )
     parser.add_argument("--batch", type=positive_int, default=2, help="images a step")
-    parser.add_argument("--disc-type", choices=DISCRIMINATORS, default="patchgan", help="discriminator")
-    parser.add_argument("--steps", type=positive_int, default=3, help="steps timed, of which the fastest counts")
+    parser.add_argument(
+        "--disc-type", choices=DISCRIMINATORS, default="patchgan", help="discriminator"
+    )
+    parser.add_argument(
+        "--steps", type=positive_int, default=3, help="steps timed, of which the fastest counts"
+    )
     add_precision_option(parser)
     add_output_options(parser, "tokenizer.json")
     args = parser.parse_args()
@@ -150,13 +206,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="par-tokenizer-") as work:
         for precision in args.precision:
             for way in WAYS:
-                options = dict(vq_model=args.vq_model, image_size=args.image_size, batch=args.batch, steps=args.steps)
+                options = dict(
+                    vq_model=args.vq_model,
+                    image_size=args.image_size,
+                    batch=args.batch,
+                    steps=args.steps,
+                )
                 options |= dict(disc_type=args.disc_type, precision=precision, way=way)
                 figures = figures_of(__file__, KEPT_MEMORY, work, **options)
                 results.setdefault(precision, {})[way] = figures
                 ratio = results[precision]["published"]["seconds"] / figures["seconds"]
                 print(
-                    f"{precision:5} {way:24} {figures['seconds']:8.3f} s/step {figures['images/s']:8.2f} images/s "
+                    f"{precision:5} {way:24} {figures['seconds']:8.3f} s/step "
+                    f"{figures['images/s']:8.2f} images/s "
                     f"{ratio:5.2f}x {figures['peak GiB']:6.2f} GiB  "
                     f"loss {figures['first loss']:.4f} -> {figures['last loss']:.4f}",
                     flush=True,

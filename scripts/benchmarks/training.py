@@ -1,9 +1,11 @@
-"""A GPT training step against the published one: seconds, tokens/s, FLOP utilisation and peak memory in one run.
+"""A GPT training step against the published one: seconds, tokens/s, FLOP utilisation and peak
+memory in one run.
 
-Published: mask repeated over the batch, whole logits in float32, RMSNorm written out, attention in autocast's type,
-one .npy of codes and one of labels an image through a DataLoader. Ours: train_c2i.py's step, eager and compiled, on
-CUDA also with FlexAttention. Dropout is on except attention's, as in the published code. Each way runs in a process of
-its own, all of them under the allocator settings of scripts/launch.sh; "default malloc" is the published way without.
+Published: mask repeated over the batch, whole logits in float32, RMSNorm written out, attention in
+autocast's type, one .npy of codes and one of labels an image through a DataLoader. Ours:
+train_c2i.py's step, eager and compiled, on CUDA also with FlexAttention. Dropout is on except
+attention's, as in the published code. Each way runs in a process of its own, all of them under the
+allocator settings of scripts/launch.sh; "default malloc" is the published way without.
 """
 
 from __future__ import annotations
@@ -50,10 +52,15 @@ TOKENS = 576
 CROPS = 10
 
 
-def published_batches(work: Path, batch: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def published_batches(
+    work: Path, batch: int, steps: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Codes (B, T) and labels (B,) of ``steps`` batches."""
     loader = DataLoader(
-        PublishedDataset(work, batch * steps), batch, num_workers=2, pin_memory=torch.cuda.is_available()
+        PublishedDataset(work, batch * steps),
+        batch,
+        num_workers=2,
+        pin_memory=torch.cuda.is_available(),
     )
     for x, y in loader:
         yield x, y.view(-1)
@@ -61,7 +68,10 @@ def published_batches(work: Path, batch: int, steps: int) -> Iterator[tuple[torc
 
 def our_batches(work: Path, batch: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The same from a memory map, gathered on a thread."""
-    codes, labels = np.load(work / "codes.npy", mmap_mode="r"), np.load(work / "labels.npy")  # (N, crops, T), (N,)
+    codes, labels = (
+        np.load(work / "codes.npy", mmap_mode="r"),
+        np.load(work / "labels.npy"),
+    )  # (N, crops, T), (N,)
 
     def make(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         images = np.arange(step * batch, (step + 1) * batch)
@@ -73,16 +83,22 @@ def our_batches(work: Path, batch: int, steps: int) -> Iterator[tuple[torch.Tens
         yield pair
 
 
-def published_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
+def published_attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, p: float
+) -> torch.Tensor:
     """The fused attention of torch, in autocast's type."""
     return F.scaled_dot_product_attention(q, k, v, mask, p)  # (B, H, T, hd)
 
 
-def published_step(model: GPT, precision: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def published_step(
+    model: GPT, precision: str
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The published arithmetic on our parameters."""
     gpt.attend, gpt.Dropout.forward = published_attend, nn.Dropout.forward
     use_published_norm(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+    )
 
     def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with autocast(x.device, precision):
@@ -100,7 +116,9 @@ def published_step(model: GPT, precision: str) -> Callable[[torch.Tensor, torch.
     return step
 
 
-def our_step(model: GPT, precision: str, way: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def our_step(
+    model: GPT, precision: str, way: str
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The step of train_c2i.py on one process."""
     device = model.mask.device
     if "flex" in way:
@@ -123,16 +141,26 @@ def our_step(model: GPT, precision: str, way: str) -> Callable[[torch.Tensor, to
 
 
 def measure(args: Namespace, work: Path) -> dict[str, float]:
-    """Time ``args.way`` over ``args.steps`` steps after a warm-up, on the codes of ``write_codes`` in ``work``."""
+    """Time ``args.way`` over ``args.steps`` steps after a warm-up, on the codes of
+    ``write_codes`` in ``work``.
+    """
     device = init_distributed().device
     torch.manual_seed(0)
-    config = GPTConfig(**GPT_models[args.gpt_model], ar_token_num=args.ar_token_num, attn_dropout_p=0.0)
+    config = GPTConfig(
+        **GPT_models[args.gpt_model], ar_token_num=args.ar_token_num, attn_dropout_p=0.0
+    )
     model = GPT(config)
     model.init_weights()
     model.to(device).train()
     published = args.way.startswith("published")
-    step = published_step(model, args.precision) if published else our_step(model, args.precision, args.way)
-    batches = (published_batches if published else our_batches)(work, args.batch, warm_up_steps(device) + args.steps)
+    step = (
+        published_step(model, args.precision)
+        if published
+        else our_step(model, args.precision, args.way)
+    )
+    batches = (published_batches if published else our_batches)(
+        work, args.batch, warm_up_steps(device) + args.steps
+    )
     gc.collect()
     figures = time_steps(step, batches, device)
     per_second = args.batch / figures["seconds"]
@@ -153,11 +181,17 @@ def write_codes(work: Path, count: int) -> None:
 
 def main() -> None:
     """Measure each way in a process of its own, print, write JSON."""
-    parser = make_parser(__doc__, "python3 scripts/benchmarks/training.py --gpt-model GPT-B --batch 8")
+    parser = make_parser(
+        __doc__, "python3 scripts/benchmarks/training.py --gpt-model GPT-B --batch 8"
+    )
     parser.add_argument("--gpt-model", choices=list(GPT_models), default="GPT-B", help="size")
-    parser.add_argument("--ar-token-num", type=positive_int, default=4, help="tokens predicted at once, n")
+    parser.add_argument(
+        "--ar-token-num", type=positive_int, default=4, help="tokens predicted at once, n"
+    )
     parser.add_argument("--batch", type=positive_int, default=8, help="images a step")
-    parser.add_argument("--steps", type=positive_int, default=3, help="steps timed, of which the fastest counts")
+    parser.add_argument(
+        "--steps", type=positive_int, default=3, help="steps timed, of which the fastest counts"
+    )
     add_precision_option(parser)
     add_output_options(parser, "training.json")
     args = parser.parse_args()
@@ -173,15 +207,22 @@ def main() -> None:
         write_codes(Path(work), args.batch * (args.steps + 5))
         for precision in args.precision:
             for way in ways:
-                options = dict(gpt_model=args.gpt_model, ar_token_num=args.ar_token_num, batch=args.batch)
+                options = dict(
+                    gpt_model=args.gpt_model, ar_token_num=args.ar_token_num, batch=args.batch
+                )
                 options |= dict(steps=args.steps, precision=precision, way=way)
-                figures = figures_of(__file__, {} if "default" in way else KEPT_MEMORY, work, **options)
+                figures = figures_of(
+                    __file__, {} if "default" in way else KEPT_MEMORY, work, **options
+                )
                 results.setdefault(precision, {})[way] = figures
                 ratio = results[precision].get("published", figures)["seconds"] / figures["seconds"]
                 print(
-                    f"{precision:5} {way:27} {figures['seconds']:8.3f} s/step {figures['tokens/s']:10.1f} tokens/s "
-                    f"{ratio:5.2f}x  {figures['mfu']:6.1%} of {figures['peak TFLOP/s']:.3g} TFLOP/s "
-                    f"{figures['peak GiB']:6.2f} GiB  loss {figures['first loss']:.4f} -> {figures['last loss']:.4f}",
+                    f"{precision:5} {way:27} {figures['seconds']:8.3f} s/step "
+                    f"{figures['tokens/s']:10.1f} tokens/s "
+                    f"{ratio:5.2f}x  {figures['mfu']:6.1%} of {figures['peak TFLOP/s']:.3g} "
+                    "TFLOP/s "
+                    f"{figures['peak GiB']:6.2f} GiB  loss {figures['first loss']:.4f} -> "
+                    f"{figures['last loss']:.4f}",
                     flush=True,
                 )
     write_results(args, results)

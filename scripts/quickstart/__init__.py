@@ -1,1 +1,3 @@
-"""What only scripts/quickstart.sh needs: its images, and the classifier whose features its metrics use."""
+"""What only scripts/quickstart.sh needs: its images, and the classifier whose features its
+metrics use.
+"""

@@ -1,4 +1,6 @@
-"""Train a small image classifier, which the evaluator can use instead of Inception, on folders of images per class."""
+"""Train a small image classifier, which the evaluator can use instead of Inception, on folders
+of images per class.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ import torch.nn.functional as F
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
-from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier, load_classifier, save_classifier
+from evaluations.c2i.classifier import (
+    ClassifierConfig,
+    SmallClassifier,
+    load_classifier,
+    save_classifier,
+)
 from evaluations.c2i.features import extract_features
 from evaluations.c2i.metrics import class_accuracy
 from utils.distributed import World, init_distributed
@@ -25,7 +32,10 @@ from utils.options import make_parser, positive_int, run_main
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.01
-MAX_DEGREES, MAX_SHIFT = 10.0, 0.06  # augmentation: rotation, and shift as a fraction of the image's side
+MAX_DEGREES, MAX_SHIFT = (
+    10.0,
+    0.06,
+)  # augmentation: rotation, and shift as a fraction of the image's side
 
 
 def main() -> None:
@@ -36,7 +46,9 @@ def main() -> None:
     train_set = open_folder(args.data_path, "--data-path", args.image_size)
     test_set = open_folder(args.test_path, "--test-path", args.image_size)
     if train_set.classes != test_set.classes:
-        raise ValueError(f"--test-path: {args.test_path} has other classes than --data-path {args.data_path}")
+        raise ValueError(
+            f"--test-path: {args.test_path} has other classes than --data-path {args.data_path}"
+        )
     options = {k: v for k, v in vars(args).items() if k != "output"}
     options |= {"train_images": len(train_set), "test_images": len(test_set)}
     if args.output.exists():
@@ -55,7 +67,9 @@ def main() -> None:
     images, labels = load_images(test_set, world, "reading test images")
     features = extract_features(network.eval(), images.split(BATCH_SIZE), world)
     accuracy = class_accuracy(features.probabilities, labels.numpy())
-    save_classifier(args.output, network, train_set.classes, options=options, test_accuracy=accuracy)
+    save_classifier(
+        args.output, network, train_set.classes, options=options, test_accuracy=accuracy
+    )
     logger.info(f"test accuracy: {accuracy:.4f} on {len(labels)} images; wrote {args.output}")
 
 
@@ -63,15 +77,26 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(
         __doc__,
-        "python3 scripts/quickstart/train_classifier.py --data-path digits/train --test-path digits/test "
+        "python3 scripts/quickstart/train_classifier.py --data-path digits/train --test-path "
+        "digits/test "
         "--output pretrained_models/digits.pt --image-size 32",
     )
-    parser.add_argument("--data-path", required=True, help="training images: folder with one sub-folder per class")
-    parser.add_argument("--test-path", required=True, help="test images: folder with the same sub-folders")
+    parser.add_argument(
+        "--data-path", required=True, help="training images: folder with one sub-folder per class"
+    )
+    parser.add_argument(
+        "--test-path", required=True, help="test images: folder with the same sub-folders"
+    )
     parser.add_argument("--output", type=Path, required=True, help="file of weights to write (.pt)")
-    parser.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images")
-    parser.add_argument("--image-size", type=positive_int, default=32, help="side of the square images, in pixels")
-    parser.add_argument("--global-seed", type=int, default=0, help="seed of weights, data order and augmentation")
+    parser.add_argument(
+        "--epochs", type=positive_int, default=10, help="passes over the training images"
+    )
+    parser.add_argument(
+        "--image-size", type=positive_int, default=32, help="side of the square images, in pixels"
+    )
+    parser.add_argument(
+        "--global-seed", type=int, default=0, help="seed of weights, data order and augmentation"
+    )
     return parser.parse_args()
 
 
@@ -84,7 +109,9 @@ def open_folder(path: str, option: str, image_size: int) -> ImageFolder:
         raise ValueError(f"{option}: {path} has no class folders: {error}") from error
 
 
-def load_images(dataset: ImageFolder, world: World, description: str) -> tuple[torch.Tensor, torch.Tensor]:
+def load_images(
+    dataset: ImageFolder, world: World, description: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Read all images as uint8 (N, S, S, 3) and their labels (N,) into memory."""
     bar = progress(world, description, len(dataset), unit="image", items=dataset)
     images = torch.stack([image for image, _ in bar])  # (N, 3, S, S)
@@ -92,7 +119,12 @@ def load_images(dataset: ImageFolder, world: World, description: str) -> tuple[t
 
 
 def train(
-    network: SmallClassifier, images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int, world: World
+    network: SmallClassifier,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    epochs: int,
+    seed: int,
+    world: World,
 ) -> None:
     """Train with AdamW and a one-cycle learning rate on slightly rotated and shifted images."""
     generator = torch.Generator().manual_seed(seed)
@@ -115,9 +147,15 @@ def train(
 
 
 def rotate_and_shift(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Rotate and shift each image of (B, 3, S, S) by random amounts of its own; edge pixels are repeated."""
+    """Rotate and shift each image of (B, 3, S, S) by random amounts of its own; edge pixels are
+    repeated.
+    """
     angle, right, down = torch.rand(3, len(x), generator=generator) * 2 - 1  # (B,) each, in [-1, 1)
-    angle, right, down = angle * math.radians(MAX_DEGREES), right * 2 * MAX_SHIFT, down * 2 * MAX_SHIFT
+    angle, right, down = (
+        angle * math.radians(MAX_DEGREES),
+        right * 2 * MAX_SHIFT,
+        down * 2 * MAX_SHIFT,
+    )
     cos, sin = angle.cos(), angle.sin()
     matrix = torch.stack([cos, -sin, right, sin, cos, down], dim=1).view(-1, 2, 3)  # (B, 2, 3)
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)  # (B, S, S, 2)

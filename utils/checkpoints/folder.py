@@ -1,7 +1,9 @@
-"""Training checkpoints: folders of tensor shards (torch.distributed.checkpoint), written in the background.
+"""Training checkpoints: folders of tensor shards (torch.distributed.checkpoint), written in the
+background.
 
-Every rank writes what it holds; any number of ranks, sharded or not, reads it back. A folder holds ``*.distcp``,
-``.metadata`` (torch's) and ``meta.json`` (ours: step, config, run, sizes of the files).
+Every rank writes what it holds; any number of ranks, sharded or not, reads it back. A folder holds
+``*.distcp``, ``.metadata`` (torch's) and ``meta.json`` (ours: step, config, run, sizes of the
+files).
 """
 
 from __future__ import annotations
@@ -38,14 +40,22 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or
 
 # classes that torch writes into ``.metadata``; all else in it is numbers, names and containers
 _RECORDS = {
-    *("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "BytesStorageMetadata"),
+    *(
+        "Metadata",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "BytesStorageMetadata",
+    ),
     *("MetadataIndex", "StorageMeta", "_StorageInfo", "_MEM_FORMAT_ENCODING"),
 }
 _PATHS = {"Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"}
 
 
 class _Record:
-    """Stand-in for any object in ``.metadata``: it keeps what was pickled and does nothing with it."""
+    """Stand-in for any object in ``.metadata``: it keeps what was pickled and does nothing with
+    it.
+    """
 
     state: Any = None
 
@@ -57,7 +67,9 @@ class _Record:
 
 
 class _InertUnpickler(pickle.Unpickler):
-    """Reads ``.metadata`` into stand-ins of torch's classes, made anew for each file; any other class is refused."""
+    """Reads ``.metadata`` into stand-ins of torch's classes, made anew for each file; any other
+    class is refused.
+    """
 
     def __init__(self, file: BinaryIO):
         super().__init__(file)
@@ -91,7 +103,9 @@ def _size(value: Any, ndim: int | None = None) -> torch.Size:
 
 
 def _check_tensor(name: Any, record: Any) -> TensorStorageMetadata:
-    """One tensor's entry, made anew of plain values; its chunks lie inside it and are as large together."""
+    """One tensor's entry, made anew of plain values; its chunks lie inside it and are as large
+    together.
+    """
     if type(name) is not str:
         raise ValueError(f"{name!r} is not a tensor's name")
     entry = _fields(record, "TensorStorageMetadata", name)
@@ -111,7 +125,9 @@ def _check_tensor(name: Any, record: Any) -> TensorStorageMetadata:
 
 
 def _check_place(record: Any, name: str, sizes: dict[str, int]) -> _StorageInfo:
-    """Where a chunk lies, made anew of plain values: inside one of the folder's files, of these ``sizes``."""
+    """Where a chunk lies, made anew of plain values: inside one of the folder's files, of these
+    ``sizes``.
+    """
     place = _fields(record, "_StorageInfo", f"the place of {name}")
     path, offset, length = (place[k] for k in ("relative_path", "offset", "length"))
     if type(path) is not str or path not in sizes:
@@ -122,9 +138,11 @@ def _check_place(record: Any, name: str, sizes: dict[str, int]) -> _StorageInfo:
 
 
 def _read_metadata(folder: Path) -> Metadata:
-    """Return the table of contents, made anew of values that were checked; ``ValueError`` if there is none.
+    """Return the table of contents, made anew of values that were checked; ``ValueError`` if there
+    is none.
 
-    Every entry is a tensor: torch would load any other entry's bytes with a full unpickler, which can run code.
+    Every entry is a tensor: torch would load any other entry's bytes with a full unpickler, which
+    can run code.
     """
     try:
         files = [p for p in folder.iterdir() if p.is_file() and not p.is_symlink()]
@@ -149,7 +167,9 @@ def _read_metadata(folder: Path) -> Metadata:
 
 
 def read_contents(folder: str | Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Names, shapes and types of the tensors of a checkpoint folder; ``ValueError`` if it is none or damaged."""
+    """Names, shapes and types of the tensors of a checkpoint folder; ``ValueError`` if it is
+    none or damaged.
+    """
     tensors = _read_metadata(Path(folder)).state_dict_metadata
     return {k: (v.size, v.properties.dtype) for k, v in tensors.items()}
 
@@ -172,15 +192,24 @@ class _Planner(dcp.DefaultLoadPlanner):
         raise ValueError(f"{read_item.storage_index.fqn} is not a tensor")
 
 
-def save_sharded(folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None) -> Future:
-    """Copy ``tensors`` and write them to ``folder`` in the background; the future ends when every rank has written.
+def save_sharded(
+    folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None
+) -> Future:
+    """Copy ``tensors`` and write them to ``folder`` in the background; the future ends when every
+    rank has written.
 
-    All ranks call it with the same names; tensors that all of them hold are dealt out, each to be copied and written
-    by one. ``group``: for the talk of the background threads, away from that of training; None without one.
+    All ranks call it with the same names; tensors that all of them hold are dealt out, each to be
+    copied and written by one. ``group``: for the talk of the background threads, away from that of
+    training; None without one.
     """
     rank, size = (dist.get_rank(), dist.get_world_size()) if group is not None else (0, 1)
-    mine = {k: v for i, (k, v) in enumerate(tensors.items()) if isinstance(v, DTensor) or i % size == rank}
-    # torch's staging copies sharded tensors off a device, but shares what is on the CPU with the training that goes on
+    mine = {
+        k: v
+        for i, (k, v) in enumerate(tensors.items())
+        if isinstance(v, DTensor) or i % size == rank
+    }
+    # torch's staging copies sharded tensors off a device, but shares what is on the CPU with the
+    # training that goes on
     staged = {k: _copy(v.detach()) for k, v in mine.items()}
     if group is not None:
         return dcp.async_save(staged, checkpoint_id=str(folder), process_group=group)
@@ -197,7 +226,8 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def load_sharded(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill ``tensors`` in place from ``folder``, each rank its own parts and without talking to the others.
+    """Fill ``tensors`` in place from ``folder``, each rank its own parts and without talking to the
+    others.
 
     ``ValueError`` if one is missing, does not fit or cannot be read.
     """
@@ -210,20 +240,36 @@ def _load(folder: Path, metadata: Metadata, tensors: dict[str, torch.Tensor]) ->
         if name not in stored:
             raise ValueError(f"{folder} lacks {name}")
         if stored[name].size != tensor.shape:
-            raise ValueError(f"{folder}: {name} is {tuple(stored[name].size)}, expected {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{folder}: {name} is {tuple(stored[name].size)}, expected {tuple(tensor.shape)}"
+            )
     try:
-        dcp.load(tensors, storage_reader=_Reader(folder, metadata), planner=_Planner(), no_dist=True)
-    except (Exception, dcp.CheckpointException) as error:  # a damaged file may break the reader in any way
-        # torch wraps what went wrong; where it refuses to unpickle, it advises to run the file's code
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+        dcp.load(
+            tensors, storage_reader=_Reader(folder, metadata), planner=_Planner(), no_dist=True
+        )
+    except (
+        Exception,
+        dcp.CheckpointException,
+    ) as error:  # a damaged file may break the reader in any way
+        # torch wraps what went wrong; where it refuses to unpickle, it advises to run the file's
+        # code
+        cause = (
+            next(iter(error.failures.values()))[0]
+            if isinstance(error, dcp.CheckpointException)
+            else error
+        )
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
         if isinstance(cause, pickle.UnpicklingError):
             reason = "bytes in place of a tensor are not a tensor"
-        raise ValueError(f"{folder} cannot be read: {reason}; delete it to resume from the one before it") from error
+        raise ValueError(
+            f"{folder} cannot be read: {reason}; delete it to resume from the one before it"
+        ) from error
 
 
 def read_sharded(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """All tensors of ``folder`` whose name starts with ``prefix``, whole and on the CPU, without the prefix."""
+    """All tensors of ``folder`` whose name starts with ``prefix``, whole and on the CPU, without
+    the prefix.
+    """
     metadata = _read_metadata(folder)
     stored = {k: v for k, v in metadata.state_dict_metadata.items() if k.startswith(prefix)}
     tensors = {k: torch.zeros(v.size, dtype=v.properties.dtype) for k, v in stored.items()}
@@ -232,12 +278,16 @@ def read_sharded(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """``meta.json`` of a checkpoint folder; ``ValueError`` if the folder is not whole, saying what is missing."""
+    """``meta.json`` of a checkpoint folder; ``ValueError`` if the folder is not whole, saying
+    what is missing.
+    """
     try:
         meta = json.loads((folder / "meta.json").read_text())
         sizes = {str(name): int(size) for name, size in meta["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} is not a whole checkpoint: meta.json is missing or damaged ({error})") from error
+        raise ValueError(
+            f"{folder} is not a whole checkpoint: meta.json is missing or damaged ({error})"
+        ) from error
     for name, size in sizes.items():
         path = folder / Path(name).name
         found = path.stat().st_size if path.is_file() else 0

@@ -23,12 +23,14 @@ from utils.files import atomic_path, require_file
 def load_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
     """Read a ``.pt`` or ``.safetensors`` file on the CPU without running any code from it.
 
-    ``weights_only`` with ``argparse.Namespace`` allowed (released files hold one under ``args``). Zip-format
-    files are memory-mapped, so a tensor costs memory only when it is used. Raises ``ValueError`` naming ``option``.
+    ``weights_only`` with ``argparse.Namespace`` allowed (released files hold one under ``args``).
+    Zip-format files are memory-mapped, so a tensor costs memory only when it is used. Raises
+    ``ValueError`` naming ``option``.
     """
     if path is not None and (Path(path) / "meta.json").is_file():
         raise ValueError(
-            f"{option}: {path} is a training checkpoint; python3 scripts/export_checkpoint.py --checkpoint {path} "
+            f"{option}: {path} is a training checkpoint; python3 scripts/export_checkpoint.py "
+            f"--checkpoint {path} "
             f"--output FILE.pt makes a file of it"
         )
     path = require_file(path, option)
@@ -39,29 +41,44 @@ def load_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
                 names = list(file.keys())
                 return facts | {"model": {k: file.get_tensor(k) for k in names}}
         with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            checkpoint = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except Exception as error:  # a damaged or hostile file may break the reader in any way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{option}: {path} is not a readable checkpoint of tensors: {reason}") from error
+        raise ValueError(
+            f"{option}: {path} is not a readable checkpoint of tensors: {reason}"
+        ) from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{option}: {path} holds a {type(checkpoint).__name__}, expected a dict of tensors")
+        raise ValueError(
+            f"{option}: {path} holds a {type(checkpoint).__name__}, expected a dict of tensors"
+        )
     return checkpoint
 
 
-def find_state_dict(checkpoint: dict[str, Any], keys: Sequence[str], path: str | Path) -> dict[str, torch.Tensor]:
-    """Return the state dict under the first of ``keys`` that is there, or the checkpoint itself if it is a bare one.
+def find_state_dict(
+    checkpoint: dict[str, Any], keys: Sequence[str], path: str | Path
+) -> dict[str, torch.Tensor]:
+    """Return the state dict under the first of ``keys`` that is there, or the checkpoint itself if
+    it is a bare one.
 
     A ``module.`` (DDP) or ``_orig_mod.`` (compile) prefix on the names is removed.
     """
     state = next((checkpoint[k] for k in keys if isinstance(checkpoint.get(k), dict)), checkpoint)
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not tensors:
-        raise ValueError(f"{path} holds no weights: expected one of the keys {', '.join(keys)} or a bare state dict")
+        raise ValueError(
+            f"{path} holds no weights: expected one of the keys {', '.join(keys)} or a bare state "
+            "dict"
+        )
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): v for k, v in tensors.items()}
 
 
-def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], path: str | Path, what: str) -> None:
-    """Load ``state`` into ``module``; names and shapes must all fit, else a ``ValueError`` says which do not.
+def load_strictly(
+    module: nn.Module, state: dict[str, torch.Tensor], path: str | Path, what: str
+) -> None:
+    """Load ``state`` into ``module``; names and shapes must all fit, else a ``ValueError`` says
+    which do not.
 
     Tensors are assigned, not copied, so a module on the meta device may be loaded.
     """
@@ -76,7 +93,8 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], path: str |
     if shapes:
         k = min(shapes)
         problems.append(
-            f"{len(shapes)} of another shape (first: {k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)})"
+            f"{len(shapes)} of another shape (first: {k} is {tuple(state[k].shape)}, expected "
+            f"{tuple(own[k].shape)})"
         )
     if problems:
         raise ValueError(f"{path} does not fit {what}: parameters " + ", ".join(problems))
@@ -84,7 +102,9 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], path: str |
 
 
 def state_sha256(state: dict[str, torch.Tensor]) -> str:
-    """Return a hex SHA-256 of names, shapes and bytes of tensors, which does not depend on how a file was written."""
+    """Return a hex SHA-256 of names, shapes and bytes of tensors, which does not depend on how a
+    file was written.
+    """
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -100,10 +120,12 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
 
 
 def export_checkpoint(folder: Path, output: Path, ema: bool | None = None) -> None:
-    """Write the weights of a training checkpoint as one file: ``.pt`` (published format) or ``.safetensors``.
+    """Write the weights of a training checkpoint as one file: ``.pt`` (published format) or
+    ``.safetensors``.
 
-    ``ema``: True takes the moving average as the weights, False leaves it out, None keeps both (``.pt`` only; the
-    average, if there is one, under ``ema``). Config and other facts go along. ``ValueError`` says what does not fit.
+    ``ema``: True takes the moving average as the weights, False leaves it out, None keeps both
+    (``.pt`` only; the average, if there is one, under ``ema``). Config and other facts go along.
+    ``ValueError`` says what does not fit.
     """
     if output.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"--output {output} must end in .pt or .safetensors")
@@ -118,6 +140,10 @@ def export_checkpoint(folder: Path, output: Path, ema: bool | None = None) -> No
             with atomic_path(output) as temporary:
                 save_file(weights, temporary, metadata={"format": "pt", "facts": json.dumps(facts)})
         else:
-            save_checkpoint({"model": weights, **({"ema": averages} if averages else {}), **facts}, output)
+            save_checkpoint(
+                {"model": weights, **({"ema": averages} if averages else {}), **facts}, output
+            )
     except Exception as error:  # each writer has its own for a full disk
-        raise ValueError(f"{output} could not be written: {error}; {folder} is untouched") from error
+        raise ValueError(
+            f"{output} could not be written: {error}; {folder} is untouched"
+        ) from error

@@ -15,7 +15,9 @@ from utils.distributed import World
 
 
 class Window:
-    """Means of what a loop adds up between two log lines, and its speed; nothing is waited for until it is read."""
+    """Means of what a loop adds up between two log lines, and its speed; nothing is waited for
+    until it is read.
+    """
 
     def __init__(self, names: Sequence[str], device: torch.device):
         self.names = names
@@ -44,16 +46,22 @@ class Window:
         self._sums.zero_()
         self._counts.zero_()
         self._steps, self._started = 0, time.perf_counter()
-        return dict(zip(self.names, means, strict=True)) | {"images/s": images / seconds, "seconds/step": seconds}
+        return dict(zip(self.names, means, strict=True)) | {
+            "images/s": images / seconds,
+            "seconds/step": seconds,
+        }
 
 
 class ScalarLog:
-    """Curves of one run, rank 0 only: ``metrics.jsonl`` always, TensorBoard if it is installed, W&B when asked for.
+    """Curves of one run, rank 0 only: ``metrics.jsonl`` always, TensorBoard if it is installed, W&B
+    when asked for.
 
     Without a folder it records nothing.
     """
 
-    def __init__(self, world: World, folder: Path | None, wandb_project: str | None, options: dict[str, Any]):
+    def __init__(
+        self, world: World, folder: Path | None, wandb_project: str | None, options: dict[str, Any]
+    ):
         self.notes: list[str] = []
         self._file, self._tensorboard, self._wandb = None, None, None
         if not world.is_main or folder is None:
@@ -62,18 +70,27 @@ class ScalarLog:
             try:
                 import wandb
             except ImportError as error:
-                raise ValueError("--wandb-project needs the package wandb: pip install wandb") from error
-            self._wandb = wandb.init(project=wandb_project, name=folder.name, config=options, resume="allow")
+                raise ValueError(
+                    "--wandb-project needs the package wandb: pip install wandb"
+                ) from error
+            self._wandb = wandb.init(
+                project=wandb_project, name=folder.name, config=options, resume="allow"
+            )
         try:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(folder / "tensorboard")
         except ImportError:
-            self.notes.append(f"curves go to {folder}/metrics.jsonl; pip install tensorboard to look at them there too")
+            self.notes.append(
+                f"curves go to {folder}/metrics.jsonl; pip install tensorboard to look at them "
+                "there too"
+            )
         self._file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 - open as long as the run
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Record ``values`` at ``step``; a resumed run may record a step again, then the later one counts."""
+        """Record ``values`` at ``step``; a resumed run may record a step again, then the later
+        one counts.
+        """
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()

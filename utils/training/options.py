@@ -18,19 +18,36 @@ def add_optimizer_options(parser: ArgumentParser) -> None:
         default=0.05,
         help="weight decay of AdamW, on matrices and convolutions only",
     )
-    group.add_argument("--beta1", type=fraction, default=0.9, help="AdamW's decay of the mean of gradients")
-    group.add_argument("--beta2", type=fraction, default=0.95, help="AdamW's decay of the mean of squared gradients")
     group.add_argument(
-        "--max-grad-norm", type=non_negative_float, default=1.0, help="clip the gradient to this norm; 0 disables it"
+        "--beta1", type=fraction, default=0.9, help="AdamW's decay of the mean of gradients"
     )
-    group.add_argument("--gradient-accumulation-steps", type=positive_int, default=1, help="micro-batches per step")
-    group.add_argument("--ema", action="store_true", help="also keep an exponential moving average of the weights")
-    group.add_argument("--ema-decay", type=fraction, default=0.9999, help="decay of the moving average of --ema")
+    group.add_argument(
+        "--beta2",
+        type=fraction,
+        default=0.95,
+        help="AdamW's decay of the mean of squared gradients",
+    )
+    group.add_argument(
+        "--max-grad-norm",
+        type=non_negative_float,
+        default=1.0,
+        help="clip the gradient to this norm; 0 disables it",
+    )
+    group.add_argument(
+        "--gradient-accumulation-steps", type=positive_int, default=1, help="micro-batches per step"
+    )
+    group.add_argument(
+        "--ema", action="store_true", help="also keep an exponential moving average of the weights"
+    )
+    group.add_argument(
+        "--ema-decay", type=fraction, default=0.9999, help="decay of the moving average of --ema"
+    )
     group.add_argument(
         "--max-loss-spike",
         type=non_negative_float,
         default=1.0,
-        help="skip a step whose loss exceeds the running mean by more than this, after 100 steps; 0: skip only NaN or "
+        help="skip a step whose loss exceeds the running mean by more than this, after 100 steps; "
+        "0: skip only NaN or "
         "infinite ones",
     )
     group.add_argument(
@@ -40,7 +57,10 @@ def add_optimizer_options(parser: ArgumentParser) -> None:
         help="stop after this many skipped steps in a row; checked every --log-every steps",
     )
     group.add_argument(
-        "--global-seed", type=non_negative_int, default=0, help="random seed of weights, data order, crops and dropout"
+        "--global-seed",
+        type=non_negative_int,
+        default=0,
+        help="random seed of weights, data order, crops and dropout",
     )
 
 
@@ -59,22 +79,37 @@ def add_output_options(parser: ArgumentParser, results_dir: str) -> _ArgumentGro
     """Add the options of logs and checkpoints; returns their group."""
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--cloud-save-path", required=True, help="durable folder of checkpoints, for instance on a network disk"
+        "--cloud-save-path",
+        required=True,
+        help="durable folder of checkpoints, for instance on a network disk",
     )
     group.add_argument(
-        "--no-local-save", action="store_true", help="write logs and checkpoints to --cloud-save-path only"
+        "--no-local-save",
+        action="store_true",
+        help="write logs and checkpoints to --cloud-save-path only",
     )
-    group.add_argument("--results-dir", default=results_dir, help="local folder of logs and checkpoints")
-    group.add_argument("--log-every", type=positive_int, default=100, help="steps between log lines")
-    group.add_argument("--ckpt-every", type=positive_int, default=5000, help="steps between checkpoints")
-    group.add_argument("--keep-last", type=positive_int, default=3, help="number of newest checkpoints to keep")
+    group.add_argument(
+        "--results-dir", default=results_dir, help="local folder of logs and checkpoints"
+    )
+    group.add_argument(
+        "--log-every", type=positive_int, default=100, help="steps between log lines"
+    )
+    group.add_argument(
+        "--ckpt-every", type=positive_int, default=5000, help="steps between checkpoints"
+    )
+    group.add_argument(
+        "--keep-last", type=positive_int, default=3, help="number of newest checkpoints to keep"
+    )
     group.add_argument(
         "--keep-every",
         type=non_negative_int,
         default=50000,
         help="also keep checkpoints at multiples of this many steps; 0: none",
     )
-    group.add_argument("--wandb-project", help="also log to this Weights & Biases project (needs the package wandb)")
+    group.add_argument(
+        "--wandb-project",
+        help="also log to this Weights & Biases project (needs the package wandb)",
+    )
     group.add_argument(
         "--dry-run",
         action="store_true",
@@ -84,7 +119,9 @@ def add_output_options(parser: ArgumentParser, results_dir: str) -> _ArgumentGro
 
 
 def split_batch(global_batch: int, world_size: int, accumulation: int) -> int:
-    """Return the items in one process's micro-batch; ``ValueError`` if the global batch does not split evenly."""
+    """Return the items in one process's micro-batch; ``ValueError`` if the global batch does not
+    split evenly.
+    """
     if global_batch % (world_size * accumulation):
         raise ValueError(
             f"--global-batch-size {global_batch} does not split over {world_size} processes x "

@@ -1,4 +1,6 @@
-"""A run's folder and its checkpoints: written aside and renamed, copied to the durable place, pruned, resumed."""
+"""A run's folder and its checkpoints: written aside and renamed, copied to the durable place,
+pruned, resumed.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from utils.checkpoints.folder import CHECKPOINT_NAME, load_sharded, read_contents, read_meta, save_sharded
+from utils.checkpoints.folder import (
+    CHECKPOINT_NAME,
+    load_sharded,
+    read_contents,
+    read_meta,
+    save_sharded,
+)
 from utils.checkpoints.weights_file import export_checkpoint
 from utils.distributed import TIMEOUT, World
 from utils.files import prepare_folder, remove_temporary, write_json
@@ -25,11 +33,12 @@ from utils.training.state import TrainingState
 
 @dataclass
 class RunFolder:
-    """Logs and options in ``folder``, checkpoints (``0005000/``) in every one of ``checkpoint_folders``.
+    """Logs and options in ``folder``, checkpoints (``0005000/``) in every one of
+    ``checkpoint_folders``.
 
-    The name is a function of the options, so the same command finds its checkpoints again and resumes. With several
-    machines all of it must be on a disk that they share. ``keep_last`` newest checkpoints are kept, and those of every
-    multiple of ``keep_every`` steps (0: none).
+    The name is a function of the options, so the same command finds its checkpoints again and
+    resumes. With several machines all of it must be on a disk that they share. ``keep_last`` newest
+    checkpoints are kept, and those of every multiple of ``keep_every`` steps (0: none).
     """
 
     world: World
@@ -43,14 +52,18 @@ class RunFolder:
 
     @classmethod
     def of(cls, args: Namespace, world: World, name: str) -> RunFolder:
-        """Folders of the options in ``args``: local results and their durable copy, or only the durable place."""
+        """Folders of the options in ``args``: local results and their durable copy, or only the
+        durable place.
+        """
         cloud = Path(args.cloud_save_path) / name
         folder = cloud if args.no_local_save else Path(args.results_dir) / name
         places = dict.fromkeys(p.absolute() / "checkpoints" for p in (folder, cloud))
         return cls(world, folder, tuple(places), args.keep_last, args.keep_every)
 
     def make(self) -> None:
-        """Create the folders before long work starts; ``ValueError`` where that fails or machines do not share them."""
+        """Create the folders before long work starts; ``ValueError`` where that fails or
+        machines do not share them.
+        """
         token = self.world.broadcast(uuid.uuid4().hex)
         if self.world.is_main:
             for folder in (self.folder, *self.checkpoint_folders):
@@ -67,8 +80,10 @@ class RunFolder:
                 time.sleep(1)
             else:
                 raise ValueError(
-                    f"rank {self.world.rank} does not see what rank 0 writes to {folder}: with several machines "
-                    f"it must be on a disk that they share; --no-local-save leaves --cloud-save-path as the only place"
+                    f"rank {self.world.rank} does not see what rank 0 writes to {folder}: with "
+                    "several machines "
+                    "it must be on a disk that they share; --no-local-save leaves "
+                    "--cloud-save-path as the only place"
                 )
         self.world.barrier()
         if self.world.is_main:
@@ -80,10 +95,20 @@ class RunFolder:
             self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def newest(self) -> Path | None:
-        """Return the whole checkpoint of the highest step in any of the folders; damaged ones are noted and stay."""
-        found = [p for folder in self.checkpoint_folders if folder.is_dir() for p in folder.iterdir() if p.is_dir()]
+        """Return the whole checkpoint of the highest step in any of the folders; damaged ones
+        are noted and stay.
+        """
+        found = [
+            p
+            for folder in self.checkpoint_folders
+            if folder.is_dir()
+            for p in folder.iterdir()
+            if p.is_dir()
+        ]
         # the sort is stable: of two places the first, local one is tried first
-        for path in sorted((p for p in found if CHECKPOINT_NAME.fullmatch(p.name)), key=lambda p: -int(p.name)):
+        for path in sorted(
+            (p for p in found if CHECKPOINT_NAME.fullmatch(p.name)), key=lambda p: -int(p.name)
+        ):
             try:
                 read_meta(path)
                 read_contents(path)
@@ -96,8 +121,8 @@ class RunFolder:
     def resume(self, state: TrainingState, run: dict[str, Any], start: Path | None = None) -> int:
         """Restore ``state`` and return the number of completed steps (0: new run).
 
-        From the newest checkpoint, or from ``start`` if there is none. run: options that may not change in mid-run,
-        which the checkpoint must have too.
+        From the newest checkpoint, or from ``start`` if there is none. run: options that may not
+        change in mid-run, which the checkpoint must have too.
         """
         path = self.world.broadcast((self.newest() or start) if self.world.is_main else None)
         if path is None:
@@ -109,7 +134,9 @@ class RunFolder:
         new_average = None if has_average else state.ema
         if has_average and state.ema is None:
             self.notes.append(f"{path} holds a moving average, which ends here: --ema keeps it")
-        load_sharded(path, {k: v for k, v in tensors.items() if not (new_average and k.startswith("ema."))})
+        load_sharded(
+            path, {k: v for k, v in tensors.items() if not (new_average and k.startswith("ema."))}
+        )
         if new_average:
             new_average.start(state.model)
             self.notes.append(f"{path} holds no moving average: --ema starts at its weights")
@@ -117,7 +144,9 @@ class RunFolder:
         return meta["steps"]
 
     def save(self, step: int, state: TrainingState, facts: dict[str, Any]) -> None:
-        """Start writing the checkpoint after ``step`` steps; all ranks call it. Training may go on at once."""
+        """Start writing the checkpoint after ``step`` steps; all ranks call it. Training may go
+        on at once.
+        """
         self.wait()
         first = self.checkpoint_folders[0]
         temporary = first / f"{step:07d}.tmp"
@@ -160,11 +189,15 @@ class RunFolder:
         for step in steps[: -self.keep_last]:
             if not (self.keep_every and step % self.keep_every == 0):
                 aside = folder / f"{step:07d}.tmp"
-                os.rename(folder / f"{step:07d}", aside)  # killed while deleting, it is no checkpoint any more
+                os.rename(
+                    folder / f"{step:07d}", aside
+                )  # killed while deleting, it is no checkpoint any more
                 shutil.rmtree(aside)
 
     def wait(self) -> Path | None:
-        """Wait until the checkpoint under way is whole in every place; ``ValueError`` if it could not be written."""
+        """Wait until the checkpoint under way is whole in every place; ``ValueError`` if it
+        could not be written.
+        """
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None
@@ -174,13 +207,16 @@ class RunFolder:
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             places = [f"{p} ({_free(p)})" for p in self.checkpoint_folders]
             raise ValueError(
-                f"a checkpoint could not be written to {' and '.join(places)}: {reason}; the ones before it are "
+                f"a checkpoint could not be written to {' and '.join(places)}: {reason}; the ones "
+                "before it are "
                 f"untouched, the same command resumes from them"
             ) from error
         return self.newest()
 
     def finish(self, last_step: int, stopped: bool, export: str, logger: logging.Logger) -> None:
-        """Wait for the last checkpoint; if the run is over, write its weights beside it, as ``export`` says."""
+        """Wait for the last checkpoint; if the run is over, write its weights beside it, as
+        ``export`` says.
+        """
         if saved := self.wait():
             logger.info(f"saved {saved}")
         if stopped:
@@ -192,7 +228,10 @@ class RunFolder:
                 if export != "pt" and any(k.startswith("ema.") for k in read_contents(checkpoint)):
                     files[place / f"{checkpoint.name}-ema.{export}"] = True
                 for path, ema in files.items():
-                    if not (path.exists() and path.stat().st_mtime >= (checkpoint / "meta.json").stat().st_mtime):
+                    if not (
+                        path.exists()
+                        and path.stat().st_mtime >= (checkpoint / "meta.json").stat().st_mtime
+                    ):
                         remove_temporary(path)
                         export_checkpoint(checkpoint, path, ema)
                         logger.info(f"weights: {path}")
@@ -227,13 +266,18 @@ def _replace(folder: Path, target: Path) -> None:
 
 
 def check_same_run(before: dict[str, Any] | None, now: dict[str, Any], path: Path) -> None:
-    """Raise ``ValueError`` if the run at ``path`` has other options that may not change in mid-run."""
+    """Raise ``ValueError`` if the run at ``path`` has other options that may not change in
+    mid-run.
+    """
     if before is None:
-        raise ValueError(f"{path} is not a checkpoint of a training run of ours; move it out of the run's folder")
+        raise ValueError(
+            f"{path} is not a checkpoint of a training run of ours; move it out of the run's folder"
+        )
     differing = [k for k, v in now.items() if before.get(k) != v]
     if differing:
         k = differing[0]
         raise ValueError(
-            f"{path} is of a run with another {', '.join(differing)} ({k}: {before.get(k)} there, {now[k]} now); "
+            f"{path} is of a run with another {', '.join(differing)} ({k}: {before.get(k)} there, "
+            f"{now[k]} now); "
             f"give another --results-dir and --cloud-save-path, or the same options to resume"
         )

@@ -1,4 +1,6 @@
-"""What changes as a run trains, and how: optimizer, learning rate, moving average, the guard against bad steps."""
+"""What changes as a run trains, and how: optimizer, learning rate, moving average, the guard
+against bad steps.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,20 @@ SETTLED_STEPS = 100  # loss spikes in the first steps are ignored
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch for one training step, so that a resumed run draws the same numbers as an uninterrupted one."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+    """Seed torch for one training step, so that a resumed run draws the same numbers as an
+    uninterrupted one.
+    """
+    torch.manual_seed(
+        int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+    )
 
 
-def make_adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """Return a fused AdamW with weight decay on matrices and convolutions, none on norms and biases."""
+def make_adamw(
+    model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.AdamW:
+    """Return a fused AdamW with weight decay on matrices and convolutions, none on norms and
+    biases.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -33,22 +43,29 @@ def make_adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[fl
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-def learning_rate(step: int, peak: float, schedule: str, total_steps: int, warmup_steps: int = 0) -> float:
+def learning_rate(
+    step: int, peak: float, schedule: str, total_steps: int, warmup_steps: int = 0
+) -> float:
     """Learning rate of training step ``step``, counted from 0.
 
-    It rises linearly from 0 over the warm-up, then is ``peak`` (``constant``), or what is left at this step of half a
-    cosine from ``peak`` at step 0 to 0 at ``total_steps`` (``cosine``).
+    It rises linearly from 0 over the warm-up, then is ``peak`` (``constant``), or what is left at
+    this step of half a cosine from ``peak`` at step 0 to 0 at ``total_steps`` (``cosine``).
     """
     if step < warmup_steps:
         return step * (peak / warmup_steps)
-    return peak if schedule == "constant" else 0.5 * peak * (1 + math.cos(math.pi * step / total_steps))
+    return (
+        peak
+        if schedule == "constant"
+        else 0.5 * peak * (1 + math.cos(math.pi * step / total_steps))
+    )
 
 
 class Ema:
-    """Exponential moving average of a module's parameters: average += (1 - decay) (parameter - average).
+    """Exponential moving average of a module's parameters: average += (1 - decay) (parameter -
+    average).
 
-    The decay grows from 0.1 to ``decay`` as min(decay, (1 + step) / (10 + step)), so that the first weights fade.
-    Sharded parameters have sharded averages.
+    The decay grows from 0.1 to ``decay`` as min(decay, (1 + step) / (10 + step)), so that the first
+    weights fade. Sharded parameters have sharded averages.
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.9999):
@@ -76,23 +93,31 @@ class Ema:
 class Guard:
     """Skips harmful steps; decides on the device, without waiting for it.
 
-    Rule: a step leaves weights and moments as they are when its loss or gradient norm is not a finite number, or,
-    after 100 steps taken, when its loss is more than ``spike`` (0: never) above the running mean of the losses of
-    steps taken (decay 0.99). Every rank sees the same loss and norm and so decides the same.
+    Rule: a step leaves weights and moments as they are when its loss or gradient norm is not a
+    finite number, or, after 100 steps taken, when its loss is more than ``spike`` (0: never) above
+    the running mean of the losses of steps taken (decay 0.99). Every rank sees the same loss and
+    norm and so decides the same.
     """
 
     def __init__(self, device: torch.device, spike: float, patience: int):
         self.spike, self.patience = spike, patience
-        self.state = torch.zeros(4, device=device)  # running mean of the loss; steps taken, skipped, skipped in a row
+        self.state = torch.zeros(
+            4, device=device
+        )  # running mean of the loss; steps taken, skipped, skipped in a row
 
     def should_skip(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        """Return 1.0 if the step of this loss and gradient norm (scalars) is to be skipped, else 0.0: a scalar."""
+        """Return 1.0 if the step of this loss and gradient norm (scalars) is to be skipped, else
+        0.0: a scalar.
+        """
         mean, taken, skipped, in_a_row = self.state.unbind()  # () each
         bad = ~(loss.isfinite() & norm.isfinite())  # ()
         if self.spike:
             bad |= (taken >= SETTLED_STEPS) & (loss > mean + self.spike)
         moved = mean + (loss - mean) * (1.0 / (taken + 1.0)).clamp(min=0.01)  # ()
-        mean, in_a_row = torch.where(bad, mean, moved), torch.where(bad, in_a_row + 1.0, 0.0)  # () each
+        mean, in_a_row = (
+            torch.where(bad, mean, moved),
+            torch.where(bad, in_a_row + 1.0, 0.0),
+        )  # () each
         self.state = torch.stack([mean, taken + ~bad, skipped + bad, in_a_row])  # (4,)
         return bad.float()
 
@@ -108,15 +133,21 @@ class Guard:
 
     @property
     def healthy(self) -> bool:
-        """False after so many consecutive skips that the weights are in doubt (waits for the device)."""
+        """False after so many consecutive skips that the weights are in doubt (waits for the
+        device).
+        """
         return self.in_a_row < DOUBTFUL_STEPS
 
     def check(self, step: int, lr: float, last: bool = False) -> None:
-        """Raise ``ValueError`` after too many consecutive skips, or at the ``last`` step with weights in doubt."""
+        """Raise ``ValueError`` after too many consecutive skips, or at the ``last`` step with
+        weights in doubt.
+        """
         if self.in_a_row >= self.patience or (last and not self.healthy):
             raise ValueError(
-                f"the last {self.in_a_row} steps up to {step} were all skipped, as their loss was not a finite number "
-                f"or a spike (learning rate {lr:.3g}); the last checkpoint is from before them: lower --lr, or use "
+                f"the last {self.in_a_row} steps up to {step} were all skipped, as their loss was "
+                "not a finite number "
+                f"or a spike (learning rate {lr:.3g}); the last checkpoint is from before them: "
+                "lower --lr, or use "
                 f"--mixed-precision bf16 or none instead of fp16, or see --max-loss-spike"
             )
 
@@ -125,7 +156,8 @@ class Guard:
 class TrainingState:
     """What changes as a run trains: saved in its checkpoints and restored from them.
 
-    Position, data order, learning rate and random numbers are functions of (seed, step, rank) and need no saving.
+    Position, data order, learning rate and random numbers are functions of (seed, step, rank) and
+    need no saving.
     """
 
     model: nn.Module
@@ -140,7 +172,9 @@ class TrainingState:
             group["lr"] = lr
 
     def gradient_norm(self) -> torch.Tensor:
-        """Return the 2-norm of the gradients of all ranks, fp16's loss scale taken out: a scalar on the device."""
+        """Return the 2-norm of the gradients of all ranks, fp16's loss scale taken out: a scalar
+        on the device.
+        """
         self.scaler.unscale_(self.optimizer)
         return gradient_norm(self.model).to(self.guard.state.device)
 
@@ -151,8 +185,11 @@ class TrainingState:
         """
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
-        # the fused optimizer itself looks at this flag, on the device: a step that is skipped changes nothing
-        skip = self.guard.should_skip(loss, norm).to(next(self.model.parameters()).device)  # the host's, if offloaded
+        # the fused optimizer itself looks at this flag, on the device: a step that is skipped
+        # changes nothing
+        skip = self.guard.should_skip(loss, norm).to(
+            next(self.model.parameters()).device
+        )  # the host's, if offloaded
         self.optimizer.grad_scale, self.optimizer.found_inf = None, skip
         self.optimizer.step()
         self.scaler.update()
@@ -170,7 +207,9 @@ class TrainingState:
         return list(self.model.parameters())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return weights, moving average and moments, under names that do not depend on the sharding."""
+        """Return weights, moving average and moments, under names that do not depend on the
+        sharding.
+        """
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         if self.ema:
             tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict(self.model).items()}
@@ -184,7 +223,10 @@ class TrainingState:
         state = self.optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            state["exp_avg"], state["exp_avg_sq"] = (
+                torch.zeros_like(parameter),
+                torch.zeros_like(parameter),
+            )
         return state
 
     def scalars(self) -> dict[str, Any]:
@@ -201,7 +243,9 @@ class TrainingState:
 def make_training_state(
     model: nn.Module, args: Namespace, world: World, ema: bool, max_loss_spike: float
 ) -> TrainingState:
-    """Return a new state for ``model``, placed on its devices, by the options of ``utils.training.options``."""
+    """Return a new state for ``model``, placed on its devices, by the options of
+    ``utils.training.options``.
+    """
     optimizer = make_adamw(model, args.lr, args.weight_decay, (args.beta1, args.beta2))
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.mixed_precision == "fp16")
     average = Ema(model, args.ema_decay) if ema else None

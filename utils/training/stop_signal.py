@@ -1,4 +1,6 @@
-"""SIGTERM, SIGUSR1 (preemption, time limits) and Ctrl-C end a run between two steps, on all ranks at the same one."""
+"""SIGTERM, SIGUSR1 (preemption, time limits) and Ctrl-C end a run between two steps, on all
+ranks at the same one.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +20,28 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignal:
-    """Listens from its creation on. In each step: ``begin_vote`` at its start, ``should_stop`` at its end.
+    """Listens from its creation on. In each step: ``begin_vote`` at its start, ``should_stop`` at
+    its end.
 
-    torchrun signals the ranks that are left when one has died, and those may wait for it for ever: a step that does not
-    end within two minutes of the signal ends the process.
+    torchrun signals the ranks that are left when one has died, and those may wait for it for ever:
+    a step that does not end within two minutes of the signal ends the process.
     """
 
     def __init__(self, world: World):
         self.received, self._is_main = False, world.is_main
-        self._asked, self._steps, self._in_step, self._ended = torch.zeros(1), 0, False, threading.Event()
+        self._asked, self._steps, self._in_step, self._ended = (
+            torch.zeros(1),
+            0,
+            False,
+            threading.Event(),
+        )
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
         self._work: dist.Work | None = None
         self._watched, wakeup = socket.socketpair()
         wakeup.setblocking(False)
-        self._wakeup = wakeup  # written to by the interpreter even while the main thread waits in C++
+        self._wakeup = (
+            wakeup  # written to by the interpreter even while the main thread waits in C++
+        )
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS[:2]}
         threading.Thread(target=self._watch, daemon=True).start()
@@ -41,7 +51,10 @@ class StopSignal:
             if self.received:
                 raise KeyboardInterrupt
             if self._is_main:
-                os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n")
+                os.write(
+                    2,
+                    b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once\n",
+                )
         self.received = True
 
     def close(self) -> None:
@@ -56,12 +69,18 @@ class StopSignal:
         while not self._ended.is_set():
             before = self._steps
             if not self._ended.wait(GRACE) and self._in_step and self._steps == before:
-                os.write(2, b"error: the step did not end after the signal; has another rank died?\n")
+                os.write(
+                    2, b"error: the step did not end after the signal; has another rank died?\n"
+                )
                 os._exit(1)
 
     def begin_vote(self) -> None:
-        """Start to ask all ranks whether one was signalled; over hosts, so that no device is waited for."""
-        if signal.SIGINT not in self._before:  # before the first step Ctrl-C ends the program at once
+        """Start to ask all ranks whether one was signalled; over hosts, so that no device is
+        waited for.
+        """
+        if (
+            signal.SIGINT not in self._before
+        ):  # before the first step Ctrl-C ends the program at once
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
         self._steps, self._in_step = self._steps + 1, True
         self._asked.fill_(float(self.received))

@@ -1,8 +1,9 @@
 """The decoding step by our own kernels.
 
-With few rows per step, time goes into reading the weights from memory, and torch's operators reach only half the memory
-bandwidth. layout.h shows how weights and cache lie in memory; this file writes them in that layout, as float32 or
-bfloat16. Where the processor does not multiply bfloat16, it is the storage type only, and arithmetic is float32.
+With few rows per step, time goes into reading the weights from memory, and torch's operators reach
+only half the memory bandwidth. layout.h shows how weights and cache lie in memory; this file writes
+them in that layout, as float32 or bfloat16. Where the processor does not multiply bfloat16, it is
+the storage type only, and arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -24,12 +25,17 @@ from autoregressive.models.gpt import GPT
 LANES = 16  # outputs in a panel, see layout.h
 UNIT_BYTES = 4
 DEPTH = 32  # inputs are padded to a multiple of this
-MANY_ROWS = 32  # float32 of more rows is bound by arithmetic, and with AMX faster by tiles (see tiles.h)
+MANY_ROWS = (
+    32  # float32 of more rows is bound by arithmetic, and with AMX faster by tiles (see tiles.h)
+)
 HUGE_PAGE = 1 << 21
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("wqkv", "wo", "w13", "w2", "attention_norm", "ffn_norm")]
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in ("wqkv", "wo", "w13", "w2", "attention_norm", "ffn_norm")
+    ]
 
 
 class _Model(ctypes.Structure):
@@ -37,7 +43,16 @@ class _Model(ctypes.Structure):
     _fields_ += [(name, ctypes.c_void_p) for name in ("norm", "rotary", "head")]
     _fields_ += [
         (name, ctypes.c_int32)
-        for name in ("n_layer", "dim", "n_head", "kv_heads", "head_dim", "ffn_dim", "vocab_size", "slots")
+        for name in (
+            "n_layer",
+            "dim",
+            "n_head",
+            "kv_heads",
+            "head_dim",
+            "ffn_dim",
+            "vocab_size",
+            "slots",
+        )
     ]
     _fields_ += [("eps", ctypes.c_float)]
 
@@ -64,7 +79,9 @@ def _units(inputs: int, dtype: torch.dtype) -> int:
 
 
 def _pages(size: int) -> torch.Tensor:
-    """Return ``size`` zeroed bytes, in 2 MiB pages where the system has them: small ones cost 5-10% of the speed."""
+    """Return ``size`` zeroed bytes, in 2 MiB pages where the system has them: small ones cost
+    5-10% of the speed.
+    """
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):  # not every system has them
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -74,25 +91,37 @@ def _pages(size: int) -> torch.Tensor:
 
 
 def _panels(weight: torch.Tensor) -> torch.Tensor:
-    """Return a matrix (out, in) as panels (out / 16, units, 16, elements of a unit), an even number of them."""
+    """Return a matrix (out, in) as panels (out / 16, units, 16, elements of a unit), an even
+    number of them.
+    """
     per_unit = UNIT_BYTES // weight.element_size()
     outputs, inputs = weight.shape
     units = _units(inputs, weight.dtype)
-    padded = F.pad(weight, (0, units * per_unit - inputs, 0, _round_up(outputs, 2 * LANES) - outputs))
-    return padded.view(-1, LANES, units, per_unit).transpose(1, 2)  # (out / 16, units, 16, per_unit)
+    padded = F.pad(
+        weight, (0, units * per_unit - inputs, 0, _round_up(outputs, 2 * LANES) - outputs)
+    )
+    return padded.view(-1, LANES, units, per_unit).transpose(
+        1, 2
+    )  # (out / 16, units, 16, per_unit)
 
 
 def _gate_and_up(w1: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
     """Interleave w1 and w3 (F, D) -> (2 F, D): 8 rows of one, then the same 8 of the other."""
     half = LANES // 2
-    both = torch.stack([F.pad(w, (0, 0, 0, -len(w) % half)).unflatten(0, (-1, half)) for w in (w1, w3)])
+    both = torch.stack(
+        [F.pad(w, (0, 0, 0, -len(w) % half)).unflatten(0, (-1, half)) for w in (w1, w3)]
+    )
     return both.transpose(0, 1).flatten(0, 2)  # (F / 8, 2, 8, D) -> (2 F, D)
 
 
 def _rotary(freqs_cis: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Return cos and sin (T, hd / 2, 2) as (T, 2, channels): cos, cos, ... and -sin, sin, ..., 0 beyond head_dim."""
+    """Return cos and sin (T, hd / 2, 2) as (T, 2, channels): cos, cos, ... and -sin, sin, ..., 0
+    beyond head_dim.
+    """
     cos, sin = freqs_cis.unbind(-1)  # (T, hd / 2)
-    turn = torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)], 1).flatten(2)  # (T, 2, hd)
+    turn = torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)], 1).flatten(
+        2
+    )  # (T, 2, hd)
     return F.pad(turn, (0, -head_dim % LANES)).contiguous()  # (T, 2, channels)
 
 
@@ -108,7 +137,9 @@ class PackedCache:
 
 
 class CPUDecoder(StepDecoder):
-    """Decoder (see decoding/decoder.py) of a GPT whose weights it has taken; made by ``consume``."""
+    """Decoder (see decoding/decoder.py) of a GPT whose weights it has taken; made by
+    ``consume``.
+    """
 
     def __init__(self, model: GPT, rows: int):
         self.config, self.order = model.config, model.order
@@ -119,24 +150,38 @@ class CPUDecoder(StepDecoder):
 
     @classmethod
     def consume(cls, model: GPT, rows: int) -> CPUDecoder:
-        """Move the linear layers' weights of ``model`` out of it into a decoder; embeddings stay in it.
+        """Move the linear layers' weights of ``model`` out of it into a decoder; embeddings stay in
+        it.
 
-        model: in ``eval()`` mode, float32 or bfloat16. Needs about the memory of one copy and one matrix more. rows:
-        rows of the largest step, images times slots (twice with guidance); the kernels are chosen by it. ``model``
-        refuses to be used afterwards. Raises ``ValueError`` if there are no kernels.
+        model: in ``eval()`` mode, float32 or bfloat16. Needs about the memory of one copy and one
+        matrix more. rows: rows of the largest step, images times slots (twice with guidance); the
+        kernels are chosen by it. ``model`` refuses to be used afterwards. Raises ``ValueError`` if
+        there are no kernels.
         """
         reason = unavailable_reason(model.output.weight.dtype)
         if reason is not None:
             raise ValueError(reason)
         decoder = cls(model, rows)
-        for name in ("forward", "logits", "hidden", "trunk", "head", "decode_step", "new_cache", "state_dict"):
+        for name in (
+            "forward",
+            "logits",
+            "hidden",
+            "trunk",
+            "head",
+            "decode_step",
+            "new_cache",
+            "state_dict",
+        ):
             setattr(model, name, _refuse)
         return decoder
 
     def _create_kernels(self, model: GPT, rows: int) -> None:
         config = self.config
         matrices = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        sizes = [(m.out_features + 2 * LANES) * _units(m.in_features, self.dtype) * UNIT_BYTES for m in matrices]
+        sizes = [
+            (m.out_features + 2 * LANES) * _units(m.in_features, self.dtype) * UNIT_BYTES
+            for m in matrices
+        ]
         self._free = _pages(sum(sizes))  # memory not yet used; a view, which keeps all of it alive
         self._kept: list[torch.Tensor] = []  # tensors the kernels point to
         layers = (_Layer * config.n_layer)(*(self._pack_block(block) for block in model.layers))
@@ -144,7 +189,14 @@ class CPUDecoder(StepDecoder):
         head = self._pack(model.output.weight, model.output)
         self._kept += [norm, rotary]
 
-        shape = (config.n_layer, config.dim, config.n_head, config.kv_heads, config.head_dim, config.ffn_dim)
+        shape = (
+            config.n_layer,
+            config.dim,
+            config.n_head,
+            config.kv_heads,
+            config.head_dim,
+            config.ffn_dim,
+        )
         pointers = (norm.data_ptr(), rotary.data_ptr(), head.data_ptr())
         slots = self.order.num_tokens
         description = _Model(layers, *pointers, *shape, config.vocab_size, slots, config.norm_eps)
@@ -183,20 +235,30 @@ class CPUDecoder(StepDecoder):
         """Return an empty cache for ``batch`` rows and all slots."""
         config, slot_units = self.config, _units(self.order.num_tokens, self.dtype)
         slots = slot_units * UNIT_BYTES // self.dtype.itemsize
-        head = slots * _units(config.head_dim, self.dtype) + slot_units * _round_up(config.head_dim, LANES)
+        head = slots * _units(config.head_dim, self.dtype) + slot_units * _round_up(
+            config.head_dim, LANES
+        )
         shape = (config.n_layer, batch, config.kv_heads, head)
-        return PackedCache(_pages(UNIT_BYTES * torch.Size(shape).numel()).view(torch.int32).view(shape))
+        return PackedCache(
+            _pages(UNIT_BYTES * torch.Size(shape).numel()).view(torch.int32).view(shape)
+        )
 
     def trunk(self, x: torch.Tensor, start: int, cache: PackedCache) -> torch.Tensor:
-        """Apply blocks and final norm to slots from ``start``: (B, t, D) of any type -> (B, t, D) float32."""
+        """Apply blocks and final norm to slots from ``start``: (B, t, D) of any type -> (B, t,
+        D) float32.
+        """
         batch, t, _ = x.shape
         store = cache.store
-        assert start + t <= self.order.num_tokens and batch <= store.shape[1], "more slots or rows than the cache has"
+        assert start + t <= self.order.num_tokens and batch <= store.shape[1], (
+            "more slots or rows than the cache has"
+        )
         x = x.to(torch.float32, copy=True).contiguous()  # (B, t, D), overwritten by the kernels
         hidden = torch.empty_like(x)  # (B, t, D)
         where = _Cache(store.data_ptr(), *store.stride()[:3])
         self._set_threads(torch.get_num_threads())
-        self._call["trunk"](self._handle, x.data_ptr(), hidden.data_ptr(), ctypes.byref(where), batch, t, start)
+        self._call["trunk"](
+            self._handle, x.data_ptr(), hidden.data_ptr(), ctypes.byref(where), batch, t, start
+        )
         return hidden
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -209,4 +271,6 @@ class CPUDecoder(StepDecoder):
 
 
 def _refuse(*_: object, **__: object) -> NoReturn:
-    raise RuntimeError("CPUDecoder.consume has taken the weights of this GPT; load it again to use it")
+    raise RuntimeError(
+        "CPUDecoder.consume has taken the weights of this GPT; load it again to use it"
+    )
