@@ -1,4 +1,5 @@
-"""One file of weights from a training checkpoint: the published .pt format, or .safetensors.
+"""Weights of a training checkpoint as one file (the published .pt format, or .safetensors) or as
+a folder for huggingface.co.
 
 The config and the tokenizer's hash go along, so that sampling and extraction need no architecture
 options.
@@ -11,13 +12,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.checkpoints.weights_file import export_checkpoint
+from utils.checkpoints.weights_file import export_checkpoint, export_to_hub_form
 from utils.files import require_folder
 from utils.options import make_parser, run_main
 
 
 def main() -> None:
-    """Read the folder, write the file."""
+    """Read the folder, write the file or the folder."""
     parser = make_parser(
         __doc__,
         "python3 scripts/export_checkpoint.py --checkpoint "
@@ -27,15 +28,23 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", required=True, help="folder of one checkpoint, named by its step"
     )
-    parser.add_argument("--output", required=True, help="file to write, .pt or .safetensors")
+    output = parser.add_mutually_exclusive_group(required=True)
+    output.add_argument("--output", metavar="FILE", help="file to write, .pt or .safetensors")
+    text = "folder to write in the form of huggingface.co: config.json, model.safetensors and a "
+    text += "model card; to upload it: hf upload OWNER/NAME FOLDER"
+    output.add_argument("--hub", metavar="FOLDER", help=text)
     parser.add_argument(
         "--ema",
         action="store_true",
         help="export the moving average instead of the weights themselves",
     )
     args = parser.parse_args()
-    export_checkpoint(require_folder(args.checkpoint, "--checkpoint"), Path(args.output), args.ema)
-    print(f"wrote {args.output}")
+    checkpoint = require_folder(args.checkpoint, "--checkpoint")
+    if args.hub:
+        export_to_hub_form(checkpoint, Path(args.hub), args.ema)
+    else:
+        export_checkpoint(checkpoint, Path(args.output), args.ema)
+    print(f"wrote {args.hub or args.output}")
 
 
 if __name__ == "__main__":

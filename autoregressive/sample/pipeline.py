@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -20,8 +23,10 @@ from autoregressive.models.load import load_gpt, resolve_parallelism
 from tokenizer.load import add_tokenizer_options, load_tokenizer, require_tokenizer
 from tokenizer.vq_model import VQModel
 from utils.distributed import World
-from utils.files import require_file, sha256_file
+from utils.files import sha256_file
+from utils.hub import fetch_released, weights_path
 from utils.options import positive_int
+from utils.presets import PRESETS
 
 DEFAULT_IMAGE_SIZE = 384  # of the released models
 RETIRED_OPTIONS = {
@@ -31,13 +36,26 @@ RETIRED_OPTIONS = {
 
 
 def add_model_options(parser: ArgumentParser) -> None:
-    """Add the options selecting the models, under the published names; all but the two files are
-    optional.
+    """Add the options selecting the models, under the published names; either ``--model`` or the
+    two files are required.
     """
     group = parser.add_argument_group(
-        "models (options other than the files are optional where a checkpoint has them)"
+        "models (--model, or the two files; the rest is optional where a checkpoint has it)"
     )
-    group.add_argument("--gpt-ckpt", help="GPT checkpoint, released or trained here (required)")
+    group.add_argument(
+        "--model",
+        choices=list(PRESETS),
+        help="a released model, with the files in pretrained_models/ and the options of its "
+        "published samples; options written beside it win",
+    )
+    group.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch missing released files from huggingface.co",
+    )
+    text = "GPT checkpoint, released or trained here: a file, a folder with config.json and "
+    text += "model.safetensors, or hf:OWNER/NAME, which is downloaded (required without --model)"
+    group.add_argument("--gpt-ckpt", help=text)
     group.add_argument(
         "--gpt-model", choices=list(GPT_models), help="size of the GPT (default: the checkpoint's)"
     )
@@ -69,6 +87,29 @@ def add_model_options(parser: ArgumentParser) -> None:
         "--downsample-size", type=positive_int, help="pixels per code (default: the tokenizer's)"
     )
     add_tokenizer_options(group, required=False)
+
+
+def parse_sampler(parser: ArgumentParser) -> Namespace:
+    """Parse a sampler's command line, with the options of ``--model`` as defaults; options written
+    beside it are reported.
+    """
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--model")
+    model = finder.parse_known_args()[0].model
+    preset = PRESETS[model].options() if model in PRESETS else {}
+
+    known = vars(parser.parse_args([]))
+    parser.set_defaults(**{name: preset[name] for name in preset.keys() & known.keys()})
+    args = parser.parse_args()
+
+    written = [
+        f"{name} {value}"
+        for name, value in vars(args).items()
+        if name in preset and value != preset[name]
+    ]
+    if written and os.environ.get("RANK", "0") == "0":
+        print(f"--model {model}, but not as published: {', '.join(written)}", file=sys.stderr)
+    return args
 
 
 def add_sampling_options(
@@ -252,9 +293,7 @@ def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
     """
     guidance = (args.cfg_scale, args.cfg_interval, args.cfg_schedule, args.cfg_power)
     options = SamplingOptions(*guidance, args.temperature, args.top_k, args.top_p)
-    hint = "see pretrained_models/README.md for the released files"
-    require_file(args.gpt_ckpt, "--gpt-ckpt", hint)
-    require_file(args.vq_ckpt, "--vq-ckpt", hint)
+    files = find_files(args, world)
     if args.quantize != "none":
         quantization(args.quantize)  # torchao is there
 
@@ -271,13 +310,26 @@ def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
         vq_name=vq_name,
         options=options,
         world=world,
-        hashes={"gpt_ckpt": sha256_file(args.gpt_ckpt), "vq_ckpt": sha256_file(args.vq_ckpt)},
+        hashes={name: sha256_file(path) for name, path in files.items()},
         classes=checkpoint.get("classes"),
         ways=ways,
         note=note,
     )
     vars(args).update(pipeline.resolved_options())
     return pipeline
+
+
+def find_files(args: Namespace, world: World) -> dict[str, Path]:
+    """Return the two files of weights, downloaded where ``--download`` or ``hf:`` ask for it."""
+    files = {}
+    hint = "or give --model; released files: pretrained_models/README.md"
+    for name in ("gpt_ckpt", "vq_ckpt"):
+        option, path = f"--{name.replace('_', '-')}", getattr(args, name)
+        if world.is_main and path is not None:
+            fetch_released(path, option, args.download)
+        world.barrier()  # the other ranks find what rank 0 has downloaded
+        files[name] = weights_path(path, option, hint)
+    return files
 
 
 def load_gpt_for(args: Namespace, vq: VQModel) -> tuple[GPT, str, dict]:

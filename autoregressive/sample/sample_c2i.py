@@ -21,6 +21,7 @@ from autoregressive.sample.pipeline import (
     add_model_options,
     add_sampling_options,
     load_pipeline,
+    parse_sampler,
 )
 from utils.distributed import init_distributed
 from utils.files import prepare_folder
@@ -69,7 +70,7 @@ def parse_args() -> Namespace:
         "--trace-frames", type=positive_int, default=48, help="maximum number of frames of --trace"
     )
     add_retired(parser, RETIRED_OPTIONS)
-    return parser.parse_args()
+    return parse_sampler(parser)
 
 
 def class_names(pipeline: Pipeline) -> list[str]:

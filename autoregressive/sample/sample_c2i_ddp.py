@@ -30,6 +30,7 @@ from autoregressive.sample.pipeline import (
     add_model_options,
     add_sampling_options,
     load_pipeline,
+    parse_sampler,
 )
 from utils.distributed import World, init_distributed
 from utils.files import prepare_folder
@@ -87,7 +88,7 @@ def parse_args() -> Namespace:
         "--png", action="store_true", help="also write each image as a numbered .png"
     )
     add_retired(parser, RETIRED_OPTIONS)
-    return parser.parse_args()
+    return parse_sampler(parser)
 
 
 def sample_name(args: Namespace, pipeline: Pipeline) -> str:

@@ -44,6 +44,7 @@ from evaluations.c2i.metrics import (
 )
 from evaluations.c2i.report import (
     as_text,
+    compare_with_preset,
     describe_distances,
     markdown,
     settings_of,
@@ -132,6 +133,9 @@ def main() -> None:
             continue
         results.append(result)
         write_text(result, text)
+        if not args.feature_network:
+            for line in compare_with_preset(result, reference.path):
+                print(line)
         if args.self_check and (
             table := compare_with_published(samples.path.name, result["metrics"])
         ):

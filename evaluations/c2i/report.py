@@ -11,8 +11,18 @@ import numpy as np
 from evaluations.c2i.features import ImageFeatures
 from evaluations.c2i.image_sets import ImageSet
 from evaluations.c2i.metrics import PrecisionRecall
+from utils.presets import PRESETS, TOLERANCE, preset_of
 
 PUBLISHED_SAMPLES = 50_000
+PUBLISHED_REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
+# options of the published samplers that a preset does not name
+PUBLISHED_SETTINGS = {
+    "cfg_interval": -1,
+    "cfg_schedule": "constant",
+    "class_protocol": "random",
+    "quantize": "none",
+    "precision": "bf16",
+}
 TITLES = {
     "inception_score": "Inception Score",
     "fid": "FID",
@@ -100,6 +110,52 @@ def describe_distances(result: PrecisionRecall, exact: bool) -> str:
     if result.float32_blocks:
         text += f"; {result.float32_blocks} of {result.blocks} blocks overflow and are float32"
     return text
+
+
+def compare_with_preset(result: dict[str, Any], reference: Path) -> list[str]:
+    """Return lines with the published beside the measured metrics, if a released model made the
+    samples, and what about these samples commonly explains a difference.
+
+    result: of one set of samples, by the published network.
+    """
+    options = result["made_with"] or {}
+    name = preset_of(options)
+    if name is None:
+        return []
+    lines, outside = [f"{name}, published beside measured:"], False
+    for metric, published in PRESETS[name].published.items():
+        if (measured := result["metrics"].get(metric)) is None:
+            continue
+        within = abs(measured - published) <= TOLERANCE[metric]
+        outside |= not within
+        verdict = "within" if within else "outside of"
+        lines.append(
+            f"  {TITLES[metric]}: {published} published, {measured:.4g} measured, {verdict} the "
+            f"expected spread of {TOLERANCE[metric]}"
+        )
+    causes = differences_from_published(result, reference, name)
+    if causes:
+        lines.append(f"  not as published: {'; '.join(causes)}")
+    elif outside:
+        lines.append("  no setting differs; check this evaluator with --self-check, and the files")
+    return lines
+
+
+def differences_from_published(result: dict[str, Any], reference: Path, name: str) -> list[str]:
+    """Return what differs between these samples and those of the published figures."""
+    options = result["made_with"]
+    published = PRESETS[name].options() | PUBLISHED_SETTINGS
+    del published["gpt_ckpt"], published["vq_ckpt"]
+    causes = [
+        f"{option} {options[option]} instead of {value}"
+        for option, value in published.items()
+        if option in options and options[option] != value
+    ]
+    if result["sample_images"] != PUBLISHED_SAMPLES:
+        causes.append(f"{result['sample_images']:,} images instead of {PUBLISHED_SAMPLES:,}")
+    if reference.name != PUBLISHED_REFERENCE:
+        causes.append(f"the reference is {reference.name} instead of {PUBLISHED_REFERENCE}")
+    return causes
 
 
 def as_text(metrics: dict[str, float]) -> str:

@@ -17,11 +17,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from utils.checkpoints.folder import read_meta, read_sharded
-from utils.files import atomic_path, require_file
+from utils.files import atomic_path, write_json
+from utils.hub import CONFIG_FILE, WEIGHTS_FILE, weights_path
 
 
 def load_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
-    """Read a ``.pt`` or ``.safetensors`` file on the CPU without running any code from it.
+    """Read a ``.pt`` or ``.safetensors`` file, or a folder or repository in the hub's form, on the
+    CPU without running any code from it.
 
     ``weights_only`` with ``argparse.Namespace`` allowed (released files hold one under ``args``).
     Zip-format files are memory-mapped, so a tensor costs memory only when it is used. Raises
@@ -33,11 +35,11 @@ def load_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
             f"--checkpoint {path} "
             f"--output FILE.pt makes a file of it"
         )
-    path = require_file(path, option)
+    path = weights_path(path, option)
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+                facts = json.loads((file.metadata() or {}).get("facts") or _config_beside(path))
                 names = list(file.keys())
                 return facts | {"model": {k: file.get_tensor(k) for k in names}}
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -54,6 +56,12 @@ def load_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
             f"{option}: {path} holds a {type(checkpoint).__name__}, expected a dict of tensors"
         )
     return checkpoint
+
+
+def _config_beside(path: Path) -> str:
+    """Return the text of the config.json beside weights in the hub's form."""
+    config = path.with_name(CONFIG_FILE)
+    return config.read_text() if path.name == WEIGHTS_FILE and config.is_file() else "{}"
 
 
 def find_state_dict(
@@ -129,16 +137,11 @@ def export_checkpoint(folder: Path, output: Path, ema: bool | None = None) -> No
     """
     if output.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"--output {output} must end in .pt or .safetensors")
-    meta = read_meta(folder)
-    facts = {k: v for k, v in meta.items() if k not in ("files", "scalars")}
-    weights = read_sharded(folder, "ema." if ema else "model.")
-    if not weights:
-        raise ValueError(f"--ema: {folder} holds no moving average; train with --ema to keep one")
+    weights, facts = _read_export(folder, ema)
     averages = read_sharded(folder, "ema.") if ema is None else {}
     try:
         if output.suffix == ".safetensors":
-            with atomic_path(output) as temporary:
-                save_file(weights, temporary, metadata={"format": "pt", "facts": json.dumps(facts)})
+            _save_safetensors(weights, facts, output)
         else:
             save_checkpoint(
                 {"model": weights, **({"ema": averages} if averages else {}), **facts}, output
@@ -147,3 +150,80 @@ def export_checkpoint(folder: Path, output: Path, ema: bool | None = None) -> No
         raise ValueError(
             f"{output} could not be written: {error}; {folder} is untouched"
         ) from error
+
+
+def export_to_hub_form(folder: Path, output: Path, ema: bool = False) -> None:
+    """Write a training checkpoint as a folder that huggingface.co and ``--gpt-ckpt`` /
+    ``--vq-ckpt`` take: config.json, model.safetensors and a model card, README.md.
+
+    ``ValueError`` says what does not fit.
+    """
+    weights, facts = _read_export(folder, ema)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        _save_safetensors(weights, facts, output / WEIGHTS_FILE)
+        write_json(output / CONFIG_FILE, facts)
+        with atomic_path(output / "README.md") as temporary:
+            temporary.write_text(model_card(weights, facts, output.name))
+    except Exception as error:
+        raise ValueError(f"--hub {output} could not be written: {error}") from error
+
+
+def model_card(weights: dict[str, torch.Tensor], facts: dict[str, Any], name: str) -> str:
+    """Return the model card of a checkpoint, with what its facts say; the rest is the owner's."""
+    gpt = "gpt_model" in facts
+    option, kind = ("--gpt-ckpt", "GPT") if gpt else ("--vq-ckpt", "VQ tokenizer")
+    rows = {
+        "size": facts.get("gpt_model") or facts.get("vq_model"),
+        "parameters": f"{sum(w.numel() for w in weights.values()):,}",
+        "training steps": facts.get("steps"),
+        "commit of the code": facts.get("git"),
+        **(facts.get("config") or {}),
+    }
+    if gpt:
+        rows["SHA-256 of its tokenizer's weights"] = facts.get("tokenizer_sha256")
+        rows["classes"] = len(facts.get("classes") or ()) or None
+    table = "".join(f"| {k} | {v} |\n" for k, v in rows.items() if v is not None)
+    command = "python3 autoregressive/sample/sample_c2i.py --vq-ckpt TOKENIZER --gpt-ckpt"
+    if not gpt:
+        command = "bash scripts/tokenizer/reconstruction_vq.sh --data-path IMAGES --vq-ckpt"
+    return f"""---
+library_name: pytorch
+pipeline_tag: unconditional-image-generation
+tags:
+- image-generation
+- class-conditional
+- autoregressive
+---
+# {name}
+
+{kind} of an implementation of Parallelized Autoregressive Visual Generation
+([arXiv 2412.15119](https://arxiv.org/abs/2412.15119)).
+
+| | |
+|---|---|
+{table}
+From a clone of the code, with this folder, or `hf:OWNER/{name}` once it is uploaded, as `{option}`:
+
+```
+{command} {name}
+```
+
+To be filled in by its owner: training data and their licence, licence of the weights, metrics and
+how they were measured.
+"""
+
+
+def _read_export(folder: Path, ema: bool | None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the weights of a training checkpoint, or their moving average, and its facts."""
+    facts = {k: v for k, v in read_meta(folder).items() if k not in ("files", "scalars")}
+    weights = read_sharded(folder, "ema." if ema else "model.")
+    if not weights:
+        raise ValueError(f"--ema: {folder} holds no moving average; train with --ema to keep one")
+    return weights, facts
+
+
+def _save_safetensors(weights: dict[str, torch.Tensor], facts: dict[str, Any], path: Path) -> None:
+    """Write tensors, with the facts in the header, whole or not at all."""
+    with atomic_path(path) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt", "facts": json.dumps(facts)})
