@@ -44,7 +44,7 @@ class CodesPlan:
     crop_range: float
     codebook_size: int
     tokenizer: str  # name, such as VQ-16
-    tokenizer_sha256: str  # of its weights
+    tokenizer_sha256: str | None  # of its weights; None: not known
     precision: str
     shard_size: int  # images per shard
 
@@ -326,6 +326,7 @@ class PublishedCodes(Codes):
             )
         _, self.num_crops, self.num_tokens = shape
         self.num_classes = int(self.labels.max()) + 1
+        self.classes = [str(label) for label in range(self.num_classes)]
         self.meta: dict = {}
 
     @staticmethod

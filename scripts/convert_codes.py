@@ -1,10 +1,15 @@
-"""Codes in the published layout (two .npy files an image) -> shards. A rerun makes only what is
-missing.
+"""Codes made by other programs -> shards: LlamaGen's folders, RandAR's .tar, RAR's .jsonl.
+
+OLD_CODES is a folder with *_codes/ and *_labels/ (two .npy files per image), a tar of
+ANY_codes/LABEL/INDEX.npy, or a .jsonl of {"class_id": ..., "tokens": [...]}. A rerun makes only
+what is missing.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import math
 import sys
 from pathlib import Path
 
@@ -22,64 +27,20 @@ from dataset.codes import (
     start_codes,
     write_shard,
 )
+from dataset.other_codes import JsonlCodes, TarCodes
 from tokenizer.load import load_vq
 from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import init_distributed
-from utils.files import remove_temporary, require_folder
+from utils.files import remove_temporary, require_file, require_folder
 from utils.logger import progress
 from utils.options import make_parser, positive_int, run_main
 
 
 def main() -> None:
-    """Read every image's file once, in order."""
-    parser = make_parser(
-        __doc__,
-        "python3 scripts/convert_codes.py --code-path OLD_CODES --output CODES --image-size 384 "
-        "--vq-ckpt ./pretrained_models/vq_ds16_c2i.pt",
-    )
-    parser.add_argument("--code-path", required=True, help="folder with *_codes/ and *_labels/")
-    parser.add_argument("--output", required=True, help="folder of shards to write")
-    parser.add_argument("--vq-ckpt", required=True, help="tokenizer that made the codes")
-    parser.add_argument(
-        "--image-size", type=positive_int, default=384, help="side of the crops, pixels"
-    )
-    parser.add_argument(
-        "--crop-range",
-        type=float,
-        default=1.1,
-        help="side of the square the ten crops were taken from, as a multiple of --image-size",
-    )
-    parser.add_argument(
-        "--shard-size", type=positive_int, default=1024, help="images of one shard file"
-    )
-    args = parser.parse_args()
-    require_folder(args.code_path, "--code-path")
-    old = PublishedCodes(args.code_path)
-    vq, name = load_vq(args.vq_ckpt, None)
-    side = vq.config.grid(args.image_size)
-    crops = {len(c): c for c in (crop_names(ten, flips=True) for ten in (True, False))}.get(
-        old.num_crops
-    )
-    if side**2 != old.num_tokens or crops is None:
-        raise ValueError(
-            f"--code-path {args.code_path} holds {old.num_crops} crops of {old.num_tokens} codes; "
-            "expected 10 or 2 "
-            f"crops of {side}x{side} for --image-size {args.image_size} and {name}"
-        )
-    plan = CodesPlan(
-        classes=[str(c) for c in range(old.num_classes)],
-        num_images=len(old),
-        source_sha256=hashlib.sha256(old.labels.tobytes()).hexdigest(),
-        image_size=args.image_size,
-        grid=[side, side],
-        crops=crops,
-        crop_range=args.crop_range if old.num_crops == 10 else 1.0,
-        codebook_size=vq.config.codebook_size,
-        tokenizer=name,
-        tokenizer_sha256=state_sha256(vq.weights()),
-        precision="none",
-        shard_size=args.shard_size,
-    )
+    """Read every image's codes once, in order."""
+    args = parse_args()
+    old = open_other(Path(args.code_path))
+    plan = make_plan(old, args)
     start_codes(args.output, plan)
     world = init_distributed()
     whole = [s for s in range(plan.num_shards) if shard_path(args.output, s).exists()]
@@ -92,13 +53,84 @@ def main() -> None:
         if together.min() < 0 or together.max() >= plan.codebook_size:
             raise ValueError(
                 f"--code-path {args.code_path}: images {index[0]} to {index[-1]} hold code "
-                f"{together.max()}, but "
-                f"{name} of --vq-ckpt has {plan.codebook_size}"
+                f"{together.max()}, but {plan.tokenizer} has {plan.codebook_size}"
             )
         write_shard(args.output, plan, shard, together, old.labels[index], index)
     meta = finish_codes(args.output, plan, [f"{i}.npy" for i in range(len(old))])
     print(
         f"{args.output}: codes of {meta['num_coded_images']:,} images in {plan.num_shards} shards"
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = make_parser(
+        __doc__,
+        "python3 scripts/convert_codes.py --code-path imagenet-llamagen-adm-256_codes.tar "
+        "--output CODES --vq-ckpt ./pretrained_models/vq_ds16_c2i.pt",
+    )
+    parser.add_argument("--code-path", required=True, metavar="OLD_CODES", help="codes to read")
+    parser.add_argument("--output", required=True, help="folder of shards to write")
+    parser.add_argument("--vq-ckpt", help="tokenizer that made the codes, if it is at hand")
+    text = "codebook entries of a tokenizer that is not at hand, such as 1024 for MaskGIT's; its "
+    text += "codes train a GPT, but only --vq-ckpt of that kind makes images of them"
+    parser.add_argument("--codebook-size", type=positive_int, help=text)
+    text = "side of the crops, pixels (default: codes per side times the tokenizer's downsampling, "
+    text += "else times 16)"
+    parser.add_argument("--image-size", type=positive_int, help=text)
+    parser.add_argument(
+        "--crop-range",
+        type=float,
+        default=1.1,
+        help="side of the square the ten crops were taken from, as a multiple of --image-size",
+    )
+    parser.add_argument("--shard-size", type=positive_int, default=1024, help="images per shard")
+    return parser.parse_args()
+
+
+def open_other(path: Path) -> PublishedCodes | TarCodes | JsonlCodes:
+    """Return a reader of codes in another project's layout."""
+    if path.suffix in (".tar", ".jsonl"):
+        require_file(path, "--code-path")
+        return TarCodes(path) if path.suffix == ".tar" else JsonlCodes(path)
+    require_folder(path, "--code-path", "or a .tar or .jsonl file")
+    return PublishedCodes(path)
+
+
+def make_plan(old: PublishedCodes | TarCodes | JsonlCodes, args: argparse.Namespace) -> CodesPlan:
+    """Return the plan of the shards; ``ValueError`` where codes and options do not fit."""
+    side = math.isqrt(old.num_tokens)
+    known = {1: ["as published"], 2: crop_names(False, True), 10: crop_names(True, True)}
+    if side**2 != old.num_tokens or old.num_crops not in known:
+        raise ValueError(
+            f"--code-path {args.code_path} holds {old.num_crops} crops of {old.num_tokens} codes; "
+            "expected 1, 2 or 10 crops of a square number of codes"
+        )
+    if (args.vq_ckpt is None) == (args.codebook_size is None):
+        raise ValueError("give either --vq-ckpt or --codebook-size")
+    name, sha256, codebook_size, downsample = "another tokenizer", None, args.codebook_size, 16
+    if args.vq_ckpt:
+        vq, name = load_vq(args.vq_ckpt, None)
+        sha256, codebook_size = state_sha256(vq.weights()), vq.config.codebook_size
+        downsample = vq.config.downsample
+    if args.image_size not in (None, side * downsample):
+        raise ValueError(
+            f"--image-size {args.image_size}: {args.code_path} holds {side}x{side} codes, which "
+            f"{name} makes of {side * downsample} pixels"
+        )
+    return CodesPlan(
+        classes=old.classes,
+        num_images=len(old),
+        source_sha256=hashlib.sha256(old.labels.tobytes()).hexdigest(),
+        image_size=side * downsample,
+        grid=[side, side],
+        crops=known[old.num_crops],
+        crop_range=args.crop_range if old.num_crops == 10 else 1.0,
+        codebook_size=codebook_size,
+        tokenizer=name,
+        tokenizer_sha256=sha256,
+        precision="none",
+        shard_size=args.shard_size,
     )
 
 

@@ -177,14 +177,13 @@ def test_published_layout_converts_to_the_same_shards(work, tmp_path):
             codes.gather(np.full(10, i), np.arange(10))[None],
         )
         np.save(tmp_path / f"old/imagenet32_labels/{i}.npy", codes.labels[i : i + 1])
-    options = ("--vq-ckpt", work / "vq.pt", "--image-size", 32, "--shard-size", 5)
-    old, new = ("--code-path", tmp_path / "old"), ("--output", tmp_path / "new")
-    run_command("python3", "scripts/convert_codes.py", *old, *new, *options)
+    options = ("--vq-ckpt", work / "vq.pt", "--shard-size", 5)
+    command = ("python3", "scripts/convert_codes.py", "--code-path", tmp_path / "old", *options)
+    run_command(*command, "--output", tmp_path / "new")
     assert shard_digests(tmp_path / "new") == shard_digests(work / "codes")
-    done = run_command(
-        "python3", "scripts/convert_codes.py", *old, *new, "--vq-ckpt", work / "vq.pt", check=False
-    )
-    assert done.returncode == 2 and "expected 10 or 2 crops of 96x96" in done.stderr
+    other = ("--output", tmp_path / "other", "--image-size", 384)
+    done = run_command(*command, *other, check=False)
+    assert done.returncode == 2 and "holds 8x8 codes, which VQ-4 makes of 32 pixels" in done.stderr
 
 
 def test_inspection_tells_counts_and_draws(work, tmp_path):

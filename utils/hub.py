@@ -14,9 +14,8 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from tqdm import tqdm
-
 from utils.files import require_file
+from utils.logger import progress_of_bytes
 from utils.presets import RELEASED_FILES
 
 HUB_PREFIX = "hf:"
@@ -75,7 +74,7 @@ def download(url: str, path: Path) -> None:
                 size = start + int(response.headers["Content-Length"])
                 if shutil.disk_usage(path.parent).free < size - start:
                     raise OSError(f"{path.parent} has too little space for {size:,} bytes")
-                with tqdm(total=size, initial=start, unit="B", unit_scale=True) as bar:
+                with progress_of_bytes(path.name, size, start) as bar:
                     while block := response.read(BLOCK):
                         bar.update(file.write(block))
             if file.tell() != size:

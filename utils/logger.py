@@ -57,3 +57,16 @@ def progress(
         dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 15.0,
     )
+
+
+def progress_of_bytes(description: str, total: int, initial: int = 0) -> tqdm:
+    """Return a tqdm bar over the bytes of one file."""
+    return tqdm(
+        desc=description,
+        total=total,
+        initial=initial,
+        unit="B",
+        unit_scale=True,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,
+    )

@@ -100,6 +100,37 @@ class Member:
         return values.reshape(shape, order="F" if self.fortran_order else "C")
 
 
+def _read_header(stream: IO[bytes], what: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return shape, order and type of a ``.npy`` stream; ``ValueError`` if it is none, or holds
+    Python objects.
+    """
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version not in _HEADER_READERS:
+            raise ValueError(f"written in version {version} of the format")
+        shape, fortran_order, dtype = _HEADER_READERS[version](stream)
+    except (ValueError, KeyError, IndexError, SyntaxError, tokenize.TokenError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{what} is not a readable array: {reason}") from error
+    if any(type(side) is not int or side < 0 for side in shape):
+        raise ValueError(f"{what} is not a readable array: its shape is {shape}")
+    if dtype.hasobject:
+        raise ValueError(f"{what} holds Python objects, which are never loaded; expected numbers")
+    return shape, fortran_order, dtype
+
+
+def parse_npy(data: bytes, what: str) -> np.ndarray:
+    """Return the array of a whole ``.npy`` file in C order, read-only; ``ValueError`` naming
+    ``what`` if its header and length disagree.
+    """
+    stream = io.BytesIO(data)
+    shape, fortran_order, dtype = _read_header(stream, what)
+    present = len(data) - stream.tell()
+    if fortran_order or math.prod(shape) * dtype.itemsize != present:
+        raise ValueError(f"{what} is damaged: {present} bytes for {dtype} of shape {shape}")
+    return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
+
+
 def open_member(archive: zipfile.ZipFile, name: str) -> Member:
     """Read the header of array ``name`` and compare its size with the number of bytes in the
     archive.
@@ -111,22 +142,9 @@ def open_member(archive: zipfile.ZipFile, name: str) -> Member:
         raise ValueError(f"{path} holds no array {name}")
     with _readable(path):
         stream = archive.open(f"{name}.npy")
-        try:
-            version = np.lib.format.read_magic(stream)
-            if version not in _HEADER_READERS:
-                raise ValueError(f"written in version {version} of the format")
-            shape, fortran_order, dtype = _HEADER_READERS[version](stream)
-        except (ValueError, KeyError, IndexError, SyntaxError, tokenize.TokenError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{path}: {name} is not a readable array: {reason}") from error
+        shape, fortran_order, dtype = _read_header(stream, f"{path}: {name}")
         present = archive.getinfo(f"{name}.npy").file_size - stream.tell()
 
-    if any(type(side) is not int or side < 0 for side in shape):
-        raise ValueError(f"{path}: {name} is not a readable array: its shape is {shape}")
-    if dtype.hasobject:
-        raise ValueError(
-            f"{path}: {name} holds Python objects, which are never loaded; expected numbers"
-        )
     member = Member(path, name, stream, shape, fortran_order, dtype)
     if member.num_bytes != present:
         raise ValueError(
