@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 try:
     from autoregressive.models.gpt import GPT_models
+    from scripts.diagnosis.curves import describe_run
     from scripts.diagnosis.examination import FULL_MINUTES, FULL_N, QUICK_MINUTES, QUICK_N, examine
     from utils.options import make_parser, non_negative_float, positive_int, run_main
 except ImportError as error:  # the one thing that no check could report
@@ -58,6 +59,11 @@ def make_doctor_parser() -> ArgumentParser:
         type=positive_int,
         help="images per batch and training step (default: 1 on a CPU, 32 on a GPU)",
     )
+    text = "folder of a run of the GPT's training, such as results/GPT-XL-4x-384: say what its "
+    text += (
+        "curves look like (overfitting, wrong codes, learning rate ...), and examine nothing else"
+    )
+    parser.add_argument("--run", metavar="FOLDER", help=text)
     given = parser.add_argument_group("files to check, alone and together")
     given.add_argument("--gpt-ckpt", help="GPT: file of weights or folder of a checkpoint")
     given.add_argument("--vq-ckpt", help="tokenizer: file of weights or folder of a checkpoint")
@@ -68,7 +74,10 @@ def make_doctor_parser() -> ArgumentParser:
 
 def main() -> None:
     """Examine this machine; exit with status 1 if something is broken."""
-    if not examine(make_doctor_parser().parse_args()):
+    options = make_doctor_parser().parse_args()
+    if options.run is not None:
+        print(describe_run(options.run))
+    elif not examine(options):
         sys.exit(1)
 
 
