@@ -19,8 +19,8 @@ def _shrink(image: Image.Image, size: int) -> Image.Image:
     scale = size / min(image.size)
     if max(image.size) * scale * size > MAX_PIXELS:
         raise ValueError(
-            f"an image of {image.width}x{image.height} is too thin to resize its shorter side to "
-            f"{size}"
+            f"an image of {image.width}x{image.height} is too thin to resize its "
+            f"shorter side to {size}"
         )
     return image.resize(
         (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC

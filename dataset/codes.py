@@ -97,9 +97,9 @@ def start_codes(folder: str | Path, plan: CodesPlan) -> None:
     if differing := [k for k in wanted if recorded.get(k) != wanted[k]]:
         k = differing[0]
         raise ValueError(
-            f"--code-path: {folder} already holds codes made with another {', '.join(differing)} "
-            f"({k}: {_short(recorded.get(k))} there, {_short(wanted[k])} now); give another folder "
-            "or delete it"
+            f"--code-path: {folder} already holds codes made with another "
+            f"{', '.join(differing)} ({k}: {_short(recorded.get(k))} there, "
+            f"{_short(wanted[k])} now); give another folder or delete it"
         )
 
 
@@ -274,8 +274,8 @@ class ShardedCodes(Codes):
                 count,
             ):
                 raise ValueError(
-                    f"{path} holds codes of shape {codes.shape}, unlike {folder}/meta.json; "
-                    "extract again"
+                    f"{path} holds codes of shape {codes.shape}, unlike "
+                    f"{folder}/meta.json; extract again"
                 )
             self._shards.append(codes)
             labels.append(shard_labels)
@@ -334,7 +334,7 @@ class PublishedCodes(Codes):
         if len(folders) != 1:
             raise ValueError(
                 f"{option}: {folder} holds no codes: expected meta.json with shards/ (written by "
-                f"extract_codes_c2i.sh when it ends) or one folder *_codes beside one *_labels"
+                "extract_codes_c2i.sh when it ends) or one folder *_codes beside one *_labels"
             )
         return folders[0]
 
@@ -386,8 +386,8 @@ class MixedCodes(Codes):
         for name in ("tokenizer_sha256", "source_sha256", "grid", "classes", "image_size"):
             if first.meta.get(name) != second.meta.get(name):
                 raise ValueError(
-                    f"--mix-code-path: its {name} differs from that of --code-path; they must be "
-                    "equal"
+                    f"--mix-code-path: its {name} differs from that of "
+                    "--code-path; they must be equal"
                 )
         if first.num_tokens != second.num_tokens or not np.array_equal(first.labels, second.labels):
             raise ValueError(

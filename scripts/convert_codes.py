@@ -63,8 +63,7 @@ def main() -> None:
     if side**2 != old.num_tokens or crops is None:
         raise ValueError(
             f"--code-path {args.code_path} holds {old.num_crops} crops of {old.num_tokens} codes; "
-            "expected 10 or 2 "
-            f"crops of {side}x{side} for --image-size {args.image_size} and {name}"
+            f"expected 10 or 2 crops of {side}x{side} for --image-size {args.image_size} and {name}"
         )
     plan = CodesPlan(
         classes=[str(c) for c in range(old.num_classes)],
@@ -92,8 +91,7 @@ def main() -> None:
         if together.min() < 0 or together.max() >= plan.codebook_size:
             raise ValueError(
                 f"--code-path {args.code_path}: images {index[0]} to {index[-1]} hold code "
-                f"{together.max()}, but "
-                f"{name} of --vq-ckpt has {plan.codebook_size}"
+                f"{together.max()}, but {name} of --vq-ckpt has {plan.codebook_size}"
             )
         write_shard(args.output, plan, shard, together, old.labels[index], index)
     meta = finish_codes(args.output, plan, [f"{i}.npy" for i in range(len(old))])

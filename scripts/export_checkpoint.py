@@ -21,8 +21,7 @@ def main() -> None:
     parser = make_parser(
         __doc__,
         "python3 scripts/export_checkpoint.py --checkpoint "
-        "results/GPT-XL-4x-384/checkpoints/0300000 --ema "
-        "--output pretrained_models/PAR-XL-4x.pt",
+        "results/GPT-XL-4x-384/checkpoints/0300000 --ema --output pretrained_models/PAR-XL-4x.pt",
     )
     parser.add_argument(
         "--checkpoint", required=True, help="folder of one checkpoint, named by its step"

@@ -32,8 +32,8 @@ def verify(folder: Path, codes: ShardedCodes) -> None:
             damaged.append(f"{shard_path(folder, i)} ({damage})")
     if damaged:
         raise ValueError(
-            f"{len(damaged)} damaged shards: {'; '.join(damaged)}; extract_codes_c2i.sh makes them "
-            "again"
+            f"{len(damaged)} damaged shards: {'; '.join(damaged)}; "
+            "extract_codes_c2i.sh makes them again"
         )
 
 
@@ -90,8 +90,8 @@ def main() -> None:
     codes = open_codes(folder)
     if not isinstance(codes, ShardedCodes):
         raise ValueError(
-            f"--code-path {folder} is in the published layout; scripts/convert_codes.py makes "
-            "shards"
+            f"--code-path {folder} is in the published layout; "
+            "scripts/convert_codes.py makes shards"
         )
     output = Path(args.output) if args.output else folder / "inspect.png"
     verify(folder, codes)

@@ -115,8 +115,8 @@ def as_archive(folder: Path, metadata: Metadata, name: str, mark: Path) -> None:
 @pytest.mark.parametrize("plant, message", [
     (
         as_bytes,
-        "is not a readable checkpoint folder: model.weight is a BytesStorageMetadata, not a "
-        "TensorStorageMetadata",
+        "is not a readable checkpoint folder: model.weight is a BytesStorageMetadata, not "
+        "a TensorStorageMetadata",
     ),
     (as_tensor, "cannot be read: bytes in place of a tensor are not a tensor"),
     (as_archive, "cannot be read: bytes in place of a tensor are not a tensor"),

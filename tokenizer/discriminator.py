@@ -118,15 +118,15 @@ def make_discriminator(kind: str, image_size: int) -> PatchGAN | StyleGAN:
     if kind == "patchgan":
         if image_size < 24:
             raise ValueError(
-                "--disc-type patchgan takes images of 24 pixels or more, not --image-size "
-                f"{image_size}"
+                "--disc-type patchgan takes images of 24 pixels or more, not "
+                f"--image-size {image_size}"
             )
         model = PatchGAN()
         model.init_weights()
         return model
     if image_size < 8 or image_size & (image_size - 1):
         raise ValueError(
-            f"--disc-type stylegan halves images down to 4x4: --image-size {image_size} is not a "
-            "power of 2 above 4"
+            f"--disc-type stylegan halves images down to 4x4: --image-size {image_size} is "
+            "not a power of 2 above 4"
         )
     return StyleGAN(image_size)

@@ -55,8 +55,8 @@ def parse_args() -> Namespace:
     """Parse the command line; names and defaults are those of the published script."""
     parser = make_parser(
         __doc__,
-        "bash scripts/tokenizer/reconstruction_vq.sh --data-path IMAGENET/val "
-        "--vq-ckpt ./pretrained_models/vq_ds16_c2i.pt",
+        "bash scripts/tokenizer/reconstruction_vq.sh --data-path IMAGENET/val --vq-ckpt "
+        "./pretrained_models/vq_ds16_c2i.pt",
     )
     parser.add_argument(
         "--data-path", required=True, help="images: folder with one sub-folder per class"
@@ -144,9 +144,8 @@ class Reconstructor:
             if before.get("fingerprint") != self.fingerprint:
                 raise ValueError(
                     f"--sample-dir: {self.files[finished.index(True)].npz} already exists, made "
-                    "with other options, "
-                    f"images or weights (see {self.figures.name} beside it); move it away or give "
-                    "another folder"
+                    f"with other options, images or weights (see {self.figures.name} beside it); "
+                    "move it away or give another folder"
                 )
         return finished
 

@@ -59,13 +59,11 @@ from utils.training.stop_signal import StopSignal
 LOG_LINE = (
     ": loss {loss:.4f}, reconstruction {reconstruction:.4f}, {terms}codebook {codebook:.4f}, "
     "codebook used {codebook_used:.1%}, perplexity {perplexity:.4g}, grad norm {grad_norm:.3f}, lr "
-    "{lr:.2e}, "
-    "{images/s:.4g} images/s, peak {memory_gib:.2f} GiB, {skipped} skipped"
+    "{lr:.2e}, {images/s:.4g} images/s, peak {memory_gib:.2f} GiB, {skipped} skipped"
 )
 GAN_LINE = (
     "adversarial {adversarial:.4f} x {adversarial_weight:.3g}, discriminator {discriminator:.4f}, "
-    "logits "
-    "{logits_real:.3f} real {logits_fake:.3f} made, "
+    "logits {logits_real:.3f} real {logits_fake:.3f} made, "
 )
 
 
@@ -73,8 +71,8 @@ def parse_args() -> Namespace:
     """Parse the options; names and defaults are those of the published script."""
     parser = make_parser(
         __doc__,
-        "bash scripts/tokenizer/train_vq.sh --data-path IMAGENET/train --cloud-save-path DIR "
-        "--image-size 256",
+        "bash scripts/tokenizer/train_vq.sh --data-path IMAGENET/train "
+        "--cloud-save-path DIR --image-size 256",
     )
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -102,14 +100,13 @@ def parse_args() -> Namespace:
     model.add_argument(
         "--vq-ckpt",
         help="file of weights to start from, released or exported; or the folder of a training "
-        "checkpoint to resume "
-        "from if the run has no checkpoint yet",
+        "checkpoint to resume from if the run has no checkpoint yet",
     )
     model.add_argument(
         "--finetune",
         action="store_true",
-        help="start at step 0 from the weights of --vq-ckpt; a checkpoint folder's discriminator "
-        "included",
+        help="start at step 0 from the weights of --vq-ckpt; a checkpoint folder's "
+        "discriminator included",
     )
     model.add_argument(
         "--codebook-size", type=positive_int, help="codebook entries (default: those of --vq-model)"
@@ -129,15 +126,14 @@ def parse_args() -> Namespace:
         choices=["uniform", "data", "kmeans"],
         default="uniform",
         help="how a new codebook starts. uniform: random, as published; data: encoder outputs of "
-        "the first images; "
-        "kmeans: k-means centres of these",
+        "the first images; kmeans: k-means centres of these",
     )
     model.add_argument(
         "--revive-dead-codes",
         type=non_negative_int,
         default=0,
-        help="every so many steps, move entries unused in the last 65,536 codes to current encoder "
-        "outputs; 0: never",
+        help="every so many steps, move entries unused in the last 65,536 codes to current "
+        "encoder outputs; 0: never",
     )
     loss = parser.add_argument_group("loss")
     loss.add_argument(
@@ -214,8 +210,8 @@ def parse_args() -> Namespace:
     gan.add_argument(
         "--disc-adaptive-weight",
         action="store_true",
-        help="also weight the GAN loss by the ratio of gradients at the decoder's last layer "
-        "(VQGAN)",
+        help="also weight the GAN loss by the ratio of gradients at the "
+        "decoder's last layer (VQGAN)",
     )
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=positive_int, default=40, help="passes over the images")
@@ -264,8 +260,8 @@ def check_options(args: Namespace) -> None:
         )
     if args.compile and args.disc_adaptive_weight:
         raise ValueError(
-            "--disc-adaptive-weight takes gradients apart, which a model under --compile does not "
-            "allow"
+            "--disc-adaptive-weight takes gradients apart, which a model under "
+            "--compile does not allow"
         )
 
 

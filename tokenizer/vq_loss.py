@@ -46,9 +46,8 @@ def load_lpips(path: str | None) -> nn.Module:
     if file is None:
         raise ValueError(
             f"--perceptual-weight above 0 needs VGG16's weights: {VGG_FILE} (from torchvision's "
-            "model page) is not in "
-            f"{Path(torch.hub.get_dir()) / 'checkpoints'}; name it by --vgg-weights, or disable "
-            f"LPIPS by --perceptual-weight 0"
+            f"model page) is not in {Path(torch.hub.get_dir()) / 'checkpoints'}; name it by "
+            "--vgg-weights, or disable LPIPS by --perceptual-weight 0"
         )
     from torchmetrics.functional.image import lpips  # takes seconds, only where it is needed
 

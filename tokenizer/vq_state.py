@@ -75,8 +75,8 @@ def place_codebook(
     size, tokens = model.config.codebook_size, model.config.grid(args.image_size) ** 2
     if count * tokens < size:
         raise ValueError(
-            f"--codebook-init {args.codebook_init}: {count} images have {count * tokens} latents "
-            f"for {size} entries"
+            f"--codebook-init {args.codebook_init}: {count} images have {count * tokens} "
+            f"latents for {size} entries"
         )
     if world.is_main:
         latents: list[torch.Tensor] = []

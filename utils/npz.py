@@ -130,8 +130,8 @@ def open_member(archive: zipfile.ZipFile, name: str) -> Member:
     member = Member(path, name, stream, shape, fortran_order, dtype)
     if member.num_bytes != present:
         raise ValueError(
-            f"{path}: {name} should have {member.num_bytes} bytes of values and has {present}: "
-            "damaged file"
+            f"{path}: {name} should have {member.num_bytes} bytes of values and has "
+            f"{present}: damaged file"
         )
     return member
 
@@ -226,8 +226,8 @@ class SampleFile:
             _write_at(self.record, chunk, b"\1")
         except OSError as error:
             raise ValueError(
-                f"{self.partial} cannot be written: {error.strerror}; the same command continues "
-                "from here"
+                f"{self.partial} cannot be written: {error.strerror}; the same "
+                "command continues from here"
             ) from error
 
     def finish(self, labels: np.ndarray, bar: tqdm) -> None:

@@ -26,10 +26,8 @@ AUTOCAST_DTYPE = {
 }
 AUTO_HELP = (
     "auto takes bf16 where the device computes in it (GPUs of compute capability 8.0 or newer; "
-    "CPUs with AMX, AVX-512 "
-    "BF16 or Arm BF16, if "
-    "that is faster than float32 there), else fp16 with a loss scale on CUDA, else none, which is "
-    "float32"
+    "CPUs with AMX, AVX-512 BF16 or Arm BF16, if that is faster than float32 there), else fp16 "
+    "with a loss scale on CUDA, else none, which is float32"
 )
 CPU_BFLOAT16 = {
     "amx_bf16": "AMX",
@@ -108,8 +106,7 @@ def limit_cpu() -> None:
     if capability != name.upper():
         raise ValueError(
             f"PAR_CPU={name}, but torch uses {capability}: ATEN_CPU_CAPABILITY says so, or an "
-            "operator of torch ran "
-            f"before utils.precision was imported"
+            "operator of torch ran before utils.precision was imported"
         )
 
 
@@ -193,8 +190,8 @@ def resolve_precision(written: str, device: torch.device) -> tuple[str, str]:
         return "none", f"none (float32): the default on {device.type}"
     declared = f" (PAR_CPU={cpu_name()})" if cpu_name() else ""
     return "none", (
-        "none (float32): this CPU computes in bfloat16 only by emulation, or slower than in "
-        f"float32{declared}"
+        "none (float32): this CPU computes in bfloat16 only by emulation, or slower "
+        f"than in float32{declared}"
     )
 
 

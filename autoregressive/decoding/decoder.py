@@ -150,9 +150,8 @@ def choose_way(
     best, other = sorted(ways, key=seconds.__getitem__)
     return best, (
         f"decoding by {best}: {1e3 * seconds[best]:.3g} ms per step, by {other} "
-        f"{1e3 * seconds[other]:.3g} "
-        f"(measured {'now' if is_new else 'before'} on this machine; --compile and --no-compile "
-        "override it)"
+        f"{1e3 * seconds[other]:.3g} (measured {'now' if is_new else 'before'} on this machine; "
+        "--compile and --no-compile override it)"
     )
 
 

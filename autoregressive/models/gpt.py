@@ -51,8 +51,8 @@ class GPTConfig:
     def __post_init__(self) -> None:
         if self.dim % self.n_head or self.dim // self.n_head % 4:
             raise ValueError(
-                f"width {self.dim} / {self.n_head} heads is not a multiple of 4, as 2-D rotary "
-                "needs"
+                f"width {self.dim} / {self.n_head} heads is not a multiple of "
+                "4, as 2-D rotary needs"
             )
         if self.n_head % self.kv_heads:
             raise ValueError(

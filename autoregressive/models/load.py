@@ -75,8 +75,7 @@ def resolve_parallelism(
         raise ValueError(
             f"--spe-token-num {spe_token_num} contradicts --ar-token-num {ar_token_num}: "
             "predicting n tokens at once takes n-1 special tokens, so either --spe-token-num "
-            f"{ar_token_num - 1} "
-            f"or --ar-token-num {spe_token_num + 1}"
+            f"{ar_token_num - 1} or --ar-token-num {spe_token_num + 1}"
         )
     if grid is not None:
         try:
@@ -104,8 +103,8 @@ def config_from_shapes(
     sizes = {(s["n_layer"], s["dim"]): name for name, s in GPT_models.items()}
     if (n_layer, dim) not in sizes:
         raise ValueError(
-            f"--gpt-ckpt: {path} has {n_layer} layers of width {dim}, which is not a size of "
-            "GPT_models"
+            f"--gpt-ckpt: {path} has {n_layer} layers of width {dim}, which is "
+            "not a size of GPT_models"
         )
     name = sizes[n_layer, dim]
     n_head = GPT_models[name]["n_head"]

@@ -95,8 +95,8 @@ def add_sampling_options(
         "--cfg-schedule",
         choices=CFG_SCHEDULES,
         default="constant",
-        help="CFG scale over the steps: constant, as published; linear and power-cosine rise from "
-        "1 to --cfg-scale",
+        help="CFG scale over the steps: constant, as published; linear and power-cosine "
+        "rise from 1 to --cfg-scale",
     )
     group.add_argument(
         "--cfg-power",
@@ -145,11 +145,9 @@ def add_sampling_options(
         "--compile",
         action=BooleanOptionalAction,
         help="on a CPU: decode by our own kernels, which a C++ compiler builds in seconds "
-        "(default: torch's operators "
-        "and the kernels are timed once per machine and model size, and the faster is taken); on "
-        "CUDA: torch.compile "
-        "the GPT and run all steps as one CUDA graph, which takes minutes to build (default: "
-        f"{'yes' if compiled else 'no'})",
+        "(default: torch's operators and the kernels are timed once per machine and model size, "
+        "and the faster is taken); on CUDA: torch.compile the GPT and run all steps as one CUDA "
+        f"graph, which takes minutes to build (default: {'yes' if compiled else 'no'})",
     )
 
 

@@ -52,8 +52,7 @@ def parse_args() -> Namespace:
         __doc__,
         "bash scripts/autoregressive/sample_c2i.sh --vq-ckpt ./pretrained_models/vq_ds16_c2i.pt "
         "--gpt-ckpt ./pretrained_models/PAR-3B-16x.pt --spe-token-num 15 --ar-token-num 16 "
-        "--gpt-model GPT-3B "
-        "--image-size 384 --image-size-eval 256 --cfg-scale 1.5",
+        "--gpt-model GPT-3B --image-size 384 --image-size-eval 256 --cfg-scale 1.5",
     )
     add_model_options(parser)
     add_sampling_options(parser, cfg_scale=1.5, top_k=0, compiled=True)
@@ -77,8 +76,8 @@ def parse_args() -> Namespace:
         "--class-protocol",
         choices=["random", "balanced"],
         default="random",
-        help="classes of the images. random: drawn per image, as published; balanced: all classes "
-        "equally often",
+        help="classes of the images. random: drawn per image, as published; balanced: "
+        "all classes equally often",
     )
     output.add_argument(
         "--global-seed", type=non_negative_int, default=0, help="random seed of classes and tokens"
@@ -147,9 +146,8 @@ def main() -> None:
         world.barrier()  # every rank has listed before any rank writes
         logger.info(
             f"{pipeline.gpt_name}, n = {order.n}, {len(order.schedule)} forward calls a batch; "
-            f"{len(missing)} of "
-            f"{file.num_chunks} batches of {args.per_proc_batch_size} to make on {world.size} x "
-            f"{world.device}"
+            f"{len(missing)} of {file.num_chunks} batches of {args.per_proc_batch_size} to make on "
+            f"{world.size} x {world.device}"
         )
         logger.info(reason)
         started = time.perf_counter()
@@ -200,8 +198,7 @@ def check_finished(npz: Path, fingerprint: str) -> None:
     if finished_fingerprint(npz) != fingerprint:
         raise ValueError(
             f"--sample-dir: {npz} is there, made with other options or weights (see "
-            f"{npz.stem}.json beside it); "
-            f"move it away or give another folder"
+            f"{npz.stem}.json beside it); move it away or give another folder"
         )
 
 

@@ -51,8 +51,7 @@ def describe_codes(args: Namespace, codes: Codes) -> None:
     if grid**2 != codes.num_tokens:
         raise ValueError(
             f"{source} holds {codes.num_tokens} codes per crop, but --image-size {args.image_size} "
-            "/ "
-            f"--downsample-size {args.downsample_size} makes {grid}x{grid}"
+            f"/ --downsample-size {args.downsample_size} makes {grid}x{grid}"
         )
     if codes.labels.max() >= args.num_classes:
         raise ValueError(
@@ -74,18 +73,18 @@ def open_held_out(args: Namespace, codes: Codes, world: World) -> Codes | None:
             )
     if held_out.num_tokens != codes.num_tokens:
         raise ValueError(
-            f"--val-code-path holds {held_out.num_tokens} codes per crop, --code-path "
-            f"{codes.num_tokens}"
+            f"--val-code-path holds {held_out.num_tokens} codes per crop, "
+            f"--code-path {codes.num_tokens}"
         )
     if held_out.labels.max() >= args.num_classes:
         raise ValueError(
-            f"--val-code-path has label {held_out.labels.max()}, but --num-classes is "
-            f"{args.num_classes}"
+            f"--val-code-path has label {held_out.labels.max()}, but --num-classes "
+            f"is {args.num_classes}"
         )
     if min(args.val_images, len(held_out)) < world.size:
         raise ValueError(
-            f"--val-images {args.val_images}: take at least one for each of the {world.size} "
-            "processes"
+            f"--val-images {args.val_images}: take at least one for each of the "
+            f"{world.size} processes"
         )
     return held_out
 
@@ -125,8 +124,8 @@ class CodeBatches:
         if codes.max() >= self.vocab_size:
             worst = images[mine][codes.max(1).argmax()]
             raise ValueError(
-                f"--code-path: image {worst} holds code {codes.max()}, but --vocab-size is "
-                f"{self.vocab_size}"
+                f"--code-path: image {worst} holds code {codes.max()}, but "
+                f"--vocab-size is {self.vocab_size}"
             )
         batch = torch.from_numpy(codes), torch.from_numpy(labels)
         return tuple(x.pin_memory() for x in batch) if world.device.type == "cuda" else batch

@@ -61,8 +61,8 @@ def parse_args() -> Namespace:
     parser = make_parser(
         __doc__,
         "bash scripts/autoregressive/extract_codes_c2i.sh --vq-ckpt "
-        "./pretrained_models/vq_ds16_c2i.pt "
-        "--data-path IMAGENET/train --code-path CODES --ten-crop --crop-range 1.1 --image-size 384",
+        "./pretrained_models/vq_ds16_c2i.pt --data-path IMAGENET/train --code-path CODES "
+        "--ten-crop --crop-range 1.1 --image-size 384",
     )
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -78,8 +78,7 @@ def parse_args() -> Namespace:
         "--ten-crop",
         action="store_true",
         help="ten crops per image: corners and centre of a larger square, each also mirrored; "
-        "without it the centre "
-        "crop and its mirror image",
+        "without it the centre crop and its mirror image",
     )
     data.add_argument(
         "--crop-range",
@@ -98,9 +97,7 @@ def parse_args() -> Namespace:
         choices=["auto", "none", "tf32", "bf16"],
         default="auto",
         help="data type of the encoder's products. auto is none (float32) on every machine, unlike "
-        "in training: tf32 "
-        "and "
-        "bf16 are faster where a device has them, but change some codes",
+        "in training: tf32 and bf16 are faster where a device has them, but change some codes",
     )
     work.add_argument(
         "--batch-size", type=positive_int, default=16, help="crops per batch of a process"
@@ -354,8 +351,8 @@ def main() -> None:
         )  # another rank has yet to delete a damaged one
         make_all_shards(args, world, vq, plan, samples, logger)
     logger.info(
-        f"{args.code_path}: codes of {meta['num_coded_images']:,} images in {plan.num_shards} "
-        "shards"
+        f"{args.code_path}: codes of {meta['num_coded_images']:,} images in "
+        f"{plan.num_shards} shards"
     )
     if meta["num_skipped_images"]:
         text = f"{meta['num_skipped_images']:,} unreadable images left out; see {args.code_path}/skipped.json"

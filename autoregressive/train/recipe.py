@@ -49,7 +49,7 @@ def differences(args: Namespace) -> str:
     ]
     if args.recipe == "as-released" and args.mix_code_path is None:
         found.append(
-            "no second crop set (published code mixes in one at range 1.05 if it exists: "
-            "--mix-code-path)"
+            "no second crop set (published code mixes in one at range 1.05 if it "
+            "exists: --mix-code-path)"
         )
     return ", ".join(found)

@@ -56,8 +56,7 @@ from utils.training.stop_signal import StopSignal
 CODES_FACTS = ("tokenizer_sha256", "source_sha256", "crop_range")  # of meta.json; a run keeps them
 LOG_LINE = (
     " (epoch {epoch:.2f}): loss {loss:.4f}, grad norm {grad_norm:.3f}, lr {lr:.2e}, {images/s:.4g} "
-    "images/s, "
-    "{tokens/s:.4g} tokens/s, MFU {mfu:.1%}, peak {memory_gib:.2f} GiB, {skipped} skipped"
+    "images/s, {tokens/s:.4g} tokens/s, MFU {mfu:.1%}, peak {memory_gib:.2f} GiB, {skipped} skipped"
 )
 
 
@@ -82,8 +81,8 @@ def parse_args() -> Namespace:
     data.add_argument(
         "--image-size",
         type=positive_int,
-        help="side of the images that the codes were made from, pixels (default: the codes', else "
-        "384)",
+        help="side of the images that the codes were made from, pixels "
+        "(default: the codes', else 384)",
     )
     data.add_argument(
         "--downsample-size",
@@ -166,9 +165,8 @@ def parse_args() -> Namespace:
         choices=DATA_PARALLEL,
         default="ddp",
         help="ddp: all weights on every process; fsdp: weights sharded over the processes; hsdp: "
-        "sharded within a "
-        "machine, replicated across machines; sdp: as fsdp, but gathered weights are kept for "
-        "backward",
+        "sharded within a machine, replicated across machines; sdp: as fsdp, but gathered "
+        "weights are kept for backward",
     )
     speed.add_argument(
         "--shard-size",
@@ -192,16 +190,15 @@ def parse_args() -> Namespace:
         choices=["none", "selective", "full"],
         default="none",
         help="save memory by computing activations again in backward: all of a block, or all but "
-        "matrix products and "
-        "attention (selective)",
+        "matrix products and attention (selective)",
     )
     speed.add_argument(
         "--attention",
         choices=["auto", "dense", "flex"],
         default="auto",
-        help="attention in training. dense: with a dense mask; flex: FlexAttention, which skips "
-        "masked keys but needs "
-        "CUDA and no attention dropout; auto: flex where possible and compiled, else dense",
+        help="attention in training. dense: with a dense mask; flex: FlexAttention, which "
+        "skips masked keys but needs CUDA and no attention dropout; auto: flex where possible "
+        "and compiled, else dense",
     )
     speed.add_argument(
         "--compile",
@@ -288,8 +285,7 @@ def make_model(args: Namespace, tokenizer_sha256: str | None) -> tuple[GPT, list
     if learned and tokenizer_sha256 and learned != tokenizer_sha256:
         raise ValueError(
             f"--gpt-ckpt {args.gpt_ckpt} learned codes of another tokenizer than those of "
-            "--code-path "
-            f"{args.code_path}; extract the codes again with its tokenizer"
+            f"--code-path {args.code_path}; extract the codes again with its tokenizer"
         )
     before, notes, state = pretrained.config, [], pretrained.state_dict()
     if before.ar_token_num not in (1, config.ar_token_num):
@@ -304,8 +300,7 @@ def make_model(args: Namespace, tokenizer_sha256: str | None) -> tuple[GPT, list
         del state["cls_embedding.embedding_table.weight"]
         notes.append(
             f"--gpt-ckpt {args.gpt_ckpt} has {before.num_classes} classes, the codes have "
-            f"{config.num_classes}: the "
-            f"class table starts anew"
+            f"{config.num_classes}: the class table starts anew"
         )
     model.load_state_dict(model.state_dict() | state)
     return model, notes
@@ -389,18 +384,16 @@ def log_header(
     parameters = sum(p.numel() for p in model.parameters())
     logger.info(
         f"{args.gpt_model}: {parameters:,} parameters, n = {args.ar_token_num}; {len(codes):,} "
-        "images x "
-        f"{codes.num_crops} crops; {total_steps:,} steps of {args.global_batch_size} on "
-        f"{world.size} x "
-        f"{world.device}, {args.data_parallel}, {args.mixed_precision}"
+        f"images x {codes.num_crops} crops; {total_steps:,} steps of {args.global_batch_size} on "
+        f"{world.size} x {world.device}, {args.data_parallel}, {args.mixed_precision}"
     )
     logger.info(ceiling)
     if changed := differences(args):
         logger.info(f"recipe: {changed}")
     if args.warmup_epochs > args.epochs:
         logger.warning(
-            f"--warmup-epochs {args.warmup_epochs} is longer than the run: --lr {args.lr} is never "
-            "reached"
+            f"--warmup-epochs {args.warmup_epochs} is longer than the run: --lr "
+            f"{args.lr} is never reached"
         )
 
 

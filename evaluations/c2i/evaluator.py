@@ -225,8 +225,8 @@ def output_paths(samples: ImageSet, args: argparse.Namespace) -> tuple[Path, Pat
     """
     if not samples.path.is_dir() and samples.path.suffix != ".npz":
         raise ValueError(
-            f"SAMPLES: the name of {samples.path} does not end in .npz, which the name of the .txt "
-            "needs"
+            f"SAMPLES: the name of {samples.path} does not end in .npz, which the "
+            "name of the .txt needs"
         )
     if args.output and len(args.samples) > 1:
         raise ValueError("--output names one file; leave it out if there are several SAMPLES")
@@ -307,13 +307,13 @@ def check_options(reference: ImageSet, samples: ImageSet, args: argparse.Namespa
         )
     if args.paired and (reference.shape != samples.shape or not samples.count):
         raise ValueError(
-            f"--paired: REF holds {reference.shape}, SAMPLES {samples.shape}; expected the same "
-            "images"
+            f"--paired: REF holds {reference.shape}, SAMPLES {samples.shape}; "
+            "expected the same images"
         )
     if args.paired and min(samples.shape[1:3]) < SSIM_WINDOW:
         raise ValueError(
-            f"--paired: images of {samples.path} are smaller than SSIM's window of {SSIM_WINDOW} "
-            "pixels"
+            f"--paired: images of {samples.path} are smaller than SSIM's window "
+            f"of {SSIM_WINDOW} pixels"
         )
 
 
@@ -341,8 +341,8 @@ def check_files(
         if len(numbers) > 1:
             text = " and ".join(str(n) for n in sorted(numbers))
             raise ValueError(
-                f"stored statistics and network do not belong together: {kind} features of {text} "
-                "values"
+                f"stored statistics and network do not belong together: {kind} "
+                f"features of {text} values"
             )
 
 
@@ -363,8 +363,8 @@ def first_features(
     peak = batch.max().item()
     if peak <= 1:  # nothing in a whole batch is brighter: values in [0, 1]
         raise ValueError(
-            f"{images.path}: the first images have no value above {peak:g}, expected values in "
-            "0..255"
+            f"{images.path}: the first images have no value above {peak:g}, "
+            "expected values in 0..255"
         )
     return network(batch[:1].to(world.device))
 

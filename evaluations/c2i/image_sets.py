@@ -151,8 +151,8 @@ def open_archive(path: str | Path, name: str) -> ImageArchive:
     if shape is None and pool is None:
         found = ", ".join(names) or "nothing"
         raise ValueError(
-            f"{name}: {path} holds neither images (arr_0) nor statistics (mu and sigma); found "
-            f"{found}"
+            f"{name}: {path} holds neither images (arr_0) nor statistics (mu and "
+            f"sigma); found {found}"
         )
     return ImageArchive(path, shape, pool, spatial, labels)
 
@@ -193,8 +193,7 @@ def _read_statistics(
     ):
         raise ValueError(
             f"{path}: {mu_name} is {mu.dtype} {mu.shape} and {sigma_name} {sigma.dtype} "
-            f"{sigma.shape}, "
-            "expected floats (D,) and (D, D)"
+            f"{sigma.shape}, expected floats (D,) and (D, D)"
         )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError(f"{path}: {mu_name} or {sigma_name} holds values that are not finite")

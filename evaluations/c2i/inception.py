@@ -300,8 +300,7 @@ def find_weights(path: str | Path | None, folder: Path, allow_unknown: bool) -> 
     how = "sha256" if of_size else "size"
     raise ValueError(
         f"--inception-weights: {path} ({size:,} bytes) is not a published file by its {how}: "
-        f"{wanted}; "
-        "--allow-unknown-weights accepts it"
+        f"{wanted}; --allow-unknown-weights accepts it"
     )
 
 

@@ -102,8 +102,8 @@ def sample(scale: float, folder: Path, options: list[str]) -> Path:
     files = list(folder.glob("*.npz"))
     if len(files) != 1:
         raise ValueError(
-            f"{folder} holds {len(files)} .npz files, expected one from this sweep; choose another "
-            "--output"
+            f"{folder} holds {len(files)} .npz files, expected one from this sweep; "
+            "choose another --output"
         )
     return files[0]
 

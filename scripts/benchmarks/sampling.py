@@ -315,8 +315,8 @@ def main() -> None:
         for way in args.ways:
             if emulated and precision == "bf16" and way != "compiled":
                 print(
-                    f"n {n:2}  batch {batch:2}  {precision:5} {way:9} left out: this device "
-                    "emulates bfloat16"
+                    f"n {n:2}  batch {batch:2}  {precision:5} {way:9} left out: this "
+                    "device emulates bfloat16"
                 )
                 continue
             options = dict(

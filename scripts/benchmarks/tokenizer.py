@@ -218,9 +218,8 @@ def main() -> None:
                 ratio = results[precision]["published"]["seconds"] / figures["seconds"]
                 print(
                     f"{precision:5} {way:24} {figures['seconds']:8.3f} s/step "
-                    f"{figures['images/s']:8.2f} images/s "
-                    f"{ratio:5.2f}x {figures['peak GiB']:6.2f} GiB  "
-                    f"loss {figures['first loss']:.4f} -> {figures['last loss']:.4f}",
+                    f"{figures['images/s']:8.2f} images/s {ratio:5.2f}x {figures['peak GiB']:6.2f} "
+                    f"GiB  loss {figures['first loss']:.4f} -> {figures['last loss']:.4f}",
                     flush=True,
                 )
     write_results(args, results)

@@ -218,11 +218,9 @@ def main() -> None:
                 ratio = results[precision].get("published", figures)["seconds"] / figures["seconds"]
                 print(
                     f"{precision:5} {way:27} {figures['seconds']:8.3f} s/step "
-                    f"{figures['tokens/s']:10.1f} tokens/s "
-                    f"{ratio:5.2f}x  {figures['mfu']:6.1%} of {figures['peak TFLOP/s']:.3g} "
-                    "TFLOP/s "
-                    f"{figures['peak GiB']:6.2f} GiB  loss {figures['first loss']:.4f} -> "
-                    f"{figures['last loss']:.4f}",
+                    f"{figures['tokens/s']:10.1f} tokens/s {ratio:5.2f}x  {figures['mfu']:6.1%} of "
+                    f"{figures['peak TFLOP/s']:.3g} TFLOP/s {figures['peak GiB']:6.2f} GiB  loss "
+                    f"{figures['first loss']:.4f} -> {figures['last loss']:.4f}",
                     flush=True,
                 )
     write_results(args, results)

@@ -78,8 +78,8 @@ def check_gpt(context: Context) -> Result:
         )
     detail = (
         f"{gpt.name}, {count / 1e6:,.1f}M parameters, n = {config.ar_token_num}, "
-        f"{config.num_classes} classes, {config.grid_height}x{config.grid_width} codes of "
-        f"{config.vocab_size}"
+        f"{config.num_classes} classes, {config.grid_height}x{config.grid_width} codes "
+        f"of {config.vocab_size}"
     )
     if "steps" in gpt.facts:
         detail += f", after {gpt.facts['steps']:,} steps"
@@ -160,9 +160,9 @@ def check_codes(context: Context) -> Result:
     perplexity = float(np.exp(-(probability * np.log(probability)).sum()))
     usage = len(probability) / size
     detail = (
-        f"{len(codes):,} images x {codes.num_crops} crops, {verified}; "
-        f"{codes.num_classes} classes of {per_class.min():,} to {per_class.max():,} images; "
-        f"{usage:.0%} of {size:,} codes occur, perplexity {perplexity:,.0f}"
+        f"{len(codes):,} images x {codes.num_crops} crops, {verified}; {codes.num_classes} classes "
+        f"of {per_class.min():,} to {per_class.max():,} images; {usage:.0%} of {size:,} codes "
+        f"occur, perplexity {perplexity:,.0f}"
     )
     figures = {
         "images": len(codes),
@@ -208,8 +208,8 @@ def check_images(context: Context) -> Result:
     few = f" (fewer than {FEW_IMAGES} are hard to learn from)" if smallest < FEW_IMAGES else ""
     detail = (
         f"{len(listing.samples):,} images in {len(names)} classes of {smallest:,}{few} to "
-        f"{max(counts.values()):,}; "
-        f"{len(chosen)} of them opened, shorter sides {min(sides)} to {max(sides)} pixels"
+        f"{max(counts.values()):,}; {len(chosen)} of them opened, shorter sides {min(sides)} "
+        f"to {max(sides)} pixels"
     )
     return Result(OK, detail, figures={"images": len(listing.samples), "classes": len(names)})
 

@@ -78,8 +78,7 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(
         __doc__,
         "python3 scripts/quickstart/train_classifier.py --data-path digits/train --test-path "
-        "digits/test "
-        "--output pretrained_models/digits.pt --image-size 32",
+        "digits/test --output pretrained_models/digits.pt --image-size 32",
     )
     parser.add_argument(
         "--data-path", required=True, help="training images: folder with one sub-folder per class"

@@ -30,8 +30,7 @@ def load_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
     if path is not None and (Path(path) / "meta.json").is_file():
         raise ValueError(
             f"{option}: {path} is a training checkpoint; python3 scripts/export_checkpoint.py "
-            f"--checkpoint {path} "
-            f"--output FILE.pt makes a file of it"
+            f"--checkpoint {path} --output FILE.pt makes a file of it"
         )
     path = require_file(path, option)
     try:
@@ -68,8 +67,8 @@ def find_state_dict(
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise ValueError(
-            f"{path} holds no weights: expected one of the keys {', '.join(keys)} or a bare state "
-            "dict"
+            f"{path} holds no weights: expected one of the keys "
+            f"{', '.join(keys)} or a bare state dict"
         )
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): v for k, v in tensors.items()}
 

@@ -82,8 +82,8 @@ class ScalarLog:
             self._tensorboard = SummaryWriter(folder / "tensorboard")
         except ImportError:
             self.notes.append(
-                f"curves go to {folder}/metrics.jsonl; pip install tensorboard to look at them "
-                "there too"
+                f"curves go to {folder}/metrics.jsonl; pip install tensorboard to "
+                "look at them there too"
             )
         self._file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 - open as long as the run
 

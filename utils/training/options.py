@@ -47,8 +47,7 @@ def add_optimizer_options(parser: ArgumentParser) -> None:
         type=non_negative_float,
         default=1.0,
         help="skip a step whose loss exceeds the running mean by more than this, after 100 steps; "
-        "0: skip only NaN or "
-        "infinite ones",
+        "0: skip only NaN or infinite ones",
     )
     group.add_argument(
         "--max-skipped-steps",
@@ -70,8 +69,8 @@ def add_precision_option(group: _ArgumentGroup, choices: Iterable[str]) -> None:
         "--mixed-precision",
         choices=["auto", *choices],
         default="auto",
-        help="data type of matrix products and convolutions; weights stay float32. "
-        f"{AUTO_HELP}; published runs are in bf16",
+        help=f"data type of matrix products and convolutions; weights stay float32. {AUTO_HELP}; "
+        "published runs are in bf16",
     )
 
 

@@ -211,8 +211,7 @@ class TrainingRun:
         peak = peak_memory(self.world.device) / 2**30
         self.logger.info(
             f"dry run: {held:.2f} GiB per process of weights, gradients, "
-            f"moments{', average' if state.ema else ''}; "
-            f"peak {peak:.2f} GiB; {self._seconds:.3g} s per step, "
-            f"{timedelta(seconds=round(steps * self._seconds))} "
-            f"for the {steps:,} steps to do; nothing was written"
+            f"moments{', average' if state.ema else ''}; peak {peak:.2f} GiB; {self._seconds:.3g} "
+            f"s per step, {timedelta(seconds=round(steps * self._seconds))} for the {steps:,} "
+            "steps to do; nothing was written"
         )

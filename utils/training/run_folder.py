@@ -81,8 +81,7 @@ class RunFolder:
             else:
                 raise ValueError(
                     f"rank {self.world.rank} does not see what rank 0 writes to {folder}: with "
-                    "several machines "
-                    "it must be on a disk that they share; --no-local-save leaves "
+                    "several machines it must be on a disk that they share; --no-local-save leaves "
                     "--cloud-save-path as the only place"
                 )
         self.world.barrier()
@@ -208,8 +207,7 @@ class RunFolder:
             places = [f"{p} ({_free(p)})" for p in self.checkpoint_folders]
             raise ValueError(
                 f"a checkpoint could not be written to {' and '.join(places)}: {reason}; the ones "
-                "before it are "
-                f"untouched, the same command resumes from them"
+                "before it are untouched, the same command resumes from them"
             ) from error
         return self.newest()
 
@@ -277,7 +275,7 @@ def check_same_run(before: dict[str, Any] | None, now: dict[str, Any], path: Pat
     if differing:
         k = differing[0]
         raise ValueError(
-            f"{path} is of a run with another {', '.join(differing)} ({k}: {before.get(k)} there, "
-            f"{now[k]} now); "
-            f"give another --results-dir and --cloud-save-path, or the same options to resume"
+            f"{path} is of a run with another {', '.join(differing)} ({k}: {before.get(k)} "
+            f"there, {now[k]} now); give another --results-dir and --cloud-save-path, or the "
+            "same options to resume"
         )

@@ -145,10 +145,9 @@ class Guard:
         if self.in_a_row >= self.patience or (last and not self.healthy):
             raise ValueError(
                 f"the last {self.in_a_row} steps up to {step} were all skipped, as their loss was "
-                "not a finite number "
-                f"or a spike (learning rate {lr:.3g}); the last checkpoint is from before them: "
-                "lower --lr, or use "
-                f"--mixed-precision bf16 or none instead of fp16, or see --max-loss-spike"
+                f"not a finite number or a spike (learning rate {lr:.3g}); the last checkpoint is "
+                "from before them: lower --lr, or use --mixed-precision bf16 or none instead of "
+                "fp16, or see --max-loss-spike"
             )
 
 
