@@ -11,9 +11,7 @@ FIVE_CROPS = ("top_left", "top_right", "bottom_left", "bottom_right", "center")
 
 
 def _shrink(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to ``size``: halve by box filter while possible, then bicubic
-    (ADM).
-    """
+    """Resize the shorter side to ``size``: halve by box filter if possible, then bicubic (ADM)."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -44,8 +42,7 @@ def random_crop(
     min_fraction: float = 0.8,
     max_fraction: float = 1.0,
 ) -> np.ndarray:
-    """Return a random square of ``min_fraction``..``max_fraction`` of the shorter side: uint8
-    (size, size, 3).
+    """Return a square of a random fraction of the shorter side, resized: uint8 (size, size, 3).
 
     The training crop of ADM.
     """
@@ -62,8 +59,7 @@ def crop_names(ten_crop: bool, flips: bool) -> list[str]:
 
 
 def take_crops(images: torch.Tensor, size: int, ten_crop: bool, flips: bool) -> torch.Tensor:
-    """Crop (B, H, W, 3) to (B, K, size, size, 3), K = (5 or 1) x (2 with flips), in torchvision's
-    TenCrop order.
+    """Crop (B, H, W, 3) to (B, K, size, size, 3), K = (5 or 1) x (2 with flips), as TenCrop.
 
     Four corners and centre (or only the centre), then the same positions of the mirrored images.
     """

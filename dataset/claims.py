@@ -35,9 +35,7 @@ class Claims:
         return not self._path(shard).exists() or self._lapsed(self._path(shard))
 
     def take(self, shard: int) -> bool:
-        """Claim ``shard``; False if another live process holds it, or if the shard exists
-        already.
-        """
+        """Claim ``shard``; False if a live process holds it or the shard exists already."""
         path = self._path(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
         if self._lapsed(path):
@@ -106,9 +104,7 @@ class Claims:
 
 
 def _machine() -> str:
-    """Return what process ids are unique within, as one word: host and, on Linux, boot and
-    process namespace.
-    """
+    """Return what makes process ids unique: host and, on Linux, boot and process namespace."""
     parts = [platform.node()]
     with suppress(OSError):  # not Linux
         parts += [

@@ -75,8 +75,7 @@ def shard_path(folder: str | Path, shard: int) -> Path:
 
 
 def start_codes(folder: str | Path, plan: CodesPlan) -> None:
-    """Record ``plan`` in ``folder``; ``ValueError`` naming the differences if another plan is
-    recorded there.
+    """Record ``plan`` in ``folder``; ``ValueError`` if it records another, with the differences.
 
     Of several processes that start at once, one records its plan and the others compare theirs with
     it.
@@ -143,9 +142,7 @@ def write_shard(
 
 
 def shard_damage(folder: str | Path, plan: CodesPlan, shard: int) -> str | None:
-    """Return what is wrong with an existing shard, or None; every byte is checked against the
-    zip's CRCs.
-    """
+    """Return what is wrong with an existing shard, or None; all bytes are checked against CRCs."""
     path = shard_path(folder, shard)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -164,9 +161,7 @@ def shard_damage(folder: str | Path, plan: CodesPlan, shard: int) -> str | None:
 
 
 def finished_damage(folder: str | Path, meta: dict, shard: int) -> str | None:
-    """Return what is wrong with a shard of a finished folder, or None; also checks its checksum
-    in ``meta``.
-    """
+    """Return what is wrong with a finished shard, or None; also checks its hash in ``meta``."""
     plan = CodesPlan(**{f.name: meta[f.name] for f in fields(CodesPlan)})
     if (damage := shard_damage(folder, plan, shard)) is not None:
         return damage
@@ -182,8 +177,7 @@ def num_skipped(path: str | Path) -> int:
 
 
 def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) -> dict | None:
-    """Write ``meta.json``, and ``skipped.json`` if images were unreadable, and return the content
-    of ``meta.json``.
+    """Write ``meta.json``, and ``skipped.json`` if images were unreadable; return the former.
 
     Returns None and writes nothing while a shard is missing or damaged. ``sources``: paths in
     listing order, which ``skipped.json`` names.
@@ -305,9 +299,7 @@ class ShardedCodes(Codes):
 
 
 class PublishedCodes(Codes):
-    """Reader of the published layout, per image ``*_codes/0.npy`` [1, crops, tokens] and
-    ``*_labels/0.npy`` [1].
-    """
+    """Reader of published ``*_codes/0.npy`` [1, crops, tokens] and ``*_labels/0.npy`` [1]."""
 
     def __init__(self, folder: str | Path, option: str = "--code-path"):
         self._codes, labels = (
@@ -362,9 +354,7 @@ class PublishedCodes(Codes):
 
 
 def open_codes(folder: str | Path, option: str = "--code-path") -> Codes:
-    """Open a folder of codes, in our or the published layout; ``ValueError`` naming ``option``
-    if it is neither.
-    """
+    """Open codes in our or the published layout; ``ValueError`` naming ``option`` if neither."""
     require_folder(folder, option, "make it with scripts/autoregressive/extract_codes_c2i.sh")
     if (Path(folder) / "meta.json").is_file():
         return ShardedCodes(folder)

@@ -40,8 +40,7 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def list_images(root: str | Path, option: str = "--data-path") -> ImageFolder:
-    """List classes (sorted folder names) and files of ``root``, in torchvision's order, without
-    opening the files.
+    """List classes (sorted folder names) and files of ``root`` in torchvision's order, unopened.
 
     Only ``classes`` and ``samples`` (path, label) are used. Raises ``ValueError`` if there are
     none.
@@ -70,9 +69,7 @@ class CenterCrop:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Transform for ``ImageFiles``: random crop of side ``size``; with ``flip``, half of the
-    crops are mirrored.
-    """
+    """Random crop of side ``size`` for ``ImageFiles``; with ``flip``, half are mirrored."""
 
     size: int
     flip: bool
@@ -85,9 +82,7 @@ class RandomCrop:
 
 
 class Unreadable(NamedTuple):
-    """Replaces an image that could not be read; ``fatal`` if the disk failed rather than the
-    image.
-    """
+    """Stands for an unreadable image; ``fatal`` if the disk failed rather than the image."""
 
     image: int
     reason: str
@@ -95,8 +90,7 @@ class Unreadable(NamedTuple):
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Data set that decodes files and applies ``transform`` (PIL image, key -> uint8 (H, W, 3)
-    array).
+    """Data set of decoded files under ``transform`` (PIL image, key -> uint8 (H, W, 3) array).
 
     Items are looked up by key, which is (index, epoch): transforms draw their randomness from the
     key, so that an item does not depend on when and where it is made. With ``tolerant``, an
@@ -142,8 +136,7 @@ class ImageFiles(torch.utils.data.Dataset):
 
 
 def to_model_range(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 (..., H, W, 3) -> float32 (N, 3, H, W) in [-1, 1] on ``device``, leading dimensions
-    flattened.
+    """uint8 (..., H, W, 3) -> float32 (N, 3, H, W) in [-1, 1], leading dimensions flattened.
 
     Channels-last in memory, as the pixels are.
     """

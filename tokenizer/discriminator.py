@@ -23,8 +23,7 @@ def leaky_relu(x: torch.Tensor) -> torch.Tensor:
 
 
 class PatchGAN(nn.Module):
-    """Convolutions of side 4 with strides 2, 2, 2, 1, 1; batch norm by the current batch on all
-    layers but the first and last.
+    """Convolutions of side 4, strides 2, 2, 2, 1, 1; current-batch norm on all but first and last.
 
     Real and reconstructed images must come in batches of their own, as each batch is normalised by
     itself. There are no running statistics: the module has no state but its parameters.
@@ -85,8 +84,7 @@ class StyleBlock(nn.Module):
 
 
 class StyleGAN(nn.Module):
-    """Residual blocks that halve S x S down to 4 x 4, then two dense layers; width 16384 / side, at
-    most 512.
+    """Residual blocks halving S x S to 4 x 4, two dense layers; width 16384 / side, at most 512.
 
     Every layer keeps torch's default initialisation, as published.
     """
@@ -112,9 +110,7 @@ class StyleGAN(nn.Module):
 
 
 def make_discriminator(kind: str, image_size: int) -> PatchGAN | StyleGAN:
-    """Return a new discriminator of ``DISCRIMINATORS`` for square images; ``ValueError`` if
-    their size does not fit.
-    """
+    """Return a new discriminator for square images; ``ValueError`` if their size does not fit."""
     if kind == "patchgan":
         if image_size < 24:
             raise ValueError(

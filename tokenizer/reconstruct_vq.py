@@ -100,9 +100,7 @@ def parse_args() -> Namespace:
 
 
 class Reconstructor:
-    """Writes and measures two sets of images: reconstructions and originals, both uint8 (N, E,
-    E, 3).
-    """
+    """Writes and measures reconstructions and originals, both uint8 (N, E, E, 3)."""
 
     def __init__(
         self, args: Namespace, world: World, vq: VQModel, lpips: nn.Module | None, name: str
@@ -135,9 +133,7 @@ class Reconstructor:
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def finished(self) -> list[bool]:
-        """Return which files are finished; ``ValueError`` if they were made with other options
-        or weights.
-        """
+        """Return which files are finished; ``ValueError`` for other options or weights."""
         finished = [file.npz.exists() for file in self.files]
         if any(finished):
             before = json.loads(self.figures.read_text()) if self.figures.is_file() else {}
@@ -150,9 +146,7 @@ class Reconstructor:
         return finished
 
     def make(self, chunks: list[int]) -> None:
-        """Reconstruct, measure and write ``chunks``; scores are written first, as written images
-        are not made again.
-        """
+        """Reconstruct, measure, write ``chunks``; scores first, as images are not made again."""
         keys = [[(i, 0) for i in self.files[0].images_of(chunk)] for chunk in chunks]
         workers = min(self.args.num_workers, usable_cores())
         loader = DataLoader(self.images, batch_sampler=keys, num_workers=workers)
@@ -177,9 +171,7 @@ class Reconstructor:
                     file.write(chunk, content)
 
     def pairs(self, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Images (B, 3, S, S) in [-1, 1] -> originals and reconstructions uint8 (B, E, E, 3),
-        codes (B, h, w).
-        """
+        """(B, 3, S, S) in [-1, 1] -> originals and copies uint8 (B, E, E, 3), codes (B, h, w)."""
         size = self.args.image_size_eval
         codes = self.vq.encode(images)  # (B, h, w)
         reconstructions = to_uint8(self.vq.decode_code(codes), size)  # (B, E, E, 3)
@@ -190,9 +182,7 @@ class Reconstructor:
         )
 
     def summarise(self) -> tuple[dict[str, float], np.ndarray]:
-        """Return mean scores, codebook usage and perplexity over all images; and the labels
-        (N,).
-        """
+        """Return means of scores, codebook usage and perplexity of all images; labels (N,)."""
         chunks: dict[str, list[np.ndarray]] = {}
         for path in sorted(self.scores.iterdir()):
             with np.load(path) as npz:
@@ -224,9 +214,7 @@ class Reconstructor:
         save_png(self.picture, image_grid(pairs, columns=10))
 
     def finish(self) -> dict[str, float]:
-        """Write metrics and picture, then give the files their names; to be called by one
-        process only.
-        """
+        """Write metrics and picture, then name the files; to be called by one process only."""
         figures, labels = self.summarise()
         vgg = find_vgg(self.args.vgg_weights) if self.lpips is not None else None
         facts = {
@@ -246,9 +234,7 @@ class Reconstructor:
 
 
 def open_lpips(args: Namespace) -> nn.Module | None:
-    """Return LPIPS, or None without weights; ``ValueError`` if the file of ``--vgg-weights``
-    does not exist.
-    """
+    """Return LPIPS, or None without weights; ``ValueError`` if ``--vgg-weights`` does not exist."""
     return load_lpips(args.vgg_weights) if find_vgg(args.vgg_weights) is not None else None
 
 

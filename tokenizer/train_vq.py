@@ -243,9 +243,7 @@ def parse_args() -> Namespace:
 
 
 def start_folder(args: Namespace) -> Path | None:
-    """Return the training checkpoint to resume from, if ``--vq-ckpt`` is one and ``--finetune``
-    is off.
-    """
+    """Return the checkpoint folder to resume from: ``--vq-ckpt`` if it is one, not to finetune."""
     folder = args.vq_ckpt is not None and Path(args.vq_ckpt).is_dir() and not args.finetune
     return Path(args.vq_ckpt) if folder else None
 
@@ -266,9 +264,7 @@ def check_options(args: Namespace) -> None:
 
 
 def make_model(args: Namespace) -> VQModel:
-    """Return a new tokenizer, or the weights of ``--vq-ckpt`` with this run's losses and
-    dropout.
-    """
+    """Return a new tokenizer, or ``--vq-ckpt`` with this run's losses and dropout."""
     written = dict(codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim)
     losses = dict(
         commit_loss_beta=args.commit_loss_beta,
@@ -309,9 +305,7 @@ def list_all_images(args: Namespace) -> list[tuple[str, int]]:
 def make_loader(
     args: Namespace, order: EpochOrder, steps: range, rank: int, size: int
 ) -> DataLoader:
-    """Return a loader of one rank's images in ``steps``, uint8 (B, S, S, 3); crops depend on
-    (index, epoch).
-    """
+    """Return a loader of one rank's images in ``steps``, seeded by epoch: (B, S, S, 3) uint8."""
     augment = RandomCrop(args.image_size, flip=not args.no_flip, seed=args.global_seed)
     files = ImageFiles(list_all_images(args), augment)
     keys = order.rank_keys(steps.start, steps.stop, rank, size)
@@ -331,9 +325,7 @@ def fixed_options(args: Namespace, model: VQModel, order: EpochOrder) -> dict[st
 
 
 def load_discriminator(args: Namespace, adversary: Adversary | None) -> None:
-    """Take the discriminator's weights of a training checkpoint along with ``--finetune``, if
-    they fit.
-    """
+    """Load the discriminator of a training checkpoint along with ``--finetune``, if it fits."""
     if not (args.finetune and adversary and Path(args.vq_ckpt).is_dir()):
         return
     pretrained = read_sharded(Path(args.vq_ckpt), "discriminator.model.")

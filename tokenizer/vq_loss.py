@@ -28,16 +28,13 @@ MAX_ADAPTIVE_WEIGHT = 1e4
 
 
 def find_vgg(path: str | None) -> Path | None:
-    """Return the file of VGG16's weights: ``path``, or torch.hub's copy if there is one; nothing
-    is downloaded.
-    """
+    """Return VGG16's file: ``path``, or torch.hub's copy if there; nothing is downloaded."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
     return Path(path) if path is not None else cached if cached.is_file() else None
 
 
 def load_lpips(path: str | None) -> nn.Module:
-    """Return LPIPS on VGG16 (Zhang et al. 2018), frozen: (B, 3, H, W) twice, in [-1, 1] -> (B, 1,
-    1, 1) distances.
+    """Return frozen LPIPS on VGG16 (Zhang et al. 2018): (B, 3, H, W) twice -> (B, 1, 1, 1).
 
     The linear layers come with torchmetrics; the backbone is torchvision's state dict, from
     ``path`` or torch.hub's cache. ``ValueError`` if it is in neither or is of another network.
@@ -83,9 +80,7 @@ def discriminator_hinge(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 
 
 def discriminator_logistic(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """(mean -log sigmoid(real) + mean -log(1 - sigmoid(fake))) / 2 of logits (Goodfellow et al.
-    2014).
-    """
+    """(mean -log sigmoid(real) + mean -log(1 - sigmoid(fake))) / 2 (Goodfellow et al. 2014)."""
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
@@ -142,9 +137,7 @@ class ReconstructionLoss:
     def __call__(
         self, images: torch.Tensor, reconstruction: torch.Tensor, quantizer: QuantizerLoss
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss, its decoder part (for the adaptive weight), and detached terms under
-        ``names``.
-        """
+        """Return the loss, its decoder part (for the adaptive weight), detached ``names``."""
         args, codebook = self.args, sum(quantizer)  # ()
         pixel = PIXEL_LOSSES[args.reconstruction_loss](reconstruction, images)  # ()
         perceptual = (
@@ -172,15 +165,11 @@ class Adversary:
         self.forward: nn.Module = self.model
 
     def replicate(self) -> None:
-        """Average gradients over the ranks from now on; call it once weights are made or
-        resumed.
-        """
+        """Average gradients over ranks from now on; weights must be made or resumed before."""
         self.forward = replicate(self.world, self.model)
 
     def active(self, step: int) -> bool:
-        """Return whether step ``step``, counted from 1 as in the log, has a GAN loss: from
-        ``--disc-start`` on.
-        """
+        """Return whether ``step``, counted from 1 as in the log, has a GAN loss."""
         return step >= self.args.disc_start
 
     def generator_loss(
@@ -208,9 +197,7 @@ class Adversary:
     def discriminator_loss(
         self, images: torch.Tensor, reconstruction: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Return the discriminator's loss, times ``--disc-weight`` as published, and mean logits
-        of real and fake.
-        """
+        """Return the loss, times ``--disc-weight`` as published, and mean real and fake logits."""
         real, fake = (
             self.forward(images).float(),
             self.forward(reconstruction.detach()).float(),

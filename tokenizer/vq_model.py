@@ -46,9 +46,7 @@ class VQConfig:
         return 2 ** (len(self.ch_mult) - 1)
 
     def grid(self, image_size: int) -> int:
-        """Return the codes along each side of an image; ``ValueError`` if its size does not
-        divide.
-        """
+        """Return the codes per side of an image; ``ValueError`` if its size does not divide."""
         if image_size % self.downsample:
             raise ValueError(
                 f"--image-size {image_size} is not a multiple of {self.downsample}, the "
@@ -132,9 +130,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, attention after each where asked, then a change of
-    resolution.
-    """
+    """Residual blocks of one resolution, with attention if asked, then a change of resolution."""
 
     def __init__(
         self, widths: list[int], attention: bool, resample: type[nn.Module] | None, dropout_p: float
@@ -237,9 +233,7 @@ class QuantizerLoss(NamedTuple):
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest codebook entry of each latent, with a straight-through gradient (van den Oord et
-    al. 2017).
-    """
+    """Nearest codebook entry, with straight-through gradient (van den Oord et al. 2017)."""
 
     def __init__(self, config: VQConfig):
         super().__init__()
@@ -259,8 +253,7 @@ class VectorQuantizer(nn.Module):
     def search(
         self, z: torch.Tensor, codebook: torch.Tensor | None = None, chunk: int = 4096
     ) -> torch.Tensor:
-        """Nearest entry of each row: argmin |z - e|^2 = argmax z.e - |e|^2 / 2; (N, C) -> (N,)
-        int64.
+        """Nearest entries, argmin |z - e|^2 = argmax z.e - |e|^2 / 2: (N, C) -> (N,) int64.
 
         ``chunk`` rows at a time, so that at most chunk x V similarities exist at once. With unit
         entries |e| is the same for all and drops out. ``codebook``: the result of ``codebook()``,
@@ -281,9 +274,7 @@ class VectorQuantizer(nn.Module):
         return z.permute(0, 2, 3, 1).flatten(0, 2).float()  # (N, C)
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, QuantizerLoss, torch.Tensor]:
-        """Quantize (B, C, h, w): quantized (B, C, h, w) with z's gradient, losses, codes (B, h,
-        w) int64.
-        """
+        """(B, C, h, w) -> quantized with z's gradient, losses, codes (B, h, w) int64."""
         z = self._normalize(z.permute(0, 2, 3, 1).float())  # (B, h, w, C)
         with torch.no_grad():
             codes = self.search(z.flatten(0, 2)).view(z.shape[:-1])  # (B, h, w)
@@ -299,9 +290,7 @@ class VectorQuantizer(nn.Module):
     def entropy_loss(
         self, z: torch.Tensor, temperature: float = 0.01, chunk: int = 4096
     ) -> torch.Tensor:
-        """ratio * (mean entropy per latent - entropy of the mean assignment) of latents (..., C): a
-        scalar, small when each latent is sure and all entries are used (MaskGIT's tokenizer, Chang
-        et al. 2022).
+        """ratio * (mean entropy per latent - entropy of the mean assignment): a scalar.
 
         Affinity is -|z - e|^2. ``chunk`` latents at a time, computed again in backward, so that at
         most chunk x V probabilities exist at once.
@@ -353,8 +342,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def fit(self, latents: torch.Tensor, iterations: int, generator: torch.Generator) -> None:
-        """Put the entries at V of the latents (N, C), then move them by ``iterations`` of k-means
-        (Lloyd 1982).
+        """Put the entries at V of the latents (N, C), then iterate k-means (Lloyd 1982).
 
         Entries that no latent is nearest to go to random latents. N must be at least V.
         """

@@ -66,8 +66,7 @@ class VQState(TrainingState):
 def place_codebook(
     args: Namespace, world: World, model: VQModel, images: Iterable[torch.Tensor], count: int
 ) -> None:
-    """Set the entries of a new codebook from the latents of ``images``, uint8 (B, S, S, 3), on rank
-    0 for all.
+    """Set a new codebook from latents of ``images``, uint8 (B, S, S, 3), on rank 0 for all.
 
     Batches are taken until there are enough latents. count: of the images. Raises ``ValueError`` if
     they are too few.
@@ -98,9 +97,7 @@ def place_codebook(
 def revive_dead_codes(
     args: Namespace, world: World, state: VQState, images: torch.Tensor, step: int
 ) -> None:
-    """Move dead entries, of weights and moving average, to latents of ``images`` (b, 3, S, S) of
-    all ranks.
-    """
+    """Move dead entries, averaged ones too, to latents of all ranks' ``images`` (b, 3, S, S)."""
     model, average = state.model, state.ema and state.ema.average
     dead = model.quantize.dead()  # (V,)
     with autocast(world.device, args.mixed_precision):

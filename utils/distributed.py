@@ -43,9 +43,7 @@ class World:
         return x
 
     def gather_objects(self, value: object) -> list | None:
-        """Return every rank's ``value`` (anything that can be pickled), in order, on rank 0;
-        None elsewhere.
-        """
+        """Return all ranks' ``value`` (picklable) in order on rank 0; None elsewhere."""
         if self.size == 1:
             return [value]
         values = [None] * self.size if self.is_main else None

@@ -33,9 +33,7 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
 
 
 def image_grid(pixels: np.ndarray, columns: int, padding: int = 2) -> np.ndarray:
-    """uint8 (N, H, W, 3) -> one picture, ``columns`` images a row, white gaps of ``padding``
-    pixels.
-    """
+    """uint8 (N, H, W, 3) -> one picture of ``columns``, with white gaps of ``padding`` pixels."""
     n, h, w, c = pixels.shape
     rows = -(-n // columns)
     canvas = np.full(
@@ -62,9 +60,7 @@ def labelled_rows(pixels: np.ndarray, labels: Sequence[str], padding: int = 2) -
 
 
 def save_gif(path: str | Path, frames: Sequence[np.ndarray], milliseconds: int = 80) -> None:
-    """Write uint8 frames (H, W, 3) as an endless animation that rests on its last frame,
-    atomically.
-    """
+    """Write uint8 frames (H, W, 3) atomically as an endless animation resting on the last."""
     first, *others = (Image.fromarray(f) for f in frames)
     durations = [milliseconds] * len(others) + [2000]
     with atomic_path(path) as temporary:

@@ -65,9 +65,7 @@ def _readable(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def open_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
-    """Open an archive for ``open_member`` and ``map_member``; ``ValueError`` if it is not a
-    whole ``.npz``.
-    """
+    """Open an archive for ``open_member`` and ``map_member``; ``ValueError`` unless whole."""
     with _readable(path):
         archive = zipfile.ZipFile(path)
     with archive:
@@ -101,8 +99,7 @@ class Member:
 
 
 def open_member(archive: zipfile.ZipFile, name: str) -> Member:
-    """Read the header of array ``name`` and compare its size with the number of bytes in the
-    archive.
+    """Read the header of array ``name``; check its size against the bytes in the archive.
 
     Raises ``ValueError`` if the array is missing, holds Python objects or is damaged.
     """
@@ -159,9 +156,7 @@ def map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 
 class SampleFile:
-    """An unfinished set of images; ``fingerprint`` distinguishes sets made with other options or
-    weights.
-    """
+    """An unfinished image set; ``fingerprint`` tells apart sets of other options or weights."""
 
     def __init__(self, npz: Path, fingerprint: str, shape: tuple[int, int, int, int], chunk: int):
         self.npz, self.fingerprint, self.shape, self.chunk = npz, fingerprint, shape, chunk
@@ -231,9 +226,7 @@ class SampleFile:
             ) from error
 
     def finish(self, labels: np.ndarray, bar: tqdm) -> None:
-        """Add checksum, labels and table of contents, then rename the file; to be called by one
-        process only.
-        """
+        """Add checksum, labels and directory, rename the file; to be called by one process."""
         assert not self.missing()
         crc = zlib.crc32(self._npy_header)
         with open(self.partial, "r+b") as f:
@@ -275,17 +268,13 @@ def _write_at(path: Path, offset: int, content: bytes) -> None:
 
 
 def _local_header(name: bytes, crc: int, size: int) -> bytes:
-    """Return the header of a stored file in a zip, in zip64 form for every size (APPNOTE 4.3.7,
-    4.5.3).
-    """
+    """Return a stored file's header in a zip, zip64 for every size (APPNOTE 4.3.7, 4.5.3)."""
     fields = (0x04034B50, 45, 0, 0, 0, _DATE, crc, _LARGE, _LARGE, len(name), 20)
     return struct.pack("<I5H3I2H", *fields) + name + struct.pack("<2H2Q", 1, 16, size, size)
 
 
 def _end_of_zip(position: int, files: list[tuple[bytes, int, int, int]]) -> bytes:
-    """Return the table of contents at ``position`` for files of (name, crc, size, offset)
-    (APPNOTE 4.3.12-16).
-    """
+    """Return the directory at ``position`` of (name, crc, size, offset) (APPNOTE 4.3.12-16)."""
     directory = b""
     for name, crc, size, offset in files:
         fields = (

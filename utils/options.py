@@ -49,8 +49,7 @@ def make_parser(description: str, example: str, arguments: str = "") -> argparse
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call ``main``; a user's mistake (``ValueError``, ``OSError``) ends in one line and exit
-    status 2.
+    """Call ``main``; a user's mistake (``ValueError``, ``OSError``) is one line, exit status 2.
 
     Under torchrun every failing rank reports its own error. ``PAR_DEBUG=1`` keeps the traceback.
     """
@@ -105,9 +104,7 @@ def fraction(text: str) -> float:
 
 
 def resolve(option: str, written: Any, fixed: Any, source: str) -> Any:
-    """Return ``fixed``, the value that ``source`` records; ``ValueError`` if the user wrote a
-    different one.
-    """
+    """Return ``fixed``, which ``source`` records; ``ValueError`` if the user wrote another."""
     if written is not None and written != fixed:
         raise ValueError(
             f"{option} {written} contradicts {source}, which says {fixed}; leave the option out"
@@ -146,9 +143,7 @@ class _Retired(argparse.Action):
 
 
 def git_revision() -> str | None:
-    """Return the checked-out commit, with ``+`` if files were changed since; None outside a
-    repository.
-    """
+    """Return the checked-out commit, with ``+`` if files changed; None outside a repository."""
     root = Path(__file__).parent
     try:
         commit, changed = (

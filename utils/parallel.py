@@ -34,9 +34,7 @@ _COMPRESS_HOOK = {torch.bfloat16: bf16_compress_hook, torch.float16: fp16_compre
 
 
 def replicate(world: World, model: nn.Module, grad_dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return ``model`` under DDP, gradients averaged in ``grad_dtype``; with one rank, ``model``
-    itself.
-    """
+    """Return ``model`` under DDP, gradients averaged in ``grad_dtype``; itself on one rank."""
     if world.size == 1:
         return model
     device_ids = [world.device.index] if world.device.type == "cuda" else None
@@ -59,8 +57,7 @@ def shard(
     cpu_offload: bool = False,
     forward_methods: Sequence[str] = (),
 ) -> nn.Module:
-    """Shard ``model`` in place under FSDP2, each of ``blocks`` separately; it is called under
-    autocast as before.
+    """Shard ``model`` and each of ``blocks`` in place by FSDP2; called under autocast as before.
 
     mode: ``fsdp`` gathers a block's weights anew for backward, ``sdp`` keeps them, ``hsdp`` shards
     within groups of ``shard_size`` ranks (default: those of one machine) and replicates over the
@@ -101,9 +98,7 @@ def _make_mesh(world: World, mode: str, shard_size: int | None) -> DeviceMesh:
 
 
 def delay_sync(forward: nn.Module, delay: bool) -> AbstractContextManager:
-    """Return a context in which DDP does not average gradients yet; sharded ones are reduced in
-    every micro-batch.
-    """
+    """Return a context in which DDP delays averaging; sharded gradients are always reduced."""
     return (
         forward.no_sync()
         if delay and isinstance(forward, DistributedDataParallel)
@@ -118,7 +113,5 @@ def gradient_norm(model: nn.Module) -> torch.Tensor:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the part of a sharded tensor that this rank holds, sharing its memory; other
-    tensors as they are.
-    """
+    """Return this rank's part of a sharded tensor, sharing memory; other tensors unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

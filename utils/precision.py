@@ -54,16 +54,12 @@ CPU_LIMITS = {
 
 
 def cpu_name() -> str | None:
-    """Return the processor that ``PAR_CPU`` declares: ``avx2``, ``avx512``, or None for the one
-    that is there.
-    """
+    """Return the processor that ``PAR_CPU`` declares: ``avx2``, ``avx512``, or None if unset."""
     return os.environ.get("PAR_CPU") or None
 
 
 def cpu_flags() -> set[str]:
-    """Return the names of the processor's instruction sets as torch or Linux has them; empty if
-    neither can tell.
-    """
+    """Return the processor's instruction sets as torch or Linux names them; empty if unknown."""
     if hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 and newer
         return {name for name, value in torch.cpu.get_capabilities().items() if value is True}
     try:
@@ -79,9 +75,7 @@ def cpu_flags() -> set[str]:
 
 
 def limit_cpu() -> None:
-    """Hold torch to the processor that ``PAR_CPU`` declares; to be called before any of its
-    operators has run.
-    """
+    """Hold torch to the processor of ``PAR_CPU``; to be called before any operator has run."""
     name = cpu_name()
     if name is None:
         return
@@ -114,9 +108,7 @@ limit_cpu()
 
 
 def bfloat16_unit(device: torch.device) -> str | None:
-    """Return what computes in bfloat16 on ``device``, in words; None if nothing does or the
-    device type is unknown.
-    """
+    """Return what computes in bfloat16 on ``device``, in words; None if nothing does or unknown."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"compute capability {major}.{minor}" if major >= 8 else None
@@ -131,8 +123,7 @@ def bfloat16_unit(device: torch.device) -> str | None:
 
 @functools.cache
 def bfloat16_gain() -> float:
-    """Return how many times as fast a matrix product is in bfloat16 as in float32 on this CPU,
-    measured in 0.1 s.
+    """Return the speed of a bfloat16 product relative to float32 on this CPU, measured in 0.1 s.
 
     An Intel Xeon whose AMX is hidden by a virtual machine has AVX-512 BF16 and takes twice as long
     by it.
@@ -150,9 +141,7 @@ def bfloat16_gain() -> float:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether ``device`` computes in bfloat16 itself, and on a CPU faster than in
-    float32.
-    """
+    """Return whether ``device`` computes in bfloat16, on a CPU faster than in float32."""
     return bfloat16_unit(device) is not None
 
 
@@ -167,9 +156,7 @@ def is_emulated(precision: str, device: torch.device) -> bool:
 
 
 def log_level(precision: str, device: torch.device) -> int:
-    """Return the level at which to log the reason of ``resolve_precision``: a warning where it
-    is emulated.
-    """
+    """Return the log level for ``resolve_precision``'s reason: a warning where it is emulated."""
     return logging.WARNING if is_emulated(precision, device) else logging.INFO
 
 
@@ -200,8 +187,6 @@ def _kind(device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return an autocast context for ``precision``, a key of ``AUTOCAST_DTYPE``; off in those that
-    compute in float32.
-    """
+    """Return an autocast context for ``precision`` of ``AUTOCAST_DTYPE``; off for float32 kinds."""
     dtype = AUTOCAST_DTYPE[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

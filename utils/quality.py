@@ -19,8 +19,7 @@ def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def ssim(images: np.ndarray, others: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
-    """Structural similarity of each pair of images (N, H, W, 3) in 0-255: (N,) float32, 1 for equal
-    images.
+    """SSIM of each pair of images (N, H, W, 3) in 0-255: (N,) float32, 1 for equal images.
 
     With a Gaussian window of 11 x 11 pixels and sigma 1.5 (Wang et al. 2004), mirrored at the
     borders; the mean over colours and pixels. H and W must be at least 11.
@@ -39,15 +38,12 @@ def ssim(images: np.ndarray, others: np.ndarray, device: torch.device | str = "c
 
 
 def codebook_usage(counts: torch.Tensor) -> float:
-    """Return the fraction of codebook entries that occur; ``counts`` (V,) are the occurrences of
-    each.
-    """
+    """Return the fraction of codebook entries used; ``counts`` (V,) are their occurrences."""
     return (counts > 0).sum().item() / len(counts)
 
 
 def perplexity(counts: torch.Tensor) -> float:
-    """exp(entropy) of the distribution given by ``counts`` (V,), the occurrences of each codebook
-    entry.
+    """exp(entropy) of the distribution of ``counts`` (V,), occurrences of codebook entries.
 
     It equals the number of entries in use if these are used equally often: at most V, and 1 without
     any counts.

@@ -12,8 +12,7 @@ from autoregressive.models.gpt import GPT, TransformerBlock
 
 
 def finish_block(block: TransformerBlock, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Add the attention output y to x, then the feed-forward, both (B, T, D); a block in ``eval()``
-    mode.
+    """Add the attention output y to x, then the feed-forward, both (B, T, D), in ``eval()`` mode.
 
     Without the stochastic depth, which does nothing then but would make torch.compile treat every
     block on its own.

@@ -31,8 +31,7 @@ MEASURED_SECONDS = 0.3  # per way, at least one step
 
 
 class Decoder(Protocol):
-    """Anything that makes logits step by step over a cache of its own kind. A GPT in ``eval()``
-    mode is one.
+    """Makes logits step by step over a cache of its own kind. A GPT in ``eval()`` mode is one.
 
     A decoder may also have ``capture``, see ``CompiledDecoder``.
     """
@@ -42,9 +41,7 @@ class Decoder(Protocol):
     device: torch.device
 
     def new_cache(self, batch: int) -> Any:
-        """Return an empty cache for at most ``batch`` rows; ``first_rows(b)`` of it shares its
-        memory.
-        """
+        """Return an empty cache of ``batch`` rows; its ``first_rows(b)`` share its memory."""
 
     def decode_step(
         self,
@@ -60,9 +57,7 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class Way:
-    """A way of decoding: the type of weights and cache, a key of ``AUTOCAST_DTYPE``, and the
-    decoder's name.
-    """
+    """A way of decoding: type of weights and cache (key of ``AUTOCAST_DTYPE``), decoder's name."""
 
     precision: str
     decoder: str
@@ -85,8 +80,7 @@ class Way:
 
 
 def make_decoder(model: GPT, way: Way, rows: int) -> Decoder:
-    """Return a decoder of ``model``, which is on its device in ``way.dtype``; ``kernels`` take its
-    weights.
+    """Return a decoder of ``model``, placed and cast to ``way.dtype``; ``kernels`` consume it.
 
     rows: rows of the largest step, images times slots (twice with guidance).
     """
@@ -158,8 +152,7 @@ def choose_way(
 def measured_seconds(
     model: GPT, ways: list[Way], batch: int, guided: bool
 ) -> tuple[dict[Way, float], bool]:
-    """Return seconds per step of each of ``ways`` on this CPU, and whether they were measured just
-    now.
+    """Return seconds per step of each of ``ways`` on this CPU, and whether they are new.
 
     Kept beside the compiled kernels and measured again when kernels, processor, torch, model size,
     rows or precision change; not with the number of threads, so that one process or many on a
@@ -200,9 +193,7 @@ def read_seconds(path: Path, ways: list[Way]) -> dict[Way, float] | None:
 
 @torch.inference_mode()
 def time_step(model: GPT, way: Way, batch: int, guided: bool) -> float:
-    """Return the seconds of one step in the middle of the schedule, by as many layers as fill
-    ``MEASURED_BYTES``.
-    """
+    """Return the seconds of a middle step, by as many layers as fill ``MEASURED_BYTES``."""
     layer_bytes = sum(p.numel() for p in model.layers[0].parameters()) * way.dtype.itemsize
     layers = min(model.config.n_layer, -(-MEASURED_BYTES // layer_bytes))
     part = first_layers(model, layers).cast_weights(way.dtype)

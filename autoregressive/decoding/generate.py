@@ -19,8 +19,7 @@ StepHook = Callable[[torch.Tensor, int], None]
 
 
 class Generator:
-    """Class ids -> codes, batch after batch, by one decoder; cache and buffers are allocated here,
-    once.
+    """Class ids -> codes, batch after batch, by one decoder; buffers are allocated once.
 
     decoder: a GPT in ``eval()`` mode or another ``Decoder`` of one. batch: most images at a time.
     """
@@ -49,8 +48,7 @@ class Generator:
     def __call__(
         self, cond: torch.Tensor, uniforms: torch.Tensor, on_step: StepHook | None = None
     ) -> torch.Tensor:
-        """Return raster codes (B, T) int64 of class ids ``cond`` (B,), from ``uniforms`` (B, T) in
-        region order.
+        """Return raster codes (B, T) int64 of classes (B,), by uniforms (B, T) in region order.
 
         B <= ``batch``. ``on_step`` is called after each forward call with the region-ordered tokens
         (B, T) so far and how many of them are decoded.
@@ -94,7 +92,5 @@ def generate(
     uniforms: torch.Tensor,
     options: SamplingOptions,
 ) -> torch.Tensor:
-    """Return raster codes (B, T) int64 for class ids ``cond`` (B,) and ``uniforms`` (B, T); see
-    Generator.
-    """
+    """Return raster codes (B, T) int64 of classes (B,) and uniforms (B, T); see Generator."""
     return Generator(decoder, order, options, len(cond))(cond, uniforms)

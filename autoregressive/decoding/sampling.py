@@ -14,9 +14,7 @@ CFG_SCHEDULES = ("constant", "linear", "power-cosine")
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How logits become tokens; the defaults are the paper's sampling (temperature 1, nothing
-    cut off).
-    """
+    """How logits become tokens; by default as in the paper (temperature 1, nothing cut off)."""
 
     cfg_scale: float = 1.0  # guidance: uncond + cfg_scale (cond - uncond); 1 is none
     cfg_interval: int = (
@@ -59,8 +57,7 @@ class SamplingOptions:
             raise ValueError(f"--top-p {self.top_p} must be in (0, 1] (1 is off)")
 
     def scale(self, decoded: int, total: int) -> float:
-        """Return the CFG scale of a step before which ``decoded`` of ``total`` tokens are decoded;
-        1.0: none.
+        """Return the CFG scale of a step after ``decoded`` of ``total`` tokens; 1.0: none.
 
         With progress p = decoded / total: constant s; linear 1 + (s - 1) p; power-cosine
         1 + (s - 1) (1 - cos(pi p^power)) / 2 (MDTv2, arXiv 2303.14389).
@@ -79,8 +76,7 @@ class SamplingOptions:
 def image_randomness(
     seed: int, indices: range, num_classes: int, num_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return random class ids (B,) int64 and uniforms (B, T) float32 in [0, 1) of images
-    ``indices``.
+    """Return random class ids (B,) int64 and uniforms (B, T) float32 in [0, 1) of ``indices``.
 
     Each image's are a function of (seed, index) alone.
     """

@@ -11,9 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 
 class KVCache:
-    """Keys and values of ``layers`` layers for ``rows`` rows and all slots, allocated once and
-    filled in place.
-    """
+    """Keys and values of all layers, rows and slots, allocated once and filled in place."""
 
     def __init__(
         self,
@@ -37,9 +35,7 @@ class KVCache:
     def update(
         self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k, v (B, Hkv, t, hd) at slots from ``start``; return views of everything filled
-        so far.
-        """
+        """Write k, v (B, Hkv, t, hd) from slot ``start``; return views of all filled slots."""
         stop = start + k.shape[2]
         keys, values = self.store[layer]  # (B, Hkv, T, hd) each
         keys[:, :, start:stop] = k  # (B, Hkv, t, hd)
@@ -48,9 +44,7 @@ class KVCache:
 
 
 class DenseMask(NamedTuple):
-    """The mask, whole and in chunks of queries: those of [start, stop) attend to none but the
-    first ``seen`` keys.
-    """
+    """The mask, whole and in query chunks: [start, stop) attend only to the first ``seen`` keys."""
 
     visible: torch.Tensor  # (T, T) bool: query (row) attends to key (column)
     chunks: tuple[tuple[int, int, int], ...]  # start, stop, seen
@@ -78,9 +72,7 @@ Mask: TypeAlias = DenseMask | BlockMask | None  # None: all keys are visible
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, dropout_p: float
 ) -> torch.Tensor:
-    """Return softmax(q k^T / sqrt(hd)) v over visible keys: q (B, H, Tq, hd), k and v (B, Hkv,
-    Tk, hd).
-    """
+    """softmax(q k^T / sqrt(hd)) v over visible keys: q (B, H, Tq, hd), k and v (B, Hkv, Tk, hd)."""
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)  # (B, H, Tq, hd)
@@ -101,8 +93,7 @@ def attend_on_cpu(
     dropout_p: float,
     grouped: bool,
 ) -> torch.Tensor:
-    """Compute ``attend`` for training on the CPU, whose fused kernel reads masked keys and is slow
-    in half precision.
+    """Compute ``attend`` for CPU training; the fused kernel reads masked keys, slowly in 16 bits.
 
     Measured on AMX, forward and backward, 4 images of 576 slots: float32 63 ms in three chunks, 75
     ms whole; bfloat16 37 ms by matrix products, 72 ms by the fused kernel.

@@ -9,8 +9,7 @@ import torch
 
 
 def guide(hidden: torch.Tensor, cfg_scale: float | None) -> torch.Tensor:
-    """Guide final hidden states (B, t, D), a conditional and an unconditional half -> (B / 2, t,
-    D).
+    """Guide hidden states (B, t, D), a conditional and an unconditional half -> (B / 2, t, D).
 
     uncond + cfg_scale (cond - uncond), computed in at least float32. The output layer is linear, so
     this guides the logits at half its work. Without ``cfg_scale`` returns ``hidden``.
@@ -24,9 +23,7 @@ def guide(hidden: torch.Tensor, cfg_scale: float | None) -> torch.Tensor:
 
 
 class StepDecoder:
-    """One decoding step out of ``embed_slots``, ``trunk`` and ``head``, which a GPT and its
-    faster decoders have.
-    """
+    """One decoding step by ``embed_slots``, ``trunk`` and ``head`` of a GPT or a faster decoder."""
 
     embed_slots: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
     trunk: Callable[..., torch.Tensor]  # a GPT's takes a mask too
@@ -41,8 +38,7 @@ class StepDecoder:
         cache: Any,
         cfg_scale: float | None = None,
     ) -> torch.Tensor:
-        """Return logits (B, stop - start, V), at least float32, of slots [start, stop), an entry of
-        ``order.schedule``.
+        """Return logits (B, stop - start, V) of slots [start, stop), at least float32.
 
         tokens: (B, T) region-ordered codes, read only where already decoded; cond: (B,). Steps must
         come in the schedule's order with one cache of ``new_cache``. Every cached key is visible,

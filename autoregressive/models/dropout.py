@@ -7,14 +7,10 @@ from torch import nn
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout; on the CPU from 16 random bits per element, as torch's generator takes 10% of
-    a step there.
-    """
+    """nn.Dropout; on the CPU by 16-bit numbers, as torch's generator takes 10% of a step there."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Zero elements of x with probability p (to 1/65536 on the CPU) and scale the others by
-        1 / (1 - p).
-        """
+        """Zero elements with probability p (to 1/65536 on the CPU), divide others by 1 - p."""
         dropped = round(self.p * 65536)
         if x.device.type != "cpu" or not self.training or not 0 < dropped < 65536:
             return super().forward(x)
@@ -27,8 +23,7 @@ class Dropout(nn.Dropout):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training, a row's residual branch is 0 with
-    probability ``rate``.
+    """Stochastic depth (Huang et al. 2016): zero a row's branch with probability ``rate``.
 
     Branches that stay grow by 1 / (1 - rate).
     """

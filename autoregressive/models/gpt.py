@@ -102,9 +102,7 @@ class LabelEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
 
     def forward(self, labels: torch.Tensor) -> torch.Tensor:
-        """(B,) int64 in [0, num_classes] -> (B, D); in training a label becomes null with
-        ``dropout_prob``.
-        """
+        """(B,) int64 -> (B, D); in training labels become null with ``dropout_prob``."""
         if self.training and self.dropout_prob > 0:
             drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob  # (B,)
             labels = torch.where(drop, self.num_classes, labels)  # (B,)
@@ -139,9 +137,7 @@ def rotary_table(positions: torch.Tensor, head_dim: int, base: float) -> torch.T
 
 
 def apply_rotary(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
-    """Rotate adjacent channel pairs of x (B, T, H, hd) by freqs_cis (T, hd/2, 2); computed in at
-    least float32.
-    """
+    """Rotate channel pairs of x (B, T, H, hd) by freqs_cis (T, hd/2, 2), in at least float32."""
     pairs = x.to(torch.promote_types(x.dtype, freqs_cis.dtype)).unflatten(
         -1, (-1, 2)
     )  # (B, T, H, hd/2, 2)
@@ -187,9 +183,7 @@ class Attention(nn.Module):
         cache: KVCache | None,
         start: int,
     ) -> torch.Tensor:
-        """Return the attention output (B, T, D) of queries (B, H, T, hd), over the cache if
-        there is one.
-        """
+        """Return the attention output (B, T, D), over the cache if there is one."""
         if cache is not None:
             k, v = cache.update(self.layer, start, k, v)  # (B, Hkv, start + T, hd)
         y = attend(q, k, v, mask, self.dropout_p if self.training else 0.0)  # (B, H, T, hd)
@@ -338,15 +332,11 @@ class GPT(StepDecoder, nn.Module):
         )  # (), (B, T)
 
     def logits(self, codes: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """Return teacher-forced logits (B, T, vocab_size) in region order; arguments as for
-        ``forward``.
-        """
+        """Return logits (B, T, vocab_size) in region order; arguments as for ``forward``."""
         return self.output(self.hidden(codes[:, self.permutation], cond))  # (B, T, V)
 
     def hidden(self, tokens: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """Return the final hidden states (B, T, D) of a fully known, region-ordered sequence (B,
-        T).
-        """
+        """Return final hidden states (B, T, D) of whole region-ordered sequences (B, T)."""
         x = self.embed_slots(tokens, cond, 0, self.order.num_tokens)  # (B, T, D)
         mask = (
             DenseMask(self.mask, self.query_chunks) if self.block_mask is None else self.block_mask
@@ -354,9 +344,7 @@ class GPT(StepDecoder, nn.Module):
         return self.trunk(x, 0, mask)  # (B, T, D)
 
     def use_flex_attention(self, device: torch.device) -> None:
-        """Train with FlexAttention, which skips masked keys; for compiled blocks on CUDA,
-        without attention dropout.
-        """
+        """Train with FlexAttention: compiled blocks on CUDA, without attention dropout."""
         steps, slots = self.order.steps.to(device), self.order.num_tokens
 
         def attends(
@@ -367,8 +355,7 @@ class GPT(StepDecoder, nn.Module):
         self.block_mask = create_block_mask(attends, None, None, slots, slots, device=device)
 
     def recompute_activations(self, what: str) -> None:
-        """Save memory in training by computing activations again in backward: ``none``,
-        ``selective`` or ``full``.
+        """Compute activations again in backward: ``none``, ``selective`` or ``full``.
 
         full keeps only the input of each block; selective also keeps the results of its matrix
         products and attention.
@@ -381,8 +368,7 @@ class GPT(StepDecoder, nn.Module):
             block.recompute = recompute  # inside what is compiled, so that the compiler sees it
 
     def flops_per_image(self) -> int:
-        """Return the floating-point operations of forward and backward over one image, without
-        recomputation.
+        """Return the operations of forward and backward over one image, none recomputed.
 
         6 per token and weight of a matrix product (PaLM, arXiv 2204.02311, appendix B), and 12 D
         per layer and visible pair of slots in attention.

@@ -24,8 +24,7 @@ def load_gpt(
     bare: bool = False,
     ema: bool = False,
 ) -> tuple[GPT, str, dict]:
-    """Return a checkpoint's GPT, in ``eval()`` mode on the CPU, the name of its size, and what else
-    it records.
+    """Return a checkpoint's GPT, in ``eval()`` mode on the CPU, its size name and other records.
 
     Our own checkpoints carry their config. For a released one it is read off the shapes of its
     weights, and ``grid`` (height, width in codes; None: ``default_grid``) is taken as given.
@@ -88,9 +87,7 @@ def resolve_parallelism(
 def config_from_shapes(
     state: dict[str, torch.Tensor], grid: tuple[int, int], path: str | Path
 ) -> tuple[GPTConfig, str]:
-    """Return config and size name of released weights, from their shapes; ``ValueError`` if no
-    size fits.
-    """
+    """Return config and size name from the weights' shapes; ``ValueError`` if no size fits."""
     try:
         vocab_size, dim = state["tok_embeddings.weight"].shape
         classes = len(state["cls_embedding.embedding_table.weight"]) - 1

@@ -31,8 +31,7 @@ import torch
 
 
 def split_regions(grid: tuple[int, int], n: int) -> tuple[int, int]:
-    """Return region counts (rh, rw), rh * rw = n, that divide ``grid`` into regions as nearly
-    square as possible.
+    """Return (rh, rw), rh * rw = n, cutting ``grid`` into regions as nearly square as possible.
 
     Of two equally square cuts the one with more columns of regions is taken. Raises ``ValueError``
     with the n that would fit. A region must hold at least two tokens, since its first one is not
@@ -55,8 +54,7 @@ def split_regions(grid: tuple[int, int], n: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class RegionOrder:
-    """Ordering of a ``grid`` (h, w) cut into ``regions`` (rh, rw); equal arguments give equal
-    orders.
+    """Order of a ``grid`` (h, w) in ``regions`` (rh, rw); equal arguments give equal orders.
 
     All tensors are int64 on the CPU, computed once.
     """
@@ -71,9 +69,7 @@ class RegionOrder:
 
     @classmethod
     def build(cls, grid: int | tuple[int, int], n: int) -> RegionOrder:
-        """Return the order for a square (int) or h x w grid in which ``n`` tokens are predicted
-        per step.
-        """
+        """Return the order of a square (int) or h x w grid at ``n`` tokens per step."""
         height, width = (grid, grid) if isinstance(grid, int) else grid
         return cls((height, width), split_regions((height, width), n))
 
@@ -111,9 +107,7 @@ class RegionOrder:
 
     @cached_property
     def slot_positions(self) -> torch.Tensor:
-        """(T, 2) row and column of the token that each slot holds; (-1, -1) for the class and
-        special slots.
-        """
+        """(T, 2) row and column of each slot's token; (-1, -1) for class and special slots."""
         n = self.n
         raster = self.permutation
         row_column = torch.stack([raster // self.grid[1], raster % self.grid[1]], dim=-1)  # (T, 2)
@@ -122,17 +116,13 @@ class RegionOrder:
 
     @cached_property
     def schedule(self) -> tuple[tuple[int, int], ...]:
-        """Slots [start, stop) of each forward call of decoding: n single slots, then T/n - 1
-        groups of n.
-        """
+        """Slots [start, stop) of each decoding step: n single, then T/n - 1 groups of n."""
         n = self.n
         singles = [(s, s + 1) for s in range(n)]
         return (*singles, *((s, s + n) for s in range(n, self.num_tokens, n)))
 
     def attends(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Apply the attention rule to slot indices: step[q] >= step[k] (paper, section 3.3);
-        broadcasts, bool.
-        """
+        """Return step[q] >= step[k] of slots (paper, section 3.3); broadcasts, bool."""
         return self.steps[query] >= self.steps[key]
 
     def held(self, start: int, stop: int) -> list[tuple[str, slice]]:

@@ -31,9 +31,7 @@ RETIRED_OPTIONS = {
 
 
 def add_model_options(parser: ArgumentParser) -> None:
-    """Add the options selecting the models, under the published names; all but the two files are
-    optional.
-    """
+    """Add the options selecting the models, by published names; only the two files are needed."""
     group = parser.add_argument_group(
         "models (options other than the files are optional where a checkpoint has them)"
     )
@@ -153,9 +151,7 @@ def add_sampling_options(
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A GPT and the tokenizer of its codes, in ``eval()`` mode; ``make_generator`` places the
-    GPT on its device.
-    """
+    """A GPT and the tokenizer of its codes, in ``eval()`` mode; the generator places the GPT."""
 
     gpt: GPT  # float32 on the CPU
     vq: VQModel  # on the device
@@ -187,8 +183,7 @@ class Pipeline:
             return self.vq.decode_code(codes.view(-1, *self.gpt.order.grid))  # (B, 3, H, W)
 
     def choose_way(self, batch: int, begun: Callable[[Way], bool] | None = None) -> tuple[Way, str]:
-        """Return the way to decode ``batch`` images at a time and a line that says why; the same on
-        every rank.
+        """Return how to decode ``batch`` images at a time, and why; the same on every rank.
 
         begun: whether an interrupted run of this command decodes in a way; then that is the one.
         """
@@ -199,9 +194,7 @@ class Pipeline:
         return way, f"{reason}; {self.note}" if self.note else reason
 
     def make_generator(self, way: Way, batch: int, quantized: str) -> Generator:
-        """Return a generator of ``batch`` images at a time; the GPT itself may not be used
-        afterwards.
-        """
+        """Return a generator of ``batch`` images; the GPT may not be used afterwards."""
         gpt = self.gpt.cast_weights(way.dtype).to(self.world.device)
         if quantized != "none":
             quantize(gpt, quantized)
@@ -242,8 +235,7 @@ class Pipeline:
 
 
 def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
-    """Load both checkpoints and check that they and the options fit each other; ``ValueError``
-    where not.
+    """Load both checkpoints; ``ValueError`` unless they and the options fit each other.
 
     Options that were left out are set in ``args`` to what the checkpoints record. ``compiled``:
     --compile's default on CUDA.
@@ -279,9 +271,7 @@ def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
 
 
 def load_gpt_for(args: Namespace, vq: VQModel) -> tuple[GPT, str, dict]:
-    """Load ``--gpt-ckpt``, which must have learned codes of ``vq``; see ``load_gpt`` for what is
-    returned.
-    """
+    """Load ``--gpt-ckpt``, which must have learned codes of ``vq``; returns as ``load_gpt``."""
     n = args.ar_token_num
     if n is None and args.spe_token_num is not None:
         n = args.spe_token_num + 1
@@ -310,9 +300,7 @@ def load_gpt_for(args: Namespace, vq: VQModel) -> tuple[GPT, str, dict]:
 
 
 def quantize(gpt: GPT, what: str) -> None:
-    """Round the weights of every linear layer to ``int8`` (one scale per row) or ``fp8``, by
-    torchao.
-    """
+    """Round the weights of linear layers to ``int8`` (one scale per row) or ``fp8`` by torchao."""
     from torchao.quantization import quantize_
 
     quantize_(gpt, quantization(what))

@@ -73,9 +73,7 @@ def parse_args() -> Namespace:
 
 
 def class_names(pipeline: Pipeline) -> list[str]:
-    """Return a name for each class: ImageNet's in words, or the names of the folders the model
-    learned from.
-    """
+    """Return a name per class: ImageNet's in words, or those of the folders learned from."""
     names, num_classes = pipeline.classes, pipeline.gpt.config.num_classes
     if names is None or len(names) != num_classes:
         names = None if num_classes == 1000 else [str(i) for i in range(num_classes)]
@@ -111,9 +109,7 @@ def find_classes(words: list[str], names: list[str]) -> list[int]:
 
 
 def find_name(name: str, names: list[str]) -> int:
-    """Return the class of this name: one of its synonyms, else a part of exactly one class's
-    name.
-    """
+    """Return the class of this name: one of its synonyms, else a part of only one class's name."""
     synonyms = [[s.strip().lower() for s in n.split(",")] for n in names]
     exact = [i for i, s in enumerate(synonyms) if name.lower() in s]
     found = exact or [i for i, n in enumerate(names) if name.lower() in n.lower()]
@@ -127,9 +123,7 @@ def find_name(name: str, names: list[str]) -> int:
 
 
 class Trace:
-    """Frames of one batch as it is decoded: images of the tokens so far, grey where there is
-    none yet.
-    """
+    """Frames of a batch as it is decoded: images of the tokens so far, grey where unknown."""
 
     def __init__(self, pipeline: Pipeline, frames: int):
         self.pipeline, steps = pipeline, len(pipeline.gpt.order.schedule)
@@ -140,9 +134,7 @@ class Trace:
         self.frames: list[np.ndarray] = []  # (B, S, S, 3) each
 
     def __call__(self, tokens: torch.Tensor, decoded: int) -> None:
-        """Take a frame after a step: region-ordered tokens (B, T), of which the first
-        ``decoded`` are known.
-        """
+        """Take a frame: region-ordered tokens (B, T), the first ``decoded`` are known."""
         if self.step in self.wanted:
             order = self.pipeline.gpt.order
             codes = tokens[:, order.inverse.to(tokens.device)]  # (B, T)

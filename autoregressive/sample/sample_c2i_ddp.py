@@ -179,9 +179,7 @@ def main() -> None:
 
 
 def finished_fingerprint(npz: Path) -> str | None:
-    """Return the fingerprint of finished samples, from the JSON beside them; None if there is
-    none.
-    """
+    """Return the fingerprint of finished samples from the JSON beside them, else None."""
     path = npz.with_suffix(".json")
     if not (npz.is_file() and path.is_file()):
         return None
@@ -192,9 +190,7 @@ def finished_fingerprint(npz: Path) -> str | None:
 
 
 def check_finished(npz: Path, fingerprint: str) -> None:
-    """Raise ``ValueError`` unless the finished samples under this name were made with these
-    options and weights.
-    """
+    """Raise ``ValueError`` unless finished samples were made with these options and weights."""
     if finished_fingerprint(npz) != fingerprint:
         raise ValueError(
             f"--sample-dir: {npz} is there, made with other options or weights (see "
@@ -205,9 +201,7 @@ def check_finished(npz: Path, fingerprint: str) -> None:
 def make_chunks(
     args: Namespace, world: World, pipeline: Pipeline, way: Way, file: SampleFile, chunks: list[int]
 ) -> None:
-    """Generate and write ``chunks``; on CUDA the images of one are decoded and written while the
-    next is generated.
-    """
+    """Generate and write ``chunks``; on CUDA one is written while the next is generated."""
     if not chunks:
         return
     generator = pipeline.make_generator(way, args.per_proc_batch_size, args.quantize)
@@ -243,9 +237,7 @@ def make_chunks(
 
 
 def write_pngs(npz: Path, world: World) -> None:
-    """Write each image as a numbered .png into a folder beside the npz, one image in memory at a
-    time.
-    """
+    """Write images as numbered .png files beside the npz, one image in memory at a time."""
     with open_npz(npz) as archive:
         images = open_member(archive, "arr_0")
         total, *shape = images.shape

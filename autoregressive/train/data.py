@@ -18,9 +18,7 @@ from utils.options import resolve
 
 
 def open_training_codes(args: Namespace) -> Codes:
-    """Open the codes of ``--code-path`` and ``--mix-code-path``; fills options that were left
-    out from them.
-    """
+    """Open ``--code-path`` and ``--mix-code-path``; options left out are filled from them."""
     codes = open_codes(args.code_path)
     if args.mix_code_path is not None:
         codes = MixedCodes(
@@ -31,9 +29,7 @@ def open_training_codes(args: Namespace) -> Codes:
 
 
 def describe_codes(args: Namespace, codes: Codes) -> None:
-    """Set grid, classes and codebook size in ``args`` from the codes; what the user wrote must
-    agree.
-    """
+    """Set grid, classes and codebook size in ``args`` from the codes; given ones must agree."""
     meta, source = codes.meta, f"--code-path {args.code_path}"
     if meta:
         args.image_size = resolve("--image-size", args.image_size, meta["image_size"], source)
@@ -60,9 +56,7 @@ def describe_codes(args: Namespace, codes: Codes) -> None:
 
 
 def open_held_out(args: Namespace, codes: Codes, world: World) -> Codes | None:
-    """Open the codes of ``--val-code-path``, which must be of the same kind as those to train
-    on.
-    """
+    """Open ``--val-code-path``, which must be of the same kind as the codes to train on."""
     if args.val_code_path is None:
         return None
     held_out = open_codes(args.val_code_path, "--val-code-path")
@@ -108,8 +102,7 @@ class CodeBatches:
         self.order = EpochOrder(len(codes), batch, seed)
 
     def rank_slice(self, step: int, world: World) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return this rank's part of global batch ``step``: codes (b, T) int64 in raster order,
-        labels (b,) int64.
+        """Return this rank's part of batch ``step``: codes (b, T), labels (b,), both int64.
 
         For a CUDA device both are in pinned memory.
         """

@@ -132,9 +132,7 @@ def parse_args() -> Namespace:
 def make_plan(
     args: Namespace, samples: list[tuple[str, int]], classes: list[str], vq: VQModel, name: str
 ) -> CodesPlan:
-    """Return what the code folder will hold, from options, listing and tokenizer; checks that
-    they fit.
-    """
+    """Return what the code folder will hold; options, listing and tokenizer must fit."""
     if args.crop_range < 1.0:
         raise ValueError(f"--crop-range {args.crop_range} must be at least 1")
     paths = b"\n".join(os.fsencode(os.path.relpath(path, args.data_path)) for path, _ in samples)
@@ -158,9 +156,7 @@ def make_plan(
 def encode_crops(
     vq: VQModel, codebook: torch.Tensor, pixels: torch.Tensor, args: Namespace
 ) -> np.ndarray:
-    """Return codes (B, crops, tokens) of resized images (B, R, R, 3) uint8, ``--batch-size``
-    crops at a time.
-    """
+    """Return codes (B, crops, tokens) of images (B, R, R, 3) uint8, in ``--batch-size`` crops."""
     device = codebook.device
     crops = take_crops(
         pixels.to(device), args.image_size, args.ten_crop, flips=not args.no_flip
@@ -217,9 +213,7 @@ def collate(items: list[tuple[torch.Tensor, int, int] | Unreadable]) -> ImageBat
 
 
 def check_shards(args: Namespace, world: World, plan: CodesPlan, logger: Logger) -> None:
-    """Delete those of this rank's share of the shards that are damaged or, with --retry-skipped,
-    incomplete.
-    """
+    """Delete this rank's shards that are damaged or, with --retry-skipped, incomplete."""
     present = [s for s in range(plan.num_shards) if shard_path(args.code_path, s).exists()]
     own = present[world.rank :: world.size]
     for shard in progress(world, "checking", len(own), unit="shards", items=own):
@@ -241,9 +235,7 @@ def make_all_shards(
     samples: list[tuple[str, int]],
     logger: Logger,
 ) -> None:
-    """Work until all shards exist: take free ones, wait for others, reclaim those of dead
-    processes.
-    """
+    """Work until all shards exist: take free ones, wait for others, reclaim abandoned ones."""
     waiting = False
     while True:
         missing = [s for s in range(plan.num_shards) if not shard_path(args.code_path, s).exists()]

@@ -31,9 +31,7 @@ class Recipe:
 
 
 def make_recipe(name: str, gpt_model: str) -> Recipe:
-    """Return the defaults of recipe ``paper`` or ``as-released``; sizes not in the paper follow
-    a neighbour.
-    """
+    """Return recipe ``paper`` or ``as-released``; sizes not in the paper follow a neighbour."""
     if name == "as-released":
         return Recipe(lr_schedule="constant", warmup_epochs=0, attn_dropout_p=0.0)
     return Recipe(lr=2e-4, global_batch_size=512) if gpt_model in LARGE else Recipe()

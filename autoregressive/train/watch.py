@@ -31,8 +31,7 @@ def validate(
     world: World,
     precision: str,
 ) -> dict[str, float]:
-    """Return the cross-entropy of ``images`` held-out images spread over the set, one crop each,
-    without dropout.
+    """Return the loss of ``images`` held-out images, evenly spread, one crop each, no dropout.
 
     ``val/loss`` over all tokens, ``val/loss_first`` over t1..tn, which are predicted one by one,
     and ``val/loss_rest`` over those predicted n at a time. Images that do not divide by the number

@@ -40,9 +40,7 @@ class SmallClassifier(nn.Module):
         self.head = nn.Linear(width, config.num_classes)
 
     def forward(self, images: torch.Tensor) -> Features:
-        """``images`` (B, S, S, 3) uint8, or float32 in 0-255. Raises ``ValueError`` for another
-        image size.
-        """
+        """``images`` (B, S, S, 3) uint8, or float32 in 0-255; ``ValueError`` for another size."""
         size = self.config.image_size
         if tuple(images.shape[1:]) != (size, size, 3):
             shape = "x".join(str(n) for n in images.shape[1:])
@@ -72,9 +70,7 @@ def _conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential
 def save_classifier(
     path: str | Path, network: SmallClassifier, classes: list[str], **facts: Any
 ) -> None:
-    """Write weights, config, class names and ``facts`` atomically; ``load_classifier`` reads
-    them.
-    """
+    """Write weights, config, classes and ``facts`` atomically; ``load_classifier`` reads them."""
     content = {
         "model": network.state_dict(),
         "config": asdict(network.config),

@@ -217,8 +217,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def output_paths(samples: ImageSet, args: argparse.Namespace) -> tuple[Path, Path]:
-    """Return the paths of text and JSON: ``x.txt`` and ``x.metrics.json`` beside ``x.npz`` or the
-    folder ``x``.
+    """Return ``x.txt`` and ``x.metrics.json``, beside ``x.npz`` or the folder ``x``.
 
     Raises ``ValueError`` for a file without the ending .npz, whose text could replace the file
     itself, and for paths that cannot be written.
@@ -259,9 +258,7 @@ def check_outputs(outputs: list[Path], args: argparse.Namespace) -> None:
 
 
 def choose_world(name: str | None) -> World:
-    """Join the other processes, on the device of that name if it works, or on the fastest
-    available.
-    """
+    """Join the other processes, on the device of that name or on the fastest available."""
     world = init_distributed()
     if name is None:
         return world
@@ -291,9 +288,7 @@ def load_network(args: argparse.Namespace, world: World) -> tuple[FeatureNetwork
 
 
 def check_options(reference: ImageSet, samples: ImageSet, args: argparse.Namespace) -> None:
-    """Raise ``ValueError`` for options that need images, labels or sizes which the two sets do
-    not have.
-    """
+    """Raise ``ValueError`` for options whose images, labels or sizes the two sets do not have."""
     for option, wanted in (("--kid", args.kid), ("--dinov2", args.dinov2)):
         if wanted and not (reference.count and samples.count):
             raise ValueError(f"{option} needs the images of REF and SAMPLES, not statistics alone")
@@ -324,9 +319,7 @@ def check_files(
     args: argparse.Namespace,
     world: World,
 ) -> None:
-    """Raise ``ValueError`` for errors that would otherwise show up late, by a look at the first
-    batch of each set.
-    """
+    """Raise ``ValueError`` for late errors, found early by the first batch of each set."""
     widths: dict[str, set[int]] = {"pool": set(), "spatial": set()}
     for images in (reference, samples):
         features = first_features(images, network, args.batch_size, world)
@@ -350,9 +343,7 @@ def check_files(
 def first_features(
     images: ImageSet, network: FeatureNetwork | None, batch_size: int, world: World
 ) -> Features | None:
-    """Check the first batch and return the features of its first image; None without images or
-    network.
-    """
+    """Check the first batch; return its first image's features, None without images or network."""
     if network is None or not images.count:
         return None
     if images.count <= NEIGHBOURS:
@@ -370,9 +361,7 @@ def first_features(
 
 
 def evaluate(inputs: Inputs, samples: ImageSet) -> dict[str, Any] | None:
-    """Return all metrics of one set of samples and the settings behind them; None on all ranks
-    but 0.
-    """
+    """Return all metrics of one sample set and the settings behind them; None on ranks above 0."""
     args, world = inputs.args, inputs.world
     warnings = warnings_before(inputs.reference, samples)
     for line in warnings if world.is_main else []:

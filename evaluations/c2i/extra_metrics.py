@@ -27,8 +27,7 @@ DINOV2_SIZE = 224
 def kernel_distance(
     reference: np.ndarray, samples: np.ndarray, seed: int = 0
 ) -> tuple[float, float]:
-    """KID: mean and standard deviation, over 100 subsets of 1,000, of the squared MMD with kernel
-    (x.y / D + 1)^3.
+    """KID: mean and deviation over 100 subsets of 1,000 of the squared MMD with (x.y / D + 1)^3.
 
     Features (N, D) and (M, D) float32 (Binkowski et al. 2018, arXiv 1801.01401, section 4; not
     multiplied by 1,000). If a set has fewer than 1,000 rows, subsets have as many.
@@ -50,9 +49,7 @@ def kernel_distance(
 def class_frechet(
     reference: np.ndarray, reference_labels: np.ndarray, samples: np.ndarray, labels: np.ndarray
 ) -> dict[int, float]:
-    """Return FID by class, for classes with at least two images in both sets; labels (N,) and
-    (M,) integers.
-    """
+    """Return FID by class with at least two images in both sets; labels (N,), (M,) integers."""
     distances = {}
     for label in np.intersect1d(reference_labels, labels):
         real, fake = reference[reference_labels == label], samples[labels == label]
@@ -69,8 +66,7 @@ def frechet_interval(
     world: World,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return a 95% interval around ``distance``, the FID of sample features (M, D) to the
-    statistics (mu, sigma).
+    """Return a 95% interval around ``distance``, the FID of features (M, D) to (mu, sigma).
 
     Its ends are percentiles 2.5 and 97.5 of FID over ``draws`` bootstrap resamplings, shifted so
     that their mean is ``distance``: resampled sets repeat images, which raises FID as much again as
@@ -98,8 +94,7 @@ def paired_quality(
 
 
 class DinoFeatures(nn.Module):
-    """A ``FeatureNetwork`` for FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675): class tokens of
-    DINOv2 ViT-L/14.
+    """Network of FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675): class tokens of ViT-L/14.
 
     Images are resized to 224 x 224 (bicubic, antialiased) and normalised by ImageNet's mean and
     standard deviation. ``probabilities`` are empty.
@@ -127,9 +122,7 @@ class DinoFeatures(nn.Module):
 
 
 def load_dinov2(path: str | Path, name: str = DINOV2) -> DinoFeatures:
-    """Load the network with timm's weights ``name`` from a file; ``ValueError`` if the file
-    holds something else.
-    """
+    """Load the network with timm's weights ``name``; ``ValueError`` if the file holds another."""
     model = DinoFeatures(name)
     state = find_state_dict(load_checkpoint(path, "--dinov2"), ("model", "state_dict"), path)
     load_strictly(model.network, state, path, f"timm's {name}")

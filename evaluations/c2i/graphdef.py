@@ -37,9 +37,7 @@ LARGEST = 1 << 28  # bytes of all constants: one repeated value can stand for a 
 
 
 class Node(NamedTuple):
-    """One operation: its type, its value (None unless it is a numeric ``Const``) and its boolean
-    attributes.
-    """
+    """One operation: type, value (None unless it is a numeric ``Const``) and boolean attributes."""
 
     op: str
     value: np.ndarray | None
@@ -85,9 +83,7 @@ def _node(data: memoryview) -> tuple[str, Node]:
 
 
 def _tensor(data: memoryview) -> np.ndarray | None:
-    """Decode a TensorProto: raw bytes, or a list of values whose last value fills the rest of
-    the shape.
-    """
+    """Decode a TensorProto: raw bytes, or values of which the last fills the rest of the shape."""
     fields: dict[int, list[int | memoryview]] = {}
     for field, content in _fields(data):
         fields.setdefault(field, []).append(content)
@@ -143,9 +139,7 @@ def _message(content: int | memoryview) -> memoryview:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Yield number and value of each field of a message: numbers as unsigned integers (their
-    bits), others as bytes.
-    """
+    """Yield number and value of each field: unsigned integers (their bits), or bytes."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position)
@@ -174,9 +168,7 @@ def _varints(data: memoryview) -> Iterator[int]:
 
 
 def _varint(data: memoryview, position: int) -> tuple[int, int]:
-    """Return an integer, stored in 7 bits per byte with the lowest first, and the position after
-    it.
-    """
+    """Return an integer, stored in 7 bits per byte, lowest first, and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         byte = data[position]

@@ -31,8 +31,7 @@ LARGEST_WHOLE = 1 << 30  # bytes of an array read at once: 8 times the statistic
 
 @dataclass(frozen=True)
 class ImageArchive:
-    """An ``.npz`` of images ``arr_0`` (N, H, W, 3), read in batches, and of statistics and labels
-    (N,).
+    """``.npz`` of images ``arr_0`` (N, H, W, 3), read in batches, statistics and labels (N,).
 
     ``shape`` is the shape of the images; ``pool`` and ``spatial`` are the stored statistics
     (``mu``, ``sigma`` and ``mu_s``, ``sigma_s``). Whatever the file does not hold is None.
@@ -54,8 +53,7 @@ class ImageArchive:
         return replace(self, pool=None, spatial=None)
 
     def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[torch.Tensor]:
-        """Yield images in file order: (B, H, W, 3) uint8, or float32 for a file of floats, values
-        0-255.
+        """Yield (B, H, W, 3) in file order: uint8, or float32 for a file of floats, 0-255.
 
         Yields only batches ``rank``, ``rank + size``, ... and holds one batch at a time. Raises
         ``ValueError`` for a damaged file and for floats outside 0-255.
@@ -76,9 +74,7 @@ class ImageArchive:
 
 @dataclass(frozen=True)
 class ImageFolderSet:
-    """A folder of images of one size, with the interface of ``ImageArchive``; sorted by name,
-    2.png before 10.png.
-    """
+    """A folder of images of one size, as ``ImageArchive``; by name, 2.png before 10.png."""
 
     path: Path
     shape: tuple[int, int, int, int]
@@ -93,9 +89,7 @@ class ImageFolderSet:
         return len(self.files)
 
     def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[torch.Tensor]:
-        """See ``ImageArchive``; ``ValueError`` for a file that is not an image or differs in
-        size from the first.
-        """
+        """See ``ImageArchive``; ``ValueError`` for a file that is no image of the first's size."""
         for start in range(rank * batch_size, self.count, size * batch_size):
             yield torch.stack([self._read(file) for file in self.files[start : start + batch_size]])
 

@@ -73,9 +73,7 @@ DOWNLOADED = PUBLISHED_WEIGHTS[1]
 
 
 class Inception2015(nn.Module):
-    """A ``FeatureNetwork``: images (B, H, W, 3) -> ``Features``. Only for evaluation, in
-    float32.
-    """
+    """``FeatureNetwork``: images (B, H, W, 3) -> ``Features``. Only for evaluation, in float32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,9 +96,7 @@ class Inception2015(nn.Module):
         self.fc = nn.Linear(2048, CLASSES)
 
     def forward(self, images: torch.Tensor) -> Features:
-        """``images`` (B, H, W, 3) uint8, or float32 in 0-255 -> float32 pool, spatial and
-        probabilities.
-        """
+        """``images`` (B, H, W, 3) uint8, or float32 in 0-255 -> ``Features`` in float32."""
         x = resize_tf1(images, IMAGE_SIZE)  # (B, 299, 299, 3)
         x = (x - 128) * 0.0078125  # (B, 299, 299, 3) in [-1, 1)
         x = x.permute(0, 3, 1, 2)  # (B, 3, 299, 299), channels last in memory
@@ -218,9 +214,7 @@ def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
 def _resize_grid(
     length: int, size: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return lower and upper neighbour (int64) and the upper one's weight (float32), each
-    (size,).
-    """
+    """Return both neighbours (int64) and the upper one's weight (float32), each (size,)."""
     scale = float(np.float32(length) / np.float32(size))
     position = torch.arange(size, dtype=torch.float32, device=device) * scale
     low = position.floor()
@@ -228,8 +222,7 @@ def _resize_grid(
 
 
 def load_inception(path: str | Path) -> Inception2015:
-    """Load the network from a TensorFlow graph (``.pb``) or a state dict with pytorch-fid's names,
-    on the CPU.
+    """Load the network from a TensorFlow graph (``.pb``) or pytorch-fid's state dict, on the CPU.
 
     Raises ``ValueError`` if the file is neither.
     """
@@ -244,8 +237,7 @@ def load_inception(path: str | Path) -> Inception2015:
 
 
 def state_of_graph(nodes: Mapping[str, Node]) -> dict[str, torch.Tensor]:
-    """Convert the nodes of the 2015 graph to our state dict; ``ValueError`` if a constant is
-    missing.
+    """Convert nodes of the 2015 graph to our state dict; ``ValueError`` if a constant is missing.
 
     A batch norm without ``scale_after_normalization`` ignores its gamma, so gamma becomes 1.
     """
@@ -263,9 +255,7 @@ def state_of_graph(nodes: Mapping[str, Node]) -> dict[str, torch.Tensor]:
 
 
 def build_inception(state: Mapping[str, torch.Tensor], source: str | Path) -> Inception2015:
-    """Build the network from ``state``, with batch norms folded into the convolutions, in
-    channels-last format.
-    """
+    """Build the network, in channels-last format and with batch norms folded into convolutions."""
     network = Inception2015()
     counters = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
     load_strictly(network, {**counters, **state}, source, "the Inception network of 2015")
@@ -278,8 +268,7 @@ def build_inception(state: Mapping[str, torch.Tensor], source: str | Path) -> In
 
 
 def find_weights(path: str | Path | None, folder: Path, allow_unknown: bool) -> Path:
-    """Return the weights file to use: ``path``, or a published file in ``folder``; its hash must be
-    a published one.
+    """Return the weights file: ``path``, or a published one in ``folder``; its hash must be known.
 
     Raises ``ValueError`` naming the expected files with size, hash and source.
     """
@@ -305,9 +294,7 @@ def find_weights(path: str | Path | None, folder: Path, allow_unknown: bool) -> 
 
 
 def download_weights(folder: Path) -> None:
-    """Download a published file into ``folder``, unless one exists; its sha256 is checked before
-    it gets its name.
-    """
+    """Download a published file into ``folder`` unless one exists; its hash is checked first."""
     if any((folder / w.name).is_file() for w in PUBLISHED_WEIGHTS):
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -406,9 +393,7 @@ TENSORFLOW_CONSTANTS = {
 
 
 def state_from_tensorflow(constants: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Convert constants of the 2015 graph (kernels HWIO, ``softmax/weights`` (2048, 1008)) to
-    our state dict.
-    """
+    """Convert 2015 constants (HWIO kernels, ``softmax/weights`` (2048, 1008)) to our state dict."""
     state = {
         f"{module}.{parameter}": torch.tensor(constants[f"{scope}/{constant}"])
         for module, scope in TENSORFLOW_SCOPES.items()

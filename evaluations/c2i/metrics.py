@@ -81,8 +81,7 @@ def frechet_distance(
 
 
 def frechet_distance_of_few(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the ``frechet_distance`` of two sets of features (N, D) and (M, D); fast for N, M <<
-    D.
+    """``frechet_distance`` of two sets of features (N, D) and (M, D); fast for N, M << D.
 
     With the centred features themselves as A and B, A^T B is only N x M.
     """
@@ -100,9 +99,7 @@ def frechet_distance_of_few(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _trace_of_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
-    """tr((S1 S2)^(1/2)). Uses torch, whose LAPACK takes 2.3 s at D = 2048; numpy's takes 9 s (2
-    cores).
-    """
+    """tr((S1 S2)^(1/2)) by torch's LAPACK: 2.3 s at D = 2048, numpy's takes 9 s (2 cores)."""
     first, second = (torch.from_numpy(np.array(s, np.float64)) for s in (sigma1, sigma2))
     lower, full = _cholesky(first)
     if full and _cholesky(second)[1]:
@@ -111,18 +108,14 @@ def _trace_of_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
 
 
 def _cholesky(sigma: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """Return the lower factor of a covariance (D, D), and whether it has full rank by a wide
-    margin.
-    """
+    """Return the lower factor of a covariance (D, D), and whether its rank is clearly full."""
     lower, failed = torch.linalg.cholesky_ex(sigma)
     pivots = lower.diagonal().square()
     return lower, not failed.item() and (pivots.min() > 1e-12 * pivots.max()).item()
 
 
 def _trace_by_sqrtm(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
-    """tr((S1 S2)^(1/2)) by the Schur method; if that fails, 1e-6 is added to the diagonals, as
-    published.
-    """
+    """tr((S1 S2)^(1/2)) by Schur; if it fails, with 1e-6 added to the diagonals, as published."""
     root = linalg.sqrtm(np.dot(sigma1, sigma2))
     if not np.isfinite(root).all():
         offset = np.eye(len(sigma1)) * 1e-6
@@ -131,8 +124,7 @@ def _trace_by_sqrtm(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
 
 
 def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
-    """Mean over the splits of exp(E_x KL(p(y|x) || p(y)))  (Salimans et al. 2016, arXiv 1606.03498,
-    section 4).
+    """Mean over splits of exp(E_x KL(p(y|x) || p(y))) (Salimans et al. 2016, arXiv 1606.03498).
 
     ``probabilities`` (N, classes), rows that sum to 1, in file order; each split is ``split_size``
     consecutive rows, and a shorter last split has the same weight. Raises ``ValueError`` for other
@@ -176,8 +168,7 @@ def precision_recall(
     exact: bool = False,
     device: torch.device | str = "cpu",
 ) -> PrecisionRecall:
-    """precision = |{s: |s - r|^2 <= radius(r) for some r}| / |S|; recall is the same with the sets
-    exchanged.
+    """precision = |{s: |s - r|^2 <= radius(r) for some r}| / |S|; recall: sets exchanged.
 
     radius(r) is the squared distance from r to its k-th nearest neighbour in its own set
     (Kynkaanniemi et al. 2019, arXiv 1904.06991, eq. 1-2). ``reference`` (N, D) and ``samples`` (M,
@@ -212,8 +203,7 @@ class _Tally:
 def neighbour_radii(
     features: torch.Tensor, k: int, exact: bool, tally: _Tally | None = None
 ) -> torch.Tensor:
-    """Return the squared distance from each row of ``features`` (N, D) to its k-th nearest other
-    row: (N,) float32.
+    """Return squared distances from rows (N, D) to their k-th nearest other row: (N,) float32.
 
     A row is its own nearest neighbour, so this is the (k + 1)-th smallest distance of the row.
     """
@@ -229,8 +219,7 @@ def neighbour_radii(
 def distance_slabs(
     u: torch.Tensor, v: torch.Tensor, exact: bool, tally: _Tally | None = None
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Yield |u_i - v_j|^2 for all rows of ``u`` (N, D) and ``v`` (M, D), in parts: (rows, columns,
-    float32 (n, m)).
+    """Yield |u_i - v_j|^2 of rows (N, D) and (M, D) in parts: (rows, columns, float32 (n, m)).
 
     A block is computed in float32 if ``exact`` or if float16 overflows, else in float16.
     """
@@ -297,9 +286,7 @@ def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
 
 
 def _factor(sigma: torch.Tensor) -> torch.Tensor:
-    """Return A (D, rank) with A A^T = sigma; eigenvalues that are zero up to rounding are left
-    out.
-    """
+    """Return A (D, rank) with A A^T = sigma, without eigenvalues that are zero up to rounding."""
     values, vectors = torch.linalg.eigh(sigma)
     kept = values > values.max() * len(values) * torch.finfo(torch.float64).eps
     return vectors[:, kept] * values[kept].sqrt()

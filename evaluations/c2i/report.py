@@ -79,9 +79,7 @@ def warnings_after(samples: ImageSet, features: ImageFeatures) -> list[str]:
 
 
 def settings_of(samples: Path) -> dict[str, Any] | None:
-    """Return the options from the JSON that the sampler wrote beside the samples; None if it
-    cannot be read.
-    """
+    """Return the sampler's options from the JSON beside the samples; None if unreadable."""
     try:
         base = samples.resolve() if samples.is_dir() else samples.with_suffix("")
         options = json.loads(base.with_name(f"{base.name}.json").read_text())["options"]

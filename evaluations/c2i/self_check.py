@@ -99,9 +99,7 @@ def check_network() -> str:
 
 
 def check_frechet() -> str:
-    """Check FID of Gaussians with commuting covariances: |m|^2 + sum (a - b)^2 over their
-    standard deviations a, b.
-    """
+    """Check FID of Gaussians with commuting covariances, deviations a, b: |m|^2 + sum (a - b)^2."""
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.standard_normal((64, 64)))[0]
     a, b, mean = rng.uniform(0.5, 2, 64), rng.uniform(0.5, 2, 64), rng.standard_normal(64)
@@ -112,9 +110,7 @@ def check_frechet() -> str:
 
 
 def check_inception_score() -> str:
-    """Check that certain predictions of 10 equally frequent classes score 10, uniform
-    predictions 1.
-    """
+    """Check that certain predictions of 10 equally frequent classes score 10, uniform ones 1."""
     _close(
         "score",
         [inception_score(np.eye(10).repeat(5, 0)), inception_score(np.full((50, 10), 0.1))],
@@ -137,9 +133,7 @@ def check_precision_recall() -> str:
 
 
 def compare_with_published(name: str, metrics: dict[str, float]) -> str | None:
-    """Return a table of published and measured metrics for OpenAI's sample files; None for any
-    other file.
-    """
+    """Return a table of published and measured metrics for OpenAI's sample files, else None."""
     if name not in PUBLISHED:
         return None
     lines = [f"{name}: published, measured, relative difference"]
@@ -152,9 +146,7 @@ def compare_with_published(name: str, metrics: dict[str, float]) -> str | None:
 
 
 def recipe_constants(use_gamma: bool = True) -> dict[str, np.ndarray]:
-    """Return random constants of the 2015 graph, each seeded by its name; without ``use_gamma``
-    gamma is 1.
-    """
+    """Return random constants of the 2015 graph, seeded by name; gamma is 1 or random."""
     shapes = {k: tuple(v.shape) for k, v in inception.Inception2015().state_dict().items()}
     constants = {}
 
@@ -179,9 +171,7 @@ def recipe_constants(use_gamma: bool = True) -> dict[str, np.ndarray]:
 
 
 def _close(name: str, computed: object, expected: object, relative: float) -> None:
-    """Raise ``AssertionError`` if an error exceeds ``relative`` times the largest expected
-    value.
-    """
+    """Raise ``AssertionError`` for errors above ``relative`` times the largest expected value."""
     computed, expected = np.asarray(computed, np.float64), np.asarray(expected, np.float64)
     error = np.abs(computed - expected).max() / np.abs(expected).max()
     assert error <= relative, f"{name} are {computed.tolist()}, expected {expected.tolist()}"

@@ -58,8 +58,7 @@ def load_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
 def find_state_dict(
     checkpoint: dict[str, Any], keys: Sequence[str], path: str | Path
 ) -> dict[str, torch.Tensor]:
-    """Return the state dict under the first of ``keys`` that is there, or the checkpoint itself if
-    it is a bare one.
+    """Return the state dict under the first of ``keys`` present, or a bare checkpoint itself.
 
     A ``module.`` (DDP) or ``_orig_mod.`` (compile) prefix on the names is removed.
     """
@@ -76,8 +75,7 @@ def find_state_dict(
 def load_strictly(
     module: nn.Module, state: dict[str, torch.Tensor], path: str | Path, what: str
 ) -> None:
-    """Load ``state`` into ``module``; names and shapes must all fit, else a ``ValueError`` says
-    which do not.
+    """Load ``state`` into ``module``; ``ValueError`` with the names and shapes that do not fit.
 
     Tensors are assigned, not copied, so a module on the meta device may be loaded.
     """
@@ -101,9 +99,7 @@ def load_strictly(
 
 
 def state_sha256(state: dict[str, torch.Tensor]) -> str:
-    """Return a hex SHA-256 of names, shapes and bytes of tensors, which does not depend on how a
-    file was written.
-    """
+    """Return a hex SHA-256 of names, shapes and bytes of tensors, however a file was written."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -119,8 +115,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
 
 
 def export_checkpoint(folder: Path, output: Path, ema: bool | None = None) -> None:
-    """Write the weights of a training checkpoint as one file: ``.pt`` (published format) or
-    ``.safetensors``.
+    """Write a training checkpoint's weights as ``.pt`` (published format) or ``.safetensors``.
 
     ``ema``: True takes the moving average as the weights, False leaves it out, None keeps both
     (``.pt`` only; the average, if there is one, under ``ema``). Config and other facts go along.

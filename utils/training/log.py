@@ -15,9 +15,7 @@ from utils.distributed import World
 
 
 class Window:
-    """Means of what a loop adds up between two log lines, and its speed; nothing is waited for
-    until it is read.
-    """
+    """Means between two log lines, and speed; the device is waited for only when they are read."""
 
     def __init__(self, names: Sequence[str], device: torch.device):
         self.names = names
@@ -53,8 +51,7 @@ class Window:
 
 
 class ScalarLog:
-    """Curves of one run, rank 0 only: ``metrics.jsonl`` always, TensorBoard if it is installed, W&B
-    when asked for.
+    """Curves of a run, on rank 0: ``metrics.jsonl``; TensorBoard if installed; W&B when asked for.
 
     Without a folder it records nothing.
     """
@@ -88,9 +85,7 @@ class ScalarLog:
         self._file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 - open as long as the run
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Record ``values`` at ``step``; a resumed run may record a step again, then the later
-        one counts.
-        """
+        """Record ``values`` at ``step``; of a step that a resumed run repeats the later count."""
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()

@@ -118,9 +118,7 @@ def add_output_options(parser: ArgumentParser, results_dir: str) -> _ArgumentGro
 
 
 def split_batch(global_batch: int, world_size: int, accumulation: int) -> int:
-    """Return the items in one process's micro-batch; ``ValueError`` if the global batch does not
-    split evenly.
-    """
+    """Return the items per micro-batch; ``ValueError`` if the global batch does not divide so."""
     if global_batch % (world_size * accumulation):
         raise ValueError(
             f"--global-batch-size {global_batch} does not split over {world_size} processes x "

@@ -33,8 +33,7 @@ from utils.training.state import TrainingState
 
 @dataclass
 class RunFolder:
-    """Logs and options in ``folder``, checkpoints (``0005000/``) in every one of
-    ``checkpoint_folders``.
+    """Logs and options in ``folder``, checkpoints (``0005000/``) in each of ``checkpoint_folders``.
 
     The name is a function of the options, so the same command finds its checkpoints again and
     resumes. With several machines all of it must be on a disk that they share. ``keep_last`` newest
@@ -52,18 +51,14 @@ class RunFolder:
 
     @classmethod
     def of(cls, args: Namespace, world: World, name: str) -> RunFolder:
-        """Folders of the options in ``args``: local results and their durable copy, or only the
-        durable place.
-        """
+        """Folders of ``args``: local results with a durable copy, or only the durable place."""
         cloud = Path(args.cloud_save_path) / name
         folder = cloud if args.no_local_save else Path(args.results_dir) / name
         places = dict.fromkeys(p.absolute() / "checkpoints" for p in (folder, cloud))
         return cls(world, folder, tuple(places), args.keep_last, args.keep_every)
 
     def make(self) -> None:
-        """Create the folders before long work starts; ``ValueError`` where that fails or
-        machines do not share them.
-        """
+        """Create the folders early; ``ValueError`` if that fails or machines do not share them."""
         token = self.world.broadcast(uuid.uuid4().hex)
         if self.world.is_main:
             for folder in (self.folder, *self.checkpoint_folders):
@@ -94,9 +89,7 @@ class RunFolder:
             self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def newest(self) -> Path | None:
-        """Return the whole checkpoint of the highest step in any of the folders; damaged ones
-        are noted and stay.
-        """
+        """Return the highest whole checkpoint of all folders; damaged ones are noted and kept."""
         found = [
             p
             for folder in self.checkpoint_folders
@@ -143,9 +136,7 @@ class RunFolder:
         return meta["steps"]
 
     def save(self, step: int, state: TrainingState, facts: dict[str, Any]) -> None:
-        """Start writing the checkpoint after ``step`` steps; all ranks call it. Training may go
-        on at once.
-        """
+        """Start writing the checkpoint of ``step``, on all ranks; training may go on at once."""
         self.wait()
         first = self.checkpoint_folders[0]
         temporary = first / f"{step:07d}.tmp"
@@ -194,9 +185,7 @@ class RunFolder:
                 shutil.rmtree(aside)
 
     def wait(self) -> Path | None:
-        """Wait until the checkpoint under way is whole in every place; ``ValueError`` if it
-        could not be written.
-        """
+        """Wait until the checkpoint is whole in every place; ``ValueError`` if that failed."""
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None
@@ -212,9 +201,7 @@ class RunFolder:
         return self.newest()
 
     def finish(self, last_step: int, stopped: bool, export: str, logger: logging.Logger) -> None:
-        """Wait for the last checkpoint; if the run is over, write its weights beside it, as
-        ``export`` says.
-        """
+        """Wait for the last checkpoint; if the run is over, ``export`` its weights beside it."""
         if saved := self.wait():
             logger.info(f"saved {saved}")
         if stopped:
@@ -264,9 +251,7 @@ def _replace(folder: Path, target: Path) -> None:
 
 
 def check_same_run(before: dict[str, Any] | None, now: dict[str, Any], path: Path) -> None:
-    """Raise ``ValueError`` if the run at ``path`` has other options that may not change in
-    mid-run.
-    """
+    """Raise ``ValueError`` if the run at ``path`` has other options of those that must stay."""
     if before is None:
         raise ValueError(
             f"{path} is not a checkpoint of a training run of ours; move it out of the run's folder"

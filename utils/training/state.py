@@ -21,9 +21,7 @@ SETTLED_STEPS = 100  # loss spikes in the first steps are ignored
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch for one training step, so that a resumed run draws the same numbers as an
-    uninterrupted one.
-    """
+    """Seed torch for one step, so that a resumed run draws the same numbers as an uninterrupted."""
     torch.manual_seed(
         int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
     )
@@ -32,9 +30,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def make_adamw(
     model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """Return a fused AdamW with weight decay on matrices and convolutions, none on norms and
-    biases.
-    """
+    """Return a fused AdamW with weight decay on matrices and convolutions only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -61,8 +57,7 @@ def learning_rate(
 
 
 class Ema:
-    """Exponential moving average of a module's parameters: average += (1 - decay) (parameter -
-    average).
+    """Moving average of a module's parameters: average += (1 - decay) (parameter - average).
 
     The decay grows from 0.1 to ``decay`` as min(decay, (1 + step) / (10 + step)), so that the first
     weights fade. Sharded parameters have sharded averages.
@@ -106,9 +101,7 @@ class Guard:
         )  # running mean of the loss; steps taken, skipped, skipped in a row
 
     def should_skip(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        """Return 1.0 if the step of this loss and gradient norm (scalars) is to be skipped, else
-        0.0: a scalar.
-        """
+        """Return 1.0 if the step of this loss and gradient norm is to be skipped, else 0.0."""
         mean, taken, skipped, in_a_row = self.state.unbind()  # () each
         bad = ~(loss.isfinite() & norm.isfinite())  # ()
         if self.spike:
@@ -133,15 +126,11 @@ class Guard:
 
     @property
     def healthy(self) -> bool:
-        """False after so many consecutive skips that the weights are in doubt (waits for the
-        device).
-        """
+        """False after enough consecutive skips to doubt the weights; waits for the device."""
         return self.in_a_row < DOUBTFUL_STEPS
 
     def check(self, step: int, lr: float, last: bool = False) -> None:
-        """Raise ``ValueError`` after too many consecutive skips, or at the ``last`` step with
-        weights in doubt.
-        """
+        """Raise ``ValueError`` after too many skips, or at the ``last`` step if in doubt."""
         if self.in_a_row >= self.patience or (last and not self.healthy):
             raise ValueError(
                 f"the last {self.in_a_row} steps up to {step} were all skipped, as their loss was "
@@ -171,9 +160,7 @@ class TrainingState:
             group["lr"] = lr
 
     def gradient_norm(self) -> torch.Tensor:
-        """Return the 2-norm of the gradients of all ranks, fp16's loss scale taken out: a scalar
-        on the device.
-        """
+        """Return the gradients' 2-norm over all ranks, unscaled from fp16: a device scalar."""
         self.scaler.unscale_(self.optimizer)
         return gradient_norm(self.model).to(self.guard.state.device)
 
@@ -206,9 +193,7 @@ class TrainingState:
         return list(self.model.parameters())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return weights, moving average and moments, under names that do not depend on the
-        sharding.
-        """
+        """Return weights, moving average and moments under names independent of the sharding."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         if self.ema:
             tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict(self.model).items()}
@@ -242,9 +227,7 @@ class TrainingState:
 def make_training_state(
     model: nn.Module, args: Namespace, world: World, ema: bool, max_loss_spike: float
 ) -> TrainingState:
-    """Return a new state for ``model``, placed on its devices, by the options of
-    ``utils.training.options``.
-    """
+    """Return a new state for ``model``, placed on its devices; see ``utils.training.options``."""
     optimizer = make_adamw(model, args.lr, args.weight_decay, (args.beta1, args.beta2))
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.mixed_precision == "fp16")
     average = Ema(model, args.ema_decay) if ema else None

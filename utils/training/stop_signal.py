@@ -20,8 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignal:
-    """Listens from its creation on. In each step: ``begin_vote`` at its start, ``should_stop`` at
-    its end.
+    """Listens from its creation. In each step: ``begin_vote`` first, ``should_stop`` at its end.
 
     torchrun signals the ranks that are left when one has died, and those may wait for it for ever:
     a step that does not end within two minutes of the signal ends the process.
@@ -75,9 +74,7 @@ class StopSignal:
                 os._exit(1)
 
     def begin_vote(self) -> None:
-        """Start to ask all ranks whether one was signalled; over hosts, so that no device is
-        waited for.
-        """
+        """Start asking all ranks for a signal; over hosts, so that no device is waited for."""
         if (
             signal.SIGINT not in self._before
         ):  # before the first step Ctrl-C ends the program at once

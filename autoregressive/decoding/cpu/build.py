@@ -27,16 +27,12 @@ DECLARED_MARCH = {None: "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 
 
 def cache_folder() -> Path:
-    """Return where compiled kernels and measurements are kept: ``XDG_CACHE_HOME`` or ~/.cache,
-    then ``par``.
-    """
+    """Return the folder of kernels and measurements: ``par`` in ``XDG_CACHE_HOME`` or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "par"
 
 
 def compile_command() -> list[str]:
-    """Return compiler and flags for this CPU: ``CXX`` (default c++), our flags, then
-    ``CXXFLAGS``.
-    """
+    """Return compiler and flags for this CPU: ``CXX`` (or c++), our flags, then ``CXXFLAGS``."""
     cpu = f"-march={DECLARED_MARCH[cpu_name()]}"
     if platform.machine() in ("aarch64", "arm64"):
         cpu = "-mcpu=native"
@@ -45,9 +41,7 @@ def compile_command() -> list[str]:
 
 
 def build_key(command: list[str]) -> str:
-    """Return a hash of everything the compiled kernels depend on: sources, compiler, flags and
-    CPU.
-    """
+    """Return a hash of all that compiled kernels depend on: sources, compiler, flags and CPU."""
     version = subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -105,9 +99,7 @@ def load() -> Kernels | str:
 
 
 def unavailable_reason(dtype: torch.dtype) -> str | None:
-    """Return why there are no kernels for weights of ``dtype`` on this machine; None if there
-    are.
-    """
+    """Return why this machine has no kernels for weights of ``dtype``; None if it has them."""
     library = load()
     if isinstance(library, str):
         return library

@@ -79,9 +79,7 @@ def _units(inputs: int, dtype: torch.dtype) -> int:
 
 
 def _pages(size: int) -> torch.Tensor:
-    """Return ``size`` zeroed bytes, in 2 MiB pages where the system has them: small ones cost
-    5-10% of the speed.
-    """
+    """Return ``size`` zeroed bytes, in 2 MiB pages where possible: small ones cost 5-10% speed."""
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):  # not every system has them
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -91,9 +89,7 @@ def _pages(size: int) -> torch.Tensor:
 
 
 def _panels(weight: torch.Tensor) -> torch.Tensor:
-    """Return a matrix (out, in) as panels (out / 16, units, 16, elements of a unit), an even
-    number of them.
-    """
+    """Return a matrix (out, in) as an even number of panels (units, 16, elements of a unit)."""
     per_unit = UNIT_BYTES // weight.element_size()
     outputs, inputs = weight.shape
     units = _units(inputs, weight.dtype)
@@ -115,9 +111,7 @@ def _gate_and_up(w1: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
 
 
 def _rotary(freqs_cis: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Return cos and sin (T, hd / 2, 2) as (T, 2, channels): cos, cos, ... and -sin, sin, ..., 0
-    beyond head_dim.
-    """
+    """Return (T, hd / 2, 2) as (T, 2, channels): cos, cos, ... and -sin, sin, ..., padded by 0."""
     cos, sin = freqs_cis.unbind(-1)  # (T, hd / 2)
     turn = torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)], 1).flatten(
         2
@@ -137,9 +131,7 @@ class PackedCache:
 
 
 class CPUDecoder(StepDecoder):
-    """Decoder (see decoding/decoder.py) of a GPT whose weights it has taken; made by
-    ``consume``.
-    """
+    """Decoder (see decoding/decoder.py) of a GPT whose weights it owns; made by ``consume``."""
 
     def __init__(self, model: GPT, rows: int):
         self.config, self.order = model.config, model.order
@@ -150,8 +142,7 @@ class CPUDecoder(StepDecoder):
 
     @classmethod
     def consume(cls, model: GPT, rows: int) -> CPUDecoder:
-        """Move the linear layers' weights of ``model`` out of it into a decoder; embeddings stay in
-        it.
+        """Move the weights of the linear layers out of ``model``; embeddings stay in it.
 
         model: in ``eval()`` mode, float32 or bfloat16. Needs about the memory of one copy and one
         matrix more. rows: rows of the largest step, images times slots (twice with guidance); the
@@ -244,9 +235,7 @@ class CPUDecoder(StepDecoder):
         )
 
     def trunk(self, x: torch.Tensor, start: int, cache: PackedCache) -> torch.Tensor:
-        """Apply blocks and final norm to slots from ``start``: (B, t, D) of any type -> (B, t,
-        D) float32.
-        """
+        """Apply blocks and final norm to slots from ``start``: (B, t, D) -> (B, t, D) float32."""
         batch, t, _ = x.shape
         store = cache.store
         assert start + t <= self.order.num_tokens and batch <= store.shape[1], (
