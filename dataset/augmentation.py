@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 MAX_PIXELS = 100_000_000  # of a resized image; a 1x300,000 image would need gigabytes
 FIVE_CROPS = ("top_left", "top_right", "bottom_left", "bottom_right", "center")
@@ -42,9 +43,9 @@ def random_crop(
     min_fraction: float = 0.8,
     max_fraction: float = 1.0,
 ) -> np.ndarray:
-    """Return a square of a random fraction of the shorter side, resized: uint8 (size, size, 3).
+    """Return a random square crop of ``image``: uint8 (size, size, 3).
 
-    The training crop of ADM.
+    Its side is ``min_fraction``..``max_fraction`` of the shorter one: the training crop of ADM.
     """
     shorter = rng.integers(int(np.ceil(size / max_fraction)), int(np.ceil(size / min_fraction)) + 1)
     pixels = np.asarray(_shrink(image, int(shorter)))
@@ -58,7 +59,7 @@ def crop_names(ten_crop: bool, flips: bool) -> list[str]:
     return names + [f"{n}_of_flipped" for n in names] if flips else names
 
 
-def take_crops(images: torch.Tensor, size: int, ten_crop: bool, flips: bool) -> torch.Tensor:
+def take_crops(images: Tensor, size: int, ten_crop: bool, flips: bool) -> Tensor:
     """Crop (B, H, W, 3) to (B, K, size, size, 3), K = (5 or 1) x (2 with flips), as TenCrop.
 
     Four corners and centre (or only the centre), then the same positions of the mirrored images.

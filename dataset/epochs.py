@@ -8,7 +8,7 @@ import numpy as np
 
 
 class EpochOrder:
-    """Shuffled batches of ``batch`` from ``length`` items; an epoch's last part is dropped.
+    """Shuffled batches from ``length`` items; the last, incomplete batch of an epoch is dropped.
 
     Batches are the same for every number of processes; each rank uses an equal slice of each.
     """

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 from dataset.augmentation import center_crop, random_crop
@@ -116,7 +117,7 @@ class ImageFiles(torch.utils.data.Dataset):
         start = self.ends[index - 1] if index else 0
         return os.fsdecode(self.paths[start : self.ends[index]].tobytes())
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int] | Unreadable:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | Unreadable:
         """Return uint8 (H, W, 3), label and index."""
         index = key[0]
         try:
@@ -135,7 +136,7 @@ class ImageFiles(torch.utils.data.Dataset):
         return len(self.labels)
 
 
-def to_model_range(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_model_range(pixels: Tensor, device: torch.device) -> Tensor:
     """uint8 (..., H, W, 3) -> float32 (N, 3, H, W) in [-1, 1], leading dimensions flattened.
 
     Channels-last in memory, as the pixels are.

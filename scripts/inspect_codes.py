@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dataset.codes import ShardedCodes, finished_damage, open_codes, shard_path
 from tokenizer.load import load_vq, require_tokenizer
@@ -37,7 +38,7 @@ def verify(folder: Path, codes: ShardedCodes) -> None:
         )
 
 
-def count_codes(codes: ShardedCodes) -> torch.Tensor:
+def count_codes(codes: ShardedCodes) -> Tensor:
     """Count how often each codebook entry occurs over all images and crops: (V,) int64."""
     counts = np.zeros(codes.meta["codebook_size"], np.int64)
     for first in range(0, len(codes), CHUNK):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from autoregressive.models.gpt import GPTConfig
 from autoregressive.train import train_c2i
@@ -223,7 +224,7 @@ def small_config(**changes) -> GPTConfig:
     return GPTConfig(**base | changes)
 
 
-def random_codes(config: GPTConfig, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+def random_codes(config: GPTConfig, batch: int = 2) -> tuple[Tensor, Tensor]:
     codes = torch.randint(config.vocab_size, (batch, config.grid_height * config.grid_width))
     return codes, torch.randint(config.num_classes, (batch,))
 
@@ -272,7 +273,7 @@ def take_step(state: TrainingState, step: int, loss: float, max_norm: float = 0.
     state.update(step, torch.tensor(loss), state.gradient_norm(), max_norm)
 
 
-def recipe_state(use_gamma: bool = True) -> dict[str, torch.Tensor]:
+def recipe_state(use_gamma: bool = True) -> dict[str, Tensor]:
     """The recipe's weights of the Inception under our names."""
     from evaluations.c2i.inception import state_from_tensorflow  # takes a second
     from evaluations.c2i.self_check import recipe_constants
@@ -280,7 +281,7 @@ def recipe_state(use_gamma: bool = True) -> dict[str, torch.Tensor]:
     return state_from_tensorflow(recipe_constants(use_gamma))
 
 
-def slow_lpips(weights: Path, a: torch.Tensor, b: torch.Tensor) -> list[float]:
+def slow_lpips(weights: Path, a: Tensor, b: Tensor) -> list[float]:
     """Zhang et al. 2018, equation 1, from VGG16's table of layers."""
     from torchmetrics.functional.image import lpips  # takes seconds
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from autoregressive.decoding.generate import Generator, generate
 from autoregressive.decoding.sampling import (
@@ -59,7 +60,7 @@ def test_quantised_weights_are_near(golden, what):
     assert 1e-4 < error < {"int8": 0.05, "fp8": 0.2}[what]
 
 
-def greedy_without_cache(model: GPT, cond: torch.Tensor, scale) -> torch.Tensor:
+def greedy_without_cache(model: GPT, cond: Tensor, scale) -> Tensor:
     """Slow version: a whole teacher-forced pass per step, argmax, guidance of logits by its
     formula.
 
@@ -170,7 +171,7 @@ def test_randomness_is_a_function_of_seed_and_index():
     assert abs(uniforms.mean() - 0.5) < 0.02
 
 
-def generate_in_batches(model: GPT, batch: int, count: int = 11) -> torch.Tensor:
+def generate_in_batches(model: GPT, batch: int, count: int = 11) -> Tensor:
     codes = []
     for first in range(0, count, batch):
         labels, uniforms = image_randomness(3, range(first, min(first + batch, count)), 3, 64)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from autoregressive.models.attention import DenseMask, attend, query_chunks
@@ -254,7 +255,7 @@ def test_flops_are_those_that_torch_counts():
     )
 
 
-def block_gradients(codes: torch.Tensor, cond: torch.Tensor, compiled: bool) -> list[torch.Tensor]:
+def block_gradients(codes: Tensor, cond: Tensor, compiled: bool) -> list[Tensor]:
     model = fill_from_names(
         GPT(small_config(n_layer=1, attn_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0))
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from evaluations.c2i import inception
 from tests.helpers import recipe_state
 
 
-def assert_close(found: torch.Tensor, expected: np.ndarray, relative: float) -> None:
+def assert_close(found: Tensor, expected: np.ndarray, relative: float) -> None:
     """Equal to ``relative`` of the largest expected value."""
     assert found.shape == expected.shape
     assert found.dtype == torch.float32

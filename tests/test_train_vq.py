@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.effects import SHARED_EFFECTS, Command, Effect, Recorded, options_of
 from tests.helpers import (
@@ -74,7 +75,7 @@ def train(work, capfd, monkeypatch):
     return trained
 
 
-def tensors(cloud: Path, step: int) -> dict[str, torch.Tensor]:
+def tensors(cloud: Path, step: int) -> dict[str, Tensor]:
     return read_sharded(cloud / NAME / "checkpoints" / f"{step:07d}", "")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.load import load_gpt
@@ -40,9 +41,7 @@ from utils.checkpoints.weights_file import load_checkpoint, state_sha256
 from utils.training import state as training_state
 
 
-def weights(
-    cloud: Path, step: int, key: str = "model", name: str = NAME
-) -> dict[str, torch.Tensor]:
+def weights(cloud: Path, step: int, key: str = "model", name: str = NAME) -> dict[str, Tensor]:
     return torch.load(cloud / name / "checkpoints" / f"{step:07d}.pt", weights_only=True)[key]
 
 

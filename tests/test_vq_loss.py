@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tests.helpers import slow_lpips
 from tokenizer import vq_loss
@@ -182,7 +183,7 @@ def test_a_discriminator_learns_to_tell(loss):
     it = adversary(disc_loss=loss, disc_weight=1.0, lr=2e-4)
     generator = torch.Generator().manual_seed(0)
 
-    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    def batch() -> tuple[Tensor, Tensor]:
         slopes = torch.rand(8, 3, 1, 1, generator=generator)
         real = slopes * torch.linspace(-1, 1, 24).view(1, 1, 24, 1).expand(8, 3, 24, 24)
         return real, real + 0.5 * torch.randn(real.shape, generator=generator)

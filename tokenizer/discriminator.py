@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 DISCRIMINATORS = ("patchgan", "stylegan")
 
 
-def leaky_relu(x: torch.Tensor) -> torch.Tensor:
+def leaky_relu(x: Tensor) -> Tensor:
     """Return x, and 0.2 x where x is below 0."""
     return F.leaky_relu(x, 0.2)
 
@@ -56,7 +55,7 @@ class PatchGAN(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         x = leaky_relu(self.conv_in(images))  # (B, C, S/2, S/2)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = leaky_relu(norm(conv(x)))  # (B, C', H, W); S/4, S/8, S/8 - 1
@@ -78,7 +77,7 @@ class StyleBlock(nn.Module):
         self.blur = BlurPool2d(out_channels, filt_size=3, stride=1)
         self.down = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h = leaky_relu(self.conv2(leaky_relu(self.conv1(x))))  # (B, C', H, W)
         return (self.skip(x) + self.down(self.blur(h))) / math.sqrt(2)  # (B, C', H/2, W/2)
 
@@ -101,7 +100,7 @@ class StyleGAN(nn.Module):
         self.dense = nn.Linear(16 * widths[-1], widths[-1])
         self.logit = nn.Linear(widths[-1], 1)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         x = leaky_relu(self.conv_in(images))  # (B, C, S, S)
         for block in self.blocks:
             x = block(x)  # (B, C', H/2, W/2)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dataset.imagenet import CenterCrop, ImageFiles, list_images, to_model_range
@@ -170,7 +170,7 @@ class Reconstructor:
                 if file.partial.exists():
                     file.write(chunk, content)
 
-    def pairs(self, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def pairs(self, images: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(B, 3, S, S) in [-1, 1] -> originals and copies uint8 (B, E, E, 3), codes (B, h, w)."""
         size = self.args.image_size_eval
         codes = self.vq.encode(images)  # (B, h, w)

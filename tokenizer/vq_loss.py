@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from tokenizer.discriminator import make_discriminator
@@ -65,7 +65,7 @@ def load_lpips(path: str | None) -> nn.Module:
         parameter,
     ) in model.net.named_parameters():  # slice1.0.weight is the backbone's features.0.weight
         given = backbone.get(f"features.{name.partition('.')[2]}")
-        if not isinstance(given, torch.Tensor) or given.shape != parameter.shape:
+        if not isinstance(given, Tensor) or given.shape != parameter.shape:
             raise ValueError(
                 f"--vgg-weights: {file} does not hold torchvision's VGG16: see features.{name[7:]}"
             )
@@ -74,22 +74,22 @@ def load_lpips(path: str | None) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def discriminator_hinge(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
     """(mean max(0, 1 - real) + mean max(0, 1 + fake)) / 2 of logits (Lim & Ye 2017)."""
     return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
 
 
-def discriminator_logistic(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+def discriminator_logistic(real: Tensor, fake: Tensor) -> Tensor:
     """(mean -log sigmoid(real) + mean -log(1 - sigmoid(fake))) / 2 (Goodfellow et al. 2014)."""
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-def generator_hinge(fake: torch.Tensor) -> torch.Tensor:
+def generator_hinge(fake: Tensor) -> Tensor:
     """-mean logit."""
     return -fake.mean()
 
 
-def generator_non_saturating(fake: torch.Tensor) -> torch.Tensor:
+def generator_non_saturating(fake: Tensor) -> Tensor:
     """mean -log sigmoid(logit) (Goodfellow et al. 2014, section 3)."""
     return F.softplus(-fake).mean()
 
@@ -105,12 +105,12 @@ PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
 def adaptive_weight(
-    supervised: torch.Tensor,
-    adversarial: torch.Tensor,
-    last_layer: torch.Tensor,
+    supervised: Tensor,
+    adversarial: Tensor,
+    last_layer: Tensor,
     world: World,
     scale: float = 1.0,
-) -> torch.Tensor:
+) -> Tensor:
     """|d supervised / d last layer| / (|d adversarial / d last layer| + 1e-4), at most 1e4: a scalar without gradient.
 
     VQGAN's equation 7. Gradients are averaged over the ranks first, so that all weigh alike.
@@ -135,8 +135,8 @@ class ReconstructionLoss:
             self.lpips = load_lpips(args.vgg_weights).to(device, memory_format=memory_format)
 
     def __call__(
-        self, images: torch.Tensor, reconstruction: torch.Tensor, quantizer: QuantizerLoss
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        self, images: Tensor, reconstruction: Tensor, quantizer: QuantizerLoss
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the loss, its decoder part (for the adaptive weight), detached ``names``."""
         args, codebook = self.args, sum(quantizer)  # ()
         pixel = PIXEL_LOSSES[args.reconstruction_loss](reconstruction, images)  # ()
@@ -174,11 +174,11 @@ class Adversary:
 
     def generator_loss(
         self,
-        reconstruction: torch.Tensor,
-        decoded: torch.Tensor,
-        last_layer: torch.Tensor,
+        reconstruction: Tensor,
+        decoded: Tensor,
+        last_layer: Tensor,
         scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """Return the GAN loss of reconstructions and its weight, two scalars.
 
         The discriminator's parameters get no gradient from it. ``decoded``, ``last_layer``,
@@ -194,9 +194,7 @@ class Adversary:
             )  # ()
         return adversarial, weight
 
-    def discriminator_loss(
-        self, images: torch.Tensor, reconstruction: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    def discriminator_loss(self, images: Tensor, reconstruction: Tensor) -> tuple[Tensor, ...]:
         """Return the loss, times ``--disc-weight`` as published, and mean real and fake logits."""
         real, fake = (
             self.forward(images).float(),

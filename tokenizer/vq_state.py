@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dataset.imagenet import to_model_range
 from tokenizer.vq_model import VQModel
@@ -45,7 +45,7 @@ class VQState(TrainingState):
             self.discriminator.parameters() if self.discriminator else []
         )
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Tensors of the tokenizer, and those of the discriminator under ``discriminator.``."""
         others = self.discriminator.tensors() if self.discriminator else {}
         return super().tensors() | {f"discriminator.{k}": v for k, v in others.items()}
@@ -64,7 +64,7 @@ class VQState(TrainingState):
 
 @torch.no_grad()
 def place_codebook(
-    args: Namespace, world: World, model: VQModel, images: Iterable[torch.Tensor], count: int
+    args: Namespace, world: World, model: VQModel, images: Iterable[Tensor], count: int
 ) -> None:
     """Set a new codebook from latents of ``images``, uint8 (B, S, S, 3), on rank 0 for all.
 
@@ -78,7 +78,7 @@ def place_codebook(
             f"latents for {size} entries"
         )
     if world.is_main:
-        latents: list[torch.Tensor] = []
+        latents: list[Tensor] = []
         for pixels in images:
             latents.append(
                 model.quantize.rows(model.latent(to_model_range(pixels, world.device)))
@@ -95,7 +95,7 @@ def place_codebook(
 
 @torch.no_grad()
 def revive_dead_codes(
-    args: Namespace, world: World, state: VQState, images: torch.Tensor, step: int
+    args: Namespace, world: World, state: VQState, images: Tensor, step: int
 ) -> None:
     """Move dead entries, averaged ones too, to latents of all ranks' ``images`` (b, 3, S, S)."""
     model, average = state.model, state.ema and state.ema.average

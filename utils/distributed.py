@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 TIMEOUT = timedelta(
@@ -34,7 +35,7 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def mean(self, x: torch.Tensor) -> torch.Tensor:
+    def mean(self, x: Tensor) -> Tensor:
         """Return the average of ``x`` over the ranks, a new tensor."""
         x = x.detach().clone()
         if self.size > 1:
@@ -50,7 +51,7 @@ class World:
         dist.gather_object(value, values)
         return values
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """Return ``x`` of every rank, of one shape, concatenated in the order of ranks."""
         if self.size == 1:
             return x

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from utils.files import atomic_path
 
 
-def to_uint8(images: torch.Tensor, size: int | None = None) -> torch.Tensor:
+def to_uint8(images: Tensor, size: int | None = None) -> Tensor:
     """[-1, 1] float (B, 3, H, W) -> uint8 (B, size, size, 3), rounded as the released sampler does.
 
     Bicubic resize without antialiasing when ``size`` differs from H x W, then

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     bf16_compress_hook,
     fp16_compress_hook,
@@ -106,12 +106,12 @@ def delay_sync(forward: nn.Module, delay: bool) -> AbstractContextManager:
     )
 
 
-def gradient_norm(model: nn.Module) -> torch.Tensor:
+def gradient_norm(model: nn.Module) -> Tensor:
     """Return the 2-norm of all gradients over all ranks, a scalar on the device."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a sharded tensor, sharing memory; other tensors unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

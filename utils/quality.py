@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 SSIM_WINDOW = 11  # pixels
 
@@ -37,12 +38,12 @@ def ssim(images: np.ndarray, others: np.ndarray, device: torch.device | str = "c
     return similarity.reshape(-1).cpu().numpy()
 
 
-def codebook_usage(counts: torch.Tensor) -> float:
+def codebook_usage(counts: Tensor) -> float:
     """Return the fraction of codebook entries used; ``counts`` (V,) are their occurrences."""
     return (counts > 0).sum().item() / len(counts)
 
 
-def perplexity(counts: torch.Tensor) -> float:
+def perplexity(counts: Tensor) -> float:
     """exp(entropy) of the distribution of ``counts`` (V,), occurrences of codebook entries.
 
     It equals the number of entries in use if these are used equally often: at most V, and 1 without

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from autoregressive.decoding.compiled import CompiledDecoder
 from autoregressive.decoding.cpu.build import cache_folder, load, unavailable_reason
@@ -45,13 +46,13 @@ class Decoder(Protocol):
 
     def decode_step(
         self,
-        tokens: torch.Tensor,
-        cond: torch.Tensor,
+        tokens: Tensor,
+        cond: Tensor,
         start: int,
         stop: int,
         cache: Any,
         cfg_scale: float | None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """See ``GPT.decode_step``."""
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from autoregressive.decoding.decoder import Decoder
 from autoregressive.decoding.sampling import SamplingOptions, sample
 from autoregressive.models.region_order import RegionOrder
 
-StepHook = Callable[[torch.Tensor, int], None]
+StepHook = Callable[[Tensor, int], None]
 
 
 class Generator:
@@ -45,9 +46,7 @@ class Generator:
             self._decode_batch = capture(self._decode, cond, uniforms)
 
     @torch.inference_mode()
-    def __call__(
-        self, cond: torch.Tensor, uniforms: torch.Tensor, on_step: StepHook | None = None
-    ) -> torch.Tensor:
+    def __call__(self, cond: Tensor, uniforms: Tensor, on_step: StepHook | None = None) -> Tensor:
         """Return raster codes (B, T) int64 of classes (B,), by uniforms (B, T) in region order.
 
         B <= ``batch``. ``on_step`` is called after each forward call with the region-ordered tokens
@@ -57,9 +56,7 @@ class Generator:
             return self._decode_batch(cond, uniforms)  # (B, T)
         return self._decode(cond, uniforms, on_step)  # (B, T)
 
-    def _decode(
-        self, cond: torch.Tensor, uniforms: torch.Tensor, on_step: StepHook | None = None
-    ) -> torch.Tensor:
+    def _decode(self, cond: Tensor, uniforms: Tensor, on_step: StepHook | None = None) -> Tensor:
         batch, guided = len(cond), self.guided_steps > 0
         rows = 2 * batch if guided else batch
         # conditional rows first; the unconditional half repeats their tokens
@@ -88,9 +85,9 @@ class Generator:
 def generate(
     decoder: Decoder,
     order: RegionOrder,
-    cond: torch.Tensor,
-    uniforms: torch.Tensor,
+    cond: Tensor,
+    uniforms: Tensor,
     options: SamplingOptions,
-) -> torch.Tensor:
+) -> Tensor:
     """Return raster codes (B, T) int64 of classes (B,) and uniforms (B, T); see Generator."""
     return Generator(decoder, order, options, len(cond))(cond, uniforms)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 CFG_SCHEDULES = ("constant", "linear", "power-cosine")
 
@@ -86,7 +87,7 @@ def image_randomness(
     return labels, uniforms
 
 
-def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set to -inf what top-k, then nucleus (top-p) filtering cut off; (..., V) -> (..., V).
 
     Top-k keeps ties with the k-th logit. Top-p keeps the smallest set of most likely tokens whose
@@ -107,7 +108,7 @@ def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
     return logits
 
 
-def sample(logits: torch.Tensor, uniforms: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
+def sample(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
     """Draw tokens by inverse CDF: the first token whose cumulative probability exceeds u.
 
     logits: (B, t, V); uniforms: (B, t) in [0, 1). Returns (B, t) int64. A token of probability 0 is

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 
@@ -32,9 +33,7 @@ class KVCache:
         view.store = self.store[:, :, :batch]  # (L, 2, batch, Hkv, T, hd)
         return view
 
-    def update(
-        self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, Hkv, t, hd) from slot ``start``; return views of all filled slots."""
         stop = start + k.shape[2]
         keys, values = self.store[layer]  # (B, Hkv, T, hd) each
@@ -46,11 +45,11 @@ class KVCache:
 class DenseMask(NamedTuple):
     """The mask, whole and in query chunks: [start, stop) attend only to the first ``seen`` keys."""
 
-    visible: torch.Tensor  # (T, T) bool: query (row) attends to key (column)
+    visible: Tensor  # (T, T) bool: query (row) attends to key (column)
     chunks: tuple[tuple[int, int, int], ...]  # start, stop, seen
 
 
-def query_chunks(visible: torch.Tensor, size: int = 192) -> tuple[tuple[int, int, int], ...]:
+def query_chunks(visible: Tensor, size: int = 192) -> tuple[tuple[int, int, int], ...]:
     """``DenseMask.chunks`` of a mask (T, T), of about ``size`` queries each.
 
     192: three chunks of a 24x24 grid, whose keys are a third fewer; more chunks gain less than
@@ -69,9 +68,7 @@ def query_chunks(visible: torch.Tensor, size: int = 192) -> tuple[tuple[int, int
 Mask: TypeAlias = DenseMask | BlockMask | None  # None: all keys are visible
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, dropout_p: float
-) -> torch.Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout_p: float) -> Tensor:
     """softmax(q k^T / sqrt(hd)) v over visible keys: q (B, H, Tq, hd), k and v (B, Hkv, Tk, hd)."""
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
@@ -86,13 +83,13 @@ def attend(
 
 
 def attend_on_cpu(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     mask: DenseMask,
     dropout_p: float,
     grouped: bool,
-) -> torch.Tensor:
+) -> Tensor:
     """Compute ``attend`` for CPU training; the fused kernel reads masked keys, slowly in 16 bits.
 
     Measured on AMX, forward and backward, 4 images of 576 slots: float32 63 ms in three chunks, 75

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
-def guide(hidden: torch.Tensor, cfg_scale: float | None) -> torch.Tensor:
+def guide(hidden: Tensor, cfg_scale: float | None) -> Tensor:
     """Guide hidden states (B, t, D), a conditional and an unconditional half -> (B / 2, t, D).
 
     uncond + cfg_scale (cond - uncond), computed in at least float32. The output layer is linear, so
@@ -25,19 +26,19 @@ def guide(hidden: torch.Tensor, cfg_scale: float | None) -> torch.Tensor:
 class StepDecoder:
     """One decoding step by ``embed_slots``, ``trunk`` and ``head`` of a GPT or a faster decoder."""
 
-    embed_slots: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
-    trunk: Callable[..., torch.Tensor]  # a GPT's takes a mask too
-    head: Callable[[torch.Tensor], torch.Tensor]
+    embed_slots: Callable[[Tensor, Tensor, int, int], Tensor]
+    trunk: Callable[..., Tensor]  # a GPT's takes a mask too
+    head: Callable[[Tensor], Tensor]
 
     def decode_step(
         self,
-        tokens: torch.Tensor,
-        cond: torch.Tensor,
+        tokens: Tensor,
+        cond: Tensor,
         start: int,
         stop: int,
         cache: Any,
         cfg_scale: float | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return logits (B, stop - start, V) of slots [start, stop), at least float32.
 
         tokens: (B, T) region-ordered codes, read only where already decoded; cond: (B,). Steps must

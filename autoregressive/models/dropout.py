@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Dropout(nn.Dropout):
     """nn.Dropout; on the CPU by 16-bit numbers, as torch's generator takes 10% of a step there."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Zero elements with probability p (to 1/65536 on the CPU), divide others by 1 - p."""
         dropped = round(self.p * 65536)
         if x.device.type != "cpu" or not self.training or not 0 < dropped < 65536:
@@ -32,7 +32,7 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x (B, ...) -> (B, ...)."""
         if not self.training or self.rate == 0:
             return x

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -101,7 +101,7 @@ class LabelEmbedder(nn.Module):
         self.num_classes = num_classes
         self.dropout_prob = dropout_prob
 
-    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, labels: Tensor) -> Tensor:
         """(B,) int64 -> (B, D); in training labels become null with ``dropout_prob``."""
         if self.training and self.dropout_prob > 0:
             drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob  # (B,)
@@ -120,7 +120,7 @@ class SpecialTokens(nn.Module):
         self.special_embeddings = nn.Embedding(count, dim)
 
 
-def rotary_table(positions: torch.Tensor, head_dim: int, base: float) -> torch.Tensor:
+def rotary_table(positions: Tensor, head_dim: int, base: float) -> Tensor:
     """Return cos and sin of each slot's 2-D rotary angles, (T, head_dim/2, 2) float32.
 
     The first half of the channel pairs turns with the row, the second with the column, by angle
@@ -136,7 +136,7 @@ def rotary_table(positions: torch.Tensor, head_dim: int, base: float) -> torch.T
     return table * (positions[:, :1, None] >= 0)  # (T, hd/2, 2)
 
 
-def apply_rotary(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
+def apply_rotary(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """Rotate channel pairs of x (B, T, H, hd) by freqs_cis (T, hd/2, 2), in at least float32."""
     pairs = x.to(torch.promote_types(x.dtype, freqs_cis.dtype)).unflatten(
         -1, (-1, 2)
@@ -161,9 +161,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.resid_dropout = Dropout(config.resid_dropout_p)
 
-    def project(
-        self, x: torch.Tensor, freqs_cis: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, H, T, hd), keys and values (B, Hkv, T, hd) of x (B, T, D)."""
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 Hkv, hd)
         qk, v = qkv.split(
@@ -176,20 +174,20 @@ class Attention(nn.Module):
 
     def attend(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         mask: Mask,
         cache: KVCache | None,
         start: int,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Return the attention output (B, T, D), over the cache if there is one."""
         if cache is not None:
             k, v = cache.update(self.layer, start, k, v)  # (B, Hkv, start + T, hd)
         y = attend(q, k, v, mask, self.dropout_p if self.training else 0.0)  # (B, H, T, hd)
         return y.transpose(1, 2).flatten(2)  # (B, T, D)
 
-    def output(self, y: torch.Tensor) -> torch.Tensor:
+    def output(self, y: Tensor) -> Tensor:
         """Project the attention output: (B, T, D) -> (B, T, D)."""
         return self.resid_dropout(self.wo(y))  # (B, T, D)
 
@@ -204,7 +202,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
         self.ffn_dropout = Dropout(config.ffn_dropout_p)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))  # (B, T, D)
 
 
@@ -217,43 +215,41 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(config)
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.recompute: Callable[..., torch.Tensor] | None = None  # torch's checkpoint(), see GPT
+        self.recompute: Callable[..., Tensor] | None = None  # torch's checkpoint(), see GPT
         # the rate grows linearly with depth, from 0 at the first block
         self.drop_path = DropPath(config.drop_path_rate * layer / max(config.n_layer - 1, 1))
 
     def forward(
         self,
-        x: torch.Tensor,
-        freqs_cis: torch.Tensor,
+        x: Tensor,
+        freqs_cis: Tensor,
         mask: Mask,
         cache: KVCache | None,
         start: int,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         if self.recompute is not None and self.training:
             return self.recompute(self.compute, x, freqs_cis, mask, cache, start)  # (B, T, D)
         return self.compute(x, freqs_cis, mask, cache, start)  # (B, T, D)
 
     def compute(
         self,
-        x: torch.Tensor,
-        freqs_cis: torch.Tensor,
+        x: Tensor,
+        freqs_cis: Tensor,
         mask: Mask,
         cache: KVCache | None,
         start: int,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Compute the block: (B, T, D) -> (B, T, D)."""
         q, k, v = self.before_attention(x, freqs_cis)  # (B, H or Hkv, T, hd)
         return self.after_attention(
             x, self.attention.attend(q, k, v, mask, cache, start)
         )  # (B, T, D)
 
-    def before_attention(
-        self, x: torch.Tensor, freqs_cis: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def before_attention(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, H, T, hd), keys and values (B, Hkv, T, hd)."""
         return self.attention.project(self.attention_norm(x), freqs_cis)
 
-    def after_attention(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def after_attention(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the attention output y to x, then the feed-forward, all (B, T, D)."""
         x = x + self.drop_path(self.attention.output(y))  # (B, T, D)
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))  # (B, T, D)
@@ -319,7 +315,7 @@ class GPT(StepDecoder, nn.Module):
             parameter.data = parameter.data.to(dtype)
         return self
 
-    def forward(self, codes: torch.Tensor, cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, codes: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher-forced cross-entropy, in ``train()`` and ``eval()`` mode alike.
 
         codes: (B, T) int64 raster codes in [0, vocab_size); cond: (B,) int64 class ids, num_classes
@@ -331,11 +327,11 @@ class GPT(StepDecoder, nn.Module):
             self.hidden(targets, cond), self.output.weight, targets
         )  # (), (B, T)
 
-    def logits(self, codes: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+    def logits(self, codes: Tensor, cond: Tensor) -> Tensor:
         """Return logits (B, T, vocab_size) in region order; arguments as for ``forward``."""
         return self.output(self.hidden(codes[:, self.permutation], cond))  # (B, T, V)
 
-    def hidden(self, tokens: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+    def hidden(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """Return final hidden states (B, T, D) of whole region-ordered sequences (B, T)."""
         x = self.embed_slots(tokens, cond, 0, self.order.num_tokens)  # (B, T, D)
         mask = (
@@ -347,9 +343,7 @@ class GPT(StepDecoder, nn.Module):
         """Train with FlexAttention: compiled blocks on CUDA, without attention dropout."""
         steps, slots = self.order.steps.to(device), self.order.num_tokens
 
-        def attends(
-            _b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
-        ) -> torch.Tensor:
+        def attends(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return steps[q] >= steps[k]  # RegionOrder.attends on the device
 
         self.block_mask = create_block_mask(attends, None, None, slots, slots, device=device)
@@ -399,14 +393,12 @@ class GPT(StepDecoder, nn.Module):
             weight.dtype,
         )
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
         """Apply the output layer: (..., D) -> logits (..., V) of at least float32."""
         logits = self.output(hidden)  # (..., V)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def embed_slots(
-        self, tokens: torch.Tensor, cond: torch.Tensor, start: int, stop: int
-    ) -> torch.Tensor:
+    def embed_slots(self, tokens: Tensor, cond: Tensor, start: int, stop: int) -> Tensor:
         """Return input embeddings (B, stop - start, D) of slots [start, stop).
 
         tokens: (B, T) in region order; cond: (B,).
@@ -423,8 +415,8 @@ class GPT(StepDecoder, nn.Module):
         return torch.cat(pieces, dim=1)  # (B, stop - start, D)
 
     def trunk(
-        self, x: torch.Tensor, start: int, mask: Mask = None, cache: KVCache | None = None
-    ) -> torch.Tensor:
+        self, x: Tensor, start: int, mask: Mask = None, cache: KVCache | None = None
+    ) -> Tensor:
         """Apply blocks and final norm to slots [start, start + t): (B, t, D) -> (B, t, D)."""
         freqs_cis = self.freqs_cis[start : start + x.shape[1]]  # (t, hd/2, 2)
         x = self.tok_dropout(x)  # (B, t, D)

@@ -5,13 +5,12 @@ at once.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 24  # logits that exist at a time: 64 MiB in float32
 
 
-def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of -log softmax(hidden weight^T)[target], and the same for each token.
 
     hidden: (..., D); weight: (V, D); targets: (...) int64 in [0, V). Returns the mean, a float32
@@ -31,11 +30,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
         dtype: torch.dtype,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         differentiate = any(ctx.needs_input_grad)
         h, w = hidden.to(dtype), weight.to(dtype)  # (N, D), (V, D)
         losses = torch.empty(
@@ -68,8 +67,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: torch.autograd.function.FunctionCtx, d_loss: torch.Tensor, _: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
+        ctx: torch.autograd.function.FunctionCtx, d_loss: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors  # (N, D), (V, D)
         scale = d_loss / len(d_hidden)  # ()
         return d_hidden * scale, d_weight * scale, None, None

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.region_order import split_regions
@@ -85,7 +86,7 @@ def resolve_parallelism(
 
 
 def config_from_shapes(
-    state: dict[str, torch.Tensor], grid: tuple[int, int], path: str | Path
+    state: dict[str, Tensor], grid: tuple[int, int], path: str | Path
 ) -> tuple[GPTConfig, str]:
     """Return config and size name from the weights' shapes; ``ValueError`` if no size fits."""
     try:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 
 def split_regions(grid: tuple[int, int], n: int) -> tuple[int, int]:
@@ -84,7 +85,7 @@ class RegionOrder:
         return self.grid[0] * self.grid[1]
 
     @cached_property
-    def permutation(self) -> torch.Tensor:
+    def permutation(self) -> Tensor:
         """(T,) raster index of each token of the region order: ``region = raster[:, permutation]``.
 
         Place in the region is the outer index (raster within the region), region the inner one
@@ -95,18 +96,18 @@ class RegionOrder:
         return raster.permute(1, 3, 0, 2).reshape(-1)  # (T,)
 
     @cached_property
-    def inverse(self) -> torch.Tensor:
+    def inverse(self) -> Tensor:
         """(T,) place of each raster token in the region order: ``raster = region[:, inverse]``."""
         return self.permutation.argsort()
 
     @cached_property
-    def steps(self) -> torch.Tensor:
+    def steps(self) -> Tensor:
         """(T,) step of each slot."""
         n, slot = self.n, torch.arange(self.num_tokens)
         return torch.where(slot <= n, slot, n + slot // n - 1)
 
     @cached_property
-    def slot_positions(self) -> torch.Tensor:
+    def slot_positions(self) -> Tensor:
         """(T, 2) row and column of each slot's token; (-1, -1) for class and special slots."""
         n = self.n
         raster = self.permutation
@@ -121,7 +122,7 @@ class RegionOrder:
         singles = [(s, s + 1) for s in range(n)]
         return (*singles, *((s, s + n) for s in range(n, self.num_tokens, n)))
 
-    def attends(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def attends(self, query: Tensor, key: Tensor) -> Tensor:
         """Return step[q] >= step[k] of slots (paper, section 3.3); broadcasts, bool."""
         return self.steps[query] >= self.steps[key]
 
@@ -145,7 +146,7 @@ class RegionOrder:
                 held.append((kind, slice(first - shift, end - shift)))
         return held
 
-    def mask(self) -> torch.Tensor:
+    def mask(self) -> Tensor:
         """Return (T, T) bool, True where a query slot (row) attends to a key slot (column)."""
         slots = torch.arange(self.num_tokens)
         return self.attends(slots[:, None], slots[None, :])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
 from autoregressive.decoding.decoder import Way, choose_way, make_decoder, possible_ways
 from autoregressive.decoding.generate import Generator
@@ -177,7 +178,7 @@ class Pipeline:
             self.options.scale(start, order.num_tokens) != 1.0 for start, _ in order.schedule
         )
 
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+    def decode(self, codes: Tensor) -> Tensor:
         """Raster codes (B, T) -> images (B, 3, H, W), about [-1, 1], float32."""
         with torch.inference_mode():
             return self.vq.decode_code(codes.view(-1, *self.gpt.order.grid))  # (B, 3, H, W)

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from autoregressive.decoding.sampling import image_randomness
 from autoregressive.sample.pipeline import (
@@ -133,7 +134,7 @@ class Trace:
         self.step = 0
         self.frames: list[np.ndarray] = []  # (B, S, S, 3) each
 
-    def __call__(self, tokens: torch.Tensor, decoded: int) -> None:
+    def __call__(self, tokens: Tensor, decoded: int) -> None:
         """Take a frame: region-ordered tokens (B, T), the first ``decoded`` are known."""
         if self.step in self.wanted:
             order = self.pipeline.gpt.order

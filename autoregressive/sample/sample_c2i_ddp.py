@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from autoregressive.decoding.decoder import Way
 from autoregressive.decoding.sampling import image_randomness
@@ -209,7 +210,7 @@ def make_chunks(
     device = world.device
     stream = torch.cuda.Stream() if device.type == "cuda" else None
 
-    def write(chunk: int, codes: torch.Tensor, generated: torch.cuda.Event | None) -> int:
+    def write(chunk: int, codes: Tensor, generated: torch.cuda.Event | None) -> int:
         with torch.cuda.stream(stream) if stream else nullcontext():
             if stream:
                 stream.wait_event(generated)

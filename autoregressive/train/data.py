@@ -8,6 +8,7 @@ from argparse import Namespace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dataset.codes import Codes, MixedCodes, open_codes
 from dataset.epochs import EpochOrder
@@ -101,7 +102,7 @@ class CodeBatches:
         self.codes, self.vocab_size, self.seed = codes, vocab_size, seed
         self.order = EpochOrder(len(codes), batch, seed)
 
-    def rank_slice(self, step: int, world: World) -> tuple[torch.Tensor, torch.Tensor]:
+    def rank_slice(self, step: int, world: World) -> tuple[Tensor, Tensor]:
         """Return this rank's part of batch ``step``: codes (b, T), labels (b,), both int64.
 
         For a CUDA device both are in pinned memory.

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -153,9 +154,7 @@ def make_plan(
 
 
 @torch.inference_mode()
-def encode_crops(
-    vq: VQModel, codebook: torch.Tensor, pixels: torch.Tensor, args: Namespace
-) -> np.ndarray:
+def encode_crops(vq: VQModel, codebook: Tensor, pixels: Tensor, args: Namespace) -> np.ndarray:
     """Return codes (B, crops, tokens) of images (B, R, R, 3) uint8, in ``--batch-size`` crops."""
     device = codebook.device
     crops = take_crops(
@@ -192,7 +191,7 @@ class ShardBatches:
 class ImageBatch(NamedTuple):
     """One batch of decoded image files."""
 
-    pixels: torch.Tensor | None  # uint8 (B, R, R, 3) of the readable ones
+    pixels: Tensor | None  # uint8 (B, R, R, 3) of the readable ones
     labels: np.ndarray  # (B,) int64
     images: np.ndarray  # (B,) int64
     skipped: list[Unreadable]
@@ -203,7 +202,7 @@ class ImageBatch(NamedTuple):
         return int(self.images[0]) if len(self.images) else self.skipped[0].image
 
 
-def collate(items: list[tuple[torch.Tensor, int, int] | Unreadable]) -> ImageBatch:
+def collate(items: list[tuple[Tensor, int, int] | Unreadable]) -> ImageBatch:
     """Stack the readable images of a batch; unreadable ones keep their reason."""
     skipped = [item for item in items if isinstance(item, Unreadable)]
     read = [item for item in items if not isinstance(item, Unreadable)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from evaluations.c2i.features import Features
 from evaluations.c2i.metrics import frechet_distance, frechet_distance_of_few, mean_and_covariance
@@ -83,7 +83,7 @@ def frechet_interval(
 
 
 def paired_quality(
-    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device | str = "cpu"
+    pairs: Iterable[tuple[Tensor, Tensor]], device: torch.device | str = "cpu"
 ) -> tuple[float, float]:
     """Return mean PSNR in dB and mean SSIM over pairs of images; batches (B, H, W, 3) in 0-255."""
     psnrs, ssims = [], []
@@ -112,7 +112,7 @@ class DinoFeatures(nn.Module):
             "std", torch.tensor(timm.data.IMAGENET_DEFAULT_STD).view(3, 1, 1), persistent=False
         )
 
-    def forward(self, images: torch.Tensor) -> Features:
+    def forward(self, images: Tensor) -> Features:
         """``images`` (B, H, W, 3) uint8, or float32 in 0-255 -> pool features (B, 1024)."""
         x = images.permute(0, 3, 1, 2).float()  # (B, 3, H, W)
         x = F.interpolate(x, (DINOV2_SIZE,) * 2, mode="bicubic", antialias=True)  # (B, 3, 224, 224)

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from evaluations.c2i.image_sets import ImageArchive, ImageSet, open_archive
@@ -32,15 +33,15 @@ class Features(NamedTuple):
     and class accuracy.
     """
 
-    pool: torch.Tensor
-    spatial: torch.Tensor | None
-    probabilities: torch.Tensor
+    pool: Tensor
+    spatial: Tensor | None
+    probabilities: Tensor
 
 
 class FeatureNetwork(Protocol):
     """Any network that can replace Inception."""
 
-    def __call__(self, images: torch.Tensor) -> Features:
+    def __call__(self, images: Tensor) -> Features:
         """``images`` (B, H, W, 3) uint8, or float32 in 0-255, on the network's device."""
         ...
 
@@ -64,7 +65,7 @@ class MeasuredSet(NamedTuple):
 
 @torch.inference_mode()
 def extract_features(
-    network: FeatureNetwork, batches: Iterable[torch.Tensor], world: World
+    network: FeatureNetwork, batches: Iterable[Tensor], world: World
 ) -> ImageFeatures | None:
     """Run batches (B, H, W, 3) through ``network``; results in order on rank 0, None elsewhere.
 
@@ -88,7 +89,7 @@ def extract_features(
     )
 
 
-def _hashes(images: torch.Tensor) -> np.ndarray:
+def _hashes(images: Tensor) -> np.ndarray:
     digests = b"".join(hashlib.blake2b(image.numpy(), digest_size=8).digest() for image in images)
     return np.frombuffer(digests, np.uint64)
 
@@ -115,9 +116,7 @@ def measure_set(
     return MeasuredSet(features, pool, spatial)
 
 
-def _count_up(
-    batches: Iterator[torch.Tensor], bar: tqdm, total: int, size: int
-) -> Iterator[torch.Tensor]:
+def _count_up(batches: Iterator[Tensor], bar: tqdm, total: int, size: int) -> Iterator[Tensor]:
     """Yield the batches; advance the bar by each batch's images times the number of ranks."""
     for batch in batches:
         yield batch

@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dataset.imagenet import open_image
@@ -52,7 +53,7 @@ class ImageArchive:
         """Return the images alone."""
         return replace(self, pool=None, spatial=None)
 
-    def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[torch.Tensor]:
+    def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[Tensor]:
         """Yield (B, H, W, 3) in file order: uint8, or float32 for a file of floats, 0-255.
 
         Yields only batches ``rank``, ``rank + size``, ... and holds one batch at a time. Raises
@@ -88,7 +89,7 @@ class ImageFolderSet:
         """Number of images."""
         return len(self.files)
 
-    def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[torch.Tensor]:
+    def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[Tensor]:
         """See ``ImageArchive``; ``ValueError`` for a file that is no image of the first's size."""
         for start in range(rank * batch_size, self.count, size * batch_size):
             yield torch.stack([self._read(file) for file in self.files[start : start + batch_size]])
@@ -97,7 +98,7 @@ class ImageFolderSet:
         """Return the set itself: a folder has no statistics."""
         return self
 
-    def _read(self, file: Path) -> torch.Tensor:
+    def _read(self, file: Path) -> Tensor:
         pixels = np.array(open_image(file))  # (H, W, 3) uint8
         if pixels.shape != self.shape[1:]:
             size, first_size = (f"{s[1]}x{s[0]}" for s in (pixels.shape, self.shape[1:]))

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models.inception import (
     BasicConv2d,
@@ -95,7 +95,7 @@ class Inception2015(nn.Module):
         self.Mixed_7c = LastBlockE(2048)
         self.fc = nn.Linear(2048, CLASSES)
 
-    def forward(self, images: torch.Tensor) -> Features:
+    def forward(self, images: Tensor) -> Features:
         """``images`` (B, H, W, 3) uint8, or float32 in 0-255 -> ``Features`` in float32."""
         x = resize_tf1(images, IMAGE_SIZE)  # (B, 299, 299, 3)
         x = (x - 128) * 0.0078125  # (B, 299, 299, 3) in [-1, 1)
@@ -130,7 +130,7 @@ class Inception2015(nn.Module):
 class BlockA(InceptionA):
     """Mixed_5b to 5d."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         branch1x1 = self.branch1x1(x)  # (B, 64, 35, 35)
         branch5x5 = self.branch5x5_2(self.branch5x5_1(x))  # (B, 64, 35, 35)
         branch3x3dbl = self.branch3x3dbl_3(
@@ -145,7 +145,7 @@ class BlockA(InceptionA):
 class BlockC(InceptionC):
     """Mixed_6b to 6e."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         branch1x1 = self.branch1x1(x)  # (B, 192, 17, 17)
         branch7x7 = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))  # (B, 192, 17, 17)
         branch7x7dbl = self.branch7x7dbl_3(
@@ -161,7 +161,7 @@ class BlockC(InceptionC):
 class BlockE(InceptionE):
     """Mixed_7b."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         branch1x1 = self.branch1x1(x)  # (B, 320, 8, 8)
         branch3x3 = self.branch3x3_1(x)  # (B, 384, 8, 8)
         branch3x3 = [
@@ -178,7 +178,7 @@ class BlockE(InceptionE):
             [branch1x1, *branch3x3, *branch3x3dbl, branch_pool], dim=1
         )  # (B, 2048, 8, 8)
 
-    def pool(self, x: torch.Tensor) -> torch.Tensor:
+    def pool(self, x: Tensor) -> Tensor:
         """3x3 pooling before the last branch: (B, C, 8, 8) -> the same."""
         return _average_pool(x)
 
@@ -186,17 +186,17 @@ class BlockE(InceptionE):
 class LastBlockE(BlockE):
     """Mixed_7c, with a max pool."""
 
-    def pool(self, x: torch.Tensor) -> torch.Tensor:
+    def pool(self, x: Tensor) -> Tensor:
         """3x3 pooling before the last branch: (B, C, 8, 8) -> the same."""
         return F.max_pool2d(x, kernel_size=3, stride=1, padding=1)
 
 
-def _average_pool(x: torch.Tensor) -> torch.Tensor:
+def _average_pool(x: Tensor) -> Tensor:
     """3x3 means over the pixels inside the map; padding is not counted."""
     return F.avg_pool2d(x, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 
 
-def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
+def resize_tf1(images: Tensor, size: int) -> Tensor:
     """TF1's bilinear resize, bit for bit: (B, H, W, C) of any dtype -> float32 (B, size, size, C).
 
     Output i is at input position i * (H / size), without half-pixel shift or antialiasing; columns
@@ -211,9 +211,7 @@ def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
     return top + (bottom - top) * weight[:, None, None]  # (B, size, size, C)
 
 
-def _resize_grid(
-    length: int, size: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _resize_grid(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return both neighbours (int64) and the upper one's weight (float32), each (size,)."""
     scale = float(np.float32(length) / np.float32(size))
     position = torch.arange(size, dtype=torch.float32, device=device) * scale
@@ -236,7 +234,7 @@ def load_inception(path: str | Path) -> Inception2015:
     return build_inception(load_checkpoint(path, "--inception-weights"), path)
 
 
-def state_of_graph(nodes: Mapping[str, Node]) -> dict[str, torch.Tensor]:
+def state_of_graph(nodes: Mapping[str, Node]) -> dict[str, Tensor]:
     """Convert nodes of the 2015 graph to our state dict; ``ValueError`` if a constant is missing.
 
     A batch norm without ``scale_after_normalization`` ignores its gamma, so gamma becomes 1.
@@ -254,7 +252,7 @@ def state_of_graph(nodes: Mapping[str, Node]) -> dict[str, torch.Tensor]:
         raise ValueError(f"it has no constant {error}") from error
 
 
-def build_inception(state: Mapping[str, torch.Tensor], source: str | Path) -> Inception2015:
+def build_inception(state: Mapping[str, Tensor], source: str | Path) -> Inception2015:
     """Build the network, in channels-last format and with batch norms folded into convolutions."""
     network = Inception2015()
     counters = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
@@ -392,7 +390,7 @@ TENSORFLOW_CONSTANTS = {
 }
 
 
-def state_from_tensorflow(constants: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+def state_from_tensorflow(constants: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     """Convert 2015 constants (HWIO kernels, ``softmax/weights`` (2048, 1008)) to our state dict."""
     state = {
         f"{module}.{parameter}": torch.tensor(constants[f"{scope}/{constant}"])

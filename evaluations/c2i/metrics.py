@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from scipy import linalg
 from scipy.special import rel_entr
+from torch import Tensor
 
 # Nearest-neighbour distances are computed in blocks of this many rows and columns: the overflow of
 # one distance turns its whole block to float32, so this number is part of the metric.
@@ -107,7 +108,7 @@ def _trace_of_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
     return torch.linalg.svdvals(_factor(first).T @ _factor(second)).sum().item()
 
 
-def _cholesky(sigma: torch.Tensor) -> tuple[torch.Tensor, bool]:
+def _cholesky(sigma: Tensor) -> tuple[Tensor, bool]:
     """Return the lower factor of a covariance (D, D), and whether its rank is clearly full."""
     lower, failed = torch.linalg.cholesky_ex(sigma)
     pivots = lower.diagonal().square()
@@ -200,9 +201,7 @@ class _Tally:
         self.float32_blocks = 0
 
 
-def neighbour_radii(
-    features: torch.Tensor, k: int, exact: bool, tally: _Tally | None = None
-) -> torch.Tensor:
+def neighbour_radii(features: Tensor, k: int, exact: bool, tally: _Tally | None = None) -> Tensor:
     """Return squared distances from rows (N, D) to their k-th nearest other row: (N,) float32.
 
     A row is its own nearest neighbour, so this is the (k + 1)-th smallest distance of the row.
@@ -217,8 +216,8 @@ def neighbour_radii(
 
 
 def distance_slabs(
-    u: torch.Tensor, v: torch.Tensor, exact: bool, tally: _Tally | None = None
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    u: Tensor, v: Tensor, exact: bool, tally: _Tally | None = None
+) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield |u_i - v_j|^2 of rows (N, D) and (M, D) in parts: (rows, columns, float32 (n, m)).
 
     A block is computed in float32 if ``exact`` or if float16 overflows, else in float16.
@@ -237,7 +236,7 @@ def distance_slabs(
                 yield slab, columns, distance
 
 
-def _half_block(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
+def _half_block(u: Tensor, v: Tensor) -> Tensor | None:
     """Return distances as float16 (n, m), or None if one of them is not finite."""
     u, v = u.half(), v.half()
     norm_u, norm_v = _half_squared_norms(u), _half_squared_norms(v)
@@ -253,13 +252,13 @@ def _half_block(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
     return block
 
 
-def _distances(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _distances(u: Tensor, v: Tensor) -> Tensor:
     """max(|u|^2 - 2 u.v + |v|^2, 0) in float32: (n, m)."""
     norm_u, norm_v = u.square().sum(dim=1), v.square().sum(dim=1)
     return ((norm_u[:, None] - 2 * (u @ v.T)) + norm_v).clamp_(min=0)
 
 
-def _half_squared_norms(x: torch.Tensor) -> torch.Tensor:
+def _half_squared_norms(x: Tensor) -> Tensor:
     """|x|^2 of float16 rows (N, D) as float16 (N,), rounded after each addition in TensorFlow's order on a CPU.
 
     Rows of more than 1600 values are halved. Each part is summed in 32 interleaved running sums;
@@ -285,7 +284,7 @@ def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
         yield slice(begin, min(begin + size, stop))
 
 
-def _factor(sigma: torch.Tensor) -> torch.Tensor:
+def _factor(sigma: Tensor) -> Tensor:
     """Return A (D, rank) with A A^T = sigma, without eigenvalues that are zero up to rounding."""
     values, vectors = torch.linalg.eigh(sigma)
     kept = values > values.max() * len(values) * torch.finfo(torch.float64).eps

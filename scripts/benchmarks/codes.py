@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,7 +45,7 @@ from utils.performance import usable_cores
 CPU = torch.device("cpu")
 
 
-def published_codes(vq: VQModel, crops: torch.Tensor) -> np.ndarray:
+def published_codes(vq: VQModel, crops: Tensor) -> np.ndarray:
     """Codes (10, tokens) of crops (10, 3, S, S) by the published arithmetic."""
     z = vq.latent(crops).permute(0, 2, 3, 1)  # (10, h, w, C)
     z = torch.nn.functional.normalize(z, dim=-1).reshape(-1, z.shape[-1])  # (N, C)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from utils.distributed import init_distributed
@@ -51,8 +51,8 @@ def warm_up_steps(device: torch.device) -> int:
 
 
 def time_steps(
-    step: Callable[..., torch.Tensor],
-    batches: Iterable[tuple[torch.Tensor, ...]],
+    step: Callable[..., Tensor],
+    batches: Iterable[tuple[Tensor, ...]],
     device: torch.device,
 ) -> dict[str, float]:
     """Take a training step on each batch; return the seconds of the fastest after the warm-up,
@@ -139,7 +139,7 @@ class PublishedRMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = weight, eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         y = x.float() * torch.rsqrt(
             x.float().square().mean(-1, keepdim=True) + self.eps
         )  # (B, T, D)
@@ -163,7 +163,7 @@ class PublishedDataset(Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         codes = np.load(self.folder / "codes" / f"{i}.npy")  # (1, crops, T)
         crop = torch.randint(codes.shape[1], (1,)).item()
         return torch.from_numpy(codes[0, crop]), torch.from_numpy(

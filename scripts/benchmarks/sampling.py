@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.decoding.decoder import Decoder, Way, choose_way, make_decoder, possible_ways
@@ -68,18 +68,14 @@ class PublishedCache:
         shape = (config.n_layer, 2, batch, config.kv_heads, slots, config.head_dim)
         self.store = torch.zeros(shape, dtype=dtype, device=device)  # (L, 2, B, Hkv, T, hd)
 
-    def update(
-        self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.store[layer]  # (B, Hkv, T, hd)
         keys[:, :, start : start + k.shape[2]] = k
         values[:, :, start : start + k.shape[2]] = v
         return keys, values  # (B, Hkv, T, hd)
 
 
-def published_attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, p: float
-) -> torch.Tensor:
+def published_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) -> Tensor:
     """By torch's plain operators over copies of keys and values, made even where there are as
     many as queries.
     """
@@ -87,9 +83,7 @@ def published_attend(
     return F.scaled_dot_product_attention(q, k, v, mask, p)  # (B, H, t, hd)
 
 
-def fused_attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, p: float
-) -> torch.Tensor:
+def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) -> Tensor:
     """By torch's fused attention, with a mask."""
     return F.scaled_dot_product_attention(
         q, k, v, mask, p, enable_gqa=q.shape[1] != k.shape[1]
@@ -97,7 +91,7 @@ def fused_attend(
 
 
 @torch.inference_mode()
-def published_generate(model: GPT, cond: torch.Tensor) -> torch.Tensor:
+def published_generate(model: GPT, cond: Tensor) -> Tensor:
     """Codes (B, T) in region order by the published procedure."""
     batch, slots = len(cond), model.order.num_tokens
     padded = -(-slots // 8) * 8
@@ -128,7 +122,7 @@ def random_model(gpt_model: str, n: int) -> GPT:
     return model.eval()
 
 
-def make_published(model: GPT, fused: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def make_published(model: GPT, fused: bool) -> Callable[[Tensor], Tensor]:
     """The model with the published norm, decoded the published way but, if ``fused``, for its
     attention.
     """
@@ -136,7 +130,7 @@ def make_published(model: GPT, fused: bool) -> Callable[[torch.Tensor], torch.Te
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION] if fused else []
     use_published_norm(model)
 
-    def decode(cond: torch.Tensor) -> torch.Tensor:
+    def decode(cond: Tensor) -> Tensor:
         with sdpa_kernel([*backends, SDPBackend.MATH]):
             return published_generate(model, cond)
 
@@ -170,7 +164,7 @@ def way_of(model: GPT, case: Case, device: torch.device) -> Way:
 
 
 @torch.inference_mode()
-def step_logits(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+def step_logits(decoder: Decoder, tokens: Tensor) -> Tensor:
     """Guided logits (T, V) float32 of one image of class 0, each step after the region-ordered
     ``tokens`` (T,).
     """

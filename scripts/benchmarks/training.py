@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from autoregressive.models import gpt
@@ -52,9 +52,7 @@ TOKENS = 576
 CROPS = 10
 
 
-def published_batches(
-    work: Path, batch: int, steps: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def published_batches(work: Path, batch: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Codes (B, T) and labels (B,) of ``steps`` batches."""
     loader = DataLoader(
         PublishedDataset(work, batch * steps),
@@ -66,14 +64,14 @@ def published_batches(
         yield x, y.view(-1)
 
 
-def our_batches(work: Path, batch: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def our_batches(work: Path, batch: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The same from a memory map, gathered on a thread."""
     codes, labels = (
         np.load(work / "codes.npy", mmap_mode="r"),
         np.load(work / "labels.npy"),
     )  # (N, crops, T), (N,)
 
-    def make(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def make(step: int) -> tuple[Tensor, Tensor]:
         images = np.arange(step * batch, (step + 1) * batch)
         x = torch.from_numpy(codes[images, images % CROPS].astype(np.int64))  # (B, T)
         y = torch.from_numpy(labels[images])  # (B,)
@@ -83,16 +81,12 @@ def our_batches(work: Path, batch: int, steps: int) -> Iterator[tuple[torch.Tens
         yield pair
 
 
-def published_attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, p: float
-) -> torch.Tensor:
+def published_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) -> Tensor:
     """The fused attention of torch, in autocast's type."""
     return F.scaled_dot_product_attention(q, k, v, mask, p)  # (B, H, T, hd)
 
 
-def published_step(
-    model: GPT, precision: str
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def published_step(model: GPT, precision: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The published arithmetic on our parameters."""
     gpt.attend, gpt.Dropout.forward = published_attend, nn.Dropout.forward
     use_published_norm(model)
@@ -100,7 +94,7 @@ def published_step(
         model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True
     )
 
-    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def step(x: Tensor, y: Tensor) -> Tensor:
         with autocast(x.device, precision):
             targets = x[:, model.permutation]  # (B, T)
             mask = model.mask.repeat(len(x), 1, 1)[:, None]  # (B, 1, T, T)
@@ -116,9 +110,7 @@ def published_step(
     return step
 
 
-def our_step(
-    model: GPT, precision: str, way: str
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def our_step(model: GPT, precision: str, way: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The step of train_c2i.py on one process."""
     device = model.mask.device
     if "flex" in way:
@@ -130,7 +122,7 @@ def our_step(
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     state = TrainingState(model, optimizer, scaler, None, Guard(device, 1.0, 20))
 
-    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def step(x: Tensor, y: Tensor) -> Tensor:
         with autocast(device, precision):
             loss, _ = model(x, y)
         loss.backward()

@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from autoregressive.models.gpt import GPTConfig
 from autoregressive.models.load import load_gpt
@@ -38,7 +38,7 @@ class GPTFile:
     config: GPTConfig
     name: str
     facts: dict
-    state: dict[str, torch.Tensor]
+    state: dict[str, Tensor]
 
 
 def open_gpt(path: str) -> GPTFile:
@@ -54,7 +54,7 @@ def open_gpt(path: str) -> GPTFile:
     return GPTFile(model.config, name, facts, model.state_dict())
 
 
-def not_finite(state: dict[str, torch.Tensor]) -> list[str]:
+def not_finite(state: dict[str, Tensor]) -> list[str]:
     """Return the names of tensors that hold a NaN or an infinity."""
     return [
         name

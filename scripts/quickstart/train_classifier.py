@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
@@ -108,9 +109,7 @@ def open_folder(path: str, option: str, image_size: int) -> ImageFolder:
         raise ValueError(f"{option}: {path} has no class folders: {error}") from error
 
 
-def load_images(
-    dataset: ImageFolder, world: World, description: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def load_images(dataset: ImageFolder, world: World, description: str) -> tuple[Tensor, Tensor]:
     """Read all images as uint8 (N, S, S, 3) and their labels (N,) into memory."""
     bar = progress(world, description, len(dataset), unit="image", items=dataset)
     images = torch.stack([image for image, _ in bar])  # (N, 3, S, S)
@@ -119,8 +118,8 @@ def load_images(
 
 def train(
     network: SmallClassifier,
-    images: torch.Tensor,
-    labels: torch.Tensor,
+    images: Tensor,
+    labels: Tensor,
     epochs: int,
     seed: int,
     world: World,
@@ -145,7 +144,7 @@ def train(
     bar.close()
 
 
-def rotate_and_shift(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def rotate_and_shift(x: Tensor, generator: torch.Generator) -> Tensor:
     """Rotate and shift each image of (B, 3, S, S) by random amounts of its own; edge pixels are
     repeated.
     """

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -182,7 +183,7 @@ class _Planner(dcp.DefaultLoadPlanner):
 
 
 def save_sharded(
-    folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None
+    folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None
 ) -> Future:
     """Copy ``tensors``, write them in the background; the future ends when all ranks have written.
 
@@ -207,13 +208,13 @@ def save_sharded(
     return future
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
+def _copy(tensor: Tensor) -> Tensor:
     if tensor.device.type == "cpu":
         return tensor.clone()
     return tensor if isinstance(tensor, DTensor) else tensor.cpu()
 
 
-def load_sharded(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+def load_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Fill ``tensors`` in place from ``folder``, each rank its parts, without communication.
 
     ``ValueError`` if one is missing, does not fit or cannot be read.
@@ -221,7 +222,7 @@ def load_sharded(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     _load(folder, _read_metadata(folder), tensors)
 
 
-def _load(folder: Path, metadata: Metadata, tensors: dict[str, torch.Tensor]) -> None:
+def _load(folder: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
     stored = metadata.state_dict_metadata
     for name, tensor in tensors.items():
         if name not in stored:
@@ -253,7 +254,7 @@ def _load(folder: Path, metadata: Metadata, tensors: dict[str, torch.Tensor]) ->
         ) from error
 
 
-def read_sharded(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
+def read_sharded(folder: Path, prefix: str) -> dict[str, Tensor]:
     """Tensors of ``folder`` named ``prefix...``, whole, on the CPU, without the prefix."""
     metadata = _read_metadata(folder)
     stored = {k: v for k, v in metadata.state_dict_metadata.items() if k.startswith(prefix)}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from utils.checkpoints.folder import read_meta, read_sharded
 from utils.files import atomic_path, require_file
@@ -57,13 +57,13 @@ def load_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
 
 def find_state_dict(
     checkpoint: dict[str, Any], keys: Sequence[str], path: str | Path
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """Return the state dict under the first of ``keys`` present, or a bare checkpoint itself.
 
     A ``module.`` (DDP) or ``_orig_mod.`` (compile) prefix on the names is removed.
     """
     state = next((checkpoint[k] for k in keys if isinstance(checkpoint.get(k), dict)), checkpoint)
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     if not tensors:
         raise ValueError(
             f"{path} holds no weights: expected one of the keys "
@@ -72,9 +72,7 @@ def find_state_dict(
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): v for k, v in tensors.items()}
 
 
-def load_strictly(
-    module: nn.Module, state: dict[str, torch.Tensor], path: str | Path, what: str
-) -> None:
+def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path, what: str) -> None:
     """Load ``state`` into ``module``; ``ValueError`` with the names and shapes that do not fit.
 
     Tensors are assigned, not copied, so a module on the meta device may be loaded.
@@ -98,7 +96,7 @@ def load_strictly(
     module.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, assign=True)
 
 
-def state_sha256(state: dict[str, torch.Tensor]) -> str:
+def state_sha256(state: dict[str, Tensor]) -> str:
     """Return a hex SHA-256 of names, shapes and bytes of tensors, however a file was written."""
     digest = hashlib.sha256()
     for name in sorted(state):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from utils.distributed import World
 
@@ -23,7 +24,7 @@ class Window:
         self._steps = 0
         self._started = time.perf_counter()
 
-    def add(self, terms: dict[str, torch.Tensor]) -> None:
+    def add(self, terms: dict[str, Tensor]) -> None:
         """Add one step's scalars, under ``names``; what is not a finite number is left out."""
         values = torch.stack([terms[name] for name in self.names])  # (K,)
         self._sums += values.nan_to_num(0.0, 0.0, 0.0)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import torch
+from torch import Tensor
 
 from utils.distributed import World
 from utils.logger import create_logger, progress
@@ -126,7 +126,7 @@ class TrainingRun:
             if self.stopping:
                 return
 
-    def end_step(self, **terms: torch.Tensor) -> None:
+    def end_step(self, **terms: Tensor) -> None:
         """Count a step; its scalars, on the device, go into the averages of the next log line."""
         self.done += 1
         self.stopping = self._stop.should_stop()

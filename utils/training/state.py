@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.distributed import World
 from utils.parallel import gradient_norm, local
@@ -80,7 +80,7 @@ class Ema:
         for average, parameter in zip(self.average.values(), module.parameters(), strict=True):
             local(average).copy_(local(parameter))
 
-    def state_dict(self, module: nn.Module) -> dict[str, torch.Tensor]:
+    def state_dict(self, module: nn.Module) -> dict[str, Tensor]:
         """Return a state dict for the module: the averages, and the module's own buffers."""
         return module.state_dict() | self.average
 
@@ -100,7 +100,7 @@ class Guard:
             4, device=device
         )  # running mean of the loss; steps taken, skipped, skipped in a row
 
-    def should_skip(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    def should_skip(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Return 1.0 if the step of this loss and gradient norm is to be skipped, else 0.0."""
         mean, taken, skipped, in_a_row = self.state.unbind()  # () each
         bad = ~(loss.isfinite() & norm.isfinite())  # ()
@@ -159,12 +159,12 @@ class TrainingState:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def gradient_norm(self) -> torch.Tensor:
+    def gradient_norm(self) -> Tensor:
         """Return the gradients' 2-norm over all ranks, unscaled from fp16: a device scalar."""
         self.scaler.unscale_(self.optimizer)
         return gradient_norm(self.model).to(self.guard.state.device)
 
-    def update(self, step: int, loss: torch.Tensor, norm: torch.Tensor, max_norm: float) -> None:
+    def update(self, step: int, loss: Tensor, norm: Tensor, max_norm: float) -> None:
         """Clip and step unless the guard skips; the moving average moves in any case.
 
         loss, norm: those of all ranks.
@@ -192,7 +192,7 @@ class TrainingState:
         """Return everything that has gradients."""
         return list(self.model.parameters())
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Return weights, moving average and moments under names independent of the sharding."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         if self.ema:
@@ -202,7 +202,7 @@ class TrainingState:
                 tensors |= {f"optimizer.{name}.{k}": v for k, v in self._moments(parameter).items()}
         return tensors
 
-    def _moments(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Return the optimizer's state of one parameter, made as AdamW would at its first step."""
         state = self.optimizer.state[parameter]
         if not state:

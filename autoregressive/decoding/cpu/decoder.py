@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from autoregressive.decoding.cpu.build import NAMES, load, unavailable_reason
 from autoregressive.models.decode_step import StepDecoder
@@ -78,7 +78,7 @@ def _units(inputs: int, dtype: torch.dtype) -> int:
     return _round_up(inputs, DEPTH) * dtype.itemsize // UNIT_BYTES
 
 
-def _pages(size: int) -> torch.Tensor:
+def _pages(size: int) -> Tensor:
     """Return ``size`` zeroed bytes, in 2 MiB pages where possible: small ones cost 5-10% speed."""
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):  # not every system has them
@@ -88,7 +88,7 @@ def _pages(size: int) -> torch.Tensor:
     return whole[first : first + size]
 
 
-def _panels(weight: torch.Tensor) -> torch.Tensor:
+def _panels(weight: Tensor) -> Tensor:
     """Return a matrix (out, in) as an even number of panels (units, 16, elements of a unit)."""
     per_unit = UNIT_BYTES // weight.element_size()
     outputs, inputs = weight.shape
@@ -101,7 +101,7 @@ def _panels(weight: torch.Tensor) -> torch.Tensor:
     )  # (out / 16, units, 16, per_unit)
 
 
-def _gate_and_up(w1: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
+def _gate_and_up(w1: Tensor, w3: Tensor) -> Tensor:
     """Interleave w1 and w3 (F, D) -> (2 F, D): 8 rows of one, then the same 8 of the other."""
     half = LANES // 2
     both = torch.stack(
@@ -110,7 +110,7 @@ def _gate_and_up(w1: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
     return both.transpose(0, 1).flatten(0, 2)  # (F / 8, 2, 8, D) -> (2 F, D)
 
 
-def _rotary(freqs_cis: torch.Tensor, head_dim: int) -> torch.Tensor:
+def _rotary(freqs_cis: Tensor, head_dim: int) -> Tensor:
     """Return (T, hd / 2, 2) as (T, 2, channels): cos, cos, ... and -sin, sin, ..., padded by 0."""
     cos, sin = freqs_cis.unbind(-1)  # (T, hd / 2)
     turn = torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)], 1).flatten(
@@ -122,7 +122,7 @@ def _rotary(freqs_cis: torch.Tensor, head_dim: int) -> torch.Tensor:
 class PackedCache:
     """Keys and values of every layer in the kernels' layout, allocated once and filled in place."""
 
-    def __init__(self, store: torch.Tensor):
+    def __init__(self, store: Tensor):
         self.store = store  # (L, B, Hkv, units of one head's keys and values)
 
     def first_rows(self, batch: int) -> PackedCache:
@@ -174,7 +174,7 @@ class CPUDecoder(StepDecoder):
             for m in matrices
         ]
         self._free = _pages(sum(sizes))  # memory not yet used; a view, which keeps all of it alive
-        self._kept: list[torch.Tensor] = []  # tensors the kernels point to
+        self._kept: list[Tensor] = []  # tensors the kernels point to
         layers = (_Layer * config.n_layer)(*(self._pack_block(block) for block in model.layers))
         norm, rotary = model.norm.weight.float(), _rotary(model.freqs_cis, config.head_dim)
         head = self._pack(model.output.weight, model.output)
@@ -212,7 +212,7 @@ class CPUDecoder(StepDecoder):
         self._kept += norms
         return _Layer(*(w.data_ptr() for w in (wqkv, wo, w13, w2, *norms)))
 
-    def _pack(self, weight: torch.Tensor, *modules: nn.Linear) -> torch.Tensor:
+    def _pack(self, weight: Tensor, *modules: nn.Linear) -> Tensor:
         """Copy ``weight`` into our memory as panels, and empty the ``modules`` it is from."""
         panels = _panels(weight.detach())
         size = panels.numel() * panels.element_size()
@@ -234,7 +234,7 @@ class CPUDecoder(StepDecoder):
             _pages(UNIT_BYTES * torch.Size(shape).numel()).view(torch.int32).view(shape)
         )
 
-    def trunk(self, x: torch.Tensor, start: int, cache: PackedCache) -> torch.Tensor:
+    def trunk(self, x: Tensor, start: int, cache: PackedCache) -> Tensor:
         """Apply blocks and final norm to slots from ``start``: (B, t, D) -> (B, t, D) float32."""
         batch, t, _ = x.shape
         store = cache.store
@@ -250,7 +250,7 @@ class CPUDecoder(StepDecoder):
         )
         return hidden
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
         """Apply the output layer: (..., D) -> logits (..., V) float32."""
         hidden = hidden.float().contiguous()  # (..., D)
         rows = hidden.numel() // self.config.dim
