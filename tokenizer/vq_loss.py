@@ -105,11 +105,7 @@ PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 
 
 def adaptive_weight(
-    supervised: Tensor,
-    adversarial: Tensor,
-    last_layer: Tensor,
-    world: World,
-    scale: float = 1.0,
+    supervised: Tensor, adversarial: Tensor, last_layer: Tensor, world: World, scale: float = 1.0
 ) -> Tensor:
     """|d supervised / d last layer| / (|d adversarial / d last layer| + 1e-4), at most 1e4: a scalar without gradient.
 
@@ -173,11 +169,7 @@ class Adversary:
         return step >= self.args.disc_start
 
     def generator_loss(
-        self,
-        reconstruction: Tensor,
-        decoded: Tensor,
-        last_layer: Tensor,
-        scale: float,
+        self, reconstruction: Tensor, decoded: Tensor, last_layer: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
         """Return the GAN loss of reconstructions and its weight, two scalars.
 

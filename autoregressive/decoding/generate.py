@@ -83,11 +83,7 @@ class Generator:
 
 
 def generate(
-    decoder: Decoder,
-    order: RegionOrder,
-    cond: Tensor,
-    uniforms: Tensor,
-    options: SamplingOptions,
+    decoder: Decoder, order: RegionOrder, cond: Tensor, uniforms: Tensor, options: SamplingOptions
 ) -> Tensor:
     """Return raster codes (B, T) int64 of classes (B,) and uniforms (B, T); see Generator."""
     return Generator(decoder, order, options, len(cond))(cond, uniforms)

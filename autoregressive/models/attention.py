@@ -83,12 +83,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout_p: float) -> Ten
 
 
 def attend_on_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: DenseMask,
-    dropout_p: float,
-    grouped: bool,
+    q: Tensor, k: Tensor, v: Tensor, mask: DenseMask, dropout_p: float, grouped: bool
 ) -> Tensor:
     """Compute ``attend`` for CPU training; the fused kernel reads masked keys, slowly in 16 bits.
 

@@ -173,13 +173,7 @@ class Attention(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Mask,
-        cache: KVCache | None,
-        start: int,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, cache: KVCache | None, start: int
     ) -> Tensor:
         """Return the attention output (B, T, D), over the cache if there is one."""
         if cache is not None:
@@ -220,24 +214,14 @@ class TransformerBlock(nn.Module):
         self.drop_path = DropPath(config.drop_path_rate * layer / max(config.n_layer - 1, 1))
 
     def forward(
-        self,
-        x: Tensor,
-        freqs_cis: Tensor,
-        mask: Mask,
-        cache: KVCache | None,
-        start: int,
+        self, x: Tensor, freqs_cis: Tensor, mask: Mask, cache: KVCache | None, start: int
     ) -> Tensor:
         if self.recompute is not None and self.training:
             return self.recompute(self.compute, x, freqs_cis, mask, cache, start)  # (B, T, D)
         return self.compute(x, freqs_cis, mask, cache, start)  # (B, T, D)
 
     def compute(
-        self,
-        x: Tensor,
-        freqs_cis: Tensor,
-        mask: Mask,
-        cache: KVCache | None,
-        start: int,
+        self, x: Tensor, freqs_cis: Tensor, mask: Mask, cache: KVCache | None, start: int
     ) -> Tensor:
         """Compute the block: (B, T, D) -> (B, T, D)."""
         q, k, v = self.before_attention(x, freqs_cis)  # (B, H or Hkv, T, hd)

@@ -51,9 +51,7 @@ def warm_up_steps(device: torch.device) -> int:
 
 
 def time_steps(
-    step: Callable[..., Tensor],
-    batches: Iterable[tuple[Tensor, ...]],
-    device: torch.device,
+    step: Callable[..., Tensor], batches: Iterable[tuple[Tensor, ...]], device: torch.device
 ) -> dict[str, float]:
     """Take a training step on each batch; return the seconds of the fastest after the warm-up,
     first and last loss.

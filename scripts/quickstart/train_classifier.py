@@ -117,12 +117,7 @@ def load_images(dataset: ImageFolder, world: World, description: str) -> tuple[T
 
 
 def train(
-    network: SmallClassifier,
-    images: Tensor,
-    labels: Tensor,
-    epochs: int,
-    seed: int,
-    world: World,
+    network: SmallClassifier, images: Tensor, labels: Tensor, epochs: int, seed: int, world: World
 ) -> None:
     """Train with AdamW and a one-cycle learning rate on slightly rotated and shifted images."""
     generator = torch.Generator().manual_seed(seed)
