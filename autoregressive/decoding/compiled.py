@@ -46,9 +46,8 @@ class CompiledDecoder(StepDecoder):
         freqs_cis = self.model.freqs_cis[start : start + x.shape[1]]  # (t, hd/2, 2)
         for block in self.model.layers:
             q, k, v = self._before(block, x, freqs_cis)  # (B, H or Hkv, t, hd)
-            x = self._after(
-                block, x, block.attention.attend(q, k, v, None, cache, start)
-            )  # (B, t, D)
+            y = block.attention.attend(q, k, v, None, cache, start)  # (B, t, D)
+            x = self._after(block, x, y)  # (B, t, D)
         return self.model.norm(x)  # (B, t, D)
 
     @torch.inference_mode()

@@ -74,10 +74,11 @@ class Way:
         return AUTOCAST_DTYPE[self.precision] or torch.float32
 
     def __str__(self) -> str:
-        by = {"eager": "torch's operators", "kernels": "our kernels", "compiled": "torch.compile"}[
-            self.decoder
-        ]
-        return f"{by} in {str(self.dtype).removeprefix('torch.')}"
+        by = {"eager": "torch's operators", "kernels": "our kernels", "compiled": "torch.compile"}
+        return f"{by[self.decoder]} in {str(self.dtype).removeprefix('torch.')}"
+
+
+Begun = Callable[[Way], bool]  # whether an interrupted run decodes in this way
 
 
 def make_decoder(model: GPT, way: Way, rows: int) -> Decoder:
@@ -103,20 +104,14 @@ def possible_ways(
     resolved, reason = resolve_precision(precision, device)
     if device.type != "cpu":
         return [Way(resolved, "compiled" if compiled else "eager")], reason
-    kernels, eager = (
-        Way("bf16" if precision == "auto" else resolved, "kernels"),
-        Way(resolved, "eager"),
-    )
+    kernels = Way("bf16" if precision == "auto" else resolved, "kernels")
+    eager = Way(resolved, "eager")
     missing = "none for quantized weights" if quantized else unavailable_reason(kernels.dtype)
     if compiled and missing is not None:
         raise ValueError(f"--compile: no kernels for decoding on this CPU: {missing}")
     if compiled is False or missing is not None:
-        slower = (
-            f"several times slower than our kernels, which cannot be had: {missing}; "
-            if compiled is None
-            else ""
-        )
-        return [eager], slower + reason
+        slower = f"several times slower than our kernels, which cannot be had: {missing}; "
+        return [eager], slower + reason if compiled is None else reason
     note = None
     if kernels.precision == "bf16" and not has_bfloat16(device):
         note = "bfloat16 is only stored: this CPU computes in float32"
@@ -124,11 +119,7 @@ def possible_ways(
 
 
 def choose_way(
-    model: GPT,
-    ways: list[Way],
-    batch: int,
-    guided: bool,
-    begun: Callable[[Way], bool] | None = None,
+    model: GPT, ways: list[Way], batch: int, guided: bool, begun: Begun | None = None
 ) -> tuple[Way, str]:
     """Return one of ``ways`` and a line that says why.
 
@@ -161,21 +152,15 @@ def measured_seconds(
     """
     shape = {k: v for k, v in asdict(model.config).items() if "drop" not in k}
     kernels = load()
-    facts = [
-        "none" if isinstance(kernels, str) else kernels.key,
-        torch.__version__,
-        shape,
-        batch,
-        guided,
-    ]
-    key = hashlib.sha256(json.dumps([*facts, [str(w) for w in ways]]).encode()).hexdigest()[:16]
+    build = "none" if isinstance(kernels, str) else kernels.key
+    facts = [build, torch.__version__, shape, batch, guided, [str(w) for w in ways]]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path = cache_folder() / f"decoders-{key}.json"
     if (seconds := read_seconds(path, ways)) is not None:
         return seconds, False
     seconds = {way: time_step(model, way, batch, guided) for way in ways}
-    if (
-        earlier := read_seconds(path, ways)
-    ) is not None:  # of a process that measured at the same time
+    # another process may have measured at the same time
+    if (earlier := read_seconds(path, ways)) is not None:
         return earlier, False
     with contextlib.suppress(OSError):  # measured again next time
         write_json(path, {str(way): s for way, s in seconds.items()})
@@ -198,24 +183,20 @@ def time_step(model: GPT, way: Way, batch: int, guided: bool) -> float:
     layer_bytes = sum(p.numel() for p in model.layers[0].parameters()) * way.dtype.itemsize
     layers = min(model.config.n_layer, -(-MEASURED_BYTES // layer_bytes))
     part = first_layers(model, layers).cast_weights(way.dtype)
-    rows, (start, stop) = (
-        (2 * batch if guided else batch),
-        model.order.schedule[len(model.order.schedule) // 2],
-    )
+    rows = 2 * batch if guided else batch
+    start, stop = model.order.schedule[len(model.order.schedule) // 2]
     decoder = make_decoder(part, way, rows * model.order.n)
     tokens = torch.zeros(rows, model.order.num_tokens, dtype=torch.int64)  # (R, T)
     labels = torch.zeros(rows, dtype=torch.int64)  # (R,)
     cache = decoder.new_cache(rows)
     cache.store.zero_()  # memory never written to would be read from one page
 
+    scale = 1.5 if guided else None
+    decoder.decode_step(tokens, labels, start, stop, cache, scale)  # warm up
     seconds: list[float] = []
     while not seconds or sum(seconds) < MEASURED_SECONDS:
-        if not seconds:
-            decoder.decode_step(
-                tokens, labels, start, stop, cache, 1.5 if guided else None
-            )  # warm up
         started = time.perf_counter()
-        decoder.decode_step(tokens, labels, start, stop, cache, 1.5 if guided else None)
+        decoder.decode_step(tokens, labels, start, stop, cache, scale)
         seconds.append(time.perf_counter() - started)
     return min(seconds)
 

@@ -35,9 +35,7 @@ class Generator:
 
         rows = 2 * batch if self.guided_steps else batch
         self.tokens = torch.zeros(rows, slots, dtype=torch.int64, device=device)  # (R, T)
-        self.labels = torch.full(
-            (rows,), num_classes, device=device
-        )  # (R,), null from ``batch`` on
+        self.labels = torch.full((rows,), num_classes, device=device)  # (R,), null past ``batch``
         self.cache = decoder.new_cache(rows)
         self._decode_batch = self._decode
         if (capture := getattr(decoder, "capture", None)) is not None:
@@ -57,24 +55,18 @@ class Generator:
         return self._decode(cond, uniforms, on_step)  # (B, T)
 
     def _decode(self, cond: Tensor, uniforms: Tensor, on_step: StepHook | None = None) -> Tensor:
-        batch, guided = len(cond), self.guided_steps > 0
+        decoder, batch, guided = self.decoder, len(cond), self.guided_steps > 0
         rows = 2 * batch if guided else batch
         # conditional rows first; the unconditional half repeats their tokens
         cache, tokens, labels = self.cache.first_rows(rows), self.tokens[:rows], self.labels[:rows]
         labels[:batch] = cond
-        labels[batch:] = self.decoder.config.num_classes
+        labels[batch:] = decoder.config.num_classes
         for i, (start, stop) in enumerate(self.order.schedule):
             if guided and i == self.guided_steps:  # from here on the unconditional half rests
-                guided, cache, tokens, labels = (
-                    False,
-                    cache.first_rows(batch),
-                    tokens[:batch],
-                    labels[:batch],
-                )
+                guided = False
+                cache, tokens, labels = cache.first_rows(batch), tokens[:batch], labels[:batch]
             scale = self.scales[i] if guided else None
-            logits = self.decoder.decode_step(
-                tokens, labels, start, stop, cache, scale
-            )  # (B, t, V)
+            logits = decoder.decode_step(tokens, labels, start, stop, cache, scale)  # (B, t, V)
             drawn = sample(logits, uniforms[:, start:stop], self.options)  # (B, t)
             tokens.view(-1, batch, tokens.shape[1])[:, :, start:stop] = drawn  # (2 or 1, B, t)
             if on_step is not None:

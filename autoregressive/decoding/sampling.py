@@ -18,12 +18,8 @@ class SamplingOptions:
     """How logits become tokens; by default as in the paper (temperature 1, nothing cut off)."""
 
     cfg_scale: float = 1.0  # guidance: uncond + cfg_scale (cond - uncond); 1 is none
-    cfg_interval: int = (
-        -1
-    )  # guide only steps with at most this many tokens decoded before them; -1: all
-    cfg_schedule: str = (
-        "constant"  # or linear, power-cosine: from 1 at the first token towards cfg_scale
-    )
+    cfg_interval: int = -1  # guide only steps after at most this many tokens; -1: all steps
+    cfg_schedule: str = "constant"  # linear, power-cosine: from 1 at the first token to cfg_scale
     cfg_power: float = 2.75  # of power-cosine
     temperature: float = 1.0  # 0: the most likely token
     top_k: int = 0  # 0: off
@@ -98,12 +94,10 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         logits = logits.masked_fill(logits < kth, -torch.inf)  # (..., V)
     if top_p < 1.0:
         ranked, ranks = logits.sort(descending=True)  # (..., V)
-        before = F.pad(
-            ranked.softmax(-1).cumsum(-1)[..., :-1], (1, 0)
-        )  # (..., V) of all more likely tokens
-        cut = torch.zeros_like(logits, dtype=torch.bool).scatter(
-            -1, ranks, before > top_p
-        )  # (..., V)
+        total = ranked.softmax(-1).cumsum(-1)  # (..., V)
+        before = F.pad(total[..., :-1], (1, 0))  # (..., V) of all more likely tokens
+        cut = torch.zeros_like(logits, dtype=torch.bool)  # (..., V)
+        cut = cut.scatter(-1, ranks, before > top_p)  # (..., V)
         logits = logits.masked_fill(cut, -torch.inf)  # (..., V)
     return logits
 

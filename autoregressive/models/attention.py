@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 
 class KVCache:
@@ -77,9 +78,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout_p: float) -> Ten
         with torch.autocast("cpu", enabled=False):
             return attend_on_cpu(q, k, v, mask, dropout_p, grouped)  # (B, H, Tq, hd)
     visible = None if mask is None else mask.visible
-    return F.scaled_dot_product_attention(
-        q, k, v, visible, dropout_p, enable_gqa=grouped
-    )  # (B, H, Tq, hd)
+    return sdpa(q, k, v, visible, dropout_p, enable_gqa=grouped)  # (B, H, Tq, hd)
 
 
 def attend_on_cpu(
@@ -92,15 +91,12 @@ def attend_on_cpu(
     """
     if q.dtype == torch.bfloat16:
         if grouped:
-            k, v = (
-                x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v)
-            )  # (B, H, Tk, hd)
-        bias = torch.zeros_like(mask.visible, dtype=q.dtype).masked_fill(
-            ~mask.visible, -torch.inf
-        )  # (Tq, Tk)
-        scores = torch.baddbmm(
-            bias, q.flatten(0, 1) * q.shape[-1] ** -0.5, k.flatten(0, 1).mT
-        )  # (B H, Tq, Tk)
+            repeats = q.shape[1] // k.shape[1]
+            k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))  # (B, H, Tk, hd)
+        bias = torch.zeros_like(mask.visible, dtype=q.dtype)  # (Tq, Tk)
+        bias = bias.masked_fill(~mask.visible, -torch.inf)  # (Tq, Tk)
+        scaled = q.flatten(0, 1) * q.shape[-1] ** -0.5  # (B H, Tq, hd)
+        scores = torch.baddbmm(bias, scaled, k.flatten(0, 1).mT)  # (B H, Tq, Tk)
         weights = F.dropout(scores.softmax(-1), dropout_p)  # (B H, Tq, Tk)
         return (weights @ v.flatten(0, 1)).view(q.shape)  # (B, H, Tq, hd)
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))  # of float16
@@ -108,9 +104,5 @@ def attend_on_cpu(
     for start, stop, seen in mask.chunks:
         part, keys, values = q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen]
         visible = mask.visible[start:stop, :seen]
-        parts.append(
-            F.scaled_dot_product_attention(
-                part, keys, values, visible, dropout_p, enable_gqa=grouped
-            )
-        )
+        parts.append(sdpa(part, keys, values, visible, dropout_p, enable_gqa=grouped))
     return torch.cat(parts, dim=2)  # (B, H, Tq, hd)

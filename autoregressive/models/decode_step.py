@@ -17,9 +17,8 @@ def guide(hidden: Tensor, cfg_scale: float | None) -> Tensor:
     """
     if cfg_scale is None:
         return hidden
-    conditional, unconditional = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).chunk(
-        2
-    )
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # (B, t, D)
+    conditional, unconditional = wide.chunk(2)  # (B / 2, t, D) each
     return torch.lerp(unconditional, conditional, cfg_scale).to(hidden.dtype)  # (B / 2, t, D)
 
 

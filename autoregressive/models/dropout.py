@@ -15,9 +15,8 @@ class Dropout(nn.Dropout):
         if x.device.type != "cpu" or not self.training or not 0 < dropped < 65536:
             return super().forward(x)
         # each 64-bit draw makes four elements
-        words = torch.randint(
-            torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max, (-(-x.numel() // 4),)
-        )
+        limits = torch.iinfo(torch.int64)
+        words = torch.randint(limits.min, limits.max, (-(-x.numel() // 4),))
         bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in [-32768, 32768)
         return torch.where(bits >= dropped - 32768, x * (1.0 / (1.0 - self.p)), 0.0)
 

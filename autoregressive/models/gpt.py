@@ -50,10 +50,8 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         if self.dim % self.n_head or self.dim // self.n_head % 4:
-            raise ValueError(
-                f"width {self.dim} / {self.n_head} heads is not a multiple of "
-                "4, as 2-D rotary needs"
-            )
+            width = f"width {self.dim} / {self.n_head} heads"
+            raise ValueError(f"{width} is not a multiple of 4, as 2-D rotary needs")
         if self.n_head % self.kv_heads:
             raise ValueError(
                 f"{self.n_head} heads cannot share {self.kv_heads} key-value heads equally"
@@ -138,14 +136,11 @@ def rotary_table(positions: Tensor, head_dim: int, base: float) -> Tensor:
 
 def apply_rotary(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """Rotate channel pairs of x (B, T, H, hd) by freqs_cis (T, hd/2, 2), in at least float32."""
-    pairs = x.to(torch.promote_types(x.dtype, freqs_cis.dtype)).unflatten(
-        -1, (-1, 2)
-    )  # (B, T, H, hd/2, 2)
+    wide = x.to(torch.promote_types(x.dtype, freqs_cis.dtype))  # (B, T, H, hd)
+    a, b = wide.unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, hd/2)
     cos, sin = freqs_cis[:, None, :, 0], freqs_cis[:, None, :, 1]  # (T, 1, hd/2)
-    a, b = pairs.unbind(-1)  # (B, T, H, hd/2)
-    return (
-        torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
-    )  # (B, T, H, hd)
+    pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)  # (B, T, H, hd/2, 2)
+    return pairs.flatten(-2).to(x.dtype)  # (B, T, H, hd)
 
 
 class Attention(nn.Module):
@@ -155,21 +150,18 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.n_head, self.kv_heads = layer, config.n_head, config.kv_heads
         self.head_dim, self.dropout_p = config.head_dim, config.attn_dropout_p
-        self.wqkv = nn.Linear(
-            config.dim, (config.n_head + 2 * config.kv_heads) * config.head_dim, bias=False
-        )
+        width = (config.n_head + 2 * config.kv_heads) * config.head_dim
+        self.wqkv = nn.Linear(config.dim, width, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.resid_dropout = Dropout(config.resid_dropout_p)
 
     def project(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, H, T, hd), keys and values (B, Hkv, T, hd) of x (B, T, D)."""
+        heads, kv_heads = self.n_head, self.kv_heads
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 Hkv, hd)
-        qk, v = qkv.split(
-            [self.n_head + self.kv_heads, self.kv_heads], dim=2
-        )  # (B, T, H + Hkv or Hkv, hd)
-        q, k = apply_rotary(qk, freqs_cis).split(
-            [self.n_head, self.kv_heads], dim=2
-        )  # (B, T, H or Hkv, hd)
+        qk, v = qkv.split([heads + kv_heads, kv_heads], dim=2)  # (B, T, H + Hkv or Hkv, hd)
+        qk = apply_rotary(qk, freqs_cis)  # (B, T, H + Hkv, hd)
+        q, k = qk.split([heads, kv_heads], dim=2)  # (B, T, H or Hkv, hd)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def attend(
@@ -225,9 +217,8 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """Compute the block: (B, T, D) -> (B, T, D)."""
         q, k, v = self.before_attention(x, freqs_cis)  # (B, H or Hkv, T, hd)
-        return self.after_attention(
-            x, self.attention.attend(q, k, v, mask, cache, start)
-        )  # (B, T, D)
+        y = self.attention.attend(q, k, v, mask, cache, start)  # (B, T, D)
+        return self.after_attention(x, y)  # (B, T, D)
 
     def before_attention(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, H, T, hd), keys and values (B, Hkv, T, hd)."""
@@ -254,18 +245,16 @@ class GPT(StepDecoder, nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config = config
+        self.config, dim = config, config.dim
         self.order = RegionOrder.build((config.grid_height, config.grid_width), config.ar_token_num)
-        self.cls_embedding = LabelEmbedder(
-            config.num_classes, config.dim, config.class_dropout_prob
-        )
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.cls_embedding = LabelEmbedder(config.num_classes, dim, config.class_dropout_prob)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, dim)
         if self.order.n > 1:
-            self.spe_tok_embeddings = SpecialTokens(self.order.n - 1, config.dim)
+            self.spe_tok_embeddings = SpecialTokens(self.order.n - 1, dim)
         self.tok_dropout = Dropout(config.token_dropout_p)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.norm = nn.RMSNorm(dim, eps=config.norm_eps)
+        self.output = nn.Linear(dim, config.vocab_size, bias=False)
         self.block_mask: BlockMask | None = None
         # built on the CPU also where parameters are on the meta device, so that they are never lost
         with torch.device("cpu"):
@@ -307,9 +296,8 @@ class GPT(StepDecoder, nn.Module):
         (``order.permutation``).
         """
         targets = codes[:, self.permutation]  # (B, T)
-        return linear_cross_entropy(
-            self.hidden(targets, cond), self.output.weight, targets
-        )  # (), (B, T)
+        hidden = self.hidden(targets, cond)  # (B, T, D)
+        return linear_cross_entropy(hidden, self.output.weight, targets)  # (), (B, T)
 
     def logits(self, codes: Tensor, cond: Tensor) -> Tensor:
         """Return logits (B, T, vocab_size) in region order; arguments as for ``forward``."""
@@ -318,9 +306,8 @@ class GPT(StepDecoder, nn.Module):
     def hidden(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """Return final hidden states (B, T, D) of whole region-ordered sequences (B, T)."""
         x = self.embed_slots(tokens, cond, 0, self.order.num_tokens)  # (B, T, D)
-        mask = (
-            DenseMask(self.mask, self.query_chunks) if self.block_mask is None else self.block_mask
-        )
+        dense = DenseMask(self.mask, self.query_chunks)
+        mask = dense if self.block_mask is None else self.block_mask
         return self.trunk(x, 0, mask)  # (B, T, D)
 
     def use_flex_attention(self, device: torch.device) -> None:
@@ -366,16 +353,8 @@ class GPT(StepDecoder, nn.Module):
     def new_cache(self, batch: int) -> KVCache:
         """Return an empty cache for ``decode_step`` of at most ``batch`` rows."""
         config, weight = self.config, self.tok_embeddings.weight
-        slots = self.order.num_tokens
-        return KVCache(
-            config.n_layer,
-            batch,
-            config.kv_heads,
-            slots,
-            config.head_dim,
-            weight.device,
-            weight.dtype,
-        )
+        shape = (config.n_layer, batch, config.kv_heads, self.order.num_tokens, config.head_dim)
+        return KVCache(*shape, weight.device, weight.dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Apply the output layer: (..., D) -> logits (..., V) of at least float32."""

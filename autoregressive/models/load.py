@@ -41,16 +41,12 @@ def load_gpt(
     state = find_state_dict(checkpoint, keys, path)
     own = checkpoint.get("config")
     if own is not None:
-        if (
-            not isinstance(own, dict)
-            or not set(own) <= {f.name for f in fields(GPTConfig)}
-            or "n_layer" not in own
-        ):
+        known = {f.name for f in fields(GPTConfig)}
+        if not isinstance(own, dict) or not set(own) <= known or "n_layer" not in own:
             raise ValueError(f"{source} holds no GPT: its config is of another model")
         config, name = GPTConfig(**own), str(checkpoint.get("gpt_model"))
-        resolve(
-            "the code grid of --image-size", grid, (config.grid_height, config.grid_width), source
-        )
+        own_grid = (config.grid_height, config.grid_width)
+        resolve("the code grid of --image-size", grid, own_grid, source)
     else:
         config, name = config_from_shapes(state, grid or default_grid, path)
     resolve("--gpt-model", gpt_model, name, source)

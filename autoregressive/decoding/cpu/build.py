@@ -61,9 +61,8 @@ def build() -> Path:
     library = folder / f"decoder-{build_key(command)}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=folder
-        ) as work:  # renamed when whole: other processes do the same
+        # renamed when whole: other processes do the same
+        with tempfile.TemporaryDirectory(dir=folder) as work:
             output = Path(work) / library.name
             command += [str(FOLDER / "decoder.cpp"), "-o", str(output)]
             subprocess.run(command, capture_output=True, check=True, text=True)
@@ -85,10 +84,8 @@ def load() -> Kernels | str:
         path = build()
         library = Kernels(str(path))
     except subprocess.CalledProcessError as error:
-        first = next(
-            (s for s in str(error.stderr).splitlines() if "error" in s),
-            f"exit status {error.returncode}",
-        )
+        lines = str(error.stderr).splitlines()
+        first = next((s for s in lines if "error" in s), f"exit status {error.returncode}")
         return f"the C++ compiler fails: {first}"
     except (OSError, ValueError, RuntimeError) as error:
         return f"no C++ compiler (set CXX), or its result cannot be kept or loaded: {error}"
