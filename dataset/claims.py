@@ -53,12 +53,11 @@ class Claims:
             return False
 
         self._claimed.add(shard)
-        if shard_path(
-            self.folder, shard
-        ).exists():  # finished after our last look, before our claim
+        finished = shard_path(self.folder, shard)
+        if finished.exists():  # after our last look, before our claim
             self.release(shard)
             return False
-        remove_temporary(shard_path(self.folder, shard))
+        remove_temporary(finished)
         return True
 
     def _lapsed(self, path: Path) -> bool:
@@ -107,8 +106,6 @@ def _machine() -> str:
     """Return what makes process ids unique: host and, on Linux, boot and process namespace."""
     parts = [platform.node()]
     with suppress(OSError):  # not Linux
-        parts += [
-            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-            os.readlink("/proc/self/ns/pid"),
-        ]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        parts += [boot, os.readlink("/proc/self/ns/pid")]
     return "/".join(parts).replace(" ", "_")

@@ -4,7 +4,7 @@ A folder of codes holds ``plan.json`` (the plan of all shards, written first), `
 ... and ``meta.json`` (written last: the plan with counts and checksums). A shard is an uncompressed
 npz of
 
-    codes    uint16 (images, crops, tokens), raster order (uint32 where the codebook has over 65,536 entries)
+    codes    uint16 (images, crops, tokens), raster order (uint32 for over 65,536 entries)
     labels   int64  (images,)
     index    int64  (images,) position of the image in the sorted listing of the source folder
     skipped  int64  (unreadable images,) position of images that were left out
@@ -133,10 +133,8 @@ def write_shard(
     assert codes.shape[1:] == (len(plan.crops), plan.num_tokens), codes.shape
     assert len(codes) == len(labels) == len(index)
     codes = codes.astype(plan.dtype)
-    missing, reasons = (
-        np.array([i for i, _ in skipped], np.int64),
-        np.array([r for _, r in skipped], np.str_),
-    )
+    missing = np.array([i for i, _ in skipped], np.int64)
+    reasons = np.array([r for _, r in skipped], np.str_)
     with atomic_path(shard_path(folder, shard)) as temporary, open(temporary, "wb") as f:
         np.savez(f, codes=codes, labels=labels, index=index, skipped=missing, reasons=reasons)
 
@@ -183,9 +181,9 @@ def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) ->
     listing order, which ``skipped.json`` names.
     """
     paths = [shard_path(folder, s) for s in range(plan.num_shards)]
-    if not all(p.exists() for p in paths) or any(
-        shard_damage(folder, plan, s) for s in range(plan.num_shards)
-    ):
+    if not all(p.exists() for p in paths):
+        return None
+    if any(shard_damage(folder, plan, s) for s in range(plan.num_shards)):
         return None
 
     shards, skipped, coded = [], [], 0
@@ -205,9 +203,8 @@ def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) ->
     counts = {"num_coded_images": coded, "num_skipped_images": len(skipped)}
     meta = {**asdict(plan), **counts, "shards": shards}
     write_json(Path(folder) / "meta.json", meta)
-    for claim in (Path(folder) / "shards").glob(
-        "*.claim"
-    ):  # left by processes killed right after their last shard
+    # left by processes killed right after their last shard
+    for claim in (Path(folder) / "shards").glob("*.claim"):
         claim.unlink(missing_ok=True)
     return meta
 
@@ -219,9 +216,7 @@ class Codes:
     num_crops: int
     num_tokens: int
     num_classes: int
-    crop_weights: np.ndarray | None = (
-        None  # (num_crops,) probability of drawing each crop; None: equal
-    )
+    crop_weights: np.ndarray | None = None  # (num_crops,) probability of each crop; None: equal
     meta: dict  # as in meta.json; empty for the published layout
 
     def __len__(self) -> int:
@@ -241,32 +236,22 @@ class ShardedCodes(Codes):
 
     def __init__(self, folder: str | Path):
         self.meta = _read_json(Path(folder) / "meta.json")
-        fields = {
-            "classes",
-            "grid",
-            "crops",
-            "image_size",
-            "codebook_size",
-            "tokenizer_sha256",
-            "shards",
-        }
+        fields = {"classes", "grid", "crops", "image_size", "codebook_size"}
+        fields |= {"tokenizer_sha256", "shards"}
         if missing := fields - self.meta.keys():
             raise ValueError(
                 f"{folder}/meta.json is damaged: it lacks {', '.join(sorted(missing))}"
             )
-        self.num_crops, self.num_tokens = (
-            len(self.meta["crops"]),
-            self.meta["grid"][0] * self.meta["grid"][1],
-        )
+        self.num_crops = len(self.meta["crops"])
+        self.num_tokens = self.meta["grid"][0] * self.meta["grid"][1]
         self.num_classes = len(self.meta["classes"])
         self._shards, labels = [], []
         for shard in self.meta["shards"]:
             path = Path(folder) / "shards" / Path(shard["file"]).name
             codes, shard_labels = self._open(path)
             count = shard["images"]
-            if codes.shape != (count, self.num_crops, self.num_tokens) or shard_labels.shape != (
-                count,
-            ):
+            shape = (count, self.num_crops, self.num_tokens)
+            if codes.shape != shape or shard_labels.shape != (count,):
                 raise ValueError(
                     f"{path} holds codes of shape {codes.shape}, unlike "
                     f"{folder}/meta.json; extract again"
@@ -308,9 +293,8 @@ class PublishedCodes(Codes):
         count = sum(1 for _ in self._codes.glob("*.npy"))
         if count == 0:
             raise ValueError(f"{option}: {self._codes} holds no .npy files")
-        self.labels = np.array(
-            [self._read(labels / f"{i}.npy").item() for i in range(count)], np.int64
-        )
+        values = [self._read(labels / f"{i}.npy").item() for i in range(count)]
+        self.labels = np.array(values, np.int64)
         shape = self._read(self._codes / "0.npy").shape
         if len(shape) != 3 or shape[0] != 1:
             raise ValueError(
@@ -343,13 +327,10 @@ class PublishedCodes(Codes):
 
     def image(self, i: int) -> np.ndarray:
         """Return all crops (crops, tokens) of one image."""
-        path = self._codes / f"{i}.npy"
+        path, shape = self._codes / f"{i}.npy", (1, self.num_crops, self.num_tokens)
         codes = self._read(path)
-        if codes.shape != (1, self.num_crops, self.num_tokens):
-            raise ValueError(
-                f"{path} has the shape {codes.shape}, expected "
-                f"{(1, self.num_crops, self.num_tokens)}"
-            )
+        if codes.shape != shape:
+            raise ValueError(f"{path} has the shape {codes.shape}, expected {shape}")
         return codes[0]
 
 
@@ -386,17 +367,15 @@ class MixedCodes(Codes):
         self.parts, self.labels, self.meta = (first, second), first.labels, first.meta
         self.num_crops = first.num_crops + second.num_crops
         self.num_tokens, self.num_classes = first.num_tokens, first.num_classes
-        shares = [(1 - weight) / first.num_crops] * first.num_crops + [
-            weight / second.num_crops
-        ] * second.num_crops
+        shares = [(1 - weight) / first.num_crops] * first.num_crops
+        shares += [weight / second.num_crops] * second.num_crops
         self.crop_weights = np.array(shares)
 
     def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
         images, crops = np.asarray(images), np.asarray(crops)
         out = np.empty((len(images), self.num_tokens), np.int64)
         split = self.parts[0].num_crops
-        for part, rows, offset in zip(
-            self.parts, (crops < split, crops >= split), (0, split), strict=True
-        ):
+        second = crops >= split
+        for part, rows, offset in zip(self.parts, (~second, second), (0, split), strict=True):
             out[rows] = part.gather(images[rows], crops[rows] - offset)
         return out

@@ -287,7 +287,7 @@ TESTED_WITH_THE_GPT |= {"results_dir"}
 
 
 def test_the_table_of_effects_names_every_option():
-    declared = options_of("tokenizer/train_vq.py", "utils/training/options.py")
+    declared = options_of("tokenizer/options.py", "utils/training/options.py")
     assert declared == set(EFFECTS) | {"data_path", "cloud_save_path"} | TESTED_WITH_THE_GPT
 
 

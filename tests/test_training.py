@@ -624,7 +624,7 @@ REQUIRED = {"code_path", "cloud_save_path"}
 
 
 def test_the_table_of_effects_names_every_option():
-    declared = options_of("autoregressive/train/train_c2i.py", "utils/training/options.py")
+    declared = options_of("autoregressive/train/options.py", "utils/training/options.py")
     assert declared == set(EFFECTS) | REQUIRED
 
 

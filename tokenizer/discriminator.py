@@ -70,9 +70,8 @@ class StyleBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1, stride=2)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        from timm.layers import (
-            BlurPool2d,
-        )  # here: timm takes 1.5 s to import, and PatchGAN does without
+        # here: timm takes 1.5 s to import, and PatchGAN does without
+        from timm.layers import BlurPool2d
 
         self.blur = BlurPool2d(out_channels, filt_size=3, stride=1)
         self.down = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)

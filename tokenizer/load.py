@@ -54,9 +54,8 @@ def load_vq(
         config = VQConfig(**own | {"ch_mult": tuple(own["ch_mult"])})
         name = resolve("--vq-model", vq_model, checkpoint["vq_model"], f"--vq-ckpt {path}")
         for field, value in written.items():
-            resolve(
-                f"--{field.replace('_', '-')}", value, getattr(config, field), f"--vq-ckpt {path}"
-            )
+            option = f"--{field.replace('_', '-')}"
+            resolve(option, value, getattr(config, field), f"--vq-ckpt {path}")
     else:
         name = vq_model or "VQ-16"
         config = make_vq_config(name, **written)
@@ -91,12 +90,8 @@ def add_tokenizer_options(group: _ArgumentGroup, required: bool = True) -> None:
 
 def load_tokenizer(args: Namespace) -> tuple[VQModel, str]:
     """Load the selected tokenizer, see ``load_vq``; options left out are filled from it."""
-    vq, name = load_vq(
-        args.vq_ckpt,
-        args.vq_model,
-        codebook_size=args.codebook_size,
-        codebook_embed_dim=args.codebook_embed_dim,
-    )
+    written = dict(codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim)
+    vq, name = load_vq(args.vq_ckpt, args.vq_model, **written)
     args.vq_model, args.codebook_size = name, vq.config.codebook_size
     args.codebook_embed_dim = vq.config.codebook_embed_dim
     return vq, name

@@ -1,7 +1,9 @@
 """Losses of tokenizer training (VQGAN, Esser et al. 2021, section 3.1, as LlamaGen weighs them).
 
     loss   = w_r reconstruction + w_p LPIPS + w_c (codebook + commitment + entropy)
-    total  = loss + w_d a GAN loss of the generator, from step --disc-start on; a = 1, or the adaptive weight
+    total  = loss + w_d a GAN loss of the generator, from step --disc-start on
+
+with a = 1, or the adaptive weight.
 
 Images and reconstructions are float (B, 3, H, W), about [-1, 1]; every loss is a scalar.
 """
@@ -49,21 +51,16 @@ def load_lpips(path: str | None) -> nn.Module:
     from torchmetrics.functional.image import lpips  # takes seconds, only where it is needed
 
     backbone = load_checkpoint(file, "--vgg-weights")
-    linear = torch.load(
-        Path(lpips.__file__).parent / "lpips_models" / "vgg.pth",
-        map_location="cpu",
-        weights_only=True,
-    )
+    linear_file = Path(lpips.__file__).parent / "lpips_models" / "vgg.pth"
+    linear = torch.load(linear_file, map_location="cpu", weights_only=True)
     with torch.device("meta"):  # VGG16 has 120M parameters that LPIPS does not use
         model = lpips._LPIPS(pretrained=False, net="vgg", pnet_rand=True, use_dropout=False)
     model.scaling_layer = lpips.ScalingLayer()
     state = {
         f"lin{i}.model.0.weight": linear[f"lin{i}.model.1.weight"] for i in range(len(model.chns))
     }
-    for (
-        name,
-        parameter,
-    ) in model.net.named_parameters():  # slice1.0.weight is the backbone's features.0.weight
+    # slice1.0.weight is the backbone's features.0.weight
+    for name, parameter in model.net.named_parameters():
         given = backbone.get(f"features.{name.partition('.')[2]}")
         if not isinstance(given, Tensor) or given.shape != parameter.shape:
             raise ValueError(
@@ -107,16 +104,15 @@ PIXEL_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 def adaptive_weight(
     supervised: Tensor, adversarial: Tensor, last_layer: Tensor, world: World, scale: float = 1.0
 ) -> Tensor:
-    """|d supervised / d last layer| / (|d adversarial / d last layer| + 1e-4), at most 1e4: a scalar without gradient.
+    """|d supervised / d last layer| / (|d adversarial / d last layer| + 1e-4), at most 1e4.
 
-    VQGAN's equation 7. Gradients are averaged over the ranks first, so that all weigh alike.
+    VQGAN's equation 7, a scalar without gradient. Gradients are averaged over the ranks first, so that all weigh alike.
     ``scale``: factor that keeps the gradients of half precision from vanishing.
     """
-    norms = [
-        world.mean(torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0]).norm()
-        / scale  # ()
-        for loss in (supervised, adversarial)
-    ]
+    norms = []
+    for loss in (supervised, adversarial):
+        gradient = torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0]
+        norms.append(world.mean(gradient).norm() / scale)  # ()
     return (norms[0] / (norms[1] + 1e-4)).clamp(max=MAX_ADAPTIVE_WEIGHT)  # ()
 
 
@@ -136,11 +132,9 @@ class ReconstructionLoss:
         """Return the loss, its decoder part (for the adaptive weight), detached ``names``."""
         args, codebook = self.args, sum(quantizer)  # ()
         pixel = PIXEL_LOSSES[args.reconstruction_loss](reconstruction, images)  # ()
-        perceptual = (
-            self.lpips(reconstruction, images).float().mean()
-            if self.lpips
-            else torch.zeros_like(pixel)
-        )  # ()
+        perceptual = torch.zeros_like(pixel)  # ()
+        if self.lpips:
+            perceptual = self.lpips(reconstruction, images).float().mean()  # ()
         decoded = args.reconstruction_weight * pixel + args.perceptual_weight * perceptual  # ()
         loss = decoded + args.codebook_weight * codebook  # ()
         terms = (loss, pixel, perceptual, codebook, quantizer.entropy)
@@ -181,16 +175,13 @@ class Adversary:
         adversarial = GENERATOR_LOSSES[self.args.gen_loss](logits)  # ()
         weight = torch.full_like(adversarial, self.args.disc_weight, requires_grad=False)  # ()
         if self.args.disc_adaptive_weight:
-            weight = weight * adaptive_weight(
-                decoded, adversarial, last_layer, self.world, scale
-            )  # ()
+            ratio = adaptive_weight(decoded, adversarial, last_layer, self.world, scale)  # ()
+            weight = weight * ratio  # ()
         return adversarial, weight
 
     def discriminator_loss(self, images: Tensor, reconstruction: Tensor) -> tuple[Tensor, ...]:
         """Return the loss, times ``--disc-weight`` as published, and mean real and fake logits."""
-        real, fake = (
-            self.forward(images).float(),
-            self.forward(reconstruction.detach()).float(),
-        )  # (B, ...) each
+        real = self.forward(images).float()  # (B, ...)
+        fake = self.forward(reconstruction.detach()).float()  # (B, ...)
         loss = self.args.disc_weight * DISCRIMINATOR_LOSSES[self.args.disc_loss](real, fake)  # ()
         return loss, real.detach().mean(), fake.detach().mean()

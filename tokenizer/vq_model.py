@@ -20,9 +20,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from utils import quality
 
-USAGE_WINDOW = (
-    65536  # codes over which codebook usage is counted; the size is part of released checkpoints
-)
+USAGE_WINDOW = 65536  # codes of which usage is counted; released checkpoints hold this many
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,11 @@ class VQConfig:
         return image_size // self.downsample
 
 
+# What is not named is the default of VQConfig; VQ-16 has 72M parameters, VQ-8 70M, VQ-4 1M.
 VQ_models: dict[str, dict] = {
-    #             base width    width per level            blocks            latent            codebook
-    "VQ-16": dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, z_channels=256, codebook_size=16384),  # 72M
-    "VQ-8":  dict(ch=128, ch_mult=(1, 2, 2, 4),    num_res_blocks=2, z_channels=256, codebook_size=16384),  # 70M
-    "VQ-4":  dict(ch=32,  ch_mult=(1, 2, 2),       num_res_blocks=1, z_channels=64,  codebook_size=256),    # 1M
+    "VQ-16": dict(ch=128, ch_mult=(1, 1, 2, 2, 4)),
+    "VQ-8":  dict(ch=128, ch_mult=(1, 2, 2, 4)),
+    "VQ-4":  dict(ch=32,  ch_mult=(1, 2, 2), num_res_blocks=1, z_channels=64, codebook_size=256),
 }  # fmt: skip
 
 
@@ -100,9 +98,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)  # (B, C, H, W)
-        q, k, v = (
-            f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v)
-        )  # (B, 1, HW, C)
+        maps = (self.q(h), self.k(h), self.v(h))  # (B, C, H, W) each
+        q, k, v = (m.flatten(2).transpose(1, 2)[:, None] for m in maps)  # (B, 1, HW, C)
         h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, C)
         return x + self.proj_out(h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))  # (B, C, H, W)
 
@@ -171,11 +168,8 @@ class Encoder(nn.Module):
         for i, width in enumerate(widths):
             lowest = i == len(widths) - 1
             resample = None if lowest else Downsample
-            self.conv_blocks.append(
-                Level(
-                    [before] + [width] * config.num_res_blocks, lowest, resample, config.dropout_p
-                )
-            )
+            path = [before] + [width] * config.num_res_blocks
+            self.conv_blocks.append(Level(path, lowest, resample, config.dropout_p))
             before = width
         self.mid = mid_blocks(before, config.dropout_p)
         self.norm_out = group_norm(before)
@@ -200,14 +194,8 @@ class Decoder(nn.Module):
         before = widths[0]
         for i, width in enumerate(widths):
             resample = None if i == len(widths) - 1 else Upsample
-            self.conv_blocks.append(
-                Level(
-                    [before] + [width] * (config.num_res_blocks + 1),
-                    i == 0,
-                    resample,
-                    config.dropout_p,
-                )
-            )
+            path = [before] + [width] * (config.num_res_blocks + 1)
+            self.conv_blocks.append(Level(path, i == 0, resample, config.dropout_p))
             before = width
         self.norm_out = group_norm(before)
         self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
@@ -262,9 +250,8 @@ class VectorQuantizer(nn.Module):
         z = self._normalize(z)  # (N, C)
         bias = None if self.config.codebook_l2_norm else -0.5 * codebook.square().sum(-1)  # (V,)
         with torch.autocast(z.device.type, enabled=False):
-            return torch.cat(
-                [F.linear(rows, codebook, bias).argmax(-1) for rows in z.split(chunk)]
-            )  # (N,)
+            nearest = [F.linear(rows, codebook, bias).argmax(-1) for rows in z.split(chunk)]
+        return torch.cat(nearest)  # (N,)
 
     @staticmethod
     def rows(z: Tensor) -> Tensor:
@@ -288,22 +275,21 @@ class VectorQuantizer(nn.Module):
     def entropy_loss(self, z: Tensor, temperature: float = 0.01, chunk: int = 4096) -> Tensor:
         """ratio * (mean entropy per latent - entropy of the mean assignment): a scalar.
 
-        Affinity is -|z - e|^2. ``chunk`` latents at a time, computed again in backward, so that at
+        Small when each latent is sure and all entries are used (MaskGIT's tokenizer, Chang et al.
+        2022). Affinity is -|z - e|^2. ``chunk`` latents at a time, computed again in backward, so that at
         most chunk x V probabilities exist at once.
         """
         codebook, z = self.codebook(), z.flatten(0, -2)  # (V, C), (N, C)
 
         def sums(rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-            log_p = (-torch.cdist(rows, codebook).square() / temperature).log_softmax(
-                -1
-            )  # (chunk, V)
+            affinity = -torch.cdist(rows, codebook).square() / temperature  # (chunk, V)
+            log_p = affinity.log_softmax(-1)  # (chunk, V)
             return log_p.exp().sum(0), -(log_p.exp() * log_p).sum()  # (V,), ()
 
         parts = [recompute(sums, rows, codebook, use_reentrant=False) for rows in z.split(chunk)]
         mean_p, per_latent = (sum(part) / len(z) for part in zip(*parts, strict=True))  # (V,), ()
-        return self.config.entropy_loss_ratio * (
-            per_latent + (mean_p * (mean_p + 1e-5).log()).sum()
-        )
+        of_mean = -(mean_p * (mean_p + 1e-5).log()).sum()  # ()
+        return self.config.entropy_loss_ratio * (per_latent - of_mean)
 
     @torch.no_grad()
     def record_usage(self, codes: Tensor) -> None:

@@ -1,6 +1,4 @@
-"""What changes as a tokenizer trains besides its weights: the discriminator's state, and entries
-of the codebook.
-"""
+"""What changes in training besides weights: the discriminator's state, codebook entries."""
 
 from __future__ import annotations
 
@@ -41,9 +39,8 @@ class VQState(TrainingState):
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters of both."""
-        return super().parameters() + (
-            self.discriminator.parameters() if self.discriminator else []
-        )
+        others = self.discriminator.parameters() if self.discriminator else []
+        return super().parameters() + others
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors of the tokenizer, and those of the discriminator under ``discriminator.``."""
@@ -80,15 +77,13 @@ def place_codebook(
     if world.is_main:
         latents: list[Tensor] = []
         for pixels in images:
-            latents.append(
-                model.quantize.rows(model.latent(to_model_range(pixels, world.device)))
-            )  # (N, C)
+            latent = model.latent(to_model_range(pixels, world.device))  # (B, C, h, w)
+            latents.append(model.quantize.rows(latent))  # (N, C)
             if sum(map(len, latents)) >= LATENTS_PER_ENTRY * size:
                 break
         iterations = KMEANS_ITERATIONS if args.codebook_init == "kmeans" else 0
-        model.quantize.fit(
-            torch.cat(latents), iterations, torch.Generator().manual_seed(args.global_seed)
-        )
+        generator = torch.Generator().manual_seed(args.global_seed)
+        model.quantize.fit(torch.cat(latents), iterations, generator)
     entries = world.broadcast(model.quantize.embedding.weight.cpu())  # (V, C)
     model.quantize.embedding.weight.copy_(entries)
 

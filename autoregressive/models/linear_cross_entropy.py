@@ -34,7 +34,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(dtype, torch.float32)
         losses = torch.empty(len(h), device=h.device, dtype=wide)  # (N,)
         if differentiate:
-            d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)  # (N, D), (V, D)
+            d_hidden = torch.empty_like(hidden)  # (N, D)
+            d_weight = torch.zeros_like(weight)  # (V, D)
         rows = max(1, CHUNK_ELEMENTS // len(w))
         for start in range(0, len(h), rows):
             part = slice(start, start + rows)

@@ -1,6 +1,4 @@
-"""What both samplers share: their model and sampling options, and checkpoints -> a ready pair of
-models.
-"""
+"""What both samplers share: model and sampling options; checkpoints -> a ready pair of models."""
 
 from __future__ import annotations
 
@@ -127,12 +125,9 @@ def add_sampling_options(
         choices=["auto", "none", "fp16", "bf16"],
         default="auto",
         help="data type of the GPT's weights and cache (none: float32). auto: bf16 on GPUs of "
-        "compute capability 8.0 "
-        "or newer "
-        "and on CPUs that decode by our own kernels, which compute in float32 where the processor "
-        "has no bf16 "
-        "products; fp16 on "
-        "older CUDA devices; else none",
+        "compute capability 8.0 or newer and on CPUs that decode by our own kernels, which compute "
+        "in float32 where the processor has no bf16 products; fp16 on older CUDA devices; "
+        "else none",
     )
     group.add_argument(
         "--quantize",
@@ -174,9 +169,8 @@ class Pipeline:
     def guided(self) -> bool:
         """Whether any step has guidance, which doubles the rows."""
         order = self.gpt.order
-        return any(
-            self.options.scale(start, order.num_tokens) != 1.0 for start, _ in order.schedule
-        )
+        scales = (self.options.scale(start, order.num_tokens) for start, _ in order.schedule)
+        return any(scale != 1.0 for scale in scales)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Raster codes (B, T) -> images (B, 3, H, W), about [-1, 1], float32."""
@@ -205,14 +199,8 @@ class Pipeline:
 
     def fingerprint(self, args: Namespace, way: Way) -> str:
         """Return a short hash of everything that the bytes of the samples depend on."""
-        names: tuple[str, ...] = (
-            "quantize",
-            "gpt_ema",
-            "image_size_eval",
-            "per_proc_batch_size",
-            "num_fid_samples",
-        )
-        names += ("global_seed", "class_protocol")
+        names: tuple[str, ...] = ("quantize", "gpt_ema", "image_size_eval", "per_proc_batch_size")
+        names += ("num_fid_samples", "global_seed", "class_protocol")
         values = [getattr(args, n) for n in names]
         # other kernels round otherwise
         values += [way.precision, way.decoder, self.world.device.type, torch.__version__]
@@ -221,12 +209,14 @@ class Pipeline:
 
     def resolved_options(self) -> dict[str, object]:
         """Return the GPT's options as the checkpoints record them."""
-        order, downsample = self.gpt.order, self.vq.config.downsample
-        resolved = dict(
-            gpt_model=self.gpt_name, image_size=self.image_size, downsample_size=downsample
-        )
-        return resolved | dict(
-            ar_token_num=order.n, spe_token_num=order.n - 1, num_classes=self.gpt.config.num_classes
+        n = self.gpt.order.n
+        return dict(
+            gpt_model=self.gpt_name,
+            image_size=self.image_size,
+            downsample_size=self.vq.config.downsample,
+            ar_token_num=n,
+            spe_token_num=n - 1,
+            num_classes=self.gpt.config.num_classes,
         )
 
     def facts(self) -> dict[str, object]:
@@ -294,9 +284,8 @@ def load_gpt_for(args: Namespace, vq: VQModel) -> tuple[GPT, str, dict]:
         bare=args.from_fsdp,
         ema=args.gpt_ema,
     )
-    require_tokenizer(
-        vq, checkpoint.get("tokenizer_sha256"), args.vq_ckpt, f"--gpt-ckpt {args.gpt_ckpt}"
-    )
+    sha256 = checkpoint.get("tokenizer_sha256")
+    require_tokenizer(vq, sha256, args.vq_ckpt, f"--gpt-ckpt {args.gpt_ckpt}")
     return gpt, name, checkpoint
 
 

@@ -1,6 +1,4 @@
-"""GPT checkpoint -> one picture: a row of images per class, with its name; --trace shows them
-fill in step by step.
-"""
+"""GPT checkpoint -> one picture: a row of images per class; --trace shows them fill in."""
 
 from __future__ import annotations
 
@@ -45,7 +43,8 @@ def parse_args() -> Namespace:
     parser = make_parser(
         __doc__,
         "python3 autoregressive/sample/sample_c2i.py --vq-ckpt ./pretrained_models/vq_ds16_c2i.pt "
-        '--gpt-ckpt ./pretrained_models/PAR-3B-4x.pt --classes "golden retriever, 360" --images-per-class 4 --trace',
+        '--gpt-ckpt ./pretrained_models/PAR-3B-4x.pt --classes "golden retriever, 360" '
+        "--images-per-class 4 --trace",
     )
     add_model_options(parser)
     add_sampling_options(parser, cfg_scale=4.0, top_k=2000, compiled=False)
@@ -80,9 +79,8 @@ def class_names(pipeline: Pipeline) -> list[str]:
         names = None if num_classes == 1000 else [str(i) for i in range(num_classes)]
     if names is not None and not any(re.fullmatch(r"n\d{8}", name) for name in names):
         return names
-    from timm.data import (
-        ImageNetInfo,
-    )  # takes a second or two, and other data sets need no names of it
+    # here: it takes a second or two, and other data sets need no names of it
+    from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
     wnids = info.label_names()
@@ -128,9 +126,8 @@ class Trace:
 
     def __init__(self, pipeline: Pipeline, frames: int):
         self.pipeline, steps = pipeline, len(pipeline.gpt.order.schedule)
-        self.wanted = set(
-            np.linspace(0, steps - 1, min(frames, steps)).round().astype(int).tolist()
-        )
+        wanted = np.linspace(0, steps - 1, min(frames, steps)).round().astype(int)
+        self.wanted = set(wanted.tolist())
         self.step = 0
         self.frames: list[np.ndarray] = []  # (B, S, S, 3) each
 
@@ -168,9 +165,8 @@ def main() -> None:
     generator = pipeline.make_generator(way, args.images_per_class, args.quantize)
     num_classes, num_tokens = pipeline.gpt.config.num_classes, pipeline.gpt.order.num_tokens
     rows, traces = [], []
-    for row, label in enumerate(
-        progress(world, "sampling", len(args.classes), unit="classes", items=args.classes)
-    ):
+    classes = progress(world, "sampling", len(args.classes), unit="classes", items=args.classes)
+    for row, label in enumerate(classes):
         indices = range(row * args.images_per_class, (row + 1) * args.images_per_class)
         _, uniforms = image_randomness(args.seed, indices, num_classes, num_tokens)
         cond = torch.full((args.images_per_class,), label, device=world.device)  # (b,)

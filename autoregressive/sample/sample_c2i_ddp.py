@@ -92,12 +92,9 @@ def parse_args() -> Namespace:
 
 def sample_name(args: Namespace, pipeline: Pipeline) -> str:
     """Return the published name of a set of samples, the key of evaluation tables."""
-    checkpoint = (
-        Path(args.gpt_ckpt)
-        .name.removesuffix(".pth")
-        .removesuffix(".pt")
-        .removesuffix(".safetensors")
-    )
+    checkpoint = Path(args.gpt_ckpt).name
+    for ending in (".pth", ".pt", ".safetensors"):
+        checkpoint = checkpoint.removesuffix(ending)
     return (
         f"{pipeline.gpt_name}-{checkpoint}-size-{pipeline.image_size}-size-{args.image_size_eval}-"
         f"{pipeline.vq_name}-topk-{args.top_k}-topp-{args.top_p}-temperature-{args.temperature}-"
@@ -123,8 +120,7 @@ def main() -> None:
     size, order = args.image_size_eval, pipeline.gpt.order
 
     def file_of(way: Way) -> SampleFile:
-        # chunks of another batch size, number or checkpoint of the same name must not mix with
-        # these
+        # chunks of another batch size, number or checkpoint of the same name must not mix in
         shape = (args.num_fid_samples, size, size, 3)
         return SampleFile(npz, pipeline.fingerprint(args, way), shape, args.per_proc_batch_size)
 
@@ -158,19 +154,12 @@ def main() -> None:
         if world.is_main:
             made = sum(len(file.images_of(c)) for c in missing)
             speed = {"images": made, "seconds": seconds, "images_per_second": made / seconds}
-            write_options(
-                npz.with_suffix(".json"),
-                args,
-                fingerprint=file.fingerprint,
-                speed=speed,
-                **pipeline.facts(),
-            )
+            facts = {"fingerprint": file.fingerprint, "speed": speed, **pipeline.facts()}
+            write_options(npz.with_suffix(".json"), args, **facts)
             classes = pipeline.gpt.config.num_classes
             labels = [class_ids(args, file.images_of(c), classes) for c in range(file.num_chunks)]
-            file.finish(
-                np.concatenate(labels),
-                progress(world, "checksum", args.num_fid_samples, unit="images"),
-            )
+            bar = progress(world, "checksum", args.num_fid_samples, unit="images")
+            file.finish(np.concatenate(labels), bar)
             logger.info(
                 f"{args.num_fid_samples:,} images in {npz}; {made:,} made now, "
                 f"{made / seconds:.3g} images/s"
@@ -214,9 +203,8 @@ def make_chunks(
         with torch.cuda.stream(stream) if stream else nullcontext():
             if stream:
                 stream.wait_event(generated)
-            images = (
-                to_uint8(pipeline.decode(codes), args.image_size_eval).cpu().numpy()
-            )  # (b, S, S, 3)
+            pixels = pipeline.decode(codes)  # (b, 3, H, W)
+            images = to_uint8(pixels, args.image_size_eval).cpu().numpy()  # (b, S, S, 3)
         file.write(chunk, images)
         return len(images)
 

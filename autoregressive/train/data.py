@@ -1,6 +1,4 @@
-"""What a GPT is trained on: cached codes, checked against the options and each other, and
-batches of them.
-"""
+"""What a GPT is trained on: cached codes, checked against options and each other, in batches."""
 
 from __future__ import annotations
 
@@ -22,9 +20,8 @@ def open_training_codes(args: Namespace) -> Codes:
     """Open ``--code-path`` and ``--mix-code-path``; options left out are filled from them."""
     codes = open_codes(args.code_path)
     if args.mix_code_path is not None:
-        codes = MixedCodes(
-            codes, open_codes(args.mix_code_path, "--mix-code-path"), args.mix_weight
-        )
+        second = open_codes(args.mix_code_path, "--mix-code-path")
+        codes = MixedCodes(codes, second, args.mix_weight)
     describe_codes(args, codes)
     return codes
 
@@ -36,10 +33,8 @@ def describe_codes(args: Namespace, codes: Codes) -> None:
         args.image_size = resolve("--image-size", args.image_size, meta["image_size"], source)
         args.vocab_size = resolve("--vocab-size", args.vocab_size, meta["codebook_size"], source)
         args.num_classes = resolve("--num-classes", args.num_classes, len(meta["classes"]), source)
-        downsample = meta["image_size"] // meta["grid"][0]
-        args.downsample_size = resolve(
-            "--downsample-size", args.downsample_size, downsample, source
-        )
+        pixels = meta["image_size"] // meta["grid"][0]
+        args.downsample_size = resolve("--downsample-size", args.downsample_size, pixels, source)
     args.image_size = args.image_size or 384
     args.downsample_size = args.downsample_size or 16
     args.vocab_size = args.vocab_size or 16384
@@ -89,9 +84,8 @@ def open_tokenizer(args: Namespace, codes: Codes, world: World) -> VQModel | Non
     if args.vq_ckpt is None:
         return None
     vq, _ = load_vq(args.vq_ckpt, None)
-    require_tokenizer(
-        vq, codes.meta.get("tokenizer_sha256"), args.vq_ckpt, f"--code-path {args.code_path}"
-    )
+    sha256 = codes.meta.get("tokenizer_sha256")
+    require_tokenizer(vq, sha256, args.vq_ckpt, f"--code-path {args.code_path}")
     return vq.to(world.device)
 
 
@@ -109,9 +103,8 @@ class CodeBatches:
         """
         _, images = self.order.indices(step)  # (B,)
         rng = np.random.default_rng([self.seed, step, 1])
-        crops = rng.choice(
-            self.codes.num_crops, size=len(images), p=self.codes.crop_weights
-        )  # (B,)
+        num_crops, weights = self.codes.num_crops, self.codes.crop_weights
+        crops = rng.choice(num_crops, size=len(images), p=weights)  # (B,)
         each = len(images) // world.size
         mine = slice(world.rank * each, (world.rank + 1) * each)
         codes, labels = self.codes.batch(images[mine], crops[mine])  # (b, T), (b,)

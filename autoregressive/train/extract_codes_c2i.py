@@ -56,6 +56,8 @@ from utils.options import (
 from utils.performance import usable_cores
 from utils.precision import autocast, log_level, resolve_precision
 
+Samples = list[tuple[str, int]]  # path and label of each image
+
 
 def parse_args() -> Namespace:
     """Parse the options; names and defaults are those of the published script."""
@@ -131,7 +133,7 @@ def parse_args() -> Namespace:
 
 
 def make_plan(
-    args: Namespace, samples: list[tuple[str, int]], classes: list[str], vq: VQModel, name: str
+    args: Namespace, samples: Samples, classes: list[str], vq: VQModel, name: str
 ) -> CodesPlan:
     """Return what the code folder will hold; options, listing and tokenizer must fit."""
     if args.crop_range < 1.0:
@@ -157,15 +159,12 @@ def make_plan(
 def encode_crops(vq: VQModel, codebook: Tensor, pixels: Tensor, args: Namespace) -> np.ndarray:
     """Return codes (B, crops, tokens) of images (B, R, R, 3) uint8, in ``--batch-size`` crops."""
     device = codebook.device
-    crops = take_crops(
-        pixels.to(device), args.image_size, args.ten_crop, flips=not args.no_flip
-    )  # (B, K, S, S, 3)
+    kinds = dict(ten_crop=args.ten_crop, flips=not args.no_flip)
+    crops = take_crops(pixels.to(device), args.image_size, **kinds)  # (B, K, S, S, 3)
     with autocast(device, "bf16" if args.precision == "bf16" else "none"):
         parts = crops.flatten(0, 1).split(args.batch_size)  # (<=batch, S, S, 3) each
-        codes = torch.cat(
-            [vq.encode(to_model_range(part, device), codebook) for part in parts]
-        )  # (B*K, h, w)
-    return codes.view(*crops.shape[:2], -1).cpu().numpy()  # (B, K, T)
+        codes = [vq.encode(to_model_range(part, device), codebook) for part in parts]
+    return torch.cat(codes).view(*crops.shape[:2], -1).cpu().numpy()  # (B, K, T)
 
 
 class ShardBatches:
@@ -227,12 +226,7 @@ def check_shards(args: Namespace, world: World, plan: CodesPlan, logger: Logger)
 
 
 def make_all_shards(
-    args: Namespace,
-    world: World,
-    vq: VQModel,
-    plan: CodesPlan,
-    samples: list[tuple[str, int]],
-    logger: Logger,
+    args: Namespace, world: World, vq: VQModel, plan: CodesPlan, samples: Samples, logger: Logger
 ) -> None:
     """Work until all shards exist: take free ones, wait for others, reclaim abandoned ones."""
     waiting = False
@@ -257,47 +251,38 @@ def make_shards(
     world: World,
     vq: VQModel,
     plan: CodesPlan,
-    samples: list[tuple[str, int]],
+    samples: Samples,
     shards: list[int],
     claims: Claims,
 ) -> None:
     """Claim, encode and write those of ``shards`` that no other process has."""
     resized = int(plan.image_size * plan.crop_range)
-    bar = progress(
-        world, "extracting", sum(len(plan.shard_images(s)) for s in shards), unit="images"
-    )
-    with bar:
+    total = sum(len(plan.shard_images(s)) for s in shards)
+    batch = max(1, args.batch_size // len(plan.crops))
+    with progress(world, "extracting", total, unit="images") as bar:
         loader = DataLoader(
             ImageFiles(samples, CenterCrop(resized), tolerant=True),
-            batch_sampler=ShardBatches(
-                plan, claims, shards, max(1, args.batch_size // len(plan.crops)), bar
-            ),
+            batch_sampler=ShardBatches(plan, claims, shards, batch, bar),
             collate_fn=collate,
             num_workers=min(args.num_workers, usable_cores()),
             pin_memory=world.device.type == "cuda",
         )
         encode = partial(encode_crops, vq, vq.quantize.codebook(), args=args)
         for shard, batches in groupby(loader, key=lambda batch: batch.first // plan.shard_size):
-            codes, labels, index, skipped = (
-                [np.empty((0, len(plan.crops), plan.num_tokens), np.int64)],
-                [],
-                [],
-                [],
-            )
-            for batch in batches:
-                if fatal := [u for u in batch.skipped if u.fatal or args.strict]:
+            codes = [np.empty((0, len(plan.crops), plan.num_tokens), np.int64)]
+            labels, index, skipped = [], [], []
+            for part in batches:
+                if fatal := [u for u in part.skipped if u.fatal or args.strict]:
                     raise ValueError(fatal[0].reason)
-                if batch.pixels is not None:
-                    codes.append(encode(batch.pixels))
-                labels.append(batch.labels)
-                index.append(batch.images)
-                skipped += [(u.image, u.reason) for u in batch.skipped]
+                if part.pixels is not None:
+                    codes.append(encode(part.pixels))
+                labels.append(part.labels)
+                index.append(part.images)
+                skipped += [(u.image, u.reason) for u in part.skipped]
                 claims.renew()
-                bar.update(len(batch.images) + len(batch.skipped))
-            join = np.concatenate
-            write_shard(
-                args.code_path, plan, shard, join(codes), join(labels), join(index), skipped
-            )
+                bar.update(len(part.images) + len(part.skipped))
+            joined = (np.concatenate(codes), np.concatenate(labels), np.concatenate(index))
+            write_shard(args.code_path, plan, shard, *joined, skipped)
             claims.release(shard)
 
 
@@ -307,15 +292,12 @@ def main() -> None:
     world = init_distributed(connect=False)
     logger = create_logger(world)
     if args.precision == "auto":
-        args.precision, reason = (
-            "none",
-            "none (float32), on every machine: bf16 would change some codes",
-        )
+        args.precision = "none"
+        reason = "none (float32), on every machine: bf16 would change some codes"
     else:
         args.precision, reason = resolve_precision(args.precision, world.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
-        args.precision == "tf32"
-    )
+    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     listing = list_images(args.data_path)
     samples = listing.samples[:100] if args.debug else listing.samples
     vq, name = load_tokenizer(args)
@@ -337,16 +319,16 @@ def main() -> None:
     if not world.is_main:
         return
     while (meta := finish_codes(args.code_path, plan, [path for path, _ in samples])) is None:
-        check_shards(
-            args, World(0, 1, world.device), plan, logger
-        )  # another rank has yet to delete a damaged one
+        # another rank has yet to delete a damaged one
+        check_shards(args, World(0, 1, world.device), plan, logger)
         make_all_shards(args, world, vq, plan, samples, logger)
     logger.info(
         f"{args.code_path}: codes of {meta['num_coded_images']:,} images in "
         f"{plan.num_shards} shards"
     )
     if meta["num_skipped_images"]:
-        text = f"{meta['num_skipped_images']:,} unreadable images left out; see {args.code_path}/skipped.json"
+        skipped = f"{meta['num_skipped_images']:,} unreadable images left out"
+        text = f"{skipped}; see {args.code_path}/skipped.json"
         if args.strict:
             raise ValueError(f"--strict: {text}; repair them and run again with --retry-skipped")
         logger.warning(text)

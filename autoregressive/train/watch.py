@@ -44,10 +44,9 @@ def validate(
     for start in range(0, each, batch):
         mine = np.arange(start, min(start + batch, each)) + world.rank * each
         x, y = codes.batch(mine * len(codes) // images, mine % codes.num_crops)  # (b, T), (b,)
+        inputs = (torch.from_numpy(a).to(world.device) for a in (x, y))
         with autocast(world.device, precision):
-            _, losses = forward(
-                torch.from_numpy(x).to(world.device), torch.from_numpy(y).to(world.device)
-            )  # (b, T)
+            _, losses = forward(*inputs)  # (b, T)
         sums += losses.sum(0)
     model.train()
     mean = world.mean(sums / each)  # (T,)
@@ -69,12 +68,11 @@ def draw_samples(
     config = model.config
     classes = torch.arange(PICTURE, device=world.device) * config.num_classes // PICTURE  # (b,)
     _, uniforms = image_randomness(0, range(PICTURE), config.num_classes, model.order.num_tokens)
+    u = torch.from_numpy(uniforms).to(world.device)  # (b, T)
+    options = SamplingOptions(cfg_scale=PICTURE_CFG_SCALE)
     model.eval()
     with autocast(world.device, precision):
-        options = SamplingOptions(cfg_scale=PICTURE_CFG_SCALE)
-        codes = generate(
-            model, model.order, classes, torch.from_numpy(uniforms).to(world.device), options
-        )  # (b, T)
+        codes = generate(model, model.order, classes, u, options)  # (b, T)
     model.train()
     if world.is_main:
         pixels = vq.decode_code(codes.view(-1, *model.order.grid))  # (b, 3, S, S)

@@ -114,9 +114,7 @@ class Inception2015(nn.Module):
         x = self.Mixed_6b(x)  # (B, 768, 17, 17)
         x = self.Mixed_6c(x)  # (B, 768, 17, 17)
         x = self.Mixed_6d(x)  # (B, 768, 17, 17)
-        spatial = x[
-            :, :SPATIAL_CHANNELS
-        ]  # (B, 7, 17, 17), the first channels of Mixed_6d.branch1x1
+        spatial = x[:, :SPATIAL_CHANNELS]  # (B, 7, 17, 17), of Mixed_6d.branch1x1
         spatial = spatial.permute(0, 2, 3, 1).flatten(1)  # (B, 2023), height, width, channel
         x = self.Mixed_6e(x)  # (B, 768, 17, 17)
         x = self.Mixed_7a(x)  # (B, 1280, 8, 8)
@@ -133,13 +131,11 @@ class BlockA(InceptionA):
     def forward(self, x: Tensor) -> Tensor:
         branch1x1 = self.branch1x1(x)  # (B, 64, 35, 35)
         branch5x5 = self.branch5x5_2(self.branch5x5_1(x))  # (B, 64, 35, 35)
-        branch3x3dbl = self.branch3x3dbl_3(
-            self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        )  # (B, 96, 35, 35)
+        branch3x3dbl = self.branch3x3dbl_2(self.branch3x3dbl_1(x))  # (B, 96, 35, 35)
+        branch3x3dbl = self.branch3x3dbl_3(branch3x3dbl)  # (B, 96, 35, 35)
         branch_pool = self.branch_pool(_average_pool(x))  # (B, 32 or 64, 35, 35)
-        return torch.cat(
-            [branch1x1, branch5x5, branch3x3dbl, branch_pool], dim=1
-        )  # (B, 256 or 288, 35, 35)
+        branches = [branch1x1, branch5x5, branch3x3dbl, branch_pool]
+        return torch.cat(branches, dim=1)  # (B, 256 or 288, 35, 35)
 
 
 class BlockC(InceptionC):
@@ -148,14 +144,12 @@ class BlockC(InceptionC):
     def forward(self, x: Tensor) -> Tensor:
         branch1x1 = self.branch1x1(x)  # (B, 192, 17, 17)
         branch7x7 = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))  # (B, 192, 17, 17)
-        branch7x7dbl = self.branch7x7dbl_3(
-            self.branch7x7dbl_2(self.branch7x7dbl_1(x))
-        )  # (B, 128-192, 17, 17)
-        branch7x7dbl = self.branch7x7dbl_5(self.branch7x7dbl_4(branch7x7dbl))  # (B, 192, 17, 17)
+        branch7x7dbl = self.branch7x7dbl_2(self.branch7x7dbl_1(x))  # (B, 128-192, 17, 17)
+        branch7x7dbl = self.branch7x7dbl_4(self.branch7x7dbl_3(branch7x7dbl))  # (B, 128-192, ...)
+        branch7x7dbl = self.branch7x7dbl_5(branch7x7dbl)  # (B, 192, 17, 17)
         branch_pool = self.branch_pool(_average_pool(x))  # (B, 192, 17, 17)
-        return torch.cat(
-            [branch1x1, branch7x7, branch7x7dbl, branch_pool], dim=1
-        )  # (B, 768, 17, 17)
+        branches = [branch1x1, branch7x7, branch7x7dbl, branch_pool]
+        return torch.cat(branches, dim=1)  # (B, 768, 17, 17)
 
 
 class BlockE(InceptionE):
@@ -163,20 +157,13 @@ class BlockE(InceptionE):
 
     def forward(self, x: Tensor) -> Tensor:
         branch1x1 = self.branch1x1(x)  # (B, 320, 8, 8)
-        branch3x3 = self.branch3x3_1(x)  # (B, 384, 8, 8)
-        branch3x3 = [
-            self.branch3x3_2a(branch3x3),
-            self.branch3x3_2b(branch3x3),
-        ]  # 2 x (B, 384, 8, 8)
-        branch3x3dbl = self.branch3x3dbl_2(self.branch3x3dbl_1(x))  # (B, 384, 8, 8)
-        branch3x3dbl = [
-            self.branch3x3dbl_3a(branch3x3dbl),
-            self.branch3x3dbl_3b(branch3x3dbl),
-        ]  # 2 x (B, 384, 8, 8)
+        h = self.branch3x3_1(x)  # (B, 384, 8, 8)
+        branch3x3 = [self.branch3x3_2a(h), self.branch3x3_2b(h)]  # 2 x (B, 384, 8, 8)
+        h = self.branch3x3dbl_2(self.branch3x3dbl_1(x))  # (B, 384, 8, 8)
+        branch3x3dbl = [self.branch3x3dbl_3a(h), self.branch3x3dbl_3b(h)]  # 2 x (B, 384, 8, 8)
         branch_pool = self.branch_pool(self.pool(x))  # (B, 192, 8, 8)
-        return torch.cat(
-            [branch1x1, *branch3x3, *branch3x3dbl, branch_pool], dim=1
-        )  # (B, 2048, 8, 8)
+        branches = [branch1x1, *branch3x3, *branch3x3dbl, branch_pool]
+        return torch.cat(branches, dim=1)  # (B, 2048, 8, 8)
 
     def pool(self, x: Tensor) -> Tensor:
         """3x3 pooling before the last branch: (B, C, 8, 8) -> the same."""
@@ -241,9 +228,8 @@ def state_of_graph(nodes: Mapping[str, Node]) -> dict[str, Tensor]:
     """
     constants = {name: node.value for name, node in nodes.items() if node.value is not None}
     for name, node in nodes.items():
-        if node.op == "BatchNormWithGlobalNormalization" and not node.switches.get(
-            "scale_after_normalization", False
-        ):
+        scaled = node.switches.get("scale_after_normalization", False)
+        if node.op == "BatchNormWithGlobalNormalization" and not scaled:
             shape = np.shape(constants.get(f"{name}/beta", ()))
             constants[f"{name}/gamma"] = np.ones(shape, np.float32)
     try:
@@ -270,11 +256,11 @@ def find_weights(path: str | Path | None, folder: Path, allow_unknown: bool) -> 
 
     Raises ``ValueError`` naming the expected files with size, hash and source.
     """
-    wanted = f"expected {' or '.join(str(w) for w in PUBLISHED_WEIGHTS)} in {folder}/ or at --inception-weights"
+    files = " or ".join(map(str, PUBLISHED_WEIGHTS))
+    wanted = f"expected {files} in {folder}/ or at --inception-weights"
     if path is None:
-        path = next(
-            (folder / w.name for w in PUBLISHED_WEIGHTS if (folder / w.name).is_file()), None
-        )
+        paths = (folder / w.name for w in PUBLISHED_WEIGHTS)
+        path = next((p for p in paths if p.is_file()), None)
         if path is None:
             raise ValueError(f"no Inception weights: {wanted}")
     path = require_file(path, "--inception-weights", wanted)
@@ -297,17 +283,16 @@ def download_weights(folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        torch.hub.download_url_to_file(
-            DOWNLOADED.source, str(folder / DOWNLOADED.name), DOWNLOADED.sha256
-        )
+        file = str(folder / DOWNLOADED.name)
+        torch.hub.download_url_to_file(DOWNLOADED.source, file, DOWNLOADED.sha256)
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"--download: {DOWNLOADED.source} cannot be fetched into {folder}: {error}"
         ) from error
 
 
-# Convolutions of each block: torchvision's name -> TensorFlow's scope within the block's scope in
-# the 2015 graph. fmt: off
+# Convolutions of each block: torchvision's name -> TensorFlow's scope within the block's scope.
+# fmt: off
 _SCOPES_A = {
     "branch1x1": "conv",
     "branch5x5_1": "tower/conv",
@@ -397,9 +382,8 @@ def state_from_tensorflow(constants: Mapping[str, np.ndarray]) -> dict[str, Tens
         for module, scope in TENSORFLOW_SCOPES.items()
         for parameter, constant in TENSORFLOW_CONSTANTS.items()
     }
-    state = {
-        k: v.permute(3, 2, 0, 1) if v.ndim == 4 else v for k, v in state.items()
-    }  # HWIO -> OIHW
+    # HWIO -> OIHW
+    state = {k: v.permute(3, 2, 0, 1) if v.ndim == 4 else v for k, v in state.items()}
     state["fc.weight"] = torch.tensor(constants["softmax/weights"]).T
     state["fc.bias"] = torch.tensor(constants["softmax/biases"])
     return state
