@@ -126,11 +126,8 @@ class ImageFiles(torch.utils.data.Dataset):
             if not self.tolerant:
                 raise
             return Unreadable(index, str(error), fatal=isinstance(error, OSError))
-        return (
-            torch.from_numpy(np.array(pixels)),
-            int(self.labels[index]),
-            index,
-        )  # a copy: torch wants to write
+        pixels = torch.from_numpy(np.array(pixels))  # a copy: torch wants to write
+        return pixels, int(self.labels[index]), index
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -59,9 +59,8 @@ def draw(codes: ShardedCodes, vq_ckpt: str, rows: int, output: Path) -> None:
     for image in progress(init_distributed(), "decoding", len(images), unit="images", items=images):
         tokens = codes.gather(np.full(codes.num_crops, image), np.arange(codes.num_crops))  # (K, T)
         with torch.inference_mode():
-            decoded = vq.decode_code(
-                torch.from_numpy(tokens).view(-1, *codes.meta["grid"])
-            )  # (K, 3, S, S)
+            grids = torch.from_numpy(tokens).view(-1, *codes.meta["grid"])  # (K, h, w)
+            decoded = vq.decode_code(grids)  # (K, 3, S, S)
         pictures.append(to_uint8(decoded).numpy())
     save_png(output, image_grid(np.concatenate(pictures), columns=codes.num_crops))
 

@@ -163,9 +163,8 @@ def test_more_shards_than_open_files(tmp_path):
     """
     codes, _ = write_all(tmp_path, make_plan(num_images=200, shard_size=1))
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(
-        int(name) for name in os.listdir("/dev/fd")
-    )  # other tests of this process may have files open
+    # other tests of this process may have files open
+    highest = max(int(name) for name in os.listdir("/dev/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 60, before[1]))
     try:
         reader = open_codes(tmp_path)

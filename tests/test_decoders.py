@@ -78,9 +78,8 @@ ODD = dict(
 WIDE = dict(dim=200, n_head=2)  # heads of 100 channels, as GPT-3B's
 
 
-@pytest.mark.parametrize(
-    "batch", [5, 35]
-)  # of float32, with tiles, the second have kernels of their own
+# of float32, with tiles, 35 rows have kernels of their own
+@pytest.mark.parametrize("batch", [5, 35])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize(
     "shape",
@@ -124,9 +123,8 @@ def test_kernels_round_alike_in_any_batch_after_any_other_and_on_any_number_of_t
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             for first, stop in ((0, 1), (1, 6), (6, 10)):
-                generator.cache.store.fill_(
-                    0x7FC07FC0
-                )  # NaN in both types, as a diverged batch leaves behind
+                # NaN in both types, as a diverged batch leaves behind
+                generator.cache.store.fill_(0x7FC07FC0)
                 alone = generator(labels[first:stop], uniforms[first:stop])
                 assert torch.equal(alone, together[first:stop])
     finally:

@@ -412,9 +412,8 @@ def test_the_kept_reference_gives_the_same_numbers(sets, evaluate, monkeypatch):
     assert not list(sets.glob("*.features.npz"))
     evaluate(sets)
     images = np.load(sets / "ref.npz")["arr_0"]
-    np.savez(
-        sets / "ref.npz", arr_0=images[::-1, ::-1]
-    )  # another file of that name is another reference
+    # another file of that name is another reference
+    np.savez(sets / "ref.npz", arr_0=images[::-1, ::-1])
     assert "read from" not in evaluate(sets).out
 
 
@@ -490,9 +489,8 @@ def test_further_numbers_are_asked_for_and_written(sets, evaluate):
             "SSIM",
         )
     }
-    assert found["FID"] == pytest.approx(
-        plain["FID"], rel=1e-3
-    )  # 25 images: the square root is not exact
+    # 25 images: the square root is not exact
+    assert found["FID"] == pytest.approx(plain["FID"], rel=1e-3)
     written = json.loads((sets / "sam.metrics.json").read_text())
     assert set(written["fid_of_class"]) == {"0", "1", "2"}
     assert (

@@ -53,9 +53,8 @@ def test_kid_takes_subsets_of_a_thousand(monkeypatch):
     x, y = features(1500, 4, 0), features(1200, 4, 1)
     mean, deviation = extra_metrics.kernel_distance(x, y)
     assert deviation > 0
-    assert (
-        abs(mean) < 0.02 < extra_metrics.kernel_distance(x, y + 0.5)[0]
-    )  # unbiased: 0 for the same distribution
+    # unbiased: 0 for the same distribution
+    assert abs(mean) < 0.02 < extra_metrics.kernel_distance(x, y + 0.5)[0]
 
 
 def test_frechet_of_few_is_that_of_the_statistics():

@@ -146,7 +146,10 @@ def test_compiled_code_of_a_declared_processor_is_kept_apart(monkeypatch):
     buffers of another.
     """
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    probe = "import utils.precision; from torch._inductor.runtime.cache_dir_utils import cache_dir; print(cache_dir())"
+    probe = (
+        "import utils.precision; from torch._inductor.runtime.cache_dir_utils import cache_dir; "
+        "print(cache_dir())"
+    )
     folders = {run_command("python3", "-c", probe, PAR_CPU=name).stdout for name in ("", "avx2")}
     assert len(folders) == 2
 

@@ -87,9 +87,8 @@ def test_extraction_killed_ten_times_at_random_moments(work, tmp_path):
         process, deadline = start(command), time.time() + 60
         while not (codes / "shards").exists() and process.poll() is None and time.time() < deadline:
             time.sleep(0.01)
-        time.sleep(
-            rng.uniform(0, 0.6) + (2 if counts else 0)
-        )  # a rerun takes that long to come to work again
+        # a rerun takes that long to come to work again
+        time.sleep(rng.uniform(0, 0.6) + (2 if counts else 0))
         kill(process)
         counts.append(len(list((codes / "shards").glob("*.npz"))))
     assert counts == sorted(counts)  # what was whole stays
@@ -466,9 +465,8 @@ def test_balanced_classes_take_turns(work, trained, sampled, tmp_path):
         assert npz["labels"].tolist() == [i % 3 for i in range(22)]
         same = npz["labels"] == drawn["labels"]
         assert 0 < same.sum() < 22
-        assert np.array_equal(
-            npz["arr_0"][same], drawn["arr_0"][same]
-        )  # the same randomness, image by image
+        # the same randomness, image by image
+        assert np.array_equal(npz["arr_0"][same], drawn["arr_0"][same])
 
 
 @pytest.mark.parametrize("n", [1, 16])

@@ -334,10 +334,9 @@ def test_a_full_disk_stops_the_run_and_spares_what_was_saved(work, trained, tmp_
     """A limit on the size of files stands for a full disk: the shard cannot be written."""
     start_from(trained, tmp_path, 8)
     before = {p: p.read_bytes() for p in (tmp_path / NAME).rglob("*") if p.is_file()}
-    options = " ".join(
-        map(str, ("--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS, "--ema"))
-    )
-    script = f"ulimit -f 2000; bash {TRAIN[1]} --cloud-save-path {tmp_path} {options} --mixed-precision none"
+    options = ("--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS, "--ema")
+    options = " ".join(map(str, (*options, "--mixed-precision", "none")))
+    script = f"ulimit -f 2000; bash {TRAIN[1]} --cloud-save-path {tmp_path} {options}"
     done = run_command("bash", "-c", script, check=False)
     assert done.returncode == 2
     assert re.search(
@@ -430,9 +429,8 @@ def test_nan_loss_stops_with_the_reason_and_is_never_saved(work, monkeypatch, ca
         "error: the last 6 steps up to 8 were all skipped, as their loss was not a finite number"
         in log
     )
-    assert (
-        newest(tmp_path / NAME / "checkpoints") <= 4
-    )  # two steps skipped in a row may be bad luck
+    # two steps skipped in a row may be bad luck
+    assert newest(tmp_path / NAME / "checkpoints") <= 4
 
 
 def test_fine_tuning_a_released_file_with_other_classes(work, monkeypatch, capfd, tmp_path):
@@ -552,8 +550,8 @@ def test_pictures_and_validation_while_training(work, monkeypatch, capfd, tmp_pa
         tmp_path / "ddp",
     )
     run_command(
-        *TRAIN, *base, *watch, "--sample-every", 10, "--cloud-save-path", tmp_path / "fsdp", "--data-parallel", "fsdp",
-        nproc=2,
+        *TRAIN, *base, *watch, "--sample-every", 10,
+        "--cloud-save-path", tmp_path / "fsdp", "--data-parallel", "fsdp", nproc=2,
     )  # fmt: skip
     assert same_tensors(weights(tmp_path / "plain", 15), weights(tmp_path / "ddp", 15))
     pictures = [sorted((tmp_path / k / NAME / "samples").iterdir()) for k in ("ddp", "fsdp")]

@@ -1,8 +1,7 @@
 """VQ tokenizer: images <-> grids of codes.
 
 - convolutional encoder and decoder of VQGAN (Esser et al. 2021), attention at the lowest resolution
-- vector quantizer with a low-dimensional, l2-normalised codebook (ViT-VQGAN, Yu et al. 2022;
-  LlamaGen)
+- vector quantizer with a small l2-normalised codebook (ViT-VQGAN, Yu et al. 2022; LlamaGen)
 - parameter names and shapes of the released ``vq_ds16_c2i.pt``
 
 Images are float (B, 3, H, W) in [-1, 1]; codes are int64 (B, H/f, W/f), f = ``config.downsample``.
@@ -276,8 +275,8 @@ class VectorQuantizer(nn.Module):
         """ratio * (mean entropy per latent - entropy of the mean assignment): a scalar.
 
         Small when each latent is sure and all entries are used (MaskGIT's tokenizer, Chang et al.
-        2022). Affinity is -|z - e|^2. ``chunk`` latents at a time, computed again in backward, so that at
-        most chunk x V probabilities exist at once.
+        2022). Affinity is -|z - e|^2. ``chunk`` latents at a time, computed again in backward, so
+        that at most chunk x V probabilities exist at once.
         """
         codebook, z = self.codebook(), z.flatten(0, -2)  # (V, C), (N, C)
 

@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-TIMEOUT = timedelta(
-    hours=2
-)  # others wait while rank 0 copies a checkpoint, tens of GB for the largest models
+# others wait while rank 0 copies a checkpoint, tens of GB for the largest models
+TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)

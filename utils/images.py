@@ -22,9 +22,8 @@ def to_uint8(images: Tensor, size: int | None = None) -> Tensor:
     """
     if size is not None and tuple(images.shape[-2:]) != (size, size):
         images = F.interpolate(images, size=(size, size), mode="bicubic")  # (B, 3, S, S)
-    return (
-        (127.5 * images + 128.0).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
-    )  # (B, S, S, 3)
+    values = (127.5 * images + 128.0).clamp(0, 255)  # (B, 3, S, S)
+    return values.permute(0, 2, 3, 1).to(torch.uint8)  # (B, S, S, 3)
 
 
 def save_png(path: str | Path, pixels: np.ndarray) -> None:

@@ -142,9 +142,8 @@ def map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
         )
 
     with _readable(member.path), open(member.path, "rb") as f:
-        f.seek(
-            info.header_offset + 26
-        )  # the lengths of name and extra field end the zip's local header
+        # the lengths of name and extra field end the zip's local header
+        f.seek(info.header_offset + 26)
         start = (
             info.header_offset + 30 + sum(struct.unpack("<HH", f.read(4))) + member.stream.tell()
         )

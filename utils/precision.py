@@ -29,11 +29,8 @@ AUTO_HELP = (
     "CPUs with AMX, AVX-512 BF16 or Arm BF16, if that is faster than float32 there), else fp16 "
     "with a loss scale on CUDA, else none, which is float32"
 )
-CPU_BFLOAT16 = {
-    "amx_bf16": "AMX",
-    "avx512_bf16": "AVX-512 BF16",
-    "bf16": "Arm BF16",
-}  # flag -> name
+# flag -> name
+CPU_BFLOAT16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "bf16": "Arm BF16"}
 PRODUCT_WIDTH = 512  # of the matrices that are timed
 WORTHWHILE_GAIN = 1.2  # of bfloat16 over float32
 
@@ -81,9 +78,8 @@ def limit_cpu() -> None:
         return
     if name not in CPU_LIMITS:
         raise ValueError(f"PAR_CPU={name}: expected {' or '.join(CPU_LIMITS)}, or no PAR_CPU")
-    needed = {"avx2": {"avx2"}, "avx512": {"avx512bw", "avx512_bw"}}[
-        name
-    ]  # Linux and torch spell it differently
+    # Linux and torch spell it differently
+    needed = {"avx2": {"avx2"}, "avx512": {"avx512bw", "avx512_bw"}}[name]
     if not needed & cpu_flags():
         raise ValueError(
             f"PAR_CPU={name}: this processor ({platform.machine()}) does not have {name}"

@@ -25,13 +25,11 @@ def ssim(images: np.ndarray, others: np.ndarray, device: torch.device | str = "c
     With a Gaussian window of 11 x 11 pixels and sigma 1.5 (Wang et al. 2004), mirrored at the
     borders; the mean over colours and pixels. H and W must be at least 11.
     """
-    from torchmetrics.functional.image import (
-        structural_similarity_index_measure,
-    )  # takes over a second
+    # here: it takes over a second
+    from torchmetrics.functional.image import structural_similarity_index_measure
 
-    x, y = (
-        torch.from_numpy(a).to(device).permute(0, 3, 1, 2).float() for a in (images, others)
-    )  # (N, 3, H, W)
+    both = (torch.from_numpy(a).to(device) for a in (images, others))  # (N, H, W, 3)
+    x, y = (a.permute(0, 3, 1, 2).float() for a in both)  # (N, 3, H, W)
     similarity = structural_similarity_index_measure(
         x, y, data_range=255.0, kernel_size=SSIM_WINDOW, reduction="none"
     )

@@ -118,9 +118,8 @@ def _values(content: int | memoryview, dtype: np.dtype) -> np.ndarray:
         return words.astype(np.uint16).view(dtype)
     if dtype.kind == "f":  # a single value: the bits of a fixed32 or fixed64
         return words.astype(f"<u{dtype.itemsize}").view(dtype)
-    return words.astype(np.int64).astype(
-        dtype
-    )  # negative integers are written as 64-bit two's complement
+    # negative integers are written as 64-bit two's complement
+    return words.astype(np.int64).astype(dtype)
 
 
 def _shape(data: memoryview) -> tuple[int, ...]:

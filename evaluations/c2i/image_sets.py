@@ -22,10 +22,8 @@ from evaluations.c2i.metrics import Statistics
 from utils.files import require_file
 from utils.npz import Member, open_member, open_npz
 
-IMAGES, LABELS = (
-    "arr_0",
-    ("labels", "arr_1"),
-)  # guided-diffusion saves labels as a second positional array
+IMAGES = "arr_0"
+LABELS = ("labels", "arr_1")  # guided-diffusion saves labels as a second positional array
 LARGEST_IMAGE = 1 << 26  # values of one image
 LARGEST_WHOLE = 1 << 30  # bytes of an array read at once: 8 times the statistics of 4096 features
 

@@ -57,9 +57,9 @@ def frechet_distance(
     sigma2: np.ndarray,
     method: str = "symmetric",
 ) -> float:
-    """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))  (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
+    """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)).
 
-    With S1 = L L^T, the last trace is the sum of the square roots of the eigenvalues of L^T S2 L.
+    Heusel et al. 2017, arXiv 1706.08500, equation 6. With S1 = L L^T, the last trace is the sum of the square roots of the eigenvalues of L^T S2 L.
     These lose half their digits without full rank; then it is the sum of the singular values of A^T
     B with S1 = A A^T and S2 = B B^T. Both are symmetric in their arguments, unlike a matrix square
     root of S1 S2, which ``method`` "sqrtm" uses as the TensorFlow evaluator does. Means (D,),
@@ -90,9 +90,8 @@ def frechet_distance_of_few(first: np.ndarray, second: np.ndarray) -> float:
     for x in (first, second):
         _require_features(x, "features", least=2)
         x = x.astype(np.float64)
-        centred.append(
-            (x - x.mean(axis=0)) / np.sqrt(len(x) - 1)
-        )  # (N, D), covariance A A^T of A = its transpose
+        # (N, D), covariance A A^T of A = its transpose
+        centred.append((x - x.mean(axis=0)) / np.sqrt(len(x) - 1))
     difference = first.mean(axis=0, dtype=np.float64) - second.mean(axis=0, dtype=np.float64)
     cross = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
     spread = sum(np.square(x).sum() for x in centred)
@@ -259,18 +258,17 @@ def _distances(u: Tensor, v: Tensor) -> Tensor:
 
 
 def _half_squared_norms(x: Tensor) -> Tensor:
-    """|x|^2 of float16 rows (N, D) as float16 (N,), rounded after each addition in TensorFlow's order on a CPU.
+    """|x|^2 of float16 rows (N, D) as float16 (N,), rounded after each addition.
 
-    Rows of more than 1600 values are halved. Each part is summed in 32 interleaved running sums;
+    In TensorFlow's order on a CPU. Rows of more than 1600 values are halved. Each part is summed in 32 interleaved running sums;
     these are added as four groups of 8, and the last 8 sums are added in float32.
     """
     width = x.shape[1]
     if width > 1600:
         middle = -(-width // 16) * 8
         return _half_squared_norms(x[:, :middle]) + _half_squared_norms(x[:, middle:])
-    squares = torch.nn.functional.pad(x * x, (0, -width % 32)).view(
-        len(x), -1, 4, 8
-    )  # (N, D/32, 4, 8)
+    squares = torch.nn.functional.pad(x * x, (0, -width % 32))  # (N, D)
+    squares = squares.view(len(x), -1, 4, 8)  # (N, D/32, 4, 8)
     sums = torch.zeros_like(squares[:, 0])  # (N, 4, 8)
     for square in squares.unbind(dim=1):
         sums = sums + square

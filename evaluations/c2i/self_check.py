@@ -73,7 +73,8 @@ def check_weights(weights: str | None, folder: Path, allow_unknown: bool) -> str
     """Check that the weights file is a published one and loads."""
     path = inception.find_weights(weights, folder, allow_unknown)
     inception.load_inception(path)
-    return f"{path} loads, sha256 {sha256_file(path)}{' (not checked)' if allow_unknown else ' as published'}"
+    state = "(not checked)" if allow_unknown else "as published"
+    return f"{path} loads, sha256 {sha256_file(path)} {state}"
 
 
 def check_resize() -> str:

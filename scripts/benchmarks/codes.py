@@ -50,9 +50,8 @@ def published_codes(vq: VQModel, crops: Tensor) -> np.ndarray:
     z = vq.latent(crops).permute(0, 2, 3, 1)  # (10, h, w, C)
     z = torch.nn.functional.normalize(z, dim=-1).reshape(-1, z.shape[-1])  # (N, C)
     e = torch.nn.functional.normalize(vq.quantize.embedding.weight, dim=-1)  # (V, C)
-    d = (
-        z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * torch.einsum("bd,dn->bn", z, e.T)
-    )  # (N, V)
+    products = torch.einsum("bd,dn->bn", z, e.T)  # (N, V)
+    d = z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * products  # (N, V)
     return d.argmin(1).view(len(crops), -1).numpy()
 
 
@@ -71,14 +70,12 @@ def extract_one_way(way: str, data_path: str, count: int, size: int, work: Path)
     (work / way).mkdir()
 
     def encode(path: str) -> np.ndarray:
-        pixels = torch.from_numpy(center_crop(open_image(path), int(size * 1.1)).copy())[
-            None
-        ]  # (1, R, R, 3)
+        square = center_crop(open_image(path), int(size * 1.1))
+        pixels = torch.from_numpy(square.copy())[None]  # (1, R, R, 3)
         crops = take_crops(pixels, size, True, True)[0]  # (10, S, S, 3)
         if way.startswith("published"):
-            return published_codes(
-                vq, crops.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-            )  # (10, T)
+            images = crops.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1  # (10, 3, S, S)
+            return published_codes(vq, images)  # (10, T)
         with torch.autocast("cpu", torch.bfloat16, enabled=way.endswith("bf16")):
             codes = [vq.encode(to_model_range(part, CPU), codebook) for part in crops.split(2)]
         return torch.cat(codes).flatten(1).numpy()  # (10, T)

@@ -138,9 +138,8 @@ class PublishedRMSNorm(nn.Module):
         self.weight, self.eps = weight, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float() * torch.rsqrt(
-            x.float().square().mean(-1, keepdim=True) + self.eps
-        )  # (B, T, D)
+        mean_square = x.float().square().mean(-1, keepdim=True)  # (B, T, 1)
+        y = x.float() * torch.rsqrt(mean_square + self.eps)  # (B, T, D)
         return y.type_as(x) * self.weight  # (B, T, D)
 
 

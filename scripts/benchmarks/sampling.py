@@ -85,9 +85,8 @@ def published_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) ->
 
 def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) -> Tensor:
     """By torch's fused attention, with a mask."""
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, p, enable_gqa=q.shape[1] != k.shape[1]
-    )  # (B, H, t, hd)
+    fused, grouped = F.scaled_dot_product_attention, q.shape[1] != k.shape[1]
+    return fused(q, k, v, mask, p, enable_gqa=grouped)  # (B, H, t, hd)
 
 
 @torch.inference_mode()
@@ -96,9 +95,8 @@ def published_generate(model: GPT, cond: Tensor) -> Tensor:
     batch, slots = len(cond), model.order.num_tokens
     padded = -(-slots // 8) * 8
     labels = torch.cat([cond, torch.full_like(cond, model.config.num_classes)])  # (2B,)
-    mask = torch.zeros(
-        2 * batch, padded, padded, dtype=torch.bool, device=cond.device
-    )  # (2B, Tp, Tp)
+    shape = (2 * batch, padded, padded)
+    mask = torch.zeros(shape, dtype=torch.bool, device=cond.device)  # (2B, Tp, Tp)
     mask[:, :slots, :slots] = model.mask
     cache = PublishedCache(model.config, 2 * batch, padded, model.output.weight.dtype, cond.device)
     tokens, probabilities = cond.new_zeros(2 * batch, slots), []  # (2B, T)
@@ -201,10 +199,8 @@ def work_of(model: GPT, batch: int, way: str) -> tuple[float, float]:
     are a byte each.
     """
     config, order = model.config, model.order
-    size, rows = (
-        model.tok_embeddings.weight.element_size(),
-        2 * batch,
-    )  # embeddings keep the weights' type
+    size = model.tok_embeddings.weight.element_size()  # embeddings keep the weights' type
+    rows = 2 * batch
     block = config.dim * (config.n_head + 2 * config.kv_heads) * config.head_dim
     block += config.dim**2 + 3 * config.dim * config.ffn_dim
     weights, head = config.n_layer * block, config.dim * config.vocab_size
@@ -335,17 +331,14 @@ def describe(result: dict[str, object], published: float | None) -> str:
     gain = f"{published / result['seconds']:5.2f}x" if published else ""
     agreed = ""
     if "equal tokens" in result:
-        agreed = f"  {result['equal tokens']:.1%} of greedy tokens equal, logits off by {result['logit error']:.1e}"
-    return (
-        "n {n:2}  batch {batch:2}  {precision:5} {way:9} {seconds:7.2f} s {images/s:7.3f} images/s ".format(
-            **result
-        )
-        + f"{gain}  {{calls}} calls  {{GB/s:6.1f}} of {{ceiling GB/s:.0f}} GB/s  ".format(**result)
-        + "{TFLOP/s:.3f} of {ceiling TFLOP/s:.2f} TFLOP/s  {peak GiB:.2f} GiB  by {decoder}".format(
-            **result
-        )
-        + agreed
+        equal, error = result["equal tokens"], result["logit error"]
+        agreed = f"  {equal:.1%} of greedy tokens equal, logits off by {error:.1e}"
+    line = (
+        "n {n:2}  batch {batch:2}  {precision:5} {way:9} {seconds:7.2f} s {images/s:7.3f} "
+        f"images/s {gain}  {{calls}} calls  {{GB/s:6.1f}} of {{ceiling GB/s:.0f}} GB/s  "
+        "{TFLOP/s:.3f} of {ceiling TFLOP/s:.2f} TFLOP/s  {peak GiB:.2f} GiB  by {decoder}"
     )
+    return line.format(**result) + agreed
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 memory in one run.
 
 Published: the whole distance matrix |z|^2 + |e|^2 - 2 z.e by einsum, the discriminator in float32
-at every step, before
---disc-start too, its parameters' gradients computed in the generator's backward as well, plain Adam, NCHW. Ours:
-train_vq.py's step before and after --disc-start. No LPIPS, which is the same in both. Each way runs
-in a process of its own, all of them under the allocator settings of scripts/launch.sh.
+at every step, before --disc-start too, its parameters' gradients computed in the generator's
+backward as well, plain Adam, NCHW. Ours: train_vq.py's step before and after --disc-start. No
+LPIPS, which is the same in both. Each way runs in a process of its own, all of them under the
+allocator settings of scripts/launch.sh.
 """
 
 from __future__ import annotations
@@ -164,9 +164,8 @@ def measure(args: Namespace) -> dict[str, float]:
         else our_step(args, model, world, "from" in args.way)
     )
     shape = (args.batch, 3, args.image_size, args.image_size)
-    images = (
-        torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(world.device) * 2 - 1
-    )  # (B, 3, S, S)
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))  # (B, 3, S, S)
+    images = noise.to(world.device) * 2 - 1  # (B, 3, S, S)
     figures = time_steps(
         step, [(images,)] * (warm_up_steps(world.device) + args.steps), world.device
     )

@@ -66,10 +66,8 @@ def published_batches(work: Path, batch: int, steps: int) -> Iterator[tuple[Tens
 
 def our_batches(work: Path, batch: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The same from a memory map, gathered on a thread."""
-    codes, labels = (
-        np.load(work / "codes.npy", mmap_mode="r"),
-        np.load(work / "labels.npy"),
-    )  # (N, crops, T), (N,)
+    codes = np.load(work / "codes.npy", mmap_mode="r")  # (N, crops, T)
+    labels = np.load(work / "labels.npy")  # (N,)
 
     def make(step: int) -> tuple[Tensor, Tensor]:
         images = np.arange(step * batch, (step + 1) * batch)

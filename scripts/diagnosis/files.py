@@ -118,9 +118,8 @@ def damaged_shards(folder: str, codes: Codes) -> tuple[list[str], int]:
 
 def count_codes(codes: Codes) -> np.ndarray:
     """Return how often each code occurs in ``SAMPLED_CODES`` images, one crop of each: (V,)."""
-    images = np.unique(
-        np.linspace(0, len(codes) - 1, min(SAMPLED_CODES, len(codes))).astype(np.int64)
-    )  # (N,)
+    spread = np.linspace(0, len(codes) - 1, min(SAMPLED_CODES, len(codes)))
+    images = np.unique(spread.astype(np.int64))  # (N,)
     counts = np.zeros(0, np.int64)
     for part in np.array_split(images, -(-len(images) // 1024)):
         more = np.bincount(

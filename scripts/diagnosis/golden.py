@@ -193,9 +193,8 @@ def check_sampling(context: Context) -> Result:
         found = filter_logits(logits, k, p).softmax(-1).cpu()  # (B, V)
         errors.append((found - expected).abs().max().item())
     worst = float(np.max(errors))
-    pixels = (
-        to_uint8(torch.from_numpy(file["pixels_in"]).to(device), 64).cpu().numpy()
-    )  # (B, 64, 64, 3)
+    images = torch.from_numpy(file["pixels_in"]).to(device)  # (B, 3, S, S)
+    pixels = to_uint8(images, 64).cpu().numpy()  # (B, 64, 64, 3)
     difference = np.abs(pixels.astype(int) - file["pixels_uint8_64"].astype(int)).max()
     detail = (
         f"probabilities differ by at most {short(worst)}, resized pixels by {difference} of 255"

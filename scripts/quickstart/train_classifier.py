@@ -33,10 +33,8 @@ from utils.options import make_parser, positive_int, run_main
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.01
-MAX_DEGREES, MAX_SHIFT = (
-    10.0,
-    0.06,
-)  # augmentation: rotation, and shift as a fraction of the image's side
+MAX_DEGREES = 10.0  # augmentation: rotation
+MAX_SHIFT = 0.06  # augmentation: shift as a fraction of the image's side
 
 
 def main() -> None:

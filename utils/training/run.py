@@ -76,9 +76,8 @@ class TrainingRun:
         ``args`` has the options of ``utils.training.options``.
         """
         self.args, self.world, self.state, self.total_steps = args, world, state, total_steps
-        self.fixed: dict[str, Any] = json.loads(
-            json.dumps(fixed)
-        )  # as it comes back from a checkpoint
+        # as it comes back from a checkpoint
+        self.fixed: dict[str, Any] = json.loads(json.dumps(fixed))
         self.run_folder = RunFolder.of(args, world, name)
         self.first_step = self.run_folder.resume(state, self.fixed, start)
         self.last_step = min(self.first_step + 2, total_steps) if args.dry_run else total_steps

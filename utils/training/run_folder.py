@@ -179,9 +179,8 @@ class RunFolder:
         for step in steps[: -self.keep_last]:
             if not (self.keep_every and step % self.keep_every == 0):
                 aside = folder / f"{step:07d}.tmp"
-                os.rename(
-                    folder / f"{step:07d}", aside
-                )  # killed while deleting, it is no checkpoint any more
+                # killed while deleting, it is no checkpoint any more
+                os.rename(folder / f"{step:07d}", aside)
                 shutil.rmtree(aside)
 
     def wait(self) -> Path | None:

@@ -96,9 +96,8 @@ class Guard:
 
     def __init__(self, device: torch.device, spike: float, patience: int):
         self.spike, self.patience = spike, patience
-        self.state = torch.zeros(
-            4, device=device
-        )  # running mean of the loss; steps taken, skipped, skipped in a row
+        # running mean of the loss; steps taken, skipped, skipped in a row
+        self.state = torch.zeros(4, device=device)
 
     def should_skip(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Return 1.0 if the step of this loss and gradient norm is to be skipped, else 0.0."""
@@ -107,10 +106,8 @@ class Guard:
         if self.spike:
             bad |= (taken >= SETTLED_STEPS) & (loss > mean + self.spike)
         moved = mean + (loss - mean) * (1.0 / (taken + 1.0)).clamp(min=0.01)  # ()
-        mean, in_a_row = (
-            torch.where(bad, mean, moved),
-            torch.where(bad, in_a_row + 1.0, 0.0),
-        )  # () each
+        mean = torch.where(bad, mean, moved)  # ()
+        in_a_row = torch.where(bad, in_a_row + 1.0, 0.0)  # ()
         self.state = torch.stack([mean, taken + ~bad, skipped + bad, in_a_row])  # (4,)
         return bad.float()
 
@@ -173,9 +170,8 @@ class TrainingState:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
         # the fused optimizer itself looks at this flag, on the device: a step that is skipped
         # changes nothing
-        skip = self.guard.should_skip(loss, norm).to(
-            next(self.model.parameters()).device
-        )  # the host's, if offloaded
+        place = next(self.model.parameters()).device  # the host's, if offloaded
+        skip = self.guard.should_skip(loss, norm).to(place)
         self.optimizer.grad_scale, self.optimizer.found_inf = None, skip
         self.optimizer.step()
         self.scaler.update()
