@@ -77,8 +77,8 @@ def shard_path(folder: str | Path, shard: int) -> Path:
 def start_codes(folder: str | Path, plan: CodesPlan) -> None:
     """Record ``plan`` in ``folder``; ``ValueError`` if it records another, with the differences.
 
-    Of several processes that start at once, one records its plan and the others compare theirs with
-    it.
+    Of several processes that start at once, one records its plan and the others compare
+    theirs with it.
     """
     path = Path(folder) / "plan.json"
     aside = path.with_name(f"plan.json.tmp-{uuid.uuid4().hex[:8]}")

@@ -43,8 +43,8 @@ def open_image(path: str | Path) -> Image.Image:
 def list_images(root: str | Path, option: str = "--data-path") -> ImageFolder:
     """List classes (sorted folder names) and files of ``root`` in torchvision's order, unopened.
 
-    Only ``classes`` and ``samples`` (path, label) are used. Raises ``ValueError`` if there are
-    none.
+    Only ``classes`` and ``samples`` (path, label) are used. Raises ``ValueError`` if
+    there are none.
     """
     require_folder(root, option, "expected one sub-folder of images per class")
     try:

@@ -1,7 +1,7 @@
 """One file of weights from a training checkpoint: the published .pt format, or .safetensors.
 
-The config and the tokenizer's hash go along, so that sampling and extraction need no architecture
-options.
+The config and the tokenizer's hash go along, so that sampling and extraction need
+no architecture options.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ class Effect:
     (validation losses), a name in ``Command.recorded``, or a part of a checkpoint: ``model``,
     ``ema``, ... context: options of both runs, separated by spaces.
 
-    value and context may hold names of ``Command.places`` in braces; {place} is the run's own
-    folder.
+    value and context may hold names of ``Command.places`` in braces; {place} is the
+    run's own folder.
     """
 
     value: object

@@ -24,8 +24,8 @@ TRAINING_FIGURES = {"seconds", "first loss", "last loss", "peak GiB"}
 def measure(tmp_path, monkeypatch, capsys):
     """``measure(name, *options)``: the results that a benchmark writes, and what it prints.
 
-    Each way runs in this process, as starting one takes longer than the way, and blocks are not
-    compiled.
+    Each way runs in this process, as starting one takes longer than the way, and blocks
+    are not compiled.
     """
 
     def run(script: str, *words: object) -> None:

@@ -16,8 +16,8 @@ PROBE = (
     'source scripts/environment.sh requirements-dev.txt; echo "$PYTHON"; '
     "python --probe; python3 --probe"
 )
-# stands for an interpreter: says which one it is, logs what it is told to do, looks for packages in
-# FAKE_PACKAGES
+# stands for an interpreter: says which one it is, logs what it is told to do, looks for
+# packages in FAKE_PACKAGES
 FAKE = f"""#!/bin/bash
 case $1 in
     --probe) echo "$0" ;;

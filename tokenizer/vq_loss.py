@@ -106,8 +106,9 @@ def adaptive_weight(
 ) -> Tensor:
     """|d supervised / d last layer| / (|d adversarial / d last layer| + 1e-4), at most 1e4.
 
-    VQGAN's equation 7, a scalar without gradient. Gradients are averaged over the ranks first, so
-    that all weigh alike. ``scale``: factor that keeps the gradients of half precision from vanishing.
+    VQGAN's equation 7, a scalar without gradient. Gradients are averaged over the ranks
+    first, so that all weigh alike. ``scale``: factor that keeps the gradients of half
+    precision from vanishing.
     """
     norms = []
     for loss in (supervised, adversarial):

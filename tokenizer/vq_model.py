@@ -241,9 +241,9 @@ class VectorQuantizer(nn.Module):
         """Nearest entries, argmin |z - e|^2 = argmax z.e - |e|^2 / 2: (N, C) -> (N,) int64.
 
         ``chunk`` rows at a time, so that at most chunk x V similarities exist at once. With unit
-        entries |e| is the same for all and drops out. ``codebook``: the result of ``codebook()``,
-        where it is at hand. float32 also under autocast, as each code is one of thousands of near
-        neighbours.
+        entries |e| is the same for all and drops out. ``codebook``: the result of
+        ``codebook()``, where it is at hand. float32 also under autocast, as each code is one of
+        thousands of near neighbours.
         """
         codebook = self.codebook() if codebook is None else codebook  # (V, C)
         z = self._normalize(z)  # (N, C)

@@ -34,8 +34,8 @@ CPU_BFLOAT16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "bf16": "Arm B
 PRODUCT_WIDTH = 512  # of the matrices that are timed
 WORTHWHILE_GAIN = 1.2  # of bfloat16 over float32
 
-# PAR_CPU -> settings of ATen, oneDNN and MKL, each of which reads its own when its first operator
-# runs
+# PAR_CPU -> settings of ATen, oneDNN and MKL, each of which reads its own when its
+# first operator runs
 CPU_LIMITS = {
     "avx2": {
         "ATEN_CPU_CAPABILITY": "avx2",

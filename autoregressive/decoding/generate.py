@@ -1,8 +1,8 @@
 """Class ids -> raster codes: the one decode loop, with KV cache, guidance and inverse-CDF sampling.
 
-Image i has one uniform number per token, drawn from (seed, i): its random numbers depend neither on
-its batch nor on the process that generates it; the last bits of its logits may depend on the batch
-size.
+Image i has one uniform number per token, drawn from (seed, i): its random numbers depend
+neither on its batch nor on the process that generates it; the last bits of its logits may
+depend on the batch size.
 """
 
 from __future__ import annotations

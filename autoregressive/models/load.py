@@ -64,8 +64,8 @@ def resolve_parallelism(
 ) -> int:
     """Return n from the published option pair, for codes of ``grid`` (h, w) if that is known.
 
-    Special tokens are n - 1, and n must cut the grid into equal regions; anything else is a
-    ``ValueError``.
+    Special tokens are n - 1, and n must cut the grid into equal regions; anything else
+    is a ``ValueError``.
     """
     if spe_token_num is not None and spe_token_num != ar_token_num - 1:
         raise ValueError(

@@ -91,8 +91,8 @@ def class_names(pipeline: Pipeline) -> list[str]:
 def find_classes(words: list[str], names: list[str]) -> list[int]:
     """Return the class ids that ``--classes`` lists, as ids or as names between commas.
 
-    Where classes are named by numbers, a number is an id. Raises ``ValueError`` if there is no such
-    class.
+    Where classes are named by numbers, a number is an id. Raises ``ValueError`` if there is
+    no such class.
     """
     found: list[int] = []
     for item in filter(None, map(str.strip, " ".join(words).split(","))):

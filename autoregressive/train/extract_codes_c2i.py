@@ -170,8 +170,8 @@ def encode_crops(vq: VQModel, codebook: Tensor, pixels: Tensor, args: Namespace)
 class ShardBatches:
     """Keys of the images to decode, shard after shard; a shard is claimed only when its turn comes.
 
-    For a DataLoader's batch_sampler. No batch spans two shards. ``bar`` counts what other processes
-    make.
+    For a DataLoader's batch_sampler. No batch spans two shards. ``bar`` counts what
+    other processes make.
     """
 
     def __init__(self, plan: CodesPlan, claims: Claims, shards: list[int], batch: int, bar: tqdm):

@@ -59,11 +59,12 @@ def frechet_distance(
 ) -> float:
     """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)).
 
-    Heusel et al. 2017, arXiv 1706.08500, equation 6. With S1 = L L^T, the last trace is the sum of the square roots of the eigenvalues of L^T S2 L.
-    These lose half their digits without full rank; then it is the sum of the singular values of A^T
-    B with S1 = A A^T and S2 = B B^T. Both are symmetric in their arguments, unlike a matrix square
-    root of S1 S2, which ``method`` "sqrtm" uses as the TensorFlow evaluator does. Means (D,),
-    covariances (D, D), any float dtype. Raises ``ValueError`` if sizes differ.
+    Heusel et al. 2017, arXiv 1706.08500, equation 6. With S1 = L L^T, the last trace is the sum of
+    the square roots of the eigenvalues of L^T S2 L. These lose half their digits without full rank;
+    then it is the sum of the singular values of A^T B with S1 = A A^T and S2 = B B^T. Both are
+    symmetric in their arguments, unlike a matrix square root of S1 S2, which ``method`` "sqrtm"
+    uses as the TensorFlow evaluator does. Means (D,), covariances (D, D), any float dtype. Raises
+    ``ValueError`` if sizes differ.
     """
     size = np.size(mu1)
     if not (
@@ -126,9 +127,9 @@ def _trace_by_sqrtm(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
 def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
     """Mean over splits of exp(E_x KL(p(y|x) || p(y))) (Salimans et al. 2016, arXiv 1606.03498).
 
-    ``probabilities`` (N, classes), rows that sum to 1, in file order; each split is ``split_size``
-    consecutive rows, and a shorter last split has the same weight. Raises ``ValueError`` for other
-    input.
+    ``probabilities`` (N, classes), rows that sum to 1, in file order; each split is
+    ``split_size`` consecutive rows, and a shorter last split has the same weight. Raises
+    ``ValueError`` for other input.
     """
     _require_features(probabilities, "probabilities", least=1)
     scores = []
@@ -260,8 +261,9 @@ def _distances(u: Tensor, v: Tensor) -> Tensor:
 def _half_squared_norms(x: Tensor) -> Tensor:
     """|x|^2 of float16 rows (N, D) as float16 (N,), rounded after each addition.
 
-    In TensorFlow's order on a CPU. Rows of more than 1600 values are halved. Each part is summed in 32 interleaved running sums;
-    these are added as four groups of 8, and the last 8 sums are added in float32.
+    In TensorFlow's order on a CPU. Rows of more than 1600 values are halved. Each part is summed
+    in 32 interleaved running sums; these are added as four groups of 8, and the last 8 sums are
+    added in float32.
     """
     width = x.shape[1]
     if width > 1600:

@@ -3,18 +3,18 @@
 Published: the same model decoded with a mask over the padded length, all positions of the cache
 read at every step, every step's probabilities kept, softmax and multinomial over the whole
 vocabulary, guidance on logits; keys and values copied in every layer (repeat_interleave in
-LlamaGen's gpt.py) and attention by torch's plain operators, to which the published loop confines it
-(sdp_kernel in its generate.py, commit 5a50452). Fused: that without the copies and with torch's
-fused attention. Ours: Generator, eager by torch's operators, compiled by our kernels on a CPU, by
-torch.compile and one CUDA graph on CUDA. Random weights, guidance on, no image decoding. For all of
-ours but eager float32 also the share of greedy tokens equal to those of eager float32 after the
-same tokens, and the difference of the logits. "compiled" is what the samplers do by default, so
-where a measurement finds torch's operators faster it is eager. A device that emulates bfloat16 is
-measured in it by our kernels alone, which only store it there, against published float32. Each
-figure is from a process of its own, all under the allocator settings of scripts/launch.sh. Bytes
-are those that must be read (weights, once a call, and the keys and values there are), FLOPs those
-of the products; the ceilings beside them are a long sum and a matrix product, measured in the same
-process.
+LlamaGen's gpt.py) and attention by torch's plain operators, to which the published loop confines
+it (sdp_kernel in its generate.py, commit 5a50452). Fused: that without the copies and with
+torch's fused attention. Ours: Generator, eager by torch's operators, compiled by our kernels on a
+CPU, by torch.compile and one CUDA graph on CUDA. Random weights, guidance on, no image decoding.
+For all of ours but eager float32 also the share of greedy tokens equal to those of eager float32
+after the same tokens, and the difference of the logits. "compiled" is what the samplers do by
+default, so where a measurement finds torch's operators faster it is eager. A device that emulates
+bfloat16 is measured in it by our kernels alone, which only store it there, against published
+float32. Each figure is from a process of its own, all under the allocator settings of
+scripts/launch.sh. Bytes are those that must be read (weights, once a call, and the keys and
+values there are), FLOPs those of the products; the ceilings beside them are a long sum and a
+matrix product, measured in the same process.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Training checkpoints: folders of tensor shards (torch.distributed.checkpoint), written in the
 background.
 
-Every rank writes what it holds; any number of ranks, sharded or not, reads it back. A folder holds
-``*.distcp``, ``.metadata`` (torch's) and ``meta.json`` (ours: step, config, run, sizes of the
-files).
+Every rank writes what it holds; any number of ranks, sharded or not, reads it back. A folder
+holds ``*.distcp``, ``.metadata`` (torch's) and ``meta.json`` (ours: step, config, run, sizes
+of the files).
 """
 
 from __future__ import annotations
@@ -239,8 +239,8 @@ def _load(folder: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
         Exception,
         dcp.CheckpointException,
     ) as error:  # a damaged file may break the reader in any way
-        # torch wraps what went wrong; where it refuses to unpickle, it advises to run the file's
-        # code
+        # torch wraps what went wrong; where it refuses to unpickle, it advises to run
+        # the file's code
         cause = (
             next(iter(error.failures.values()))[0]
             if isinstance(error, dcp.CheckpointException)
