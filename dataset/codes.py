@@ -287,9 +287,8 @@ class PublishedCodes(Codes):
     """Reader of published ``*_codes/0.npy`` [1, crops, tokens] and ``*_labels/0.npy`` [1]."""
 
     def __init__(self, folder: str | Path, option: str = "--code-path"):
-        self._codes, labels = (
-            self._only_folder(Path(folder), end, option) for end in ("_codes", "_labels")
-        )
+        self._codes = self._only_folder(Path(folder), "_codes", option)
+        labels = self._only_folder(Path(folder), "_labels", option)
         count = sum(1 for _ in self._codes.glob("*.npy"))
         if count == 0:
             raise ValueError(f"{option}: {self._codes} holds no .npy files")

@@ -260,10 +260,8 @@ def small_state(
 ) -> TrainingState:
     model = torch.nn.Linear(2, 1, bias=False)
     model.weight.data.fill_(value)
-    scaler, guard = (
-        torch.amp.GradScaler("cpu", enabled=fp16),
-        Guard(torch.device("cpu"), spike, patience),
-    )
+    scaler = torch.amp.GradScaler("cpu", enabled=fp16)
+    guard = Guard(torch.device("cpu"), spike, patience)
     return TrainingState(model, make_adamw(model, 0.1, 0.0, (0.9, 0.95)), scaler, Ema(model), guard)
 
 

@@ -200,10 +200,8 @@ def test_kernels_on_arm_give_what_they_give_here(tmp_path):
     compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
     if shutil.which(compiler) is None or shutil.which(emulator) is None:
         pytest.skip(f"{compiler} and {emulator} are not installed")
-    here, arm = (
-        run_alone(tmp_path, ["c++"], []),
-        run_alone(tmp_path, [compiler, "-static"], [emulator]),
-    )
+    here = run_alone(tmp_path, ["c++"], [])
+    arm = run_alone(tmp_path, [compiler, "-static"], [emulator])
     in_float32, in_bfloat16 = np.split(np.abs(here - arm), 2)
     assert len(here) == 8000 and np.abs(here).max() > 1
     assert in_float32.max() < 1e-5 and in_bfloat16.max() < 1e-3

@@ -619,10 +619,8 @@ def swept(sets, monkeypatch):
             monkeypatch.setattr(sys, "argv", words[2:])
             evaluator.main()
             return
-        scale, folder = (
-            float(words[words.index("--cfg-scale") + 1]),
-            Path(words[words.index("--sample-dir") + 1]),
-        )
+        scale = float(words[words.index("--cfg-scale") + 1])
+        folder = Path(words[words.index("--sample-dir") + 1])
         assert words[2:4] == ["--gpt-ckpt", "my gpt.pt"]
         folder.mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(5).integers(0, int(100 * scale), (25, 8, 8, 3))

@@ -56,13 +56,10 @@ def test_frechet_distance_of_few_samples_is_exact(golden):
     assert found == pytest.approx(float(z["FID_rank_deficient_X40_Y30"]), rel=1e-7)
 
     mu_x, mu_y = x.mean(0), y.mean(0)
-    cx, cy = (
-        (x - x.mean(0, dtype=np.float64)) / np.sqrt(39),
-        (y - y.mean(0, dtype=np.float64)) / np.sqrt(29),
-    )
-    cross = scipy.linalg.svdvals(
-        cx @ cy.T
-    ).sum()  # without any covariance: singular values of the data itself
+    cx = (x - x.mean(0, dtype=np.float64)) / np.sqrt(39)
+    cy = (y - y.mean(0, dtype=np.float64)) / np.sqrt(29)
+    # without any covariance: singular values of the data itself
+    cross = scipy.linalg.svdvals(cx @ cy.T).sum()
     expected = (
         np.square(mu_x - mu_y, dtype=np.float64).sum() + (cx**2).sum() + (cy**2).sum() - 2 * cross
     )

@@ -65,10 +65,8 @@ def test_search_is_the_nearest_entry(l2_norm):
     z = torch.randn(103, 4, dtype=torch.float64)
     rows, entries = z, quantizer.embedding.weight
     if l2_norm:
-        rows, entries = (
-            rows / rows.norm(dim=1, keepdim=True),
-            entries / entries.norm(dim=1, keepdim=True),
-        )
+        rows = rows / rows.norm(dim=1, keepdim=True)
+        entries = entries / entries.norm(dim=1, keepdim=True)
     distances = (rows[:, None] - entries[None]).square().sum(-1)
     assert torch.equal(quantizer.search(z, chunk=10), distances.argmin(1))
 

@@ -36,9 +36,8 @@ def image_grid(pixels: np.ndarray, columns: int, padding: int = 2) -> np.ndarray
     """uint8 (N, H, W, 3) -> one picture of ``columns``, with white gaps of ``padding`` pixels."""
     n, h, w, c = pixels.shape
     rows = -(-n // columns)
-    canvas = np.full(
-        (rows * (h + padding) + padding, columns * (w + padding) + padding, c), 255, np.uint8
-    )
+    shape = (rows * (h + padding) + padding, columns * (w + padding) + padding, c)
+    canvas = np.full(shape, 255, np.uint8)
     for i, image in enumerate(pixels):
         top, left = padding + i // columns * (h + padding), padding + i % columns * (w + padding)
         canvas[top : top + h, left : left + w] = image

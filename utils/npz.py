@@ -194,10 +194,8 @@ class SampleFile:
         """Return whether there is an unfinished file that can be continued."""
         if not (self.record.exists() and self.partial.exists()):
             return False
-        return (
-            self.partial.stat().st_size >= self._end
-            and self.record.stat().st_size == self.num_chunks
-        )
+        sizes = self.partial.stat().st_size, self.record.stat().st_size
+        return sizes[0] >= self._end and sizes[1] == self.num_chunks
 
     def missing(self) -> list[int]:
         """Return the chunks that are still to be written."""
@@ -214,9 +212,8 @@ class SampleFile:
             and images.dtype == np.uint8
         )
         try:
-            _write_at(
-                self.partial, self._start + chunk * self.chunk * self._image_bytes, images.tobytes()
-            )
+            position = self._start + chunk * self.chunk * self._image_bytes
+            _write_at(self.partial, position, images.tobytes())
             _write_at(self.record, chunk, b"\1")
         except OSError as error:
             raise ValueError(

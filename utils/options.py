@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +147,10 @@ def git_revision() -> str | None:
     """Return the checked-out commit, with ``+`` if files changed; None outside a repository."""
     root = Path(__file__).parent
     try:
-        commit, changed = (
-            subprocess.run(
-                ["git", "-C", root, *words], capture_output=True, text=True, check=True, timeout=30
-            ).stdout
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
+        run = partial(subprocess.run, capture_output=True, text=True, check=True, timeout=30)
+        git = ["git", "-C", root]
+        commit = run([*git, "rev-parse", "HEAD"]).stdout
+        changed = run([*git, "status", "--porcelain", "--untracked-files=no"]).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.strip() + ("+" if changed.strip() else "")

@@ -73,13 +73,10 @@ def shard(
     inner = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=grad_dtype, cast_forward_inputs=False
     )
+    options = dict(mesh=mesh, offload_policy=offload, reshard_after_forward=reshard)
     for block in blocks:
-        fully_shard(
-            block, mesh=mesh, mp_policy=inner, offload_policy=offload, reshard_after_forward=reshard
-        )
-    fully_shard(
-        model, mesh=mesh, mp_policy=outer, offload_policy=offload, reshard_after_forward=reshard
-    )
+        fully_shard(block, mp_policy=inner, **options)
+    fully_shard(model, mp_policy=outer, **options)
     for method in forward_methods:
         register_fsdp_forward_method(model, method)
     return model
@@ -99,11 +96,8 @@ def _make_mesh(world: World, mode: str, shard_size: int | None) -> DeviceMesh:
 
 def delay_sync(forward: nn.Module, delay: bool) -> AbstractContextManager:
     """Return a context in which DDP delays averaging; sharded gradients are always reduced."""
-    return (
-        forward.no_sync()
-        if delay and isinstance(forward, DistributedDataParallel)
-        else nullcontext()
-    )
+    replicated = isinstance(forward, DistributedDataParallel)
+    return forward.no_sync() if delay and replicated else nullcontext()
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

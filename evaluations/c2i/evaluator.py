@@ -116,14 +116,12 @@ def main() -> None:
     say(world, "computing reference batch activations...")
     cache, batch = not args.no_cache, args.batch_size
     sha256 = network_file["sha256"] if network_file else ""
-    measured = measure_reference(
-        reference, network if read_reference else None, sha256, cache, batch, world
-    )
+    needed = network if read_reference else None
+    measured = measure_reference(reference, needed, sha256, cache, batch, world)
     say(world, "computing/reading reference batch statistics...")
     sha256 = sha256_file(args.dinov2) if dino else ""
-    dino_measured = measure_reference(
-        reference.without_statistics(), dino, sha256, cache, batch, world
-    )
+    images = reference.without_statistics()
+    dino_measured = measure_reference(images, dino, sha256, cache, batch, world)
 
     inputs = Inputs(args, world, network, dino, reference, measured, dino_measured)
     results = []

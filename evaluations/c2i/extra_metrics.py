@@ -38,10 +38,8 @@ def kernel_distance(
     size = min(KID_SUBSET_SIZE, len(reference), len(samples))
     values = []
     for _ in range(KID_SUBSETS):
-        real, fake = (
-            torch.from_numpy(x[rng.choice(len(x), size, replace=False)]).double()
-            for x in (reference, samples)
-        )
+        chosen = (x[rng.choice(len(x), size, replace=False)] for x in (reference, samples))
+        real, fake = (torch.from_numpy(x).double() for x in chosen)
         values.append(poly_mmd(real, fake).item())
     return float(np.mean(values)), float(np.std(values))
 

@@ -125,10 +125,8 @@ def check_precision_recall() -> str:
     """Check that a set covers itself and nothing far away, in both precisions."""
     points = np.random.default_rng(0).standard_normal((50, 16)).astype(np.float32)
     for exact in (False, True):
-        itself, elsewhere = (
-            precision_recall(points, points, exact=exact),
-            precision_recall(points, points + 100),
-        )
+        itself = precision_recall(points, points, exact=exact)
+        elsewhere = precision_recall(points, points + 100)
         assert itself[:2] == (1, 1) and elsewhere[:2] == (0, 0), f"{itself[:2]}, {elsewhere[:2]}"  # noqa: PT018
     return "a set covers itself and nothing far away"
 

@@ -141,11 +141,8 @@ def check_training(context: Context, way: str, others: dict[str, str]) -> Result
     way: a way of scripts/benchmarks/training.py. others: names of ways in words -> names of checks.
     """
     options, device = context.options, torch.device(context.device)
-    precision, batch, steps = (
-        resolve_precision("auto", device)[0],
-        batch_size(context),
-        2 if options.quick else 3,
-    )
+    precision, _ = resolve_precision("auto", device)
+    batch, steps = batch_size(context), 2 if options.quick else 3
     training.write_codes(context.work, batch * (steps + 5))
     shape = dict(
         gpt_model=options.gpt_model, ar_token_num=options.ar_token_num, batch=batch, steps=steps

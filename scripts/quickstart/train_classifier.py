@@ -142,11 +142,8 @@ def rotate_and_shift(x: Tensor, generator: torch.Generator) -> Tensor:
     repeated.
     """
     angle, right, down = torch.rand(3, len(x), generator=generator) * 2 - 1  # (B,) each, in [-1, 1)
-    angle, right, down = (
-        angle * math.radians(MAX_DEGREES),
-        right * 2 * MAX_SHIFT,
-        down * 2 * MAX_SHIFT,
-    )
+    angle = angle * math.radians(MAX_DEGREES)  # (B,)
+    right, down = right * 2 * MAX_SHIFT, down * 2 * MAX_SHIFT  # (B,)
     cos, sin = angle.cos(), angle.sin()
     matrix = torch.stack([cos, -sin, right, sin, cos, down], dim=1).view(-1, 2, 3)  # (B, 2, 3)
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)  # (B, S, S, 2)

@@ -235,10 +235,7 @@ def _load(folder: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
         dcp.load(
             tensors, storage_reader=_Reader(folder, metadata), planner=_Planner(), no_dist=True
         )
-    except (
-        Exception,
-        dcp.CheckpointException,
-    ) as error:  # a damaged file may break the reader in any way
+    except (Exception, dcp.CheckpointException) as error:  # a damaged file may break it in any way
         # torch wraps what went wrong; where it refuses to unpickle, it advises to run
         # the file's code
         cause = (

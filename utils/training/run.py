@@ -166,9 +166,8 @@ class TrainingRun:
 
     def log_more(self, figures: dict[str, float]) -> None:
         """Log figures that come besides the log line, such as those of a validation."""
-        self.logger.info(
-            f"step {self.done}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
-        )
+        text = ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
+        self.logger.info(f"step {self.done}: {text}")
         self._curves.write(self.done, figures)
 
     def paused(self) -> AbstractContextManager[None]:

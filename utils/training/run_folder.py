@@ -126,9 +126,8 @@ class RunFolder:
         new_average = None if has_average else state.ema
         if has_average and state.ema is None:
             self.notes.append(f"{path} holds a moving average, which ends here: --ema keeps it")
-        load_sharded(
-            path, {k: v for k, v in tensors.items() if not (new_average and k.startswith("ema."))}
-        )
+        stored = {k: v for k, v in tensors.items() if not (new_average and k.startswith("ema."))}
+        load_sharded(path, stored)
         if new_average:
             new_average.start(state.model)
             self.notes.append(f"{path} holds no moving average: --ema starts at its weights")

@@ -22,9 +22,8 @@ SETTLED_STEPS = 100  # loss spikes in the first steps are ignored
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch for one step, so that a resumed run draws the same numbers as an uninterrupted."""
-    torch.manual_seed(
-        int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
-    )
+    words = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0] >> 1))
 
 
 def make_adamw(
@@ -49,11 +48,9 @@ def learning_rate(
     """
     if step < warmup_steps:
         return step * (peak / warmup_steps)
-    return (
-        peak
-        if schedule == "constant"
-        else 0.5 * peak * (1 + math.cos(math.pi * step / total_steps))
-    )
+    if schedule == "constant":
+        return peak
+    return 0.5 * peak * (1 + math.cos(math.pi * step / total_steps))
 
 
 class Ema:

@@ -28,12 +28,8 @@ class StopSignal:
 
     def __init__(self, world: World):
         self.received, self._is_main = False, world.is_main
-        self._asked, self._steps, self._in_step, self._ended = (
-            torch.zeros(1),
-            0,
-            False,
-            threading.Event(),
-        )
+        self._asked, self._ended = torch.zeros(1), threading.Event()
+        self._steps, self._in_step = 0, False
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
         self._work: dist.Work | None = None
         self._watched, wakeup = socket.socketpair()
@@ -75,9 +71,8 @@ class StopSignal:
 
     def begin_vote(self) -> None:
         """Start asking all ranks for a signal; over hosts, so that no device is waited for."""
-        if (
-            signal.SIGINT not in self._before
-        ):  # before the first step Ctrl-C ends the program at once
+        # before the first step Ctrl-C ends the program at once
+        if signal.SIGINT not in self._before:
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
         self._steps, self._in_step = self._steps + 1, True
         self._asked.fill_(float(self.received))
