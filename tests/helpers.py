@@ -82,9 +82,7 @@ def open_golden(name: str):
 def run_command(
     *command: object, nproc: int = 1, check: bool = True, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Run a command line from the repository's root as a user would, on the CPU with ``nproc``
-    processes.
-    """
+    """Run a command line from the root as a user would, on the CPU with ``nproc`` processes."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
     env |= {
         "PYTHON": sys.executable,
@@ -170,9 +168,7 @@ def newest(folder: Path) -> int:
 
 
 def quietly(capfd, monkeypatch, *options: object, main=train_c2i.main) -> str:
-    """Run ``main`` in this process, as starting one per option takes minutes; return what it
-    printed until it ended.
-    """
+    """Run ``main`` in this process, starting one takes long; return what it printed."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
     try:
         run_main(main)
@@ -205,9 +201,7 @@ def is_declaration(node: ast.AST) -> bool:
 
 
 def declared_options(path: Path) -> set[str]:
-    """Return the destinations of every add_argument of a file but those that are accepted
-    without effect.
-    """
+    """Return the destinations of every add_argument of a file; retired options are left out."""
     names = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if is_declaration(node):
@@ -241,9 +235,7 @@ def make_plan(**changes) -> CodesPlan:
 
 
 def write_all(folder: Path, plan: CodesPlan) -> tuple[np.ndarray, np.ndarray]:
-    """Write random codes of all images of ``plan``; return the codes (N, crops, T) and the
-    labels (N,).
-    """
+    """Write random codes of all images of ``plan``; return codes (N, crops, T), labels (N,)."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, plan.codebook_size, (plan.num_images, len(plan.crops), plan.num_tokens))
     labels = np.arange(plan.num_images) % 3

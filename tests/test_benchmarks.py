@@ -72,9 +72,7 @@ def assert_positive(figures: dict) -> None:
 
 
 def test_allocator_settings_are_those_of_launch_sh():
-    """Published ways, ours and the doctor's checks run under the settings that the commands run
-    under.
-    """
+    """Published ways, ours and the doctor's checks run under the settings of the commands."""
     text = (ROOT / "scripts" / "launch.sh").read_text()
     settings = dict(re.findall(r"\b(MALLOC_\w+|GLIBC_\w+|GOMP_\w+)=\$\{\1:-([^}]*)\}", text))
     assert settings == common.ALLOCATOR

@@ -89,9 +89,7 @@ WIDE = dict(dim=200, n_head=2)  # heads of 100 channels, as GPT-3B's
     ],
 )
 def test_kernels_give_the_logits_of_the_model(kernels, shape, dtype, tolerance, batch):
-    """Each step, against float64 and torch's operators, after the same tokens; 35 rows are in no
-    block whole.
-    """
+    """Each step, against float64 and torch's operators; 35 rows are in no block whole."""
     config = small_config(**shape)
     reference = fill_from_names(GPT(config)).double().eval()
     model = fill_from_names(GPT(config)).eval().cast_weights(dtype)
@@ -215,9 +213,7 @@ def test_no_kernels_for_float16():
 
 
 def test_options_leave_ways(monkeypatch):
-    """auto: kernels keep bfloat16 whatever the processor multiplies, torch's operators compute
-    in what is quick.
-    """
+    """auto: kernels keep bfloat16 on every processor, torch's operators what is quick there."""
     monkeypatch.setattr(decoders, "unavailable_reason", lambda dtype: None)
     for has, eager in ((True, "bf16"), (False, "none")):
         monkeypatch.setattr(

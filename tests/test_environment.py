@@ -66,9 +66,7 @@ def make_python(path: Path) -> Path:
 
 @pytest.fixture
 def bash(tmp_path, tree, packages):
-    """``bash(command)`` in the tree with nothing active; a python3 that must not be used is
-    first in PATH.
-    """
+    """``bash(command)`` in the tree, nothing active; an unwanted python3 is first in PATH."""
     other = make_python(tmp_path / "other" / "python3").parent
     make_python(other / "python")
     kept = {

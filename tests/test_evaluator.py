@@ -45,9 +45,7 @@ def sets(tmp_path):
 
 @pytest.fixture
 def evaluate(monkeypatch, capsys):
-    """``evaluate(folder, *options)`` on ref.npz and sam.npz with the classifier, in this
-    process.
-    """
+    """``evaluate(folder, *options)`` of ref.npz and sam.npz by the classifier, in-process."""
 
     def call(
         folder, *options, ref="ref.npz", sam="sam.npz", network=("--feature-network", "net.pt")
@@ -595,9 +593,7 @@ def test_openai_samples_are_compared_with_their_published_figures():
 
 
 def test_a_zip_bomb_is_not_unpacked(sets, evaluate, monkeypatch):
-    """Statistics are read whole, so their size is bounded before; 200 kB on disk say they are
-    200 MB here.
-    """
+    """Statistics are read whole, so their size is bounded before: 200 kB claim 200 MB here."""
     monkeypatch.setattr(image_sets, "LARGEST_WHOLE", 100_000_000)
     np.savez_compressed(sets / "sam.npz", mu=np.zeros(5000), sigma=np.zeros((5000, 5000)))
     with pytest.raises(ValueError, match="sigma would take 200,000,000 bytes of memory"):
@@ -609,9 +605,7 @@ def test_a_zip_bomb_is_not_unpacked(sets, evaluate, monkeypatch):
 
 @pytest.fixture
 def swept(sets, monkeypatch):
-    """``swept(*options)`` runs a sweep whose sampler makes noise of a scale's strength, the
-    evaluator in-process.
-    """
+    """``swept(*options)``: a sweep whose sampler makes noise of a scale's strength, in-process."""
 
     def call(words, what):
         words = [str(w) for w in words]

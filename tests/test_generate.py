@@ -117,9 +117,7 @@ def test_filters_that_keep_everything():
 
 
 def test_inverse_cdf_against_closed_form():
-    """Probabilities 0, .5, 0, .25, .25, 0: u in [0, .5) is token 1, [.5, .75) is 3, [.75, 1) is
-    4.
-    """
+    """Probabilities 0, .5, 0, .25, .25, 0: u in [0, .5) is 1, [.5, .75) is 3, [.75, 1) is 4."""
     logits = torch.tensor([0, 0.5, 0, 0.25, 0.25, 0]).log()
     u = torch.tensor([0.0, 0.25, 0.4999, 0.5, 0.7499, 0.75, 0.9999999])
     drawn = sample(logits.expand(1, len(u), -1), u[None], SamplingOptions())
@@ -143,9 +141,7 @@ def test_top_k_1_is_greedy_for_any_u():
 
 
 def test_guidance_interval_counts_decoded_tokens_once():
-    """With interval 5 and n = 4, steps that begin at 0, 1, 2, 3 and 4 are guided, those at 8 and
-    12 are not.
-    """
+    """With interval 5 and n = 4, steps from 0, 1, 2, 3 and 4 are guided, those from 8, 12 not."""
     model = fill_from_names(GPT(small_config())).double().eval()
     cond, uniforms = torch.tensor([0, 1]), torch.rand(2, 16)
     plain = SamplingOptions(cfg_scale=3.0, cfg_interval=5)

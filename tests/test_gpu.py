@@ -55,9 +55,7 @@ def training_state(model) -> TrainingState:
 
 
 def test_a_training_step_never_waits_for_the_device(golden):
-    """From the batch on the host to the moving average: torch raises where a step would
-    synchronise.
-    """
+    """From the batch on the host to the average: torch raises where a step would synchronise."""
     file = golden("gpt_tiny_n4.npz")
     model = tiny_gpt(file).cuda().train()
     state, window = training_state(model), Window(("loss", "grad_norm"), torch.device("cuda"))

@@ -62,9 +62,7 @@ def test_every_convolution_of_the_graph_has_its_own_scope():
 
 
 def test_a_weights_file_in_the_old_format_without_counters_loads(tmp_path):
-    """The published file is of 2019: torch's format before zip, batch norms without
-    num_batches_tracked.
-    """
+    """The published file of 2019 is in torch's format before zip, without num_batches_tracked."""
     state = recipe_state()
     assert not any(k.endswith("num_batches_tracked") for k in state)
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)

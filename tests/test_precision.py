@@ -25,9 +25,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """``machine(flags, capability, name, gain)`` declares the processor's; none of it is the
-    real one's.
-    """
+    """``machine(flags, capability, name, gain)`` declares a processor; the real one is hidden."""
 
     def declare(
         flags: str, capability: str = "AVX512", name: str = "x86_64", gain: float = 2.0
@@ -142,9 +140,7 @@ def test_torch_and_its_libraries_keep_to_the_declared_processor():
 
 
 def test_compiled_code_of_a_declared_processor_is_kept_apart(monkeypatch):
-    """torch.compile's cache does not tell processors apart, and code of one width overruns the
-    buffers of another.
-    """
+    """torch.compile's cache is for one width of registers: another's code overruns buffers."""
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     probe = (
         "import utils.precision; from torch._inductor.runtime.cache_dir_utils import cache_dir; "
@@ -231,9 +227,7 @@ def test_extraction_is_in_float32_on_every_machine(work, machine, monkeypatch, c
 
 
 def test_a_run_goes_on_in_another_precision(work, monkeypatch, capfd, tmp_path):
-    """As on another machine: 3 steps of each, from a checkpoint of the one before; losses near
-    those of float32.
-    """
+    """As on another machine: 3 steps of each from the last checkpoint; losses near float32's."""
     quietly(capfd, monkeypatch, *train_words(work, tmp_path / "one", "--mixed-precision", "none"))
     cloud, checkpoints = tmp_path / "changing", tmp_path / "changing" / NAME / "checkpoints"
     for i, name in enumerate(("bf16", "fp16", "bf16", "none", "bf16")):

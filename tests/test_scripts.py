@@ -58,9 +58,7 @@ def test_extraction_is_the_same_for_any_processes_and_batch_and_makes_only_what_
 
 
 def test_extraction_killed_ten_times_at_random_moments(work, tmp_path):
-    """SIGKILL of the whole process group, workers included; then one run to the end: the same
-    shards, none twice.
-    """
+    """SIGKILL of the process group, workers included; one run to the end: all shards, each once."""
     codes, rng = tmp_path / "codes", np.random.default_rng(0)
     command = [
         *EXTRACT,
@@ -112,9 +110,7 @@ def test_damaged_shard_is_named_and_made_again(work, tmp_path):
 
 
 def test_broken_images_are_left_out_and_reported(work, tmp_path):
-    """Each kind of broken file beside good ones: good ones keep their codes, the others are
-    listed with a reason.
-    """
+    """Each kind of broken file beside good ones: these keep their codes, others get a reason."""
     images, good = tmp_path / "images", work / "images"
     shutil.copytree(good, images)
     whole = (good / "bee" / "0.png").read_bytes()
@@ -213,9 +209,7 @@ def test_training_mixes_two_sets(work, tmp_path):
 
 
 def test_a_failing_disk_is_no_unreadable_image(work, tmp_path):
-    """Links to a disk that is not there: an error, not a complete set that lacks them; then the
-    disk comes back.
-    """
+    """Links to a missing disk: an error, not a complete set without them; then it comes back."""
     disk, images = tmp_path / "disk", tmp_path / "images"
     shutil.copytree(work / "images", disk)
     for path in sorted(disk.rglob("*.png")):
@@ -248,9 +242,7 @@ def test_skipped_images_are_tried_again_when_asked(work, tmp_path):
 
 
 def test_extracted_codes_are_those_of_the_crops(work):
-    """Crop 1 of image 4 (class bee, 5 shards of 5) is the tokenizer's code of that crop, made by
-    hand.
-    """
+    """Crop 1 of image 4 (class bee, 5 shards of 5) has the tokenizer's codes of that crop."""
     from torchvision.transforms import TenCrop
 
     from dataset.augmentation import center_crop
@@ -423,9 +415,7 @@ def test_grid_picture(work, trained, tmp_path):
 
 
 def test_trace_fills_the_image_in(work, trained, tmp_path):
-    """19 steps at n = 4, 64 codes: after k steps as many codes are drawn as the schedule says,
-    the rest is grey.
-    """
+    """19 steps at n = 4, 64 codes: the schedule's codes are drawn after k steps, others grey."""
     options = (
         "--vq-ckpt",
         work / "vq.pt",
@@ -491,9 +481,7 @@ def test_released_checkpoints_sample_with_and_without_flags(work, tmp_path, n, k
 
 
 def test_samples_of_other_options_are_not_taken_for_these(work, trained, sampled):
-    """The published name leaves out the number of images: asking for more must not be answered
-    with fewer.
-    """
+    """The published name leaves out the number of images: more must not be answered by fewer."""
     again = sample(work, trained, sampled.parent)
     assert "is there already, made with these options" in again.stdout
     before = digest(sampled)
@@ -506,9 +494,7 @@ def test_samples_of_other_options_are_not_taken_for_these(work, trained, sampled
 
 
 def test_what_killed_writers_left_does_not_hinder(work, trained, sampled, tmp_path):
-    """Killed right after the record was made, with half a header written; and of other options
-    under the same name.
-    """
+    """Killed after the record, half a header written; other options under the same name."""
     fingerprint = json.loads(sampled.with_suffix(".json").read_text())["fingerprint"]
     (tmp_path / f"{SAMPLE_NAME}.npz.{fingerprint}.done").write_bytes(b"\1\1\1\0\0\0")
     (tmp_path / f"{SAMPLE_NAME}.npz.{fingerprint}.partial").write_bytes(b"PK")
@@ -585,9 +571,7 @@ MISTAKES = [
 def test_a_mistake_is_one_line_and_writes_nothing(
     work, trained, tmp_path, monkeypatch, capsys, script, options, message
 ):
-    """In this process, as starting one for each takes minutes; that the .sh files get here the
-    other tests show.
-    """
+    """In this process, as starting each takes minutes; other tests show that .sh files get here."""
     module, base = {
         TRAIN: (
             train_c2i,

@@ -86,9 +86,7 @@ def contents_of(folder: Path) -> Metadata:
 
 
 def as_bytes(folder: Path, metadata: Metadata, name: str, mark: Path) -> None:
-    """An entry that torch reads by a full unpickler, under the size and type of the tensor in
-    whose place it stands.
-    """
+    """An entry read by a full unpickler, with the size and type of the tensor it stands for."""
     tensor = metadata.state_dict_metadata[name]
     entry = BytesStorageMetadata()
     vars(entry).update(size=tensor.size, properties=tensor.properties, chunks=tensor.chunks)
@@ -187,9 +185,7 @@ def test_contents_that_name_other_classes_are_refused(folder, name):
 
 
 def test_contents_cannot_change_torch_s_classes(folder):
-    """A pickle may set attributes of whatever it names; a later reader in this process would
-    meet them.
-    """
+    """A pickle may set attributes of what it names; a later reader here would meet them."""
     module = TensorStorageMetadata.__module__
     state = b"(N}S'chunks'\nS'poison'\nst"  # (None, {"chunks": "poison"}): set on the class itself
     (folder / ".metadata").write_bytes(

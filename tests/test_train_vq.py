@@ -111,9 +111,7 @@ def whole(work, tmp_path_factory):
 
 
 def test_killed_and_resumed_ends_in_the_same_bits(work, whole, train, tmp_path):
-    """SIGKILL of a run under way; weights, average, discriminator, both optimizers, usage
-    window.
-    """
+    """SIGKILL under way; weights, average, discriminator, both optimizers, usage window."""
     folder = tmp_path / NAME / "checkpoints"
     command = [*TRAIN_VQ, *words(work, tmp_path, *LIVELY, "--ckpt-every", 1)]
     process = start(command, OMP_NUM_THREADS=str(torch.get_num_threads()))
@@ -129,9 +127,7 @@ def test_killed_and_resumed_ends_in_the_same_bits(work, whole, train, tmp_path):
 
 
 def test_resuming_from_a_folder_elsewhere_or_from_its_weights_alone(whole, train, tmp_path):
-    """--vq-ckpt FOLDER goes on at its step and ends in the same bits; with --finetune it starts at
-    step 0.
-    """
+    """--vq-ckpt FOLDER goes on at its step to the same bits; --finetune starts at step 0."""
     folder = whole / NAME / "checkpoints" / "0000004"
     assert "resumed at step 4" in train(tmp_path / "on", *LIVELY, "--vq-ckpt", folder)
     assert same_tensors(tensors(tmp_path / "on", 6), tensors(whole, 6))
@@ -146,9 +142,7 @@ def test_resuming_from_a_folder_elsewhere_or_from_its_weights_alone(whole, train
 
 
 def test_gan_loss_starts_exactly_at_disc_start(train, tmp_path):
-    """Until then every weight is that of a run without a discriminator; at that step weight and
-    weights differ.
-    """
+    """Until then weights are those without a discriminator; from that step both differ."""
     train(tmp_path / "without", "--ckpt-every", 1)
     train(tmp_path / "with", "--ckpt-every", 1, "--disc-weight", 0.5, "--disc-start", 3)
     assert curve(tmp_path / "with", "adversarial_weight") == [0.0, 0.0, 0.5]
@@ -165,9 +159,7 @@ def test_gan_loss_starts_exactly_at_disc_start(train, tmp_path):
 
 
 def test_two_processes_see_the_losses_of_one(work, train, tmp_path):
-    """To rounding while there is no GAN loss, whose batch norm sees each process's images; then
-    every part works.
-    """
+    """To rounding without a GAN loss, whose batch norm sees one process's images; then all runs."""
     options = ("--disc-weight", 0.5, "--disc-start", 4, "--disc-adaptive-weight", "--epochs", 2)
     options += ("--codebook-init", "kmeans", "--revive-dead-codes", 2)
     train(tmp_path / "one", *options, "--gradient-accumulation-steps", 2)
@@ -179,9 +171,7 @@ def test_two_processes_see_the_losses_of_one(work, train, tmp_path):
 
 
 def test_fine_tuning_the_released_file_and_exporting_it(work, tmp_path):
-    """train_vq_finetune.sh on a small file in the released format; what comes out loads as the
-    released one does.
-    """
+    """train_vq_finetune.sh on a small released-format file; the result loads as such a file."""
     config = VQConfig(**vq_model.VQ_models["VQ-4"])
     torch.manual_seed(0)
     model = VQModel(config)
@@ -341,9 +331,7 @@ REVIVE = train_vq.revive_dead_codes
 
 
 def test_reviving_moves_dead_entries_of_weights_and_average(work, train, tmp_path, monkeypatch):
-    """All entries but 3 are dead, so both end at unit latents and are equal, and entry 3
-    differs.
-    """
+    """All entries but 3 are dead, so both end equal at unit latents, and entry 3 differs."""
     monkeypatch.setattr(train_vq, "revive_dead_codes", revive_all_but_one)
     train(tmp_path, "--revive-dead-codes", 3, "--ema")
     state = tensors(tmp_path, 3)
@@ -362,9 +350,7 @@ def test_dry_run_counts_the_discriminator_and_writes_nothing(train, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_saves_both(train, tmp_path, monkeypatch, number):
-    """A signal in the second step: saved after it or the next, and the run ends; then signals
-    are as before.
-    """
+    """A signal in step 2: saved after it or the next, the run ends; then signals are as before."""
     before = signal.getsignal(number)
     seed_step = training_run.seed_step
 

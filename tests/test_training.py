@@ -52,9 +52,7 @@ def start_from(trained: Path, cloud: Path, step: int) -> None:
 
 
 def test_training_resumes_at_the_very_next_step_bit_for_bit(work, trained, tmp_path):
-    """All later checkpoints removed, as after a kill: the rest is trained again and ends in the
-    same bits.
-    """
+    """All later checkpoints removed, as by a kill: retraining the rest ends in the same bits."""
     start_from(trained, tmp_path, 8)
     (tmp_path / NAME / "checkpoints" / "0000012.tmp").mkdir()
     log = train(work, tmp_path, "--ckpt-every", 4, "--ema").stdout
@@ -84,9 +82,7 @@ LONG = [
 
 @pytest.fixture(scope="module")
 def uninterrupted(work, tmp_path_factory):
-    """``uninterrupted(mode, nproc)``: hashes of weights and average after a run of LONG that
-    nothing disturbed.
-    """
+    """``uninterrupted(mode, nproc)``: hashes of weights and average after an undisturbed run."""
     known = {}
 
     def hashes(mode: str, nproc: int) -> list[str]:
@@ -113,9 +109,7 @@ def final_hashes(cloud: Path) -> list[str]:
 
 @pytest.mark.parametrize("mode, nproc", SPREAD)
 def test_killed_at_random_moments_ends_in_the_same_bits(work, uninterrupted, tmp_path, mode, nproc):
-    """SIGKILL of everything, every other time while a checkpoint is being written; float32,
-    dropout on, EMA.
-    """
+    """SIGKILL of all, every other time in the middle of a checkpoint; float32, dropout, EMA."""
     command = [*TRAIN, "--code-path", work / "codes", "--cloud-save-path", tmp_path, *LONG]
     command += ["--ckpt-every", 2, "--data-parallel", mode]
     folder = tmp_path / NAME / "checkpoints"
@@ -186,9 +180,7 @@ def test_spreading_over_processes_changes_nothing_but_rounding(work, monkeypatch
 
 
 def test_a_checkpoint_resumes_on_other_processes_and_modes(work, tmp_path):
-    """5 steps on one process, 5 sharded over two, 5 replicated over two: the losses of one
-    process all along.
-    """
+    """5 steps on one process, 5 sharded over two, 5 replicated: the losses of one process."""
     base = (*NO_DROPOUT, "--ema", "--ckpt-every", 5)
     train(work, tmp_path / "one", *base)
     place = tmp_path / "one" / NAME / "checkpoints"
@@ -209,9 +201,7 @@ def test_a_checkpoint_resumes_on_other_processes_and_modes(work, tmp_path):
 
 
 def test_half_precision_learns_in_every_mode(work, monkeypatch, capfd, tmp_path):
-    """bf16 under DDP, and fp16 with its loss scale sharded: the first and last losses are near
-    those of float32.
-    """
+    """bf16 under DDP, sharded fp16 with its loss scale: first and last losses near float32's."""
     base = (
         "--code-path",
         work / "codes",
@@ -243,9 +233,7 @@ def test_half_precision_learns_in_every_mode(work, monkeypatch, capfd, tmp_path)
 
 
 def test_sigterm_saves_and_the_run_goes_on(work, uninterrupted, tmp_path):
-    """torchrun hands the signal to both processes; they save at the same step, end, and resume
-    bit for bit.
-    """
+    """torchrun hands the signal to both processes: one step, both save, both resume bit for bit."""
     command = [
         *TRAIN,
         "--code-path",
@@ -308,9 +296,7 @@ def ranks_of(cloud: Path) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds the ranks in /proc")
 def test_a_rank_that_dies_is_started_again(work, uninterrupted, tmp_path):
-    """One of two processes is killed: torchrun stops the other, starts both again, and they end
-    in the same bits.
-    """
+    """One of two processes is killed: torchrun starts both again, and they end in equal bits."""
     command = [
         *TRAIN,
         "--code-path",
@@ -434,9 +420,7 @@ def test_nan_loss_stops_with_the_reason_and_is_never_saved(work, monkeypatch, ca
 
 
 def test_fine_tuning_a_released_file_with_other_classes(work, monkeypatch, capfd, tmp_path):
-    """LlamaGen's file, n = 1 and other classes: both tables start anew, said aloud; the rest is
-    the file's.
-    """
+    """LlamaGen's file, n = 1 and other classes: both tables start anew with a note, no others."""
     config = GPTConfig(
         **GPT_models["GPT-T"],
         vocab_size=64,
@@ -517,9 +501,7 @@ def test_too_few_held_out_images_are_refused(work, tmp_path):
 
 
 def test_pictures_and_validation_while_training(work, monkeypatch, capfd, tmp_path):
-    """The same with weights sharded, which every rank must gather to generate; they change
-    nothing of the training.
-    """
+    """The same with sharded weights, gathered by all ranks; training is not changed."""
     base = (
         "--code-path",
         work / "codes",

@@ -94,9 +94,7 @@ def test_discriminator_losses(kind, each_real, each_fake):
     "kind, each", [("hinge", lambda x: -x), ("non-saturating", lambda x: -math.log(sigmoid(x)))]
 )
 def test_generator_losses_fall_as_the_logits_rise(kind, each):
-    """The published non-saturating loss swaps its arguments: its gradient would be that of mean
-    -x, whatever x.
-    """
+    """The published non-saturating loss swaps its arguments: the gradient of mean -x, always."""
     logits = [-2.0, 0.3, 4.0]
     x = torch.tensor(logits, requires_grad=True)
     loss = GENERATOR_LOSSES[kind](x)
@@ -134,9 +132,7 @@ def test_lpips_without_weights_says_where_it_looked(vgg, tmp_path, monkeypatch):
 
 
 def test_adaptive_weight_is_the_ratio_of_gradients():
-    """supervised = 3 |w|^2 / 2 and adversarial = c.w: the gradients are 3 w and c; clamped where
-    c vanishes.
-    """
+    """supervised = 3 |w|^2 / 2, adversarial = c.w: gradients 3 w and c; clamped where c is 0."""
     w, c = torch.tensor([3.0, 4.0], requires_grad=True), torch.tensor([0.0, 5.0])
     supervised = 1.5 * w.square().sum()
     for scale in (1.0, 1024.0):

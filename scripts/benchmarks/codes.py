@@ -57,9 +57,7 @@ def published_codes(vq: VQModel, crops: Tensor) -> np.ndarray:
 
 @torch.inference_mode()
 def extract_one_way(way: str, data_path: str, count: int, size: int, work: Path) -> None:
-    """Encode and write ``count`` images as ``way`` says; codes and figures go to
-    ``work``/``way``.npz.
-    """
+    """Encode and write ``count`` images as ``way`` says; with figures, to ``work``/``way``.npz."""
     samples = list_images(data_path).samples[:count]
     torch.manual_seed(0)
     vq = VQModel(make_vq_config("VQ-16")).eval()
@@ -98,8 +96,7 @@ def extract_one_way(way: str, data_path: str, count: int, size: int, work: Path)
 
 
 def measure_extraction(args: Namespace, work: Path) -> dict[str, float]:
-    """Images per second and peak memory of each way in a process of its own; codes compared one by
-    one.
+    """Images per second and peak memory of each way in its own process; codes are compared.
 
     "published" runs under glibc's allocator settings as they are, the others under those of
     scripts/launch.sh.
@@ -127,9 +124,7 @@ def measure_extraction(args: Namespace, work: Path) -> dict[str, float]:
 
 @torch.inference_mode()
 def measure_ceiling(size: int) -> dict[str, float]:
-    """GFLOP/s of a large float32 matrix product, and of the encoder; what the encoder's time
-    goes to.
-    """
+    """GFLOP/s of a large float32 matrix product and of the encoder; where its time goes."""
     a = torch.randn(2048, 2048)
     a @ a
     ceiling = 2 * 2048**3 / fastest(lambda: a @ a, 5) / 1e9
@@ -168,9 +163,7 @@ def disk_bytes(folder: Path) -> int:
 
 
 def measure_loading(work: Path, count: int, batch: int = 256) -> dict[str, float]:
-    """Images per second of random batches of 256, warm and cold, and disk use, of both layouts
-    of the same codes.
-    """
+    """Images per second of random batches of 256, warm and cold, and disk use, of both layouts."""
     codes = np.random.default_rng(0).integers(0, 16384, (count, 10, 576))
     published, ours = work / "published", work / "shards"
     write_published_codes(published, codes, np.arange(count) % 1000)

@@ -53,9 +53,7 @@ def warm_up_steps(device: torch.device) -> int:
 def time_steps(
     step: Callable[..., Tensor], batches: Iterable[tuple[Tensor, ...]], device: torch.device
 ) -> dict[str, float]:
-    """Take a training step on each batch; return the seconds of the fastest after the warm-up,
-    first and last loss.
-    """
+    """Take a step per batch; return the fastest seconds after the warm-up, first and last loss."""
     losses, times = [], []
     for batch in batches:
         started = time.perf_counter()
@@ -97,9 +95,7 @@ def write_figures(work: str, figures: dict[str, Any]) -> None:
 
 
 def write_results(args: Namespace, results: object) -> None:
-    """Write ``results`` to ``args.output`` as JSON, with the options and what they were measured
-    on.
-    """
+    """Write ``results`` to ``args.output`` as JSON, with the options and the machine."""
     machine = {"device": device_name(), "threads": torch.get_num_threads(), "git": git_revision()}
     write_json(args.output, {"options": vars(args), "results": results, **machine})
 

@@ -76,9 +76,7 @@ class PublishedCache:
 
 
 def published_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) -> Tensor:
-    """By torch's plain operators over copies of keys and values, made even where there are as
-    many as queries.
-    """
+    """By torch's plain operators over copies of keys and values, made even where not needed."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, T, hd)
     return F.scaled_dot_product_attention(q, k, v, mask, p)  # (B, H, t, hd)
 
@@ -121,9 +119,7 @@ def random_model(gpt_model: str, n: int) -> GPT:
 
 
 def make_published(model: GPT, fused: bool) -> Callable[[Tensor], Tensor]:
-    """The model with the published norm, decoded the published way but, if ``fused``, for its
-    attention.
-    """
+    """The model with the published norm, decoded so; ``fused``: with torch's fused attention."""
     gpt.attend = fused_attend if fused else published_attend
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION] if fused else []
     use_published_norm(model)
@@ -137,9 +133,7 @@ def make_published(model: GPT, fused: bool) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: ``batch`` images at a time by one way, n tokens at once, with weights in
-    ``precision``.
-    """
+    """What is timed: ``batch`` images at a time by one way, n tokens at once, in ``precision``."""
 
     gpt_model: str
     n: int
@@ -150,9 +144,7 @@ class Case:
 
 
 def way_of(model: GPT, case: Case, device: torch.device) -> Way:
-    """How ``case.way`` decodes: ``compiled`` is what the samplers do by default there with this
-    precision.
-    """
+    """How ``case.way`` decodes: ``compiled`` is the samplers' default with this precision."""
     if case.way != "compiled":
         return Way(case.precision, "eager")
     ways, _ = possible_ways(
@@ -163,9 +155,7 @@ def way_of(model: GPT, case: Case, device: torch.device) -> Way:
 
 @torch.inference_mode()
 def step_logits(decoder: Decoder, tokens: Tensor) -> Tensor:
-    """Guided logits (T, V) float32 of one image of class 0, each step after the region-ordered
-    ``tokens`` (T,).
-    """
+    """Guided logits (T, V) float32 of class 0, each step after region-ordered ``tokens`` (T,)."""
     cache = decoder.new_cache(2)
     labels = torch.tensor([0, decoder.config.num_classes], device=decoder.device)  # (2,)
     both = tokens.expand(2, -1)  # (2, T)
@@ -177,9 +167,7 @@ def step_logits(decoder: Decoder, tokens: Tensor) -> Tensor:
 
 
 def agreement(decoder: Decoder, reference: GPT) -> dict[str, float]:
-    """Share of greedy tokens that are those of ``reference`` after the same tokens; distance of
-    the logits.
-    """
+    """Share of greedy tokens equal to ``reference`` after equal tokens; distance of logits."""
     order = reference.order
     cond = torch.zeros(1, dtype=torch.int64, device=reference.device)
     uniforms = torch.zeros(1, order.num_tokens, device=cond.device)
@@ -195,9 +183,7 @@ def agreement(decoder: Decoder, reference: GPT) -> dict[str, float]:
 
 
 def work_of(model: GPT, batch: int, way: str) -> tuple[float, float]:
-    """Bytes that must be read and FLOPs of products, for one guided batch; int8 and fp8 weights
-    are a byte each.
-    """
+    """Bytes to read and FLOPs of products of a guided batch; int8 and fp8 weights are a byte."""
     config, order = model.config, model.order
     size = model.tok_embeddings.weight.element_size()  # embeddings keep the weights' type
     rows = 2 * batch
@@ -214,9 +200,7 @@ def work_of(model: GPT, batch: int, way: str) -> tuple[float, float]:
 
 
 def time_batches(case: Case, device: torch.device) -> tuple[dict[str, float | str], Decoder | None]:
-    """Time one way, the best of ``case.repeats`` batches after one to warm up: its figures, and
-    the decoder if ours.
-    """
+    """Time one way, the best of ``case.repeats`` batches after a warm-up: figures, our decoder."""
     batch = case.batch
     model = random_model(case.gpt_model, case.n)
     ours = case.way not in ("published", "fused")
@@ -325,9 +309,7 @@ def main() -> None:
 
 
 def describe(result: dict[str, object], published: float | None) -> str:
-    """One line of figures; the gain is over ``published`` seconds, of float32 where bfloat16 was
-    left out.
-    """
+    """One line of figures; the gain is over ``published`` seconds, of float32 without bfloat16."""
     gain = f"{published / result['seconds']:5.2f}x" if published else ""
     agreed = ""
     if "equal tokens" in result:

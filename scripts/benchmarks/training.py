@@ -131,9 +131,7 @@ def our_step(model: GPT, precision: str, way: str) -> Callable[[Tensor, Tensor],
 
 
 def measure(args: Namespace, work: Path) -> dict[str, float]:
-    """Time ``args.way`` over ``args.steps`` steps after a warm-up, on the codes of
-    ``write_codes`` in ``work``.
-    """
+    """Time ``args.way`` over ``args.steps`` steps after a warm-up, on codes in ``work``."""
     device = init_distributed().device
     torch.manual_seed(0)
     config = GPTConfig(

@@ -138,9 +138,7 @@ def train(
 
 
 def rotate_and_shift(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Rotate and shift each image of (B, 3, S, S) by random amounts of its own; edge pixels are
-    repeated.
-    """
+    """Rotate and shift each of (B, 3, S, S) by random amounts; edge pixels are repeated."""
     angle, right, down = torch.rand(3, len(x), generator=generator) * 2 - 1  # (B,) each, in [-1, 1)
     angle = angle * math.radians(MAX_DEGREES)  # (B,)
     right, down = right * 2 * MAX_SHIFT, down * 2 * MAX_SHIFT  # (B,)
