@@ -42,27 +42,12 @@ EXTRACT = ("bash", "scripts/autoregressive/extract_codes_c2i.sh")
 TRAIN = ("bash", "scripts/autoregressive/train_c2i.sh")
 TRAIN_VQ = ("bash", "scripts/tokenizer/train_vq.sh")
 TRAIN_OPTIONS = (
-    "--gpt-model",
-    "GPT-T",
-    "--epochs",
-    5,
-    "--global-batch-size",
-    8,
-    "--lr",
-    1e-3,
-    "--warmup-epochs",
-    1,
-)
+    "--gpt-model", "GPT-T", "--epochs", 5, "--global-batch-size", 8, "--lr", 1e-3,
+    "--warmup-epochs", 1,
+)  # fmt: skip
 NO_DROPOUT = (
-    "--dropout-p",
-    0,
-    "--attn-dropout-p",
-    0,
-    "--token-dropout-p",
-    0,
-    "--class-dropout-prob",
-    0,
-)
+    "--dropout-p", 0, "--attn-dropout-p", 0, "--token-dropout-p", 0, "--class-dropout-prob", 0,
+)  # fmt: skip
 # folder of a run with TRAIN_OPTIONS at 4 tokens per step
 GPT_RUN = "GPT-T-4x-32"
 
@@ -102,15 +87,9 @@ def extract(
 ) -> subprocess.CompletedProcess:
     """Extract the codes of the images in ``work``, ten crops each, five images per shard."""
     base = (
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--data-path",
-        work / "images",
-        "--code-path",
-        codes,
-        "--image-size",
-        32,
-    )
+        "--vq-ckpt", work / "vq.pt", "--data-path", work / "images", "--code-path", codes,
+        "--image-size", 32,
+    )  # fmt: skip
     return run_command(
         *EXTRACT, *base, "--ten-crop", "--shard-size", 5, "--num-workers", 1, *options, nproc=nproc
     )
@@ -119,14 +98,9 @@ def extract(
 def train(work: Path, cloud: Path, *options: object, **run_options) -> subprocess.CompletedProcess:
     """Train GPT-T on the codes in ``work``, in a process of its own."""
     base = (
-        "--cloud-save-path",
-        cloud,
-        "--no-local-save",
-        "--code-path",
-        work / "codes",
-        "--spe-token-num",
-        3,
-    )
+        "--cloud-save-path", cloud, "--no-local-save", "--code-path", work / "codes",
+        "--spe-token-num", 3,
+    )  # fmt: skip
     base += ("--ar-token-num", 4, "--mixed-precision", "none", "--log-every", 1, *TRAIN_OPTIONS)
     return run_command(*TRAIN, *base, *options, **run_options)
 

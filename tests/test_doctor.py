@@ -473,15 +473,9 @@ def test_quick_ends_well_on_this_machine(given, tmp_path):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     output = tmp_path / "report"
     done = run_command(
-        "python3",
-        "scripts/doctor.py",
-        "--quick",
-        "--gpt-model",
-        "GPT-T",
-        "--output",
-        output,
+        "python3", "scripts/doctor.py", "--quick", "--gpt-model", "GPT-T", "--output", output,
         *options,
-    )
+    )  # fmt: skip
     report = json.loads(output.with_suffix(".json").read_text())
     assert not report["broken"] and "0 broken" not in done.stdout and " ok, " in done.stdout
     statuses = {r["name"]: r["status"] for r in report["results"]}

@@ -359,12 +359,9 @@ def test_several_sets_are_the_single_ones_and_a_table(sets, evaluate):
         single[name] = (sets / f"{name}.txt").read_text()
         (sets / f"{name}.txt").unlink()
     evaluate(
-        sets,
-        "--markdown",
-        "table.md",
-        sam="sam.npz",
+        sets, "--markdown", "table.md", sam="sam.npz",
         network=("more.npz", "--feature-network", "net.pt"),
-    )
+    )  # fmt: skip
     assert {n: (sets / f"{n}.txt").read_text() for n in single} == single
     table = [
         [c.strip() for c in line.strip("|\n").split("|")]
@@ -424,12 +421,9 @@ def test_two_processes_give_the_numbers_of_one(sets, evaluate):
     before = (sets / "sam.txt").read_text()
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words += [
-        evaluator.__file__,
-        sets / "ref.npz",
-        sets / "sam.npz",
-        "--feature-network",
-        sets / "net.pt",
-    ]
+        evaluator.__file__, sets / "ref.npz", sets / "sam.npz",
+        "--feature-network", sets / "net.pt",
+    ]  # fmt: skip
     done = run_command(
         *words, "--batch-size", "4", "--no-cache", "--device", "cpu", OMP_NUM_THREADS="1"
     )

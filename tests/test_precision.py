@@ -178,13 +178,9 @@ def written_options(folder: Path) -> dict:
 
 def train_words(work: Path, cloud: Path, *options: object) -> list[object]:
     base = [
-        "--code-path",
-        work / "codes",
-        "--cloud-save-path",
-        cloud,
-        "--no-local-save",
+        "--code-path", work / "codes", "--cloud-save-path", cloud, "--no-local-save",
         *TRAIN_OPTIONS,
-    ]
+    ]  # fmt: skip
     return [*base, *NO_DROPOUT, "--log-every", 1, *options]
 
 
@@ -204,15 +200,9 @@ def test_training_says_and_records_what_it_takes(work, machine, monkeypatch, cap
 def test_extraction_is_in_float32_on_every_machine(work, machine, monkeypatch, capfd, tmp_path):
     machine("amx_bf16")
     words = [
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--data-path",
-        work / "images",
-        "--image-size",
-        32,
-        "--num-workers",
-        0,
-    ]
+        "--vq-ckpt", work / "vq.pt", "--data-path", work / "images", "--image-size", 32,
+        "--num-workers", 0,
+    ]  # fmt: skip
     main = extract_codes_c2i.main
     log = quietly(capfd, monkeypatch, *words, "--code-path", tmp_path / "a", main=main)
     assert "--precision none (float32), on every machine: bf16 would change some codes" in log
@@ -232,15 +222,8 @@ def test_a_run_goes_on_in_another_precision(work, monkeypatch, capfd, tmp_path):
     cloud, checkpoints = tmp_path / "changing", tmp_path / "changing" / NAME / "checkpoints"
     for i, name in enumerate(("bf16", "fp16", "bf16", "none", "bf16")):
         options = (
-            "--mixed-precision",
-            name,
-            "--ckpt-every",
-            3,
-            "--keep-last",
-            9,
-            "--export",
-            "none",
-        )
+            "--mixed-precision", name, "--ckpt-every", 3, "--keep-last", 9, "--export", "none",
+        )  # fmt: skip
         log = quietly(capfd, monkeypatch, *train_words(work, cloud, *options))
         assert ("new run" if i == 0 else f"resumed at step {3 * i}") in log
         for step in range(3 * (i + 2), 16, 3):

@@ -22,25 +22,12 @@ SCRIPT = ("bash", "scripts/tokenizer/reconstruction_vq.sh")
 
 def words(work: Path, folder: Path, *options: object) -> list[object]:
     base = [
-        "--data-path",
-        work / "images",
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--sample-dir",
-        folder,
-        "--num-workers",
-        0,
-    ]
+        "--data-path", work / "images", "--vq-ckpt", work / "vq.pt", "--sample-dir", folder,
+        "--num-workers", 0,
+    ]  # fmt: skip
     return [
-        *base,
-        "--image-size",
-        32,
-        "--image-size-eval",
-        32,
-        "--per-proc-batch-size",
-        5,
-        *options,
-    ]
+        *base, "--image-size", 32, "--image-size-eval", 32, "--per-proc-batch-size", 5, *options,
+    ]  # fmt: skip
 
 
 @pytest.fixture

@@ -61,25 +61,13 @@ def test_extraction_killed_ten_times_at_random_moments(work, tmp_path):
     """SIGKILL of the process group, workers included; one run to the end: all shards, each once."""
     codes, rng = tmp_path / "codes", np.random.default_rng(0)
     command = [
-        *EXTRACT,
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--data-path",
-        work / "images",
-        "--code-path",
-        codes,
-    ]
+        *EXTRACT, "--vq-ckpt", work / "vq.pt", "--data-path", work / "images",
+        "--code-path", codes,
+    ]  # fmt: skip
     command += [
-        "--image-size",
-        32,
-        "--ten-crop",
-        "--shard-size",
-        5,
-        "--num-workers",
-        1,
-        "--batch-size",
-        1,
-    ]
+        "--image-size", 32, "--ten-crop", "--shard-size", 5, "--num-workers", 1,
+        "--batch-size", 1,
+    ]  # fmt: skip
     counts = []
     for _ in range(10):
         process, deadline = start(command), time.time() + 60
@@ -184,15 +172,9 @@ def test_published_layout_converts_to_the_same_shards(work, tmp_path):
 
 def test_inspection_tells_counts_and_draws(work, tmp_path):
     options = (
-        "--code-path",
-        work / "codes",
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--rows",
-        3,
-        "--output",
-        tmp_path / "a.png",
-    )
+        "--code-path", work / "codes", "--vq-ckpt", work / "vq.pt", "--rows", 3,
+        "--output", tmp_path / "a.png",
+    )  # fmt: skip
     text = run_command("python3", "scripts/inspect_codes.py", *options).stdout
     assert "24 images x 10 crops of 32x32 as 8x8 codes of VQ-4" in text
     assert "3, 8 to 8 images each" in text
@@ -260,25 +242,13 @@ def test_extracted_codes_are_those_of_the_crops(work):
 
 def sample(work: Path, gpt: Path, folder: Path, *options: object, nproc: int = 1):
     base = (
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--gpt-ckpt",
-        gpt,
-        "--sample-dir",
-        folder,
-        "--image-size-eval",
-        24,
-    )
+        "--vq-ckpt", work / "vq.pt", "--gpt-ckpt", gpt, "--sample-dir", folder,
+        "--image-size-eval", 24,
+    )  # fmt: skip
     base += (
-        "--num-fid-samples",
-        22,
-        "--per-proc-batch-size",
-        4,
-        "--precision",
-        "none",
-        "--cfg-scale",
-        1.5,
-    )
+        "--num-fid-samples", 22, "--per-proc-batch-size", 4, "--precision", "none",
+        "--cfg-scale", 1.5,
+    )  # fmt: skip
     return run_command(*SAMPLE, *base, *options, nproc=nproc)
 
 
@@ -304,21 +274,13 @@ def test_samples_have_the_published_form(sampled):
 
 def test_two_processes_and_a_kill_give_the_same_bytes(work, trained, sampled, tmp_path):
     command = [
-        "bash",
-        "scripts/autoregressive/sample_c2i.sh",
-        "--vq-ckpt",
-        str(work / "vq.pt"),
+        "bash", "scripts/autoregressive/sample_c2i.sh", "--vq-ckpt", str(work / "vq.pt"),
         "--gpt-ckpt",
-    ]
+    ]  # fmt: skip
     command += [
-        str(trained),
-        "--sample-dir",
-        str(tmp_path),
-        "--image-size-eval",
-        "24",
-        "--num-fid-samples",
-        "22",
-    ]
+        str(trained), "--sample-dir", str(tmp_path), "--image-size-eval", "24",
+        "--num-fid-samples", "22",
+    ]  # fmt: skip
     command += ["--per-proc-batch-size", "4", "--precision", "none", "--cfg-scale", "1.5"]
     process = start(command)
     deadline = time.time() + 120
@@ -337,25 +299,13 @@ def test_two_processes_and_a_kill_give_the_same_bytes(work, trained, sampled, tm
 @pytest.mark.skipif(shutil.which("taskset") is None, reason="taskset is not installed")
 def test_one_core_gives_the_same_bytes(work, trained, sampled, tmp_path):
     base = (
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--gpt-ckpt",
-        trained,
-        "--sample-dir",
-        tmp_path,
-        "--image-size-eval",
-        24,
-    )
+        "--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--sample-dir", tmp_path,
+        "--image-size-eval", 24,
+    )  # fmt: skip
     base += (
-        "--num-fid-samples",
-        22,
-        "--per-proc-batch-size",
-        4,
-        "--precision",
-        "none",
-        "--cfg-scale",
-        1.5,
-    )
+        "--num-fid-samples", 22, "--per-proc-batch-size", 4, "--precision", "none",
+        "--cfg-scale", 1.5,
+    )  # fmt: skip
     run_command("taskset", "-c", min(os.sched_getaffinity(0)), *SAMPLE, *base)
     assert digest(tmp_path / f"{SAMPLE_NAME}.npz") == digest(sampled)
 
@@ -370,14 +320,9 @@ def test_sampling_without_a_compiler_is_said(work, trained, sampled, tmp_path, m
     with np.load(sampled) as by_kernels, np.load(tmp_path / f"{SAMPLE_NAME}.npz") as by_torch:
         assert (by_kernels["arr_0"] == by_torch["arr_0"]).mean() > 0.99
     base = (
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--gpt-ckpt",
-        trained,
-        "--sample-dir",
-        tmp_path / "none",
+        "--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--sample-dir", tmp_path / "none",
         "--compile",
-    )
+    )  # fmt: skip
     refused = run_command(*SAMPLE, *base, check=False)
     assert (
         refused.returncode == 2
@@ -394,38 +339,22 @@ def test_pngs_are_the_images(work, trained, sampled, tmp_path):
 
 def test_grid_picture(work, trained, tmp_path):
     options = (
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--gpt-ckpt",
-        trained,
-        "--classes",
-        0,
-        2,
-        "--images-per-class",
-        3,
-    )
+        "--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--classes", 0, 2,
+        "--images-per-class", 3,
+    )  # fmt: skip
     run_command(
-        "python3",
-        "autoregressive/sample/sample_c2i.py",
-        *options,
-        "--output",
-        tmp_path / "grid.png",
-    )
+        "python3", "autoregressive/sample/sample_c2i.py", *options,
+        "--output", tmp_path / "grid.png",
+    )  # fmt: skip
     assert Image.open(tmp_path / "grid.png").size == (3 * 34 + 2, 2 * (16 + 34 + 2))
 
 
 def test_trace_fills_the_image_in(work, trained, tmp_path):
     """19 steps at n = 4, 64 codes: the schedule's codes are drawn after k steps, others grey."""
     options = (
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--gpt-ckpt",
-        trained,
-        "--classes",
-        "bee, 2",
-        "--images-per-class",
-        2,
-    )
+        "--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--classes", "bee, 2",
+        "--images-per-class", 2,
+    )  # fmt: skip
     options += ("--output", tmp_path / "a.png", "--trace", "--precision", "none", "--top-k", 0)
     assert (
         "1 bee, 2 cat"

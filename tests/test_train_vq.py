@@ -40,31 +40,17 @@ NAME = "VQ-4-24"
 NO_GAN = ("--perceptual-weight", 0, "--disc-weight", 0)
 GAN = ("--disc-weight", 0.5, "--disc-start", 2)
 SMALL = (
-    "--vq-model",
-    "VQ-4",
-    "--codebook-size",
-    64,
-    "--image-size",
-    24,
-    "--global-batch-size",
-    8,
-    "--lr",
-    1e-3,
-)
+    "--vq-model", "VQ-4", "--codebook-size", 64, "--image-size", 24, "--global-batch-size", 8,
+    "--lr", 1e-3,
+)  # fmt: skip
 SMALL += ("--num-workers", 0, "--mixed-precision", "none", "--log-every", 1, "--epochs", 1)
 
 
 def words(work: Path, cloud: Path, *options: object) -> list[object]:
     return [
-        "--data-path",
-        work / "images",
-        "--cloud-save-path",
-        cloud,
-        "--no-local-save",
-        *SMALL,
-        *NO_GAN,
-        *options,
-    ]
+        "--data-path", work / "images", "--cloud-save-path", cloud, "--no-local-save", *SMALL,
+        *NO_GAN, *options,
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -86,16 +72,9 @@ def curve(cloud: Path, what: str) -> list[float]:
 
 
 LIVELY = (
-    *GAN,
-    "--disc-adaptive-weight",
-    "--ema",
-    "--epochs",
-    2,
-    "--dropout-p",
-    0.1,
-    "--entropy-loss-ratio",
-    0.1,
-)
+    *GAN, "--disc-adaptive-weight", "--ema", "--epochs", 2, "--dropout-p", 0.1,
+    "--entropy-loss-ratio", 0.1,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -285,13 +264,9 @@ def test_the_table_of_effects_names_every_option():
 def command(work, vgg, whole, tmp_path_factory) -> Command:
     """The training command, with the files that options in EFFECTS name."""
     base = (
-        "--data-path",
-        "{work}/images",
-        "--cloud-save-path",
-        "{place}/cloud",
-        "--results-dir",
-        "{place}/results",
-    )
+        "--data-path", "{work}/images", "--cloud-save-path", "{place}/cloud",
+        "--results-dir", "{place}/results",
+    )  # fmt: skip
     return Command(
         main=train_vq.main,
         base=(*base, *SMALL, *NO_GAN, "--log-every", 2, "--image-size", 8),

@@ -68,16 +68,9 @@ SPREAD = [("fsdp", 2)] if KILLS == 1 else [("ddp", 1), ("fsdp", 1), ("ddp", 2), 
 EPOCHS = 8 * (KILLS + 1)
 STEPS = 3 * EPOCHS
 LONG = [
-    "--no-local-save",
-    "--mixed-precision",
-    "none",
-    *TRAIN_OPTIONS,
-    "--epochs",
-    EPOCHS,
-    "--log-every",
-    1,
-    "--ema",
-]
+    "--no-local-save", "--mixed-precision", "none", *TRAIN_OPTIONS, "--epochs", EPOCHS,
+    "--log-every", 1, "--ema",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +82,9 @@ def uninterrupted(work, tmp_path_factory):
         if (mode, nproc) not in known:
             cloud = tmp_path_factory.mktemp("uninterrupted")
             options = [
-                "--code-path",
-                work / "codes",
-                "--cloud-save-path",
-                cloud,
-                "--data-parallel",
-                mode,
-            ]
+                "--code-path", work / "codes", "--cloud-save-path", cloud,
+                "--data-parallel", mode,
+            ]  # fmt: skip
             run_command(*TRAIN, *LONG, *options, nproc=nproc)
             known[mode, nproc] = final_hashes(cloud)
         return known[mode, nproc]
@@ -140,24 +129,13 @@ def test_spreading_over_processes_changes_nothing_but_rounding(work, monkeypatch
         "hsdp": (4, "--data-parallel", "hsdp", "--shard-size", 2),
     }
     base = (
-        "--code-path",
-        work / "codes",
-        "--val-code-path",
-        work / "codes",
-        "--no-local-save",
+        "--code-path", work / "codes", "--val-code-path", work / "codes", "--no-local-save",
         *TRAIN_OPTIONS,
-    )
+    )  # fmt: skip
     base += (
-        *NO_DROPOUT,
-        "--mixed-precision",
-        "none",
-        "--epochs",
-        7,
-        "--log-every",
-        1,
-        "--export",
-        "none",
-    )
+        *NO_DROPOUT, "--mixed-precision", "none", "--epochs", 7, "--log-every", 1,
+        "--export", "none",
+    )  # fmt: skip
     for name, (nproc, *options) in ways.items():
         options = [*base, "--cloud-save-path", tmp_path / name, *options]
         alone = nproc == 1
@@ -203,14 +181,9 @@ def test_a_checkpoint_resumes_on_other_processes_and_modes(work, tmp_path):
 def test_half_precision_learns_in_every_mode(work, monkeypatch, capfd, tmp_path):
     """bf16 under DDP, sharded fp16 with its loss scale: first and last losses near float32's."""
     base = (
-        "--code-path",
-        work / "codes",
-        "--no-local-save",
-        *TRAIN_OPTIONS,
-        *NO_DROPOUT,
-        "--log-every",
-        1,
-    )
+        "--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS, *NO_DROPOUT,
+        "--log-every", 1,
+    )  # fmt: skip
     curves = {}
     for name, options in {
         "none": (),
@@ -218,15 +191,9 @@ def test_half_precision_learns_in_every_mode(work, monkeypatch, capfd, tmp_path)
         "fp16": ("--data-parallel", "fsdp", "--grad-precision", "fp16"),
     }.items():
         quietly(
-            capfd,
-            monkeypatch,
-            *base,
-            "--mixed-precision",
-            name,
-            "--cloud-save-path",
-            tmp_path / name,
-            *options,
-        )
+            capfd, monkeypatch, *base, "--mixed-precision", name,
+            "--cloud-save-path", tmp_path / name, *options,
+        )  # fmt: skip
         curves[name] = curve(tmp_path / name)
         assert curves[name] == pytest.approx(curves["none"], abs=5e-3)
         assert curve(tmp_path / name, "skipped")[-1] == 0
@@ -235,15 +202,9 @@ def test_half_precision_learns_in_every_mode(work, monkeypatch, capfd, tmp_path)
 def test_sigterm_saves_and_the_run_goes_on(work, uninterrupted, tmp_path):
     """torchrun hands the signal to both processes: one step, both save, both resume bit for bit."""
     command = [
-        *TRAIN,
-        "--code-path",
-        work / "codes",
-        "--cloud-save-path",
-        tmp_path,
-        *LONG,
-        "--data-parallel",
-        "fsdp",
-    ]
+        *TRAIN, "--code-path", work / "codes", "--cloud-save-path", tmp_path, *LONG,
+        "--data-parallel", "fsdp",
+    ]  # fmt: skip
     process = start(command, nproc_per_node="2")
     log = tmp_path / NAME / "log.txt"
     wait_for(lambda: log.exists() and "step 7 " in log.read_text(), process)
@@ -262,15 +223,9 @@ def test_sigterm_saves_and_the_run_goes_on(work, uninterrupted, tmp_path):
 
 def test_sigusr1_ends_one_process_with_status_0(work, tmp_path):
     options = [
-        "--code-path",
-        work / "codes",
-        "--no-local-save",
-        *TRAIN_OPTIONS,
-        "--epochs",
-        3000,
-        "--log-every",
-        1,
-    ]
+        "--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS, "--epochs", 3000,
+        "--log-every", 1,
+    ]  # fmt: skip
     process = start([*TRAIN, "--cloud-save-path", tmp_path, *options])
     log = tmp_path / NAME / "log.txt"
     wait_for(lambda: log.exists() and "step 3 " in log.read_text(), process)
@@ -298,15 +253,9 @@ def ranks_of(cloud: Path) -> list[int]:
 def test_a_rank_that_dies_is_started_again(work, uninterrupted, tmp_path):
     """One of two processes is killed: torchrun starts both again, and they end in equal bits."""
     command = [
-        *TRAIN,
-        "--code-path",
-        work / "codes",
-        "--cloud-save-path",
-        tmp_path,
-        *LONG,
-        "--ckpt-every",
-        5,
-    ]
+        *TRAIN, "--code-path", work / "codes", "--cloud-save-path", tmp_path, *LONG,
+        "--ckpt-every", 5,
+    ]  # fmt: skip
     process = start([*command, "--data-parallel", "fsdp"], nproc_per_node="2", max_restarts="1")
     wait_for(lambda: newest(tmp_path / NAME / "checkpoints") >= 10, process)
     os.kill(ranks_of(tmp_path)[-1], signal.SIGKILL)
@@ -335,23 +284,13 @@ def test_a_full_disk_stops_the_run_and_spares_what_was_saved(work, trained, tmp_
 
 def test_local_results_and_cloud_hold_the_same(work, trained, monkeypatch, capfd, tmp_path):
     base = (
-        "--cloud-save-path",
-        tmp_path / "cloud",
-        "--results-dir",
-        tmp_path / "results",
-        "--epochs",
-        1,
-    )
+        "--cloud-save-path", tmp_path / "cloud", "--results-dir", tmp_path / "results",
+        "--epochs", 1,
+    )  # fmt: skip
     base += (
-        "--code-path",
-        work / "codes",
-        "--gpt-model",
-        "GPT-T",
-        "--global-batch-size",
-        8,
-        "--gpt-ckpt",
-        trained,
-    )
+        "--code-path", work / "codes", "--gpt-model", "GPT-T", "--global-batch-size", 8,
+        "--gpt-ckpt", trained,
+    )  # fmt: skip
     quietly(capfd, monkeypatch, *base)
     local, cloud = (tmp_path / p / NAME / "checkpoints" for p in ("results", "cloud"))
     names = sorted(str(p.relative_to(local)) for p in local.rglob("*") if p.is_file())
@@ -370,13 +309,9 @@ def test_local_results_and_cloud_hold_the_same(work, trained, monkeypatch, capfd
 def test_resuming_takes_the_new_learning_rate(work, trained, monkeypatch, capfd, tmp_path):
     start_from(trained, tmp_path, 8)
     base = (
-        "--code-path",
-        work / "codes",
-        "--cloud-save-path",
-        tmp_path,
-        "--no-local-save",
+        "--code-path", work / "codes", "--cloud-save-path", tmp_path, "--no-local-save",
         *TRAIN_OPTIONS,
-    )
+    )  # fmt: skip
     base += ("--mixed-precision", "none", "--log-every", 1)
     quietly(capfd, monkeypatch, *base, "--lr", 1e-5)
     assert len(curve(tmp_path, "lr")) == 7 and max(curve(tmp_path, "lr")) < 1e-5
@@ -389,26 +324,18 @@ def test_resuming_on_codes_of_another_crop_range_is_refused(
 ):
     start_from(trained, tmp_path, 8)
     base = (
-        "--cloud-save-path",
-        tmp_path,
-        "--no-local-save",
-        *TRAIN_OPTIONS,
-        "--mixed-precision",
-        "none",
-    )
+        "--cloud-save-path", tmp_path, "--no-local-save", *TRAIN_OPTIONS,
+        "--mixed-precision", "none",
+    )  # fmt: skip
     log = quietly(capfd, monkeypatch, *base, "--code-path", command.places["codes105"])
     assert "another crop_range (crop_range: 1.1 there, 1.05 now)" in log
 
 
 def test_nan_loss_stops_with_the_reason_and_is_never_saved(work, monkeypatch, capfd, tmp_path):
     base = (
-        "--code-path",
-        work / "codes",
-        "--cloud-save-path",
-        tmp_path,
-        "--no-local-save",
+        "--code-path", work / "codes", "--cloud-save-path", tmp_path, "--no-local-save",
         *TRAIN_OPTIONS,
-    )
+    )  # fmt: skip
     base += ("--mixed-precision", "none", "--log-every", 1, "--lr", 1e30, "--ckpt-every", 1)
     log = quietly(capfd, monkeypatch, *base, "--max-skipped-steps", 6)
     assert (
@@ -432,13 +359,9 @@ def test_fine_tuning_a_released_file_with_other_classes(work, monkeypatch, capfd
     state = fill_from_names(GPT(config)).state_dict()
     torch.save({"model": state, "args": Namespace(lr=1e-4)}, tmp_path / "c2i_T.pt")
     base = (
-        "--code-path",
-        work / "codes",
-        "--no-local-save",
-        *TRAIN_OPTIONS,
-        "--cloud-save-path",
-        tmp_path,
-    )
+        "--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS,
+        "--cloud-save-path", tmp_path,
+    )  # fmt: skip
     log = quietly(
         capfd, monkeypatch, *base, "--gpt-ckpt", tmp_path / "c2i_T.pt", "--epochs", 1, "--lr", 0
     )
@@ -457,14 +380,9 @@ def test_fine_tuning_a_released_file_with_other_classes(work, monkeypatch, capfd
 def test_exported_safetensors_loads_with_its_config(work, trained, tmp_path):
     folder, output = trained.parent / "0000015", tmp_path / "a.safetensors"
     run_command(
-        "python3",
-        "scripts/export_checkpoint.py",
-        "--checkpoint",
-        folder,
-        "--output",
-        output,
+        "python3", "scripts/export_checkpoint.py", "--checkpoint", folder, "--output", output,
         "--ema",
-    )
+    )  # fmt: skip
     model, name, facts = load_gpt(output, (8, 8))
     assert (name, model.config.ar_token_num, facts["steps"]) == ("GPT-T", 4, 15)
     assert same_tensors(model.state_dict(), weights(trained.parents[2], 15, "ema"))
@@ -472,13 +390,9 @@ def test_exported_safetensors_loads_with_its_config(work, trained, tmp_path):
 
 def test_dry_run_forecasts_and_writes_nothing(work, monkeypatch, capfd, tmp_path):
     options = (
-        "--code-path",
-        work / "codes",
-        *TRAIN_OPTIONS,
-        "--cloud-save-path",
-        tmp_path / "c",
+        "--code-path", work / "codes", *TRAIN_OPTIONS, "--cloud-save-path", tmp_path / "c",
         "--dry-run",
-    )
+    )  # fmt: skip
     log = quietly(
         capfd, monkeypatch, *options, "--results-dir", tmp_path / "r", "--vq-ckpt", work / "vq.pt"
     )
@@ -503,34 +417,18 @@ def test_too_few_held_out_images_are_refused(work, tmp_path):
 def test_pictures_and_validation_while_training(work, monkeypatch, capfd, tmp_path):
     """The same with sharded weights, gathered by all ranks; training is not changed."""
     base = (
-        "--code-path",
-        work / "codes",
-        "--no-local-save",
-        *TRAIN_OPTIONS,
-        "--mixed-precision",
-        "none",
-    )
+        "--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS,
+        "--mixed-precision", "none",
+    )  # fmt: skip
     watch = (
-        "--val-code-path",
-        work / "codes",
-        "--val-every",
-        4,
-        "--val-images",
-        20,
-        "--vq-ckpt",
-        work / "vq.pt",
-    )
+        "--val-code-path", work / "codes", "--val-every", 4, "--val-images", 20,
+        "--vq-ckpt", work / "vq.pt",
+    )  # fmt: skip
     quietly(capfd, monkeypatch, *base, "--cloud-save-path", tmp_path / "plain")
     quietly(
-        capfd,
-        monkeypatch,
-        *base,
-        *watch,
-        "--sample-every",
-        10,
-        "--cloud-save-path",
-        tmp_path / "ddp",
-    )
+        capfd, monkeypatch, *base, *watch, "--sample-every", 10,
+        "--cloud-save-path", tmp_path / "ddp",
+    )  # fmt: skip
     run_command(
         *TRAIN, *base, *watch, "--sample-every", 10,
         "--cloud-save-path", tmp_path / "fsdp", "--data-parallel", "fsdp", nproc=2,
@@ -614,25 +512,13 @@ def command(work, trained, tmp_path_factory) -> Command:
     folder = tmp_path_factory.mktemp("effects")
     extract(work, folder / "codes105", "--crop-range", 1.05)
     base = [
-        "--code-path",
-        "{work}/codes",
-        "--cloud-save-path",
-        "{place}/cloud",
-        "--results-dir",
-        "{place}/results",
-    ]
+        "--code-path", "{work}/codes", "--cloud-save-path", "{place}/cloud",
+        "--results-dir", "{place}/results",
+    ]  # fmt: skip
     base += [
-        "--gpt-model",
-        "GPT-T",
-        "--global-batch-size",
-        8,
-        "--epochs",
-        1,
-        "--warmup-epochs",
-        0,
-        "--lr",
-        1e-3,
-    ]
+        "--gpt-model", "GPT-T", "--global-batch-size", 8, "--epochs", 1, "--warmup-epochs", 0,
+        "--lr", 1e-3,
+    ]  # fmt: skip
     base += ["--log-every", 2, "--ckpt-every", 2, "--mixed-precision", "none"]
     return Command(
         main=train_c2i.main,
