@@ -245,7 +245,8 @@ class GPT(StepDecoder, nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config, dim = config, config.dim
+        dim = config.dim
+        self.config = config
         self.order = RegionOrder.build((config.grid_height, config.grid_width), config.ar_token_num)
         self.cls_embedding = LabelEmbedder(config.num_classes, dim, config.class_dropout_prob)
         self.tok_embeddings = nn.Embedding(config.vocab_size, dim)

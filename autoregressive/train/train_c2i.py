@@ -150,8 +150,8 @@ def fixed_options(args: Namespace, model: GPT, codes: Codes) -> dict[str, Any]:
     fixed = ("epochs", "global_batch_size", "global_seed", "lr_schedule", "warmup_epochs")
     options = {k: getattr(args, k) for k in fixed} | {k: codes.meta.get(k) for k in CODES_FACTS}
     options["mix_weight"] = None if args.mix_code_path is None else args.mix_weight
-    options |= {"images": len(codes), "crops": codes.num_crops}
-    return options | {"config": asdict(model.config)}
+    options["config"] = asdict(model.config)
+    return options | {"images": len(codes), "crops": codes.num_crops}
 
 
 def log_header(

@@ -86,7 +86,7 @@ class ScalarLog:
         self._file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 - open as long as the run
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Record ``values`` at ``step``; of a step that a resumed run repeats the later count."""
+        """Record ``values`` at ``step``; where a resumed run repeats a step, the later count."""
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()

@@ -89,7 +89,7 @@ class RunFolder:
             self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def newest(self) -> Path | None:
-        """Return the highest whole checkpoint of all folders; damaged ones are noted and kept."""
+        """Return the newest whole checkpoint of all folders; damaged ones are noted and kept."""
         found = [
             p
             for folder in self.checkpoint_folders

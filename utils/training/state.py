@@ -97,7 +97,7 @@ class Guard:
         self.state = torch.zeros(4, device=device)
 
     def should_skip(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Return 1.0 if the step of this loss and gradient norm is to be skipped, else 0.0."""
+        """Return 1.0 if the step of this loss and gradient norm (scalars) is skipped, else 0.0."""
         mean, taken, skipped, in_a_row = self.state.unbind()  # () each
         bad = ~(loss.isfinite() & norm.isfinite())  # ()
         if self.spike:
