@@ -273,30 +273,10 @@ def _end_of_zip(position: int, files: list[tuple[bytes, int, int, int]]) -> byte
     """Return the directory at ``position`` of (name, crc, size, offset) (APPNOTE 4.3.12-16)."""
     directory = b""
     for name, crc, size, offset in files:
-        fields = (
-            0x02014B50,
-            45,
-            45,
-            0,
-            0,
-            0,
-            _DATE,
-            crc,
-            _LARGE,
-            _LARGE,
-            len(name),
-            28,
-            0,
-            0,
-            0,
-            0,
-            _LARGE,
-        )
-        directory += (
-            struct.pack("<I6H3I5H2I", *fields)
-            + name
-            + struct.pack("<2H3Q", 1, 24, size, size, offset)
-        )
+        fields = (0x02014B50, 45, 45, 0, 0, 0, _DATE, crc, _LARGE, _LARGE, len(name), 28)
+        rest = (0, 0, 0, 0, _LARGE)
+        extra = struct.pack("<2H3Q", 1, 24, size, size, offset)
+        directory += struct.pack("<I6H3I5H2I", *fields, *rest) + name + extra
     count = len(files)
     end64 = struct.pack(
         "<IQ2H2I4Q", 0x06064B50, 44, 45, 45, 0, 0, count, count, len(directory), position
