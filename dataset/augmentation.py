@@ -5,22 +5,21 @@ from __future__ import annotations
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 MAX_PIXELS = 100_000_000  # of a resized image; a 1x300,000 image would need gigabytes
 FIVE_CROPS = ("top_left", "top_right", "bottom_left", "bottom_right", "center")
 
 
 def _shrink(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to ``size``: halve by box filter while possible, then bicubic
-    (ADM).
-    """
+    """Resize the shorter side to ``size``: halve by box filter if possible, then bicubic (ADM)."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
     if max(image.size) * scale * size > MAX_PIXELS:
         raise ValueError(
-            f"an image of {image.width}x{image.height} is too thin to resize its shorter side to "
-            f"{size}"
+            f"an image of {image.width}x{image.height} is too thin to resize its "
+            f"shorter side to {size}"
         )
     return image.resize(
         (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
@@ -44,10 +43,9 @@ def random_crop(
     min_fraction: float = 0.8,
     max_fraction: float = 1.0,
 ) -> np.ndarray:
-    """Return a random square of ``min_fraction``..``max_fraction`` of the shorter side: uint8
-    (size, size, 3).
+    """Return a random square crop of ``image``: uint8 (size, size, 3).
 
-    The training crop of ADM.
+    Its side is ``min_fraction``..``max_fraction`` of the shorter one: the training crop of ADM.
     """
     shorter = rng.integers(int(np.ceil(size / max_fraction)), int(np.ceil(size / min_fraction)) + 1)
     pixels = np.asarray(_shrink(image, int(shorter)))
@@ -61,9 +59,8 @@ def crop_names(ten_crop: bool, flips: bool) -> list[str]:
     return names + [f"{n}_of_flipped" for n in names] if flips else names
 
 
-def take_crops(images: torch.Tensor, size: int, ten_crop: bool, flips: bool) -> torch.Tensor:
-    """Crop (B, H, W, 3) to (B, K, size, size, 3), K = (5 or 1) x (2 with flips), in torchvision's
-    TenCrop order.
+def take_crops(images: Tensor, size: int, ten_crop: bool, flips: bool) -> Tensor:
+    """Crop (B, H, W, 3) to (B, K, size, size, 3), K = (5 or 1) x (2 with flips), as TenCrop.
 
     Four corners and centre (or only the centre), then the same positions of the mirrored images.
     """

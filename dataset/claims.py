@@ -35,9 +35,7 @@ class Claims:
         return not self._path(shard).exists() or self._lapsed(self._path(shard))
 
     def take(self, shard: int) -> bool:
-        """Claim ``shard``; False if another live process holds it, or if the shard exists
-        already.
-        """
+        """Claim ``shard``; False if a live process holds it or the shard exists already."""
         path = self._path(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
         if self._lapsed(path):
@@ -55,12 +53,11 @@ class Claims:
             return False
 
         self._claimed.add(shard)
-        if shard_path(
-            self.folder, shard
-        ).exists():  # finished after our last look, before our claim
+        finished = shard_path(self.folder, shard)
+        if finished.exists():  # after our last look, before our claim
             self.release(shard)
             return False
-        remove_temporary(shard_path(self.folder, shard))
+        remove_temporary(finished)
         return True
 
     def _lapsed(self, path: Path) -> bool:
@@ -106,13 +103,9 @@ class Claims:
 
 
 def _machine() -> str:
-    """Return what process ids are unique within, as one word: host and, on Linux, boot and
-    process namespace.
-    """
+    """Return what makes process ids unique: host and, on Linux, boot and process namespace."""
     parts = [platform.node()]
     with suppress(OSError):  # not Linux
-        parts += [
-            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-            os.readlink("/proc/self/ns/pid"),
-        ]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        parts += [boot, os.readlink("/proc/self/ns/pid")]
     return "/".join(parts).replace(" ", "_")

@@ -4,7 +4,7 @@ A folder of codes holds ``plan.json`` (the plan of all shards, written first), `
 ... and ``meta.json`` (written last: the plan with counts and checksums). A shard is an uncompressed
 npz of
 
-    codes    uint16 (images, crops, tokens), raster order (uint32 where the codebook has over 65,536 entries)
+    codes    uint16 (images, crops, tokens), raster order (uint32 for over 65,536 entries)
     labels   int64  (images,)
     index    int64  (images,) position of the image in the sorted listing of the source folder
     skipped  int64  (unreadable images,) position of images that were left out
@@ -75,11 +75,10 @@ def shard_path(folder: str | Path, shard: int) -> Path:
 
 
 def start_codes(folder: str | Path, plan: CodesPlan) -> None:
-    """Record ``plan`` in ``folder``; ``ValueError`` naming the differences if another plan is
-    recorded there.
+    """Record ``plan`` in ``folder``; ``ValueError`` if it records another, with the differences.
 
-    Of several processes that start at once, one records its plan and the others compare theirs with
-    it.
+    Of several processes that start at once, one records its plan and the others compare
+    theirs with it.
     """
     path = Path(folder) / "plan.json"
     aside = path.with_name(f"plan.json.tmp-{uuid.uuid4().hex[:8]}")
@@ -97,9 +96,9 @@ def start_codes(folder: str | Path, plan: CodesPlan) -> None:
     if differing := [k for k in wanted if recorded.get(k) != wanted[k]]:
         k = differing[0]
         raise ValueError(
-            f"--code-path: {folder} already holds codes made with another {', '.join(differing)} "
-            f"({k}: {_short(recorded.get(k))} there, {_short(wanted[k])} now); give another folder "
-            "or delete it"
+            f"--code-path: {folder} already holds codes made with another "
+            f"{', '.join(differing)} ({k}: {_short(recorded.get(k))} there, "
+            f"{_short(wanted[k])} now); give another folder or delete it"
         )
 
 
@@ -134,18 +133,14 @@ def write_shard(
     assert codes.shape[1:] == (len(plan.crops), plan.num_tokens), codes.shape
     assert len(codes) == len(labels) == len(index)
     codes = codes.astype(plan.dtype)
-    missing, reasons = (
-        np.array([i for i, _ in skipped], np.int64),
-        np.array([r for _, r in skipped], np.str_),
-    )
+    missing = np.array([i for i, _ in skipped], np.int64)
+    reasons = np.array([r for _, r in skipped], np.str_)
     with atomic_path(shard_path(folder, shard)) as temporary, open(temporary, "wb") as f:
         np.savez(f, codes=codes, labels=labels, index=index, skipped=missing, reasons=reasons)
 
 
 def shard_damage(folder: str | Path, plan: CodesPlan, shard: int) -> str | None:
-    """Return what is wrong with an existing shard, or None; every byte is checked against the
-    zip's CRCs.
-    """
+    """Return what is wrong with an existing shard, or None; all bytes are checked against CRCs."""
     path = shard_path(folder, shard)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -164,9 +159,7 @@ def shard_damage(folder: str | Path, plan: CodesPlan, shard: int) -> str | None:
 
 
 def finished_damage(folder: str | Path, meta: dict, shard: int) -> str | None:
-    """Return what is wrong with a shard of a finished folder, or None; also checks its checksum
-    in ``meta``.
-    """
+    """Return what is wrong with a finished shard, or None; also checks its hash in ``meta``."""
     plan = CodesPlan(**{f.name: meta[f.name] for f in fields(CodesPlan)})
     if (damage := shard_damage(folder, plan, shard)) is not None:
         return damage
@@ -182,16 +175,15 @@ def num_skipped(path: str | Path) -> int:
 
 
 def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) -> dict | None:
-    """Write ``meta.json``, and ``skipped.json`` if images were unreadable, and return the content
-    of ``meta.json``.
+    """Write ``meta.json``, and ``skipped.json`` if images were unreadable; return the former.
 
     Returns None and writes nothing while a shard is missing or damaged. ``sources``: paths in
     listing order, which ``skipped.json`` names.
     """
     paths = [shard_path(folder, s) for s in range(plan.num_shards)]
-    if not all(p.exists() for p in paths) or any(
-        shard_damage(folder, plan, s) for s in range(plan.num_shards)
-    ):
+    if not all(p.exists() for p in paths):
+        return None
+    if any(shard_damage(folder, plan, s) for s in range(plan.num_shards)):
         return None
 
     shards, skipped, coded = [], [], 0
@@ -211,9 +203,8 @@ def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) ->
     counts = {"num_coded_images": coded, "num_skipped_images": len(skipped)}
     meta = {**asdict(plan), **counts, "shards": shards}
     write_json(Path(folder) / "meta.json", meta)
-    for claim in (Path(folder) / "shards").glob(
-        "*.claim"
-    ):  # left by processes killed right after their last shard
+    # left by processes killed right after their last shard
+    for claim in (Path(folder) / "shards").glob("*.claim"):
         claim.unlink(missing_ok=True)
     return meta
 
@@ -225,9 +216,7 @@ class Codes:
     num_crops: int
     num_tokens: int
     num_classes: int
-    crop_weights: np.ndarray | None = (
-        None  # (num_crops,) probability of drawing each crop; None: equal
-    )
+    crop_weights: np.ndarray | None = None  # (num_crops,) probability of each crop; None: equal
     meta: dict  # as in meta.json; empty for the published layout
 
     def __len__(self) -> int:
@@ -247,35 +236,25 @@ class ShardedCodes(Codes):
 
     def __init__(self, folder: str | Path):
         self.meta = _read_json(Path(folder) / "meta.json")
-        fields = {
-            "classes",
-            "grid",
-            "crops",
-            "image_size",
-            "codebook_size",
-            "tokenizer_sha256",
-            "shards",
-        }
+        fields = {"classes", "grid", "crops", "image_size", "codebook_size"}
+        fields |= {"tokenizer_sha256", "shards"}
         if missing := fields - self.meta.keys():
             raise ValueError(
                 f"{folder}/meta.json is damaged: it lacks {', '.join(sorted(missing))}"
             )
-        self.num_crops, self.num_tokens = (
-            len(self.meta["crops"]),
-            self.meta["grid"][0] * self.meta["grid"][1],
-        )
+        self.num_crops = len(self.meta["crops"])
+        self.num_tokens = self.meta["grid"][0] * self.meta["grid"][1]
         self.num_classes = len(self.meta["classes"])
         self._shards, labels = [], []
         for shard in self.meta["shards"]:
             path = Path(folder) / "shards" / Path(shard["file"]).name
             codes, shard_labels = self._open(path)
             count = shard["images"]
-            if codes.shape != (count, self.num_crops, self.num_tokens) or shard_labels.shape != (
-                count,
-            ):
+            shape = (count, self.num_crops, self.num_tokens)
+            if codes.shape != shape or shard_labels.shape != (count,):
                 raise ValueError(
-                    f"{path} holds codes of shape {codes.shape}, unlike {folder}/meta.json; "
-                    "extract again"
+                    f"{path} holds codes of shape {codes.shape}, unlike "
+                    f"{folder}/meta.json; extract again"
                 )
             self._shards.append(codes)
             labels.append(shard_labels)
@@ -305,20 +284,16 @@ class ShardedCodes(Codes):
 
 
 class PublishedCodes(Codes):
-    """Reader of the published layout, per image ``*_codes/0.npy`` [1, crops, tokens] and
-    ``*_labels/0.npy`` [1].
-    """
+    """Reader of published ``*_codes/0.npy`` [1, crops, tokens] and ``*_labels/0.npy`` [1]."""
 
     def __init__(self, folder: str | Path, option: str = "--code-path"):
-        self._codes, labels = (
-            self._only_folder(Path(folder), end, option) for end in ("_codes", "_labels")
-        )
+        self._codes = self._only_folder(Path(folder), "_codes", option)
+        labels = self._only_folder(Path(folder), "_labels", option)
         count = sum(1 for _ in self._codes.glob("*.npy"))
         if count == 0:
             raise ValueError(f"{option}: {self._codes} holds no .npy files")
-        self.labels = np.array(
-            [self._read(labels / f"{i}.npy").item() for i in range(count)], np.int64
-        )
+        values = [self._read(labels / f"{i}.npy").item() for i in range(count)]
+        self.labels = np.array(values, np.int64)
         shape = self._read(self._codes / "0.npy").shape
         if len(shape) != 3 or shape[0] != 1:
             raise ValueError(
@@ -335,7 +310,7 @@ class PublishedCodes(Codes):
         if len(folders) != 1:
             raise ValueError(
                 f"{option}: {folder} holds no codes: expected meta.json with shards/ (written by "
-                f"extract_codes_c2i.sh when it ends) or one folder *_codes beside one *_labels"
+                "extract_codes_c2i.sh when it ends) or one folder *_codes beside one *_labels"
             )
         return folders[0]
 
@@ -352,20 +327,15 @@ class PublishedCodes(Codes):
 
     def image(self, i: int) -> np.ndarray:
         """Return all crops (crops, tokens) of one image."""
-        path = self._codes / f"{i}.npy"
+        path, shape = self._codes / f"{i}.npy", (1, self.num_crops, self.num_tokens)
         codes = self._read(path)
-        if codes.shape != (1, self.num_crops, self.num_tokens):
-            raise ValueError(
-                f"{path} has the shape {codes.shape}, expected "
-                f"{(1, self.num_crops, self.num_tokens)}"
-            )
+        if codes.shape != shape:
+            raise ValueError(f"{path} has the shape {codes.shape}, expected {shape}")
         return codes[0]
 
 
 def open_codes(folder: str | Path, option: str = "--code-path") -> Codes:
-    """Open a folder of codes, in our or the published layout; ``ValueError`` naming ``option``
-    if it is neither.
-    """
+    """Open codes in our or the published layout; ``ValueError`` naming ``option`` if neither."""
     require_folder(folder, option, "make it with scripts/autoregressive/extract_codes_c2i.sh")
     if (Path(folder) / "meta.json").is_file():
         return ShardedCodes(folder)
@@ -387,8 +357,8 @@ class MixedCodes(Codes):
         for name in ("tokenizer_sha256", "source_sha256", "grid", "classes", "image_size"):
             if first.meta.get(name) != second.meta.get(name):
                 raise ValueError(
-                    f"--mix-code-path: its {name} differs from that of --code-path; they must be "
-                    "equal"
+                    f"--mix-code-path: its {name} differs from that of "
+                    "--code-path; they must be equal"
                 )
         if first.num_tokens != second.num_tokens or not np.array_equal(first.labels, second.labels):
             raise ValueError(
@@ -397,17 +367,15 @@ class MixedCodes(Codes):
         self.parts, self.labels, self.meta = (first, second), first.labels, first.meta
         self.num_crops = first.num_crops + second.num_crops
         self.num_tokens, self.num_classes = first.num_tokens, first.num_classes
-        shares = [(1 - weight) / first.num_crops] * first.num_crops + [
-            weight / second.num_crops
-        ] * second.num_crops
+        shares = [(1 - weight) / first.num_crops] * first.num_crops
+        shares += [weight / second.num_crops] * second.num_crops
         self.crop_weights = np.array(shares)
 
     def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
         images, crops = np.asarray(images), np.asarray(crops)
         out = np.empty((len(images), self.num_tokens), np.int64)
         split = self.parts[0].num_crops
-        for part, rows, offset in zip(
-            self.parts, (crops < split, crops >= split), (0, split), strict=True
-        ):
+        second = crops >= split
+        for part, rows, offset in zip(self.parts, (~second, second), (0, split), strict=True):
             out[rows] = part.gather(images[rows], crops[rows] - offset)
         return out

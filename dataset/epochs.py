@@ -8,8 +8,7 @@ import numpy as np
 
 
 class EpochOrder:
-    """Shuffled global batches of ``batch`` from ``length`` items; the last, incomplete batch of an
-    epoch is dropped.
+    """Shuffled batches from ``length`` items; the last, incomplete batch of an epoch is dropped.
 
     Batches are the same for every number of processes; each rank uses an equal slice of each.
     """
@@ -34,9 +33,7 @@ class EpochOrder:
     def rank_keys(
         self, first_step: int, last_step: int, rank: int, size: int
     ) -> Iterator[list[tuple[int, int]]]:
-        """Yield (index, epoch) keys of one rank's slice per step, for the batch_sampler of a
-        DataLoader.
-        """
+        """Yield (index, epoch) keys of one rank per step, for a DataLoader's batch_sampler."""
         for step in range(first_step, last_step):
             epoch, indices = self.indices(step)
             yield [(int(i), epoch) for i in np.split(indices, size)[rank]]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 from dataset.augmentation import center_crop, random_crop
@@ -40,11 +41,10 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def list_images(root: str | Path, option: str = "--data-path") -> ImageFolder:
-    """List classes (sorted folder names) and files of ``root``, in torchvision's order, without
-    opening the files.
+    """List classes (sorted folder names) and files of ``root`` in torchvision's order, unopened.
 
-    Only ``classes`` and ``samples`` (path, label) are used. Raises ``ValueError`` if there are
-    none.
+    Only ``classes`` and ``samples`` (path, label) are used. Raises ``ValueError`` if
+    there are none.
     """
     require_folder(root, option, "expected one sub-folder of images per class")
     try:
@@ -70,9 +70,7 @@ class CenterCrop:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Transform for ``ImageFiles``: random crop of side ``size``; with ``flip``, half of the
-    crops are mirrored.
-    """
+    """Random crop of side ``size`` for ``ImageFiles``; with ``flip``, half are mirrored."""
 
     size: int
     flip: bool
@@ -85,9 +83,7 @@ class RandomCrop:
 
 
 class Unreadable(NamedTuple):
-    """Replaces an image that could not be read; ``fatal`` if the disk failed rather than the
-    image.
-    """
+    """Stands for an unreadable image; ``fatal`` if the disk failed rather than the image."""
 
     image: int
     reason: str
@@ -95,8 +91,7 @@ class Unreadable(NamedTuple):
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Data set that decodes files and applies ``transform`` (PIL image, key -> uint8 (H, W, 3)
-    array).
+    """Data set of decoded files under ``transform`` (PIL image, key -> uint8 (H, W, 3) array).
 
     Items are looked up by key, which is (index, epoch): transforms draw their randomness from the
     key, so that an item does not depend on when and where it is made. With ``tolerant``, an
@@ -122,7 +117,7 @@ class ImageFiles(torch.utils.data.Dataset):
         start = self.ends[index - 1] if index else 0
         return os.fsdecode(self.paths[start : self.ends[index]].tobytes())
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int] | Unreadable:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | Unreadable:
         """Return uint8 (H, W, 3), label and index."""
         index = key[0]
         try:
@@ -131,19 +126,15 @@ class ImageFiles(torch.utils.data.Dataset):
             if not self.tolerant:
                 raise
             return Unreadable(index, str(error), fatal=isinstance(error, OSError))
-        return (
-            torch.from_numpy(np.array(pixels)),
-            int(self.labels[index]),
-            index,
-        )  # a copy: torch wants to write
+        pixels = torch.from_numpy(np.array(pixels))  # a copy: torch wants to write
+        return pixels, int(self.labels[index]), index
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-def to_model_range(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 (..., H, W, 3) -> float32 (N, 3, H, W) in [-1, 1] on ``device``, leading dimensions
-    flattened.
+def to_model_range(pixels: Tensor, device: torch.device) -> Tensor:
+    """uint8 (..., H, W, 3) -> float32 (N, 3, H, W) in [-1, 1], leading dimensions flattened.
 
     Channels-last in memory, as the pixels are.
     """

@@ -1,8 +1,8 @@
 """Weights of a training checkpoint as one file (the published .pt format, or .safetensors) or as
 a folder for huggingface.co.
 
-The config and the tokenizer's hash go along, so that sampling and extraction need no architecture
-options.
+The config and the tokenizer's hash go along, so that sampling and extraction need
+no architecture options.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ def main() -> None:
     parser = make_parser(
         __doc__,
         "python3 scripts/export_checkpoint.py --checkpoint "
-        "results/GPT-XL-4x-384/checkpoints/0300000 --ema "
-        "--output pretrained_models/PAR-XL-4x.pt",
+        "results/GPT-XL-4x-384/checkpoints/0300000 --ema --output pretrained_models/PAR-XL-4x.pt",
     )
     parser.add_argument(
         "--checkpoint", required=True, help="folder of one checkpoint, named by its step"

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dataset.codes import ShardedCodes, finished_damage, open_codes, shard_path
 from tokenizer.load import load_vq, require_tokenizer
@@ -32,12 +33,12 @@ def verify(folder: Path, codes: ShardedCodes) -> None:
             damaged.append(f"{shard_path(folder, i)} ({damage})")
     if damaged:
         raise ValueError(
-            f"{len(damaged)} damaged shards: {'; '.join(damaged)}; extract_codes_c2i.sh makes them "
-            "again"
+            f"{len(damaged)} damaged shards: {'; '.join(damaged)}; "
+            "extract_codes_c2i.sh makes them again"
         )
 
 
-def count_codes(codes: ShardedCodes) -> torch.Tensor:
+def count_codes(codes: ShardedCodes) -> Tensor:
     """Count how often each codebook entry occurs over all images and crops: (V,) int64."""
     counts = np.zeros(codes.meta["codebook_size"], np.int64)
     for first in range(0, len(codes), CHUNK):
@@ -58,9 +59,8 @@ def draw(codes: ShardedCodes, vq_ckpt: str, rows: int, output: Path) -> None:
     for image in progress(init_distributed(), "decoding", len(images), unit="images", items=images):
         tokens = codes.gather(np.full(codes.num_crops, image), np.arange(codes.num_crops))  # (K, T)
         with torch.inference_mode():
-            decoded = vq.decode_code(
-                torch.from_numpy(tokens).view(-1, *codes.meta["grid"])
-            )  # (K, 3, S, S)
+            grids = torch.from_numpy(tokens).view(-1, *codes.meta["grid"])  # (K, h, w)
+            decoded = vq.decode_code(grids)  # (K, 3, S, S)
         pictures.append(to_uint8(decoded).numpy())
     save_png(output, image_grid(np.concatenate(pictures), columns=codes.num_crops))
 
@@ -90,8 +90,8 @@ def main() -> None:
     codes = open_codes(folder)
     if not isinstance(codes, ShardedCodes):
         raise ValueError(
-            f"--code-path {folder} is in the published layout; scripts/convert_codes.py makes "
-            "shards"
+            f"--code-path {folder} is in the published layout; "
+            "scripts/convert_codes.py makes shards"
         )
     output = Path(args.output) if args.output else folder / "inspect.png"
     verify(folder, codes)

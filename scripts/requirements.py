@@ -53,9 +53,8 @@ def check(python, path):
     lacks something.
     """
     if sys.version_info < (3, 10):  # noqa: UP036
-        sys.exit(
-            "error: %s is Python %d.%d, 3.10 or newer is needed" % (python, *sys.version_info[:2])
-        )  # noqa: UP031
+        found = (python, *sys.version_info[:2])
+        sys.exit("error: %s is Python %d.%d, 3.10 or newer is needed" % found)  # noqa: UP031
     names = [requirement for requirement, _ in missing(path)]
     if names:
         command = " ".join(map(shlex.quote, [python, "-m", "pip", "install", *names]))

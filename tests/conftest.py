@@ -52,17 +52,13 @@ def golden():
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_code(tmp_path_factory) -> None:
-    """Keep what torch.compile makes apart: its cache may be of another processor (see
-    utils/precision.py).
-    """
+    """Keep what torch.compile makes apart: its cache may be another processor's."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
 
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory) -> Path:
-    """Images of 3 classes, a random tokenizer in our format, its codes: what the later steps
-    start from.
-    """
+    """Images of 3 classes, a random tokenizer in our format, its codes: the later steps' start."""
     folder = tmp_path_factory.mktemp("work")
     rng = np.random.default_rng(0)
     for label in ("ape", "bee", "cat"):

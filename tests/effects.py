@@ -27,8 +27,8 @@ class Effect:
     (validation losses), a name in ``Command.recorded``, or a part of a checkpoint: ``model``,
     ``ema``, ... context: options of both runs, separated by spaces.
 
-    value and context may hold names of ``Command.places`` in braces; {place} is the run's own
-    folder.
+    value and context may hold names of ``Command.places`` in braces; {place} is the
+    run's own folder.
     """
 
     value: object
@@ -120,9 +120,7 @@ class Command:
         return state_sha256(self.weights(outcome.place, changes))
 
     def has_effect(self, option: str, effect: Effect, place: Path, capfd, monkeypatch) -> bool:
-        """Return whether ``option`` changes what ``effect`` names; the run with it writes to
-        ``place``.
-        """
+        """Return whether ``option`` changes what ``effect`` names, in a run at ``place``."""
         context = effect.context.split()
         if effect.context not in self.without:
             folder = self.scratch / f"without{len(self.without)}"

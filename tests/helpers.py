@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from autoregressive.models.gpt import GPTConfig
 from autoregressive.train import train_c2i
@@ -41,27 +42,12 @@ EXTRACT = ("bash", "scripts/autoregressive/extract_codes_c2i.sh")
 TRAIN = ("bash", "scripts/autoregressive/train_c2i.sh")
 TRAIN_VQ = ("bash", "scripts/tokenizer/train_vq.sh")
 TRAIN_OPTIONS = (
-    "--gpt-model",
-    "GPT-T",
-    "--epochs",
-    5,
-    "--global-batch-size",
-    8,
-    "--lr",
-    1e-3,
-    "--warmup-epochs",
-    1,
-)
+    "--gpt-model", "GPT-T", "--epochs", 5, "--global-batch-size", 8, "--lr", 1e-3,
+    "--warmup-epochs", 1,
+)  # fmt: skip
 NO_DROPOUT = (
-    "--dropout-p",
-    0,
-    "--attn-dropout-p",
-    0,
-    "--token-dropout-p",
-    0,
-    "--class-dropout-prob",
-    0,
-)
+    "--dropout-p", 0, "--attn-dropout-p", 0, "--token-dropout-p", 0, "--class-dropout-prob", 0,
+)  # fmt: skip
 # folder of a run with TRAIN_OPTIONS at 4 tokens per step
 GPT_RUN = "GPT-T-4x-32"
 
@@ -81,9 +67,7 @@ def open_golden(name: str):
 def run_command(
     *command: object, nproc: int = 1, check: bool = True, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Run a command line from the repository's root as a user would, on the CPU with ``nproc``
-    processes.
-    """
+    """Run a command line from the root as a user would, on the CPU with ``nproc`` processes."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
     env |= {
         "PYTHON": sys.executable,
@@ -103,15 +87,9 @@ def extract(
 ) -> subprocess.CompletedProcess:
     """Extract the codes of the images in ``work``, ten crops each, five images per shard."""
     base = (
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--data-path",
-        work / "images",
-        "--code-path",
-        codes,
-        "--image-size",
-        32,
-    )
+        "--vq-ckpt", work / "vq.pt", "--data-path", work / "images", "--code-path", codes,
+        "--image-size", 32,
+    )  # fmt: skip
     return run_command(
         *EXTRACT, *base, "--ten-crop", "--shard-size", 5, "--num-workers", 1, *options, nproc=nproc
     )
@@ -120,14 +98,9 @@ def extract(
 def train(work: Path, cloud: Path, *options: object, **run_options) -> subprocess.CompletedProcess:
     """Train GPT-T on the codes in ``work``, in a process of its own."""
     base = (
-        "--cloud-save-path",
-        cloud,
-        "--no-local-save",
-        "--code-path",
-        work / "codes",
-        "--spe-token-num",
-        3,
-    )
+        "--cloud-save-path", cloud, "--no-local-save", "--code-path", work / "codes",
+        "--spe-token-num", 3,
+    )  # fmt: skip
     base += ("--ar-token-num", 4, "--mixed-precision", "none", "--log-every", 1, *TRAIN_OPTIONS)
     return run_command(*TRAIN, *base, *options, **run_options)
 
@@ -169,9 +142,7 @@ def newest(folder: Path) -> int:
 
 
 def quietly(capfd, monkeypatch, *options: object, main=train_c2i.main) -> str:
-    """Run ``main`` in this process, as starting one per option takes minutes; return what it
-    printed until it ended.
-    """
+    """Run ``main`` in this process, starting one takes long; return what it printed."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
     try:
         run_main(main)
@@ -204,9 +175,7 @@ def is_declaration(node: ast.AST) -> bool:
 
 
 def declared_options(path: Path) -> set[str]:
-    """Return the destinations of every add_argument of a file but those that are accepted
-    without effect.
-    """
+    """Return the destinations of every add_argument of a file; retired options are left out."""
     names = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if is_declaration(node):
@@ -223,7 +192,7 @@ def small_config(**changes) -> GPTConfig:
     return GPTConfig(**base | changes)
 
 
-def random_codes(config: GPTConfig, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+def random_codes(config: GPTConfig, batch: int = 2) -> tuple[Tensor, Tensor]:
     codes = torch.randint(config.vocab_size, (batch, config.grid_height * config.grid_width))
     return codes, torch.randint(config.num_classes, (batch,))
 
@@ -240,9 +209,7 @@ def make_plan(**changes) -> CodesPlan:
 
 
 def write_all(folder: Path, plan: CodesPlan) -> tuple[np.ndarray, np.ndarray]:
-    """Write random codes of all images of ``plan``; return the codes (N, crops, T) and the
-    labels (N,).
-    """
+    """Write random codes of all images of ``plan``; return codes (N, crops, T), labels (N,)."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, plan.codebook_size, (plan.num_images, len(plan.crops), plan.num_tokens))
     labels = np.arange(plan.num_images) % 3
@@ -259,10 +226,8 @@ def small_state(
 ) -> TrainingState:
     model = torch.nn.Linear(2, 1, bias=False)
     model.weight.data.fill_(value)
-    scaler, guard = (
-        torch.amp.GradScaler("cpu", enabled=fp16),
-        Guard(torch.device("cpu"), spike, patience),
-    )
+    scaler = torch.amp.GradScaler("cpu", enabled=fp16)
+    guard = Guard(torch.device("cpu"), spike, patience)
     return TrainingState(model, make_adamw(model, 0.1, 0.0, (0.9, 0.95)), scaler, Ema(model), guard)
 
 
@@ -272,7 +237,7 @@ def take_step(state: TrainingState, step: int, loss: float, max_norm: float = 0.
     state.update(step, torch.tensor(loss), state.gradient_norm(), max_norm)
 
 
-def recipe_state(use_gamma: bool = True) -> dict[str, torch.Tensor]:
+def recipe_state(use_gamma: bool = True) -> dict[str, Tensor]:
     """The recipe's weights of the Inception under our names."""
     from evaluations.c2i.inception import state_from_tensorflow  # takes a second
     from evaluations.c2i.self_check import recipe_constants
@@ -280,7 +245,7 @@ def recipe_state(use_gamma: bool = True) -> dict[str, torch.Tensor]:
     return state_from_tensorflow(recipe_constants(use_gamma))
 
 
-def slow_lpips(weights: Path, a: torch.Tensor, b: torch.Tensor) -> list[float]:
+def slow_lpips(weights: Path, a: Tensor, b: Tensor) -> list[float]:
     """Zhang et al. 2018, equation 1, from VGG16's table of layers."""
     from torchmetrics.functional.image import lpips  # takes seconds
 

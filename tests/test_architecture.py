@@ -66,9 +66,7 @@ def test_no_script_imports_another():
 
 @functools.cache
 def names_read(path: Path) -> set[str]:
-    """Names that a file reads as args.NAME, holds as a string, or has as a field of a class
-    (filled from options).
-    """
+    """Names that a file reads as args.NAME, holds as a string, or has as a field of a class."""
     names = set()
     tree = ast.parse((ROOT / path).read_text())
     declared = {
@@ -91,9 +89,7 @@ def names_read(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if declared_options(p)], ids=str)
 def test_every_option_is_read(path):
-    """A declared option is read somewhere in its layer; of trainers, tests/effects.py asks for
-    more.
-    """
+    """A declared option is read in its layer; of trainers, tests/effects.py asks for more."""
     layer = [p for p in SOURCES if path.parts[0] in ("utils", p.parts[0])]
     assert declared_options(path) <= set().union(*map(names_read, layer))
 

@@ -25,9 +25,7 @@ def test_crops_are_golden(golden, name):
 
 @pytest.mark.parametrize("resized, size", [(70, 64), (69, 64), (64, 64)])
 def test_ten_crop_is_torchvisions(resized, size):
-    """Also where the margin is odd, so that the centre of the mirrored image is not the mirrored
-    centre.
-    """
+    """Also where the margin is odd, so that mirrored centres are not centres of the mirrored."""
     pixels = torch.randint(256, (2, resized, resized, 3), dtype=torch.uint8)
     ours = take_crops(pixels, size, ten_crop=True, flips=True)
     theirs = torch.stack(TenCrop(size)(pixels.permute(0, 3, 1, 2)), 1).permute(0, 1, 3, 4, 2)

@@ -24,8 +24,8 @@ TRAINING_FIGURES = {"seconds", "first loss", "last loss", "peak GiB"}
 def measure(tmp_path, monkeypatch, capsys):
     """``measure(name, *options)``: the results that a benchmark writes, and what it prints.
 
-    Each way runs in this process, as starting one takes longer than the way, and blocks are not
-    compiled.
+    Each way runs in this process, as starting one takes longer than the way, and blocks
+    are not compiled.
     """
 
     def run(script: str, *words: object) -> None:
@@ -72,9 +72,7 @@ def assert_positive(figures: dict) -> None:
 
 
 def test_allocator_settings_are_those_of_launch_sh():
-    """Published ways, ours and the doctor's checks run under the settings that the commands run
-    under.
-    """
+    """Published ways, ours and the doctor's checks run under the settings of the commands."""
     text = (ROOT / "scripts" / "launch.sh").read_text()
     settings = dict(re.findall(r"\b(MALLOC_\w+|GLIBC_\w+|GOMP_\w+)=\$\{\1:-([^}]*)\}", text))
     assert settings == common.ALLOCATOR
@@ -83,17 +81,9 @@ def test_allocator_settings_are_those_of_launch_sh():
 @pytest.mark.slow
 def test_sampling(measure):
     options = (
-        "--gpt-model",
-        "GPT-T",
-        "--ar-token-num",
-        64,
-        "--batch",
-        1,
-        "--precision",
-        "none",
-        "--repeats",
-        1,
-    )
+        "--gpt-model", "GPT-T", "--ar-token-num", 64, "--batch", 1, "--precision", "none",
+        "--repeats", 1,
+    )  # fmt: skip
     results, printed = measure(
         "sampling", *options, "--ways", "published", "fused", "eager", "compiled"
     )
@@ -111,17 +101,9 @@ def test_sampling(measure):
 @pytest.mark.slow
 def test_training(measure):
     options = (
-        "--gpt-model",
-        "GPT-T",
-        "--ar-token-num",
-        16,
-        "--batch",
-        1,
-        "--steps",
-        1,
-        "--precision",
-        "none",
-    )
+        "--gpt-model", "GPT-T", "--ar-token-num", 16, "--batch", 1, "--steps", 1,
+        "--precision", "none",
+    )  # fmt: skip
     results, printed = measure("training", *options)
     assert list(results["none"]) == [
         "published, default malloc",
@@ -140,17 +122,9 @@ def test_training(measure):
 @pytest.mark.slow
 def test_tokenizer(measure):
     options = (
-        "--vq-model",
-        "VQ-4",
-        "--image-size",
-        32,
-        "--batch",
-        1,
-        "--steps",
-        1,
-        "--precision",
-        "none",
-    )
+        "--vq-model", "VQ-4", "--image-size", 32, "--batch", 1, "--steps", 1,
+        "--precision", "none",
+    )  # fmt: skip
     results, printed = measure("tokenizer", *options)
     assert list(results["none"]) == [
         "published",
@@ -169,15 +143,9 @@ def test_codes(measure, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 44, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "images" / "ape" / "0.png")
     options = (
-        "--data-path",
-        tmp_path / "images",
-        "--images",
-        1,
-        "--image-size",
-        32,
-        "--loaded-images",
-        300,
-    )
+        "--data-path", tmp_path / "images", "--images", 1, "--image-size", 32,
+        "--loaded-images", 300,
+    )  # fmt: skip
     results, printed = measure("codes", *options, "--work", tmp_path)
     extraction, loading = results["extraction"], results["loading"]
     ways = ("published", "published, memory kept", "ours", "ours, bf16")

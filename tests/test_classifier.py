@@ -20,9 +20,7 @@ from scripts.quickstart import train_classifier
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """The network is too small to share out: beside other processes two threads take many times
-    as long as one.
-    """
+    """The network is too small to share out: two threads beside other processes are far slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -39,9 +37,7 @@ def write_class_folder(folder, images: np.ndarray, labels: np.ndarray) -> None:
 
 @pytest.fixture
 def bars(tmp_path):
-    """Two classes of 8 x 8 noise, one brighter on the left and one at the top: folders train and
-    test.
-    """
+    """Two classes of 8 x 8 noise, brighter on the left or at the top: folders train and test."""
     generator = np.random.default_rng(0)
     for name, count in (("train", 128), ("test", 32)):
         images = generator.integers(0, 60, (count, 8, 8), np.uint8)
@@ -139,9 +135,7 @@ def test_is_a_feature_network(tmp_path):
 
 
 def test_rotate_and_shift_keeps_the_picture_in_place():
-    """Small changes only: a centred spot stays within the largest shift, and no two images move
-    alike.
-    """
+    """Small changes only: a spot stays within the largest shift, no two images move alike."""
     x = torch.full((16, 3, 32, 32), -1.0)
     x[:, :, 15:17, 15:17] = 1
     moved = train_classifier.rotate_and_shift(x, torch.Generator().manual_seed(0))

@@ -158,14 +158,11 @@ def test_threads_may_share_a_reader(tmp_path):
 
 
 def test_more_shards_than_open_files(tmp_path):
-    """numpy.memmap keeps a file descriptor per map: ImageNet's 1,252 shards would not open under
-    a limit of 1,024.
-    """
+    """numpy.memmap keeps a descriptor per map: ImageNet's 1,252 shards exceed a limit of 1,024."""
     codes, _ = write_all(tmp_path, make_plan(num_images=200, shard_size=1))
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(
-        int(name) for name in os.listdir("/dev/fd")
-    )  # other tests of this process may have files open
+    # other tests of this process may have files open
+    highest = max(int(name) for name in os.listdir("/dev/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 60, before[1]))
     try:
         reader = open_codes(tmp_path)

@@ -78,9 +78,8 @@ ODD = dict(
 WIDE = dict(dim=200, n_head=2)  # heads of 100 channels, as GPT-3B's
 
 
-@pytest.mark.parametrize(
-    "batch", [5, 35]
-)  # of float32, with tiles, the second have kernels of their own
+# of float32, with tiles, 35 rows have kernels of their own
+@pytest.mark.parametrize("batch", [5, 35])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize(
     "shape",
@@ -90,9 +89,7 @@ WIDE = dict(dim=200, n_head=2)  # heads of 100 channels, as GPT-3B's
     ],
 )
 def test_kernels_give_the_logits_of_the_model(kernels, shape, dtype, tolerance, batch):
-    """Each step, against float64 and torch's operators, after the same tokens; 35 rows are in no
-    block whole.
-    """
+    """Each step, against float64 and torch's operators; 35 rows are in no block whole."""
     config = small_config(**shape)
     reference = fill_from_names(GPT(config)).double().eval()
     model = fill_from_names(GPT(config)).eval().cast_weights(dtype)
@@ -124,9 +121,8 @@ def test_kernels_round_alike_in_any_batch_after_any_other_and_on_any_number_of_t
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             for first, stop in ((0, 1), (1, 6), (6, 10)):
-                generator.cache.store.fill_(
-                    0x7FC07FC0
-                )  # NaN in both types, as a diverged batch leaves behind
+                # NaN in both types, as a diverged batch leaves behind
+                generator.cache.store.fill_(0x7FC07FC0)
                 alone = generator(labels[first:stop], uniforms[first:stop])
                 assert torch.equal(alone, together[first:stop])
     finally:
@@ -202,10 +198,8 @@ def test_kernels_on_arm_give_what_they_give_here(tmp_path):
     compiler, emulator = "aarch64-linux-gnu-g++", "qemu-aarch64"
     if shutil.which(compiler) is None or shutil.which(emulator) is None:
         pytest.skip(f"{compiler} and {emulator} are not installed")
-    here, arm = (
-        run_alone(tmp_path, ["c++"], []),
-        run_alone(tmp_path, [compiler, "-static"], [emulator]),
-    )
+    here = run_alone(tmp_path, ["c++"], [])
+    arm = run_alone(tmp_path, [compiler, "-static"], [emulator])
     in_float32, in_bfloat16 = np.split(np.abs(here - arm), 2)
     assert len(here) == 8000 and np.abs(here).max() > 1
     assert in_float32.max() < 1e-5 and in_bfloat16.max() < 1e-3
@@ -219,9 +213,7 @@ def test_no_kernels_for_float16():
 
 
 def test_options_leave_ways(monkeypatch):
-    """auto: kernels keep bfloat16 whatever the processor multiplies, torch's operators compute
-    in what is quick.
-    """
+    """auto: kernels keep bfloat16 on every processor, torch's operators what is quick there."""
     monkeypatch.setattr(decoders, "unavailable_reason", lambda dtype: None)
     for has, eager in ((True, "bf16"), (False, "none")):
         monkeypatch.setattr(

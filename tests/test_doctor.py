@@ -83,9 +83,7 @@ def tells_what_came_before(now: Context) -> Result:
 
 
 def test_a_check_that_goes_wrong_stops_no_other():
-    """Raised, crashed, hung, left: each is one broken line with a reason, and the next check
-    runs.
-    """
+    """Raised, crashed, hung, left: each is a broken line with a reason; the next check runs."""
     functions = [all_is_well, raises, crashes, hangs, leaves, tells_what_came_before]
     checks = [Check("group", f.__name__, f, HINT, limit=1 if f is hangs else 30) for f in functions]
     rows = run_checks(checks, context(), time.monotonic() + 120)
@@ -157,9 +155,7 @@ def test_without_packages_it_says_how_to_get_them():
 
 @pytest.fixture
 def damaged(tmp_path):
-    """``damaged(name, **changes)``: a folder of golden files in which arrays of one are changed
-    by functions.
-    """
+    """``damaged(name, **changes)``: golden files; functions change arrays of one of them."""
 
     def damage(name: str, **changes: object) -> Path:
         for path in GOLDEN[1].glob("*.npz"):
@@ -477,15 +473,9 @@ def test_quick_ends_well_on_this_machine(given, tmp_path):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     output = tmp_path / "report"
     done = run_command(
-        "python3",
-        "scripts/doctor.py",
-        "--quick",
-        "--gpt-model",
-        "GPT-T",
-        "--output",
-        output,
+        "python3", "scripts/doctor.py", "--quick", "--gpt-model", "GPT-T", "--output", output,
         *options,
-    )
+    )  # fmt: skip
     report = json.loads(output.with_suffix(".json").read_text())
     assert not report["broken"] and "0 broken" not in done.stdout and " ok, " in done.stdout
     statuses = {r["name"]: r["status"] for r in report["results"]}

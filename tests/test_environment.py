@@ -12,14 +12,20 @@ import pytest
 
 from tests.helpers import ROOT
 
-PROBE = 'source scripts/environment.sh requirements-dev.txt; echo "$PYTHON"; python --probe; python3 --probe'
-# stands for an interpreter: says which one it is, logs what it is told to do, looks for packages in
-# FAKE_PACKAGES
+PROBE = (
+    'source scripts/environment.sh requirements-dev.txt; echo "$PYTHON"; '
+    "python --probe; python3 --probe"
+)
+# stands for an interpreter: says which one it is, logs what it is told to do, looks for
+# packages in FAKE_PACKAGES
 FAKE = f"""#!/bin/bash
 case $1 in
     --probe) echo "$0" ;;
     -) PYTHONPATH=$FAKE_PACKAGES exec {sys.executable} -S "$@" ;;
-    *) echo "$0 $*" >> "$FAKE_LOG"; [ "$2" != venv ] || {{ mkdir -p .venv/bin && cp "$0" .venv/bin/python; }} ;;
+    *)
+        echo "$0 $*" >> "$FAKE_LOG"
+        [ "$2" != venv ] || {{ mkdir -p .venv/bin && cp "$0" .venv/bin/python; }}
+        ;;
 esac
 """
 
@@ -60,9 +66,7 @@ def make_python(path: Path) -> Path:
 
 @pytest.fixture
 def bash(tmp_path, tree, packages):
-    """``bash(command)`` in the tree with nothing active; a python3 that must not be used is
-    first in PATH.
-    """
+    """``bash(command)`` in the tree, nothing active; an unwanted python3 is first in PATH."""
     other = make_python(tmp_path / "other" / "python3").parent
     make_python(other / "python")
     kept = {

@@ -45,9 +45,7 @@ def sets(tmp_path):
 
 @pytest.fixture
 def evaluate(monkeypatch, capsys):
-    """``evaluate(folder, *options)`` on ref.npz and sam.npz with the classifier, in this
-    process.
-    """
+    """``evaluate(folder, *options)`` of ref.npz and sam.npz by the classifier, in-process."""
 
     def call(
         folder, *options, ref="ref.npz", sam="sam.npz", network=("--feature-network", "net.pt")
@@ -361,12 +359,9 @@ def test_several_sets_are_the_single_ones_and_a_table(sets, evaluate):
         single[name] = (sets / f"{name}.txt").read_text()
         (sets / f"{name}.txt").unlink()
     evaluate(
-        sets,
-        "--markdown",
-        "table.md",
-        sam="sam.npz",
+        sets, "--markdown", "table.md", sam="sam.npz",
         network=("more.npz", "--feature-network", "net.pt"),
-    )
+    )  # fmt: skip
     assert {n: (sets / f"{n}.txt").read_text() for n in single} == single
     table = [
         [c.strip() for c in line.strip("|\n").split("|")]
@@ -412,9 +407,8 @@ def test_the_kept_reference_gives_the_same_numbers(sets, evaluate, monkeypatch):
     assert not list(sets.glob("*.features.npz"))
     evaluate(sets)
     images = np.load(sets / "ref.npz")["arr_0"]
-    np.savez(
-        sets / "ref.npz", arr_0=images[::-1, ::-1]
-    )  # another file of that name is another reference
+    # another file of that name is another reference
+    np.savez(sets / "ref.npz", arr_0=images[::-1, ::-1])
     assert "read from" not in evaluate(sets).out
 
 
@@ -427,12 +421,9 @@ def test_two_processes_give_the_numbers_of_one(sets, evaluate):
     before = (sets / "sam.txt").read_text()
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words += [
-        evaluator.__file__,
-        sets / "ref.npz",
-        sets / "sam.npz",
-        "--feature-network",
-        sets / "net.pt",
-    ]
+        evaluator.__file__, sets / "ref.npz", sets / "sam.npz",
+        "--feature-network", sets / "net.pt",
+    ]  # fmt: skip
     done = run_command(
         *words, "--batch-size", "4", "--no-cache", "--device", "cpu", OMP_NUM_THREADS="1"
     )
@@ -490,9 +481,8 @@ def test_further_numbers_are_asked_for_and_written(sets, evaluate):
             "SSIM",
         )
     }
-    assert found["FID"] == pytest.approx(
-        plain["FID"], rel=1e-3
-    )  # 25 images: the square root is not exact
+    # 25 images: the square root is not exact
+    assert found["FID"] == pytest.approx(plain["FID"], rel=1e-3)
     written = json.loads((sets / "sam.metrics.json").read_text())
     assert set(written["fid_of_class"]) == {"0", "1", "2"}
     assert (
@@ -597,9 +587,7 @@ def test_openai_samples_are_compared_with_their_published_figures():
 
 
 def test_a_zip_bomb_is_not_unpacked(sets, evaluate, monkeypatch):
-    """Statistics are read whole, so their size is bounded before; 200 kB on disk say they are
-    200 MB here.
-    """
+    """Statistics are read whole, so their size is bounded before: 200 kB claim 200 MB here."""
     monkeypatch.setattr(image_sets, "LARGEST_WHOLE", 100_000_000)
     np.savez_compressed(sets / "sam.npz", mu=np.zeros(5000), sigma=np.zeros((5000, 5000)))
     with pytest.raises(ValueError, match="sigma would take 200,000,000 bytes of memory"):
@@ -611,9 +599,7 @@ def test_a_zip_bomb_is_not_unpacked(sets, evaluate, monkeypatch):
 
 @pytest.fixture
 def swept(sets, monkeypatch):
-    """``swept(*options)`` runs a sweep whose sampler makes noise of a scale's strength, the
-    evaluator in-process.
-    """
+    """``swept(*options)``: a sweep whose sampler makes noise of a scale's strength, in-process."""
 
     def call(words, what):
         words = [str(w) for w in words]
@@ -621,10 +607,8 @@ def swept(sets, monkeypatch):
             monkeypatch.setattr(sys, "argv", words[2:])
             evaluator.main()
             return
-        scale, folder = (
-            float(words[words.index("--cfg-scale") + 1]),
-            Path(words[words.index("--sample-dir") + 1]),
-        )
+        scale = float(words[words.index("--cfg-scale") + 1])
+        folder = Path(words[words.index("--sample-dir") + 1])
         assert words[2:4] == ["--gpt-ckpt", "my gpt.pt"]
         folder.mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(5).integers(0, int(100 * scale), (25, 8, 8, 3))

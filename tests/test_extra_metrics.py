@@ -53,9 +53,8 @@ def test_kid_takes_subsets_of_a_thousand(monkeypatch):
     x, y = features(1500, 4, 0), features(1200, 4, 1)
     mean, deviation = extra_metrics.kernel_distance(x, y)
     assert deviation > 0
-    assert (
-        abs(mean) < 0.02 < extra_metrics.kernel_distance(x, y + 0.5)[0]
-    )  # unbiased: 0 for the same distribution
+    # unbiased: 0 for the same distribution
+    assert abs(mean) < 0.02 < extra_metrics.kernel_distance(x, y + 0.5)[0]
 
 
 def test_frechet_of_few_is_that_of_the_statistics():
@@ -77,9 +76,7 @@ def test_classes_are_compared_with_themselves():
 
 
 def test_bootstrap_interval_is_as_wide_as_independent_sets_spread():
-    """Around the distance of its own set, also where features are many for the images and FID is
-    biased.
-    """
+    """Around the distance of its set, also where many features bias FID for few images."""
     reference = np.zeros(20), np.eye(20)
     sets = [features(400, 20, seed, shift=0.1) for seed in range(60)]
     distances = [frechet_distance(*mean_and_covariance(x), *reference) for x in sets]
@@ -98,9 +95,7 @@ def test_psnr_and_ssim_of_pairs():
 
 
 def test_dino_features_are_class_tokens_of_a_file(tmp_path):
-    """With a small network of the same kind; greyness in another place than ImageNet's mean must
-    show.
-    """
+    """With a small network of the same kind; greyness unlike ImageNet's mean must show."""
     torch.manual_seed(0)
     name = "test_vit"
     network = timm.create_model(name, num_classes=0, dynamic_img_size=True).eval()

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from autoregressive.decoding.generate import Generator, generate
 from autoregressive.decoding.sampling import (
@@ -59,7 +60,7 @@ def test_quantised_weights_are_near(golden, what):
     assert 1e-4 < error < {"int8": 0.05, "fp8": 0.2}[what]
 
 
-def greedy_without_cache(model: GPT, cond: torch.Tensor, scale) -> torch.Tensor:
+def greedy_without_cache(model: GPT, cond: Tensor, scale) -> Tensor:
     """Slow version: a whole teacher-forced pass per step, argmax, guidance of logits by its
     formula.
 
@@ -116,9 +117,7 @@ def test_filters_that_keep_everything():
 
 
 def test_inverse_cdf_against_closed_form():
-    """Probabilities 0, .5, 0, .25, .25, 0: u in [0, .5) is token 1, [.5, .75) is 3, [.75, 1) is
-    4.
-    """
+    """Probabilities 0, .5, 0, .25, .25, 0: u in [0, .5) is 1, [.5, .75) is 3, [.75, 1) is 4."""
     logits = torch.tensor([0, 0.5, 0, 0.25, 0.25, 0]).log()
     u = torch.tensor([0.0, 0.25, 0.4999, 0.5, 0.7499, 0.75, 0.9999999])
     drawn = sample(logits.expand(1, len(u), -1), u[None], SamplingOptions())
@@ -142,9 +141,7 @@ def test_top_k_1_is_greedy_for_any_u():
 
 
 def test_guidance_interval_counts_decoded_tokens_once():
-    """With interval 5 and n = 4, steps that begin at 0, 1, 2, 3 and 4 are guided, those at 8 and
-    12 are not.
-    """
+    """With interval 5 and n = 4, steps from 0, 1, 2, 3 and 4 are guided, those from 8, 12 not."""
     model = fill_from_names(GPT(small_config())).double().eval()
     cond, uniforms = torch.tensor([0, 1]), torch.rand(2, 16)
     plain = SamplingOptions(cfg_scale=3.0, cfg_interval=5)
@@ -170,7 +167,7 @@ def test_randomness_is_a_function_of_seed_and_index():
     assert abs(uniforms.mean() - 0.5) < 0.02
 
 
-def generate_in_batches(model: GPT, batch: int, count: int = 11) -> torch.Tensor:
+def generate_in_batches(model: GPT, batch: int, count: int = 11) -> Tensor:
     codes = []
     for first in range(0, count, batch):
         labels, uniforms = image_randomness(3, range(first, min(first + batch, count)), 3, 64)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from autoregressive.models.attention import DenseMask, attend, query_chunks
@@ -69,9 +70,7 @@ def test_small_sizes_are_small():
 
 @pytest.mark.parametrize("n_kv_head", [None, 2, 1])
 def test_no_logit_depends_on_a_later_token(n_kv_head):
-    """Changing token s of the region order may change logits of later steps only (also with
-    grouped heads).
-    """
+    """Changing region-ordered token s changes logits of later steps only (grouped heads too)."""
     model = fill_from_names(GPT(small_config(n_kv_head=n_kv_head))).eval()
     order = model.order
     codes, cond = random_codes(model.config)
@@ -162,9 +161,7 @@ def test_impossible_heads_are_named():
 @pytest.mark.parametrize("chunk", [1, 19 * 5, 1 << 24])
 @pytest.mark.parametrize("accumulations", [1, 2])
 def test_chunked_loss_and_gradients_are_those_of_whole_logits(monkeypatch, chunk, accumulations):
-    """In float64, against logits and cross-entropy by torch; also where a chunk ends short, and
-    summed over calls.
-    """
+    """In float64, against torch's logits and cross-entropy; also short chunks, summed calls."""
     monkeypatch.setattr("autoregressive.models.linear_cross_entropy.CHUNK_ELEMENTS", chunk)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, 4, 8, generator=generator, dtype=torch.float64)
@@ -188,9 +185,7 @@ def test_chunked_loss_and_gradients_are_those_of_whole_logits(monkeypatch, chunk
 
 
 def test_chunked_loss_under_autocast_is_that_of_whole_logits():
-    """Products in bfloat16, softmax in float32, gradients of float32 parameters in float32, as
-    autocast has them.
-    """
+    """Products in bfloat16, softmax and gradients of parameters in float32, as under autocast."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 8, generator=generator) for n in (12, 19))
     targets = torch.randint(19, (12,), generator=generator)
@@ -226,9 +221,7 @@ def test_recomputed_activations_change_no_gradient(what):
 
 @pytest.mark.parametrize("n", [1, 4])
 def test_flex_attention_has_the_same_mask(n):
-    """FlexAttention, uncompiled on the CPU, against the dense mask; 16 slots fill a part of its
-    block of 128.
-    """
+    """FlexAttention, uncompiled on the CPU, against the dense mask; 16 slots of a block of 128."""
     model = fill_from_names(GPT(small_config(ar_token_num=n, n_kv_head=2))).eval()
     codes, cond = random_codes(model.config)
     with torch.no_grad():
@@ -238,9 +231,7 @@ def test_flex_attention_has_the_same_mask(n):
 
 
 def test_flops_are_those_that_torch_counts():
-    """Against torch's counter of a forward and backward, which sees attention as dense: all
-    pairs of slots.
-    """
+    """Against torch's counter of forward and backward, which counts all pairs of slots."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model = fill_from_names(GPT(small_config(n_kv_head=2)))
@@ -254,7 +245,7 @@ def test_flops_are_those_that_torch_counts():
     )
 
 
-def block_gradients(codes: torch.Tensor, cond: torch.Tensor, compiled: bool) -> list[torch.Tensor]:
+def block_gradients(codes: Tensor, cond: Tensor, compiled: bool) -> list[Tensor]:
     model = fill_from_names(
         GPT(small_config(n_layer=1, attn_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0))
     )
@@ -276,9 +267,7 @@ def test_compiled_blocks_give_the_same_gradients():
 
 @pytest.mark.parametrize("n, n_kv_head", [(1, None), (4, 2), (16, None)])
 def test_attention_on_the_cpu_is_torchs(n, n_kv_head):
-    """Parts of queries in float32, and matrix products in bfloat16, against one dense masked
-    call; gradients too.
-    """
+    """Query parts in float32, products in bfloat16, against a dense masked call; gradients too."""
     order = RegionOrder.build(24, n)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (

@@ -49,17 +49,13 @@ def test_compiled_bf16_training_step(golden):
 
 def training_state(model) -> TrainingState:
     optimizer = make_adamw(model, 1e-3, 0.05, (0.9, 0.95))
-    guard, scaler = (
-        Guard(torch.device("cuda"), 1.0, 20),
-        torch.amp.GradScaler("cuda", enabled=False),
-    )
+    guard = Guard(torch.device("cuda"), 1.0, 20)
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
     return TrainingState(model, optimizer, scaler, Ema(model), guard)
 
 
 def test_a_training_step_never_waits_for_the_device(golden):
-    """From the batch on the host to the moving average: torch raises where a step would
-    synchronise.
-    """
+    """From the batch on the host to the average: torch raises where a step would synchronise."""
     file = golden("gpt_tiny_n4.npz")
     model = tiny_gpt(file).cuda().train()
     state, window = training_state(model), Window(("loss", "grad_norm"), torch.device("cuda"))
@@ -82,10 +78,8 @@ def test_a_training_step_never_waits_for_the_device(golden):
 def test_flex_attention_trains_like_the_dense_mask(golden, n):
     """Compiled FlexAttention against the dense mask in float32: loss and every gradient."""
     file = golden(f"gpt_tiny_n{n}.npz")
-    codes, cond = (
-        torch.from_numpy(file["raster_tokens"]).long().cuda(),
-        torch.from_numpy(file["cond"]).cuda(),
-    )
+    codes = torch.from_numpy(file["raster_tokens"]).long().cuda()
+    cond = torch.from_numpy(file["cond"]).cuda()
     grads = []
     for flex in (False, True):
         model = tiny_gpt(file).cuda()

@@ -30,9 +30,8 @@ def test_modes(tmp_path, mode):
     image.save(path)
     pixels = np.asarray(open_image(path))
     assert pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8
-    assert (
-        np.abs(pixels.astype(int) - expected[..., None]).max() <= 3
-    )  # a palette has 256 of 2^24 colours
+    # a palette has 256 of 2^24 colours
+    assert np.abs(pixels.astype(int) - expected[..., None]).max() <= 3
 
 
 def test_exif_rotation_is_applied(tmp_path):

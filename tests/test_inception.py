@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from evaluations.c2i import inception
 from tests.helpers import recipe_state
 
 
-def assert_close(found: torch.Tensor, expected: np.ndarray, relative: float) -> None:
+def assert_close(found: Tensor, expected: np.ndarray, relative: float) -> None:
     """Equal to ``relative`` of the largest expected value."""
     assert found.shape == expected.shape
     assert found.dtype == torch.float32
@@ -61,9 +62,7 @@ def test_every_convolution_of_the_graph_has_its_own_scope():
 
 
 def test_a_weights_file_in_the_old_format_without_counters_loads(tmp_path):
-    """The published file is of 2019: torch's format before zip, batch norms without
-    num_batches_tracked.
-    """
+    """The published file of 2019 is in torch's format before zip, without num_batches_tracked."""
     state = recipe_state()
     assert not any(k.endswith("num_batches_tracked") for k in state)
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)

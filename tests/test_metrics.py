@@ -45,9 +45,7 @@ def test_frechet_distance_is_that_of_the_published_evaluator(golden):
 
 
 def test_frechet_distance_of_few_samples_is_exact(golden):
-    """For singular covariances the published square root of a matrix is off in the 8th digit;
-    ours is not.
-    """
+    """For singular covariances the published root is off in the 8th digit; ours is not."""
     z = golden("evaluator_fid_adm.npz")
     x, y = z["X"][:40], z["Y"][:30]
     found = metrics.frechet_distance(
@@ -56,13 +54,10 @@ def test_frechet_distance_of_few_samples_is_exact(golden):
     assert found == pytest.approx(float(z["FID_rank_deficient_X40_Y30"]), rel=1e-7)
 
     mu_x, mu_y = x.mean(0), y.mean(0)
-    cx, cy = (
-        (x - x.mean(0, dtype=np.float64)) / np.sqrt(39),
-        (y - y.mean(0, dtype=np.float64)) / np.sqrt(29),
-    )
-    cross = scipy.linalg.svdvals(
-        cx @ cy.T
-    ).sum()  # without any covariance: singular values of the data itself
+    cx = (x - x.mean(0, dtype=np.float64)) / np.sqrt(39)
+    cy = (y - y.mean(0, dtype=np.float64)) / np.sqrt(29)
+    # without any covariance: singular values of the data itself
+    cross = scipy.linalg.svdvals(cx @ cy.T).sum()
     expected = (
         np.square(mu_x - mu_y, dtype=np.float64).sum() + (cx**2).sum() + (cy**2).sum() - 2 * cross
     )
@@ -159,9 +154,7 @@ def scaled_golden(golden, case: str) -> tuple[np.ndarray, np.ndarray, dict]:
 
 
 def test_half_precision_distances_are_those_of_the_published_evaluator(golden):
-    """Radii and figures are equal; a distance may sit on a rounding edge that another sum order
-    crosses.
-    """
+    """Radii and figures are equal; a distance on a rounding edge may depend on the sum's order."""
     u, v, expected = scaled_golden(golden, "half")
     for x, radii in ((u, expected["radii_U"]), (v, expected["radii_V"])):
         assert np.array_equal(
@@ -236,9 +229,7 @@ def test_a_set_covers_itself_and_nothing_far_away(exact):
 
 
 def test_the_edge_of_a_neighbourhood_belongs_to_it():
-    """0 and 10 have squared radius 100, so have 20 and 30: 20 is just reached from 10, and 10
-    from 20.
-    """
+    """Squared radii of 0, 10, 20, 30 are 100: 20 is just reached from 10, and 10 from 20."""
     reference, samples = np.array([[0], [10]], np.float32), np.array([[20], [30]], np.float32)
     assert metrics.precision_recall(reference, samples, k=1)[:2] == (0.5, 0.5)
 

@@ -25,9 +25,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """``machine(flags, capability, name, gain)`` declares the processor's; none of it is the
-    real one's.
-    """
+    """``machine(flags, capability, name, gain)`` declares a processor; the real one is hidden."""
 
     def declare(
         flags: str, capability: str = "AVX512", name: str = "x86_64", gain: float = 2.0
@@ -142,11 +140,12 @@ def test_torch_and_its_libraries_keep_to_the_declared_processor():
 
 
 def test_compiled_code_of_a_declared_processor_is_kept_apart(monkeypatch):
-    """torch.compile's cache does not tell processors apart, and code of one width overruns the
-    buffers of another.
-    """
+    """torch.compile's cache is for one width of registers: another's code overruns buffers."""
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    probe = "import utils.precision; from torch._inductor.runtime.cache_dir_utils import cache_dir; print(cache_dir())"
+    probe = (
+        "import utils.precision; from torch._inductor.runtime.cache_dir_utils import cache_dir; "
+        "print(cache_dir())"
+    )
     folders = {run_command("python3", "-c", probe, PAR_CPU=name).stdout for name in ("", "avx2")}
     assert len(folders) == 2
 
@@ -179,13 +178,9 @@ def written_options(folder: Path) -> dict:
 
 def train_words(work: Path, cloud: Path, *options: object) -> list[object]:
     base = [
-        "--code-path",
-        work / "codes",
-        "--cloud-save-path",
-        cloud,
-        "--no-local-save",
+        "--code-path", work / "codes", "--cloud-save-path", cloud, "--no-local-save",
         *TRAIN_OPTIONS,
-    ]
+    ]  # fmt: skip
     return [*base, *NO_DROPOUT, "--log-every", 1, *options]
 
 
@@ -205,15 +200,9 @@ def test_training_says_and_records_what_it_takes(work, machine, monkeypatch, cap
 def test_extraction_is_in_float32_on_every_machine(work, machine, monkeypatch, capfd, tmp_path):
     machine("amx_bf16")
     words = [
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--data-path",
-        work / "images",
-        "--image-size",
-        32,
-        "--num-workers",
-        0,
-    ]
+        "--vq-ckpt", work / "vq.pt", "--data-path", work / "images", "--image-size", 32,
+        "--num-workers", 0,
+    ]  # fmt: skip
     main = extract_codes_c2i.main
     log = quietly(capfd, monkeypatch, *words, "--code-path", tmp_path / "a", main=main)
     assert "--precision none (float32), on every machine: bf16 would change some codes" in log
@@ -228,22 +217,13 @@ def test_extraction_is_in_float32_on_every_machine(work, machine, monkeypatch, c
 
 
 def test_a_run_goes_on_in_another_precision(work, monkeypatch, capfd, tmp_path):
-    """As on another machine: 3 steps of each, from a checkpoint of the one before; losses near
-    those of float32.
-    """
+    """As on another machine: 3 steps of each from the last checkpoint; losses near float32's."""
     quietly(capfd, monkeypatch, *train_words(work, tmp_path / "one", "--mixed-precision", "none"))
     cloud, checkpoints = tmp_path / "changing", tmp_path / "changing" / NAME / "checkpoints"
     for i, name in enumerate(("bf16", "fp16", "bf16", "none", "bf16")):
         options = (
-            "--mixed-precision",
-            name,
-            "--ckpt-every",
-            3,
-            "--keep-last",
-            9,
-            "--export",
-            "none",
-        )
+            "--mixed-precision", name, "--ckpt-every", 3, "--keep-last", 9, "--export", "none",
+        )  # fmt: skip
         log = quietly(capfd, monkeypatch, *train_words(work, cloud, *options))
         assert ("new run" if i == 0 else f"resumed at step {3 * i}") in log
         for step in range(3 * (i + 2), 16, 3):

@@ -22,25 +22,12 @@ SCRIPT = ("bash", "scripts/tokenizer/reconstruction_vq.sh")
 
 def words(work: Path, folder: Path, *options: object) -> list[object]:
     base = [
-        "--data-path",
-        work / "images",
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--sample-dir",
-        folder,
-        "--num-workers",
-        0,
-    ]
+        "--data-path", work / "images", "--vq-ckpt", work / "vq.pt", "--sample-dir", folder,
+        "--num-workers", 0,
+    ]  # fmt: skip
     return [
-        *base,
-        "--image-size",
-        32,
-        "--image-size-eval",
-        32,
-        "--per-proc-batch-size",
-        5,
-        *options,
-    ]
+        *base, "--image-size", 32, "--image-size-eval", 32, "--per-proc-batch-size", 5, *options,
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -72,9 +59,7 @@ def test_psnr_and_ssim_closed_forms():
 
 
 def slow_ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Wang et al. 2004, equation 13, around every pixel of one colour (H, W), mirrored at its
-    borders.
-    """
+    """Wang et al. 2004, equation 13, around every pixel of a colour (H, W), mirrored borders."""
     x = np.arange(11) - 5
     window = np.exp(-(x[:, None] ** 2 + x[None] ** 2) / (2 * 1.5**2))
     window /= window.sum()
@@ -101,9 +86,7 @@ def test_ssim_against_a_slow_version():
 
 
 def test_files_figures_and_picture(work, reconstruct, vgg, tmp_path):
-    """Against encoding and decoding here: both sets of images, labels, PSNR, LPIPS, usage and
-    perplexity.
-    """
+    """Against encoding and decoding here: both image sets, labels, PSNR, LPIPS, usage."""
     log = reconstruct(tmp_path, "--vgg-weights", vgg, "--pairs", 10)
     figures = json.loads((tmp_path / "VQ-4-vq-size-32.json").read_text())
     made, real = (np.load(tmp_path / f"VQ-4-vq-size-32{k}.npz") for k in ("", "-inputs"))
@@ -138,9 +121,7 @@ def test_files_figures_and_picture(work, reconstruct, vgg, tmp_path):
 def test_interrupted_or_spread_over_processes_makes_the_same(
     work, reconstruct, tmp_path, monkeypatch
 ):
-    """Stopped in the middle of the third chunk of five, then finished, making three; and by two
-    processes.
-    """
+    """Stopped in the third chunk of five, then finished, making three; and by two processes."""
     reconstruct(tmp_path / "whole")
     expected = contents(tmp_path / "whole")
     real_write, written = reconstruct_vq.SampleFile.write, []

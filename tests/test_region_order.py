@@ -13,9 +13,7 @@ CUTS = [(8, 1), (8, 4), (12, 9), (8, 16), (24, 4), (24, 16), ((4, 6), 2), ((4, 6
 
 
 def slow_region_order(grid, regions):
-    """Raster index of each token by the paper's words: for each place in a region, for each
-    region.
-    """
+    """Raster indices by the paper's words: for each place in a region, for each region."""
     (h, w), (rh, rw) = grid, regions
     place_h, place_w = h // rh, w // rw
     return [
@@ -60,9 +58,7 @@ def test_schedule_covers_every_slot_once_and_follows_the_steps(grid, n):
 
 @pytest.mark.parametrize("grid, n", CUTS)
 def test_decoding_needs_no_mask(grid, n):
-    """What a slot may see is exactly what is cached when its step runs: all earlier steps and
-    its own.
-    """
+    """What a slot may see is what is cached when its step runs: earlier steps and its own."""
     order = RegionOrder.build(grid, n)
     for start, stop in order.schedule:
         expected = torch.zeros(stop - start, order.num_tokens, dtype=torch.bool)
@@ -77,9 +73,7 @@ def test_raster_order_is_causal():
 
 
 def test_attention_truth_table_n4_on_4x4():
-    """Slots: class, t1..t4, 3 special, then one group of 4 (the last group of 16 tokens is never
-    an input).
-    """
+    """Slots: class, t1..t4, 3 special, one group of 4 (the last of 16 tokens is no input)."""
     order = RegionOrder.build(4, 4)
     assert order.steps.tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6]
     sees = ["".join("x" if v else "." for v in row) for row in order.mask().tolist()]
@@ -121,9 +115,7 @@ def test_special_tokens_are_one_fewer():
 @pytest.mark.parametrize("n, grid", [(1, 8), (4, 8), (16, 8), (9, 6), (4, 24)])
 @pytest.mark.parametrize("size", [1, 7, 30, 192])
 def test_parts_of_queries_hide_only_what_the_mask_hides(n, grid, size):
-    """Each query is in one part; no key beyond ``seen`` is visible to it, and the last one is to
-    some query.
-    """
+    """Each query is in one part; no key beyond ``seen`` is visible to it, the last one is."""
     order = RegionOrder.build(grid, n)
     mask = order.mask()
     parts = query_chunks(mask, size)

@@ -58,38 +58,23 @@ def test_extraction_is_the_same_for_any_processes_and_batch_and_makes_only_what_
 
 
 def test_extraction_killed_ten_times_at_random_moments(work, tmp_path):
-    """SIGKILL of the whole process group, workers included; then one run to the end: the same
-    shards, none twice.
-    """
+    """SIGKILL of the process group, workers included; one run to the end: all shards, each once."""
     codes, rng = tmp_path / "codes", np.random.default_rng(0)
     command = [
-        *EXTRACT,
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--data-path",
-        work / "images",
-        "--code-path",
-        codes,
-    ]
+        *EXTRACT, "--vq-ckpt", work / "vq.pt", "--data-path", work / "images",
+        "--code-path", codes,
+    ]  # fmt: skip
     command += [
-        "--image-size",
-        32,
-        "--ten-crop",
-        "--shard-size",
-        5,
-        "--num-workers",
-        1,
-        "--batch-size",
-        1,
-    ]
+        "--image-size", 32, "--ten-crop", "--shard-size", 5, "--num-workers", 1,
+        "--batch-size", 1,
+    ]  # fmt: skip
     counts = []
     for _ in range(10):
         process, deadline = start(command), time.time() + 60
         while not (codes / "shards").exists() and process.poll() is None and time.time() < deadline:
             time.sleep(0.01)
-        time.sleep(
-            rng.uniform(0, 0.6) + (2 if counts else 0)
-        )  # a rerun takes that long to come to work again
+        # a rerun takes that long to come to work again
+        time.sleep(rng.uniform(0, 0.6) + (2 if counts else 0))
         kill(process)
         counts.append(len(list((codes / "shards").glob("*.npz"))))
     assert counts == sorted(counts)  # what was whole stays
@@ -113,9 +98,7 @@ def test_damaged_shard_is_named_and_made_again(work, tmp_path):
 
 
 def test_broken_images_are_left_out_and_reported(work, tmp_path):
-    """Each kind of broken file beside good ones: good ones keep their codes, the others are
-    listed with a reason.
-    """
+    """Each kind of broken file beside good ones: these keep their codes, others get a reason."""
     images, good = tmp_path / "images", work / "images"
     shutil.copytree(good, images)
     whole = (good / "bee" / "0.png").read_bytes()
@@ -188,15 +171,9 @@ def test_published_layout_converts_to_the_same_shards(work, tmp_path):
 
 def test_inspection_tells_counts_and_draws(work, tmp_path):
     options = (
-        "--code-path",
-        work / "codes",
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--rows",
-        3,
-        "--output",
-        tmp_path / "a.png",
-    )
+        "--code-path", work / "codes", "--vq-ckpt", work / "vq.pt", "--rows", 3,
+        "--output", tmp_path / "a.png",
+    )  # fmt: skip
     text = run_command("python3", "scripts/inspect_codes.py", *options).stdout
     assert "24 images x 10 crops of 32x32 as 8x8 codes of VQ-4" in text
     assert "3, 8 to 8 images each" in text
@@ -213,9 +190,7 @@ def test_training_mixes_two_sets(work, tmp_path):
 
 
 def test_a_failing_disk_is_no_unreadable_image(work, tmp_path):
-    """Links to a disk that is not there: an error, not a complete set that lacks them; then the
-    disk comes back.
-    """
+    """Links to a missing disk: an error, not a complete set without them; then it comes back."""
     disk, images = tmp_path / "disk", tmp_path / "images"
     shutil.copytree(work / "images", disk)
     for path in sorted(disk.rglob("*.png")):
@@ -248,9 +223,7 @@ def test_skipped_images_are_tried_again_when_asked(work, tmp_path):
 
 
 def test_extracted_codes_are_those_of_the_crops(work):
-    """Crop 1 of image 4 (class bee, 5 shards of 5) is the tokenizer's code of that crop, made by
-    hand.
-    """
+    """Crop 1 of image 4 (class bee, 5 shards of 5) has the tokenizer's codes of that crop."""
     from torchvision.transforms import TenCrop
 
     from dataset.augmentation import center_crop
@@ -268,25 +241,13 @@ def test_extracted_codes_are_those_of_the_crops(work):
 
 def sample(work: Path, gpt: Path, folder: Path, *options: object, nproc: int = 1):
     base = (
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--gpt-ckpt",
-        gpt,
-        "--sample-dir",
-        folder,
-        "--image-size-eval",
-        24,
-    )
+        "--vq-ckpt", work / "vq.pt", "--gpt-ckpt", gpt, "--sample-dir", folder,
+        "--image-size-eval", 24,
+    )  # fmt: skip
     base += (
-        "--num-fid-samples",
-        22,
-        "--per-proc-batch-size",
-        4,
-        "--precision",
-        "none",
-        "--cfg-scale",
-        1.5,
-    )
+        "--num-fid-samples", 22, "--per-proc-batch-size", 4, "--precision", "none",
+        "--cfg-scale", 1.5,
+    )  # fmt: skip
     return run_command(*SAMPLE, *base, *options, nproc=nproc)
 
 
@@ -312,21 +273,13 @@ def test_samples_have_the_published_form(sampled):
 
 def test_two_processes_and_a_kill_give_the_same_bytes(work, trained, sampled, tmp_path):
     command = [
-        "bash",
-        "scripts/autoregressive/sample_c2i.sh",
-        "--vq-ckpt",
-        str(work / "vq.pt"),
+        "bash", "scripts/autoregressive/sample_c2i.sh", "--vq-ckpt", str(work / "vq.pt"),
         "--gpt-ckpt",
-    ]
+    ]  # fmt: skip
     command += [
-        str(trained),
-        "--sample-dir",
-        str(tmp_path),
-        "--image-size-eval",
-        "24",
-        "--num-fid-samples",
-        "22",
-    ]
+        str(trained), "--sample-dir", str(tmp_path), "--image-size-eval", "24",
+        "--num-fid-samples", "22",
+    ]  # fmt: skip
     command += ["--per-proc-batch-size", "4", "--precision", "none", "--cfg-scale", "1.5"]
     process = start(command)
     deadline = time.time() + 120
@@ -345,25 +298,13 @@ def test_two_processes_and_a_kill_give_the_same_bytes(work, trained, sampled, tm
 @pytest.mark.skipif(shutil.which("taskset") is None, reason="taskset is not installed")
 def test_one_core_gives_the_same_bytes(work, trained, sampled, tmp_path):
     base = (
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--gpt-ckpt",
-        trained,
-        "--sample-dir",
-        tmp_path,
-        "--image-size-eval",
-        24,
-    )
+        "--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--sample-dir", tmp_path,
+        "--image-size-eval", 24,
+    )  # fmt: skip
     base += (
-        "--num-fid-samples",
-        22,
-        "--per-proc-batch-size",
-        4,
-        "--precision",
-        "none",
-        "--cfg-scale",
-        1.5,
-    )
+        "--num-fid-samples", 22, "--per-proc-batch-size", 4, "--precision", "none",
+        "--cfg-scale", 1.5,
+    )  # fmt: skip
     run_command("taskset", "-c", min(os.sched_getaffinity(0)), *SAMPLE, *base)
     assert digest(tmp_path / f"{SAMPLE_NAME}.npz") == digest(sampled)
 
@@ -378,14 +319,9 @@ def test_sampling_without_a_compiler_is_said(work, trained, sampled, tmp_path, m
     with np.load(sampled) as by_kernels, np.load(tmp_path / f"{SAMPLE_NAME}.npz") as by_torch:
         assert (by_kernels["arr_0"] == by_torch["arr_0"]).mean() > 0.99
     base = (
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--gpt-ckpt",
-        trained,
-        "--sample-dir",
-        tmp_path / "none",
+        "--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--sample-dir", tmp_path / "none",
         "--compile",
-    )
+    )  # fmt: skip
     refused = run_command(*SAMPLE, *base, check=False)
     assert (
         refused.returncode == 2
@@ -402,40 +338,22 @@ def test_pngs_are_the_images(work, trained, sampled, tmp_path):
 
 def test_grid_picture(work, trained, tmp_path):
     options = (
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--gpt-ckpt",
-        trained,
-        "--classes",
-        0,
-        2,
-        "--images-per-class",
-        3,
-    )
+        "--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--classes", 0, 2,
+        "--images-per-class", 3,
+    )  # fmt: skip
     run_command(
-        "python3",
-        "autoregressive/sample/sample_c2i.py",
-        *options,
-        "--output",
-        tmp_path / "grid.png",
-    )
+        "python3", "autoregressive/sample/sample_c2i.py", *options,
+        "--output", tmp_path / "grid.png",
+    )  # fmt: skip
     assert Image.open(tmp_path / "grid.png").size == (3 * 34 + 2, 2 * (16 + 34 + 2))
 
 
 def test_trace_fills_the_image_in(work, trained, tmp_path):
-    """19 steps at n = 4, 64 codes: after k steps as many codes are drawn as the schedule says,
-    the rest is grey.
-    """
+    """19 steps at n = 4, 64 codes: the schedule's codes are drawn after k steps, others grey."""
     options = (
-        "--vq-ckpt",
-        work / "vq.pt",
-        "--gpt-ckpt",
-        trained,
-        "--classes",
-        "bee, 2",
-        "--images-per-class",
-        2,
-    )
+        "--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--classes", "bee, 2",
+        "--images-per-class", 2,
+    )  # fmt: skip
     options += ("--output", tmp_path / "a.png", "--trace", "--precision", "none", "--top-k", 0)
     assert (
         "1 bee, 2 cat"
@@ -465,9 +383,8 @@ def test_balanced_classes_take_turns(work, trained, sampled, tmp_path):
         assert npz["labels"].tolist() == [i % 3 for i in range(22)]
         same = npz["labels"] == drawn["labels"]
         assert 0 < same.sum() < 22
-        assert np.array_equal(
-            npz["arr_0"][same], drawn["arr_0"][same]
-        )  # the same randomness, image by image
+        # the same randomness, image by image
+        assert np.array_equal(npz["arr_0"][same], drawn["arr_0"][same])
 
 
 @pytest.mark.parametrize("n", [1, 16])
@@ -492,9 +409,7 @@ def test_released_checkpoints_sample_with_and_without_flags(work, tmp_path, n, k
 
 
 def test_samples_of_other_options_are_not_taken_for_these(work, trained, sampled):
-    """The published name leaves out the number of images: asking for more must not be answered
-    with fewer.
-    """
+    """The published name leaves out the number of images: more must not be answered by fewer."""
     again = sample(work, trained, sampled.parent)
     assert "is there already, made with these options" in again.stdout
     before = digest(sampled)
@@ -507,9 +422,7 @@ def test_samples_of_other_options_are_not_taken_for_these(work, trained, sampled
 
 
 def test_what_killed_writers_left_does_not_hinder(work, trained, sampled, tmp_path):
-    """Killed right after the record was made, with half a header written; and of other options
-    under the same name.
-    """
+    """Killed after the record, half a header written; other options under the same name."""
     fingerprint = json.loads(sampled.with_suffix(".json").read_text())["fingerprint"]
     (tmp_path / f"{SAMPLE_NAME}.npz.{fingerprint}.done").write_bytes(b"\1\1\1\0\0\0")
     (tmp_path / f"{SAMPLE_NAME}.npz.{fingerprint}.partial").write_bytes(b"PK")
@@ -586,9 +499,7 @@ MISTAKES = [
 def test_a_mistake_is_one_line_and_writes_nothing(
     work, trained, tmp_path, monkeypatch, capsys, script, options, message
 ):
-    """In this process, as starting one for each takes minutes; that the .sh files get here the
-    other tests show.
-    """
+    """In this process, as starting each takes minutes; other tests show that .sh files get here."""
     module, base = {
         TRAIN: (
             train_c2i,

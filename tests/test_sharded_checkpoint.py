@@ -86,9 +86,7 @@ def contents_of(folder: Path) -> Metadata:
 
 
 def as_bytes(folder: Path, metadata: Metadata, name: str, mark: Path) -> None:
-    """An entry that torch reads by a full unpickler, under the size and type of the tensor in
-    whose place it stands.
-    """
+    """An entry read by a full unpickler, with the size and type of the tensor it stands for."""
     tensor = metadata.state_dict_metadata[name]
     entry = BytesStorageMetadata()
     vars(entry).update(size=tensor.size, properties=tensor.properties, chunks=tensor.chunks)
@@ -115,8 +113,8 @@ def as_archive(folder: Path, metadata: Metadata, name: str, mark: Path) -> None:
 @pytest.mark.parametrize("plant, message", [
     (
         as_bytes,
-        "is not a readable checkpoint folder: model.weight is a BytesStorageMetadata, not a "
-        "TensorStorageMetadata",
+        "is not a readable checkpoint folder: model.weight is a BytesStorageMetadata, not "
+        "a TensorStorageMetadata",
     ),
     (as_tensor, "cannot be read: bytes in place of a tensor are not a tensor"),
     (as_archive, "cannot be read: bytes in place of a tensor are not a tensor"),
@@ -187,9 +185,7 @@ def test_contents_that_name_other_classes_are_refused(folder, name):
 
 
 def test_contents_cannot_change_torch_s_classes(folder):
-    """A pickle may set attributes of whatever it names; a later reader in this process would
-    meet them.
-    """
+    """A pickle may set attributes of what it names; a later reader here would meet them."""
     module = TensorStorageMetadata.__module__
     state = b"(N}S'chunks'\nS'poison'\nst"  # (None, {"chunks": "poison"}): set on the class itself
     (folder / ".metadata").write_bytes(
@@ -235,10 +231,13 @@ def no_type(folder: Path, metadata: Metadata) -> None:
     metadata.state_dict_metadata[NAME].properties.dtype = "float32"
 
 
+OUTSIDE = "which is not a file of the folder"
+
+
 @pytest.mark.parametrize("edit, message", [
-    (lie(relative_path="../secret"), "model.weight lies in '../secret', which is not a file of the folder"),
-    (lie(relative_path="/etc/passwd"), "model.weight lies in '/etc/passwd', which is not a file of the folder"),
-    (escape_by_link, "model.weight lies in 'link.distcp', which is not a file of the folder"),
+    (lie(relative_path="../secret"), f"model.weight lies in '../secret', {OUTSIDE}"),
+    (lie(relative_path="/etc/passwd"), f"model.weight lies in '/etc/passwd', {OUTSIDE}"),
+    (escape_by_link, f"model.weight lies in 'link.distcp', {OUTSIDE}"),
     (lie(offset=-1), "model.weight lies at -1, "),
     (lie(length=1 << 40), f"model.weight lies at 0, {1 << 40} bytes, outside of __0_0.distcp"),
     (lie(length=3), "model.weight takes fewer than its 48 bytes"),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.effects import SHARED_EFFECTS, Command, Effect, Recorded, options_of
 from tests.helpers import (
@@ -39,31 +40,17 @@ NAME = "VQ-4-24"
 NO_GAN = ("--perceptual-weight", 0, "--disc-weight", 0)
 GAN = ("--disc-weight", 0.5, "--disc-start", 2)
 SMALL = (
-    "--vq-model",
-    "VQ-4",
-    "--codebook-size",
-    64,
-    "--image-size",
-    24,
-    "--global-batch-size",
-    8,
-    "--lr",
-    1e-3,
-)
+    "--vq-model", "VQ-4", "--codebook-size", 64, "--image-size", 24, "--global-batch-size", 8,
+    "--lr", 1e-3,
+)  # fmt: skip
 SMALL += ("--num-workers", 0, "--mixed-precision", "none", "--log-every", 1, "--epochs", 1)
 
 
 def words(work: Path, cloud: Path, *options: object) -> list[object]:
     return [
-        "--data-path",
-        work / "images",
-        "--cloud-save-path",
-        cloud,
-        "--no-local-save",
-        *SMALL,
-        *NO_GAN,
-        *options,
-    ]
+        "--data-path", work / "images", "--cloud-save-path", cloud, "--no-local-save", *SMALL,
+        *NO_GAN, *options,
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -74,7 +61,7 @@ def train(work, capfd, monkeypatch):
     return trained
 
 
-def tensors(cloud: Path, step: int) -> dict[str, torch.Tensor]:
+def tensors(cloud: Path, step: int) -> dict[str, Tensor]:
     return read_sharded(cloud / NAME / "checkpoints" / f"{step:07d}", "")
 
 
@@ -85,16 +72,9 @@ def curve(cloud: Path, what: str) -> list[float]:
 
 
 LIVELY = (
-    *GAN,
-    "--disc-adaptive-weight",
-    "--ema",
-    "--epochs",
-    2,
-    "--dropout-p",
-    0.1,
-    "--entropy-loss-ratio",
-    0.1,
-)
+    *GAN, "--disc-adaptive-weight", "--ema", "--epochs", 2, "--dropout-p", 0.1,
+    "--entropy-loss-ratio", 0.1,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +90,7 @@ def whole(work, tmp_path_factory):
 
 
 def test_killed_and_resumed_ends_in_the_same_bits(work, whole, train, tmp_path):
-    """SIGKILL of a run under way; weights, average, discriminator, both optimizers, usage
-    window.
-    """
+    """SIGKILL under way; weights, average, discriminator, both optimizers, usage window."""
     folder = tmp_path / NAME / "checkpoints"
     command = [*TRAIN_VQ, *words(work, tmp_path, *LIVELY, "--ckpt-every", 1)]
     process = start(command, OMP_NUM_THREADS=str(torch.get_num_threads()))
@@ -128,9 +106,7 @@ def test_killed_and_resumed_ends_in_the_same_bits(work, whole, train, tmp_path):
 
 
 def test_resuming_from_a_folder_elsewhere_or_from_its_weights_alone(whole, train, tmp_path):
-    """--vq-ckpt FOLDER goes on at its step and ends in the same bits; with --finetune it starts at
-    step 0.
-    """
+    """--vq-ckpt FOLDER goes on at its step to the same bits; --finetune starts at step 0."""
     folder = whole / NAME / "checkpoints" / "0000004"
     assert "resumed at step 4" in train(tmp_path / "on", *LIVELY, "--vq-ckpt", folder)
     assert same_tensors(tensors(tmp_path / "on", 6), tensors(whole, 6))
@@ -145,9 +121,7 @@ def test_resuming_from_a_folder_elsewhere_or_from_its_weights_alone(whole, train
 
 
 def test_gan_loss_starts_exactly_at_disc_start(train, tmp_path):
-    """Until then every weight is that of a run without a discriminator; at that step weight and
-    weights differ.
-    """
+    """Until then weights are those without a discriminator; from that step both differ."""
     train(tmp_path / "without", "--ckpt-every", 1)
     train(tmp_path / "with", "--ckpt-every", 1, "--disc-weight", 0.5, "--disc-start", 3)
     assert curve(tmp_path / "with", "adversarial_weight") == [0.0, 0.0, 0.5]
@@ -164,9 +138,7 @@ def test_gan_loss_starts_exactly_at_disc_start(train, tmp_path):
 
 
 def test_two_processes_see_the_losses_of_one(work, train, tmp_path):
-    """To rounding while there is no GAN loss, whose batch norm sees each process's images; then
-    every part works.
-    """
+    """To rounding without a GAN loss, whose batch norm sees one process's images; then all runs."""
     options = ("--disc-weight", 0.5, "--disc-start", 4, "--disc-adaptive-weight", "--epochs", 2)
     options += ("--codebook-init", "kmeans", "--revive-dead-codes", 2)
     train(tmp_path / "one", *options, "--gradient-accumulation-steps", 2)
@@ -178,9 +150,7 @@ def test_two_processes_see_the_losses_of_one(work, train, tmp_path):
 
 
 def test_fine_tuning_the_released_file_and_exporting_it(work, tmp_path):
-    """train_vq_finetune.sh on a small file in the released format; what comes out loads as the
-    released one does.
-    """
+    """train_vq_finetune.sh on a small released-format file; the result loads as such a file."""
     config = VQConfig(**vq_model.VQ_models["VQ-4"])
     torch.manual_seed(0)
     model = VQModel(config)
@@ -286,7 +256,7 @@ TESTED_WITH_THE_GPT |= {"results_dir"}
 
 
 def test_the_table_of_effects_names_every_option():
-    declared = options_of("tokenizer/train_vq.py", "utils/training/options.py")
+    declared = options_of("tokenizer/options.py", "utils/training/options.py")
     assert declared == set(EFFECTS) | {"data_path", "cloud_save_path"} | TESTED_WITH_THE_GPT
 
 
@@ -294,13 +264,9 @@ def test_the_table_of_effects_names_every_option():
 def command(work, vgg, whole, tmp_path_factory) -> Command:
     """The training command, with the files that options in EFFECTS name."""
     base = (
-        "--data-path",
-        "{work}/images",
-        "--cloud-save-path",
-        "{place}/cloud",
-        "--results-dir",
-        "{place}/results",
-    )
+        "--data-path", "{work}/images", "--cloud-save-path", "{place}/cloud",
+        "--results-dir", "{place}/results",
+    )  # fmt: skip
     return Command(
         main=train_vq.main,
         base=(*base, *SMALL, *NO_GAN, "--log-every", 2, "--image-size", 8),
@@ -340,9 +306,7 @@ REVIVE = train_vq.revive_dead_codes
 
 
 def test_reviving_moves_dead_entries_of_weights_and_average(work, train, tmp_path, monkeypatch):
-    """All entries but 3 are dead, so both end at unit latents and are equal, and entry 3
-    differs.
-    """
+    """All entries but 3 are dead, so both end equal at unit latents, and entry 3 differs."""
     monkeypatch.setattr(train_vq, "revive_dead_codes", revive_all_but_one)
     train(tmp_path, "--revive-dead-codes", 3, "--ema")
     state = tensors(tmp_path, 3)
@@ -361,9 +325,7 @@ def test_dry_run_counts_the_discriminator_and_writes_nothing(train, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_saves_both(train, tmp_path, monkeypatch, number):
-    """A signal in the second step: saved after it or the next, and the run ends; then signals
-    are as before.
-    """
+    """A signal in step 2: saved after it or the next, the run ends; then signals are as before."""
     before = signal.getsignal(number)
     seed_step = training_run.seed_step
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.load import load_gpt
@@ -40,9 +41,7 @@ from utils.checkpoints.weights_file import load_checkpoint, state_sha256
 from utils.training import state as training_state
 
 
-def weights(
-    cloud: Path, step: int, key: str = "model", name: str = NAME
-) -> dict[str, torch.Tensor]:
+def weights(cloud: Path, step: int, key: str = "model", name: str = NAME) -> dict[str, Tensor]:
     return torch.load(cloud / name / "checkpoints" / f"{step:07d}.pt", weights_only=True)[key]
 
 
@@ -53,9 +52,7 @@ def start_from(trained: Path, cloud: Path, step: int) -> None:
 
 
 def test_training_resumes_at_the_very_next_step_bit_for_bit(work, trained, tmp_path):
-    """All later checkpoints removed, as after a kill: the rest is trained again and ends in the
-    same bits.
-    """
+    """All later checkpoints removed, as by a kill: retraining the rest ends in the same bits."""
     start_from(trained, tmp_path, 8)
     (tmp_path / NAME / "checkpoints" / "0000012.tmp").mkdir()
     log = train(work, tmp_path, "--ckpt-every", 4, "--ema").stdout
@@ -71,36 +68,23 @@ SPREAD = [("fsdp", 2)] if KILLS == 1 else [("ddp", 1), ("fsdp", 1), ("ddp", 2), 
 EPOCHS = 8 * (KILLS + 1)
 STEPS = 3 * EPOCHS
 LONG = [
-    "--no-local-save",
-    "--mixed-precision",
-    "none",
-    *TRAIN_OPTIONS,
-    "--epochs",
-    EPOCHS,
-    "--log-every",
-    1,
-    "--ema",
-]
+    "--no-local-save", "--mixed-precision", "none", *TRAIN_OPTIONS, "--epochs", EPOCHS,
+    "--log-every", 1, "--ema",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(work, tmp_path_factory):
-    """``uninterrupted(mode, nproc)``: hashes of weights and average after a run of LONG that
-    nothing disturbed.
-    """
+    """``uninterrupted(mode, nproc)``: hashes of weights and average after an undisturbed run."""
     known = {}
 
     def hashes(mode: str, nproc: int) -> list[str]:
         if (mode, nproc) not in known:
             cloud = tmp_path_factory.mktemp("uninterrupted")
             options = [
-                "--code-path",
-                work / "codes",
-                "--cloud-save-path",
-                cloud,
-                "--data-parallel",
-                mode,
-            ]
+                "--code-path", work / "codes", "--cloud-save-path", cloud,
+                "--data-parallel", mode,
+            ]  # fmt: skip
             run_command(*TRAIN, *LONG, *options, nproc=nproc)
             known[mode, nproc] = final_hashes(cloud)
         return known[mode, nproc]
@@ -114,9 +98,7 @@ def final_hashes(cloud: Path) -> list[str]:
 
 @pytest.mark.parametrize("mode, nproc", SPREAD)
 def test_killed_at_random_moments_ends_in_the_same_bits(work, uninterrupted, tmp_path, mode, nproc):
-    """SIGKILL of everything, every other time while a checkpoint is being written; float32,
-    dropout on, EMA.
-    """
+    """SIGKILL of all, every other time in the middle of a checkpoint; float32, dropout, EMA."""
     command = [*TRAIN, "--code-path", work / "codes", "--cloud-save-path", tmp_path, *LONG]
     command += ["--ckpt-every", 2, "--data-parallel", mode]
     folder = tmp_path / NAME / "checkpoints"
@@ -147,24 +129,13 @@ def test_spreading_over_processes_changes_nothing_but_rounding(work, monkeypatch
         "hsdp": (4, "--data-parallel", "hsdp", "--shard-size", 2),
     }
     base = (
-        "--code-path",
-        work / "codes",
-        "--val-code-path",
-        work / "codes",
-        "--no-local-save",
+        "--code-path", work / "codes", "--val-code-path", work / "codes", "--no-local-save",
         *TRAIN_OPTIONS,
-    )
+    )  # fmt: skip
     base += (
-        *NO_DROPOUT,
-        "--mixed-precision",
-        "none",
-        "--epochs",
-        7,
-        "--log-every",
-        1,
-        "--export",
-        "none",
-    )
+        *NO_DROPOUT, "--mixed-precision", "none", "--epochs", 7, "--log-every", 1,
+        "--export", "none",
+    )  # fmt: skip
     for name, (nproc, *options) in ways.items():
         options = [*base, "--cloud-save-path", tmp_path / name, *options]
         alone = nproc == 1
@@ -187,9 +158,7 @@ def test_spreading_over_processes_changes_nothing_but_rounding(work, monkeypatch
 
 
 def test_a_checkpoint_resumes_on_other_processes_and_modes(work, tmp_path):
-    """5 steps on one process, 5 sharded over two, 5 replicated over two: the losses of one
-    process all along.
-    """
+    """5 steps on one process, 5 sharded over two, 5 replicated: the losses of one process."""
     base = (*NO_DROPOUT, "--ema", "--ckpt-every", 5)
     train(work, tmp_path / "one", *base)
     place = tmp_path / "one" / NAME / "checkpoints"
@@ -210,18 +179,11 @@ def test_a_checkpoint_resumes_on_other_processes_and_modes(work, tmp_path):
 
 
 def test_half_precision_learns_in_every_mode(work, monkeypatch, capfd, tmp_path):
-    """bf16 under DDP, and fp16 with its loss scale sharded: the first and last losses are near
-    those of float32.
-    """
+    """bf16 under DDP, sharded fp16 with its loss scale: first and last losses near float32's."""
     base = (
-        "--code-path",
-        work / "codes",
-        "--no-local-save",
-        *TRAIN_OPTIONS,
-        *NO_DROPOUT,
-        "--log-every",
-        1,
-    )
+        "--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS, *NO_DROPOUT,
+        "--log-every", 1,
+    )  # fmt: skip
     curves = {}
     for name, options in {
         "none": (),
@@ -229,34 +191,20 @@ def test_half_precision_learns_in_every_mode(work, monkeypatch, capfd, tmp_path)
         "fp16": ("--data-parallel", "fsdp", "--grad-precision", "fp16"),
     }.items():
         quietly(
-            capfd,
-            monkeypatch,
-            *base,
-            "--mixed-precision",
-            name,
-            "--cloud-save-path",
-            tmp_path / name,
-            *options,
-        )
+            capfd, monkeypatch, *base, "--mixed-precision", name,
+            "--cloud-save-path", tmp_path / name, *options,
+        )  # fmt: skip
         curves[name] = curve(tmp_path / name)
         assert curves[name] == pytest.approx(curves["none"], abs=5e-3)
         assert curve(tmp_path / name, "skipped")[-1] == 0
 
 
 def test_sigterm_saves_and_the_run_goes_on(work, uninterrupted, tmp_path):
-    """torchrun hands the signal to both processes; they save at the same step, end, and resume
-    bit for bit.
-    """
+    """torchrun hands the signal to both processes: one step, both save, both resume bit for bit."""
     command = [
-        *TRAIN,
-        "--code-path",
-        work / "codes",
-        "--cloud-save-path",
-        tmp_path,
-        *LONG,
-        "--data-parallel",
-        "fsdp",
-    ]
+        *TRAIN, "--code-path", work / "codes", "--cloud-save-path", tmp_path, *LONG,
+        "--data-parallel", "fsdp",
+    ]  # fmt: skip
     process = start(command, nproc_per_node="2")
     log = tmp_path / NAME / "log.txt"
     wait_for(lambda: log.exists() and "step 7 " in log.read_text(), process)
@@ -275,15 +223,9 @@ def test_sigterm_saves_and_the_run_goes_on(work, uninterrupted, tmp_path):
 
 def test_sigusr1_ends_one_process_with_status_0(work, tmp_path):
     options = [
-        "--code-path",
-        work / "codes",
-        "--no-local-save",
-        *TRAIN_OPTIONS,
-        "--epochs",
-        3000,
-        "--log-every",
-        1,
-    ]
+        "--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS, "--epochs", 3000,
+        "--log-every", 1,
+    ]  # fmt: skip
     process = start([*TRAIN, "--cloud-save-path", tmp_path, *options])
     log = tmp_path / NAME / "log.txt"
     wait_for(lambda: log.exists() and "step 3 " in log.read_text(), process)
@@ -309,19 +251,11 @@ def ranks_of(cloud: Path) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds the ranks in /proc")
 def test_a_rank_that_dies_is_started_again(work, uninterrupted, tmp_path):
-    """One of two processes is killed: torchrun stops the other, starts both again, and they end
-    in the same bits.
-    """
+    """One of two processes is killed: torchrun starts both again, and they end in equal bits."""
     command = [
-        *TRAIN,
-        "--code-path",
-        work / "codes",
-        "--cloud-save-path",
-        tmp_path,
-        *LONG,
-        "--ckpt-every",
-        5,
-    ]
+        *TRAIN, "--code-path", work / "codes", "--cloud-save-path", tmp_path, *LONG,
+        "--ckpt-every", 5,
+    ]  # fmt: skip
     process = start([*command, "--data-parallel", "fsdp"], nproc_per_node="2", max_restarts="1")
     wait_for(lambda: newest(tmp_path / NAME / "checkpoints") >= 10, process)
     os.kill(ranks_of(tmp_path)[-1], signal.SIGKILL)
@@ -335,10 +269,9 @@ def test_a_full_disk_stops_the_run_and_spares_what_was_saved(work, trained, tmp_
     """A limit on the size of files stands for a full disk: the shard cannot be written."""
     start_from(trained, tmp_path, 8)
     before = {p: p.read_bytes() for p in (tmp_path / NAME).rglob("*") if p.is_file()}
-    options = " ".join(
-        map(str, ("--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS, "--ema"))
-    )
-    script = f"ulimit -f 2000; bash {TRAIN[1]} --cloud-save-path {tmp_path} {options} --mixed-precision none"
+    options = ("--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS, "--ema")
+    options = " ".join(map(str, (*options, "--mixed-precision", "none")))
+    script = f"ulimit -f 2000; bash {TRAIN[1]} --cloud-save-path {tmp_path} {options}"
     done = run_command("bash", "-c", script, check=False)
     assert done.returncode == 2
     assert re.search(
@@ -351,23 +284,13 @@ def test_a_full_disk_stops_the_run_and_spares_what_was_saved(work, trained, tmp_
 
 def test_local_results_and_cloud_hold_the_same(work, trained, monkeypatch, capfd, tmp_path):
     base = (
-        "--cloud-save-path",
-        tmp_path / "cloud",
-        "--results-dir",
-        tmp_path / "results",
-        "--epochs",
-        1,
-    )
+        "--cloud-save-path", tmp_path / "cloud", "--results-dir", tmp_path / "results",
+        "--epochs", 1,
+    )  # fmt: skip
     base += (
-        "--code-path",
-        work / "codes",
-        "--gpt-model",
-        "GPT-T",
-        "--global-batch-size",
-        8,
-        "--gpt-ckpt",
-        trained,
-    )
+        "--code-path", work / "codes", "--gpt-model", "GPT-T", "--global-batch-size", 8,
+        "--gpt-ckpt", trained,
+    )  # fmt: skip
     quietly(capfd, monkeypatch, *base)
     local, cloud = (tmp_path / p / NAME / "checkpoints" for p in ("results", "cloud"))
     names = sorted(str(p.relative_to(local)) for p in local.rglob("*") if p.is_file())
@@ -386,13 +309,9 @@ def test_local_results_and_cloud_hold_the_same(work, trained, monkeypatch, capfd
 def test_resuming_takes_the_new_learning_rate(work, trained, monkeypatch, capfd, tmp_path):
     start_from(trained, tmp_path, 8)
     base = (
-        "--code-path",
-        work / "codes",
-        "--cloud-save-path",
-        tmp_path,
-        "--no-local-save",
+        "--code-path", work / "codes", "--cloud-save-path", tmp_path, "--no-local-save",
         *TRAIN_OPTIONS,
-    )
+    )  # fmt: skip
     base += ("--mixed-precision", "none", "--log-every", 1)
     quietly(capfd, monkeypatch, *base, "--lr", 1e-5)
     assert len(curve(tmp_path, "lr")) == 7 and max(curve(tmp_path, "lr")) < 1e-5
@@ -405,41 +324,30 @@ def test_resuming_on_codes_of_another_crop_range_is_refused(
 ):
     start_from(trained, tmp_path, 8)
     base = (
-        "--cloud-save-path",
-        tmp_path,
-        "--no-local-save",
-        *TRAIN_OPTIONS,
-        "--mixed-precision",
-        "none",
-    )
+        "--cloud-save-path", tmp_path, "--no-local-save", *TRAIN_OPTIONS,
+        "--mixed-precision", "none",
+    )  # fmt: skip
     log = quietly(capfd, monkeypatch, *base, "--code-path", command.places["codes105"])
     assert "another crop_range (crop_range: 1.1 there, 1.05 now)" in log
 
 
 def test_nan_loss_stops_with_the_reason_and_is_never_saved(work, monkeypatch, capfd, tmp_path):
     base = (
-        "--code-path",
-        work / "codes",
-        "--cloud-save-path",
-        tmp_path,
-        "--no-local-save",
+        "--code-path", work / "codes", "--cloud-save-path", tmp_path, "--no-local-save",
         *TRAIN_OPTIONS,
-    )
+    )  # fmt: skip
     base += ("--mixed-precision", "none", "--log-every", 1, "--lr", 1e30, "--ckpt-every", 1)
     log = quietly(capfd, monkeypatch, *base, "--max-skipped-steps", 6)
     assert (
         "error: the last 6 steps up to 8 were all skipped, as their loss was not a finite number"
         in log
     )
-    assert (
-        newest(tmp_path / NAME / "checkpoints") <= 4
-    )  # two steps skipped in a row may be bad luck
+    # two steps skipped in a row may be bad luck
+    assert newest(tmp_path / NAME / "checkpoints") <= 4
 
 
 def test_fine_tuning_a_released_file_with_other_classes(work, monkeypatch, capfd, tmp_path):
-    """LlamaGen's file, n = 1 and other classes: both tables start anew, said aloud; the rest is
-    the file's.
-    """
+    """LlamaGen's file, n = 1 and other classes: both tables start anew with a note, no others."""
     config = GPTConfig(
         **GPT_models["GPT-T"],
         vocab_size=64,
@@ -451,13 +359,9 @@ def test_fine_tuning_a_released_file_with_other_classes(work, monkeypatch, capfd
     state = fill_from_names(GPT(config)).state_dict()
     torch.save({"model": state, "args": Namespace(lr=1e-4)}, tmp_path / "c2i_T.pt")
     base = (
-        "--code-path",
-        work / "codes",
-        "--no-local-save",
-        *TRAIN_OPTIONS,
-        "--cloud-save-path",
-        tmp_path,
-    )
+        "--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS,
+        "--cloud-save-path", tmp_path,
+    )  # fmt: skip
     log = quietly(
         capfd, monkeypatch, *base, "--gpt-ckpt", tmp_path / "c2i_T.pt", "--epochs", 1, "--lr", 0
     )
@@ -476,14 +380,9 @@ def test_fine_tuning_a_released_file_with_other_classes(work, monkeypatch, capfd
 def test_exported_safetensors_loads_with_its_config(work, trained, tmp_path):
     folder, output = trained.parent / "0000015", tmp_path / "a.safetensors"
     run_command(
-        "python3",
-        "scripts/export_checkpoint.py",
-        "--checkpoint",
-        folder,
-        "--output",
-        output,
+        "python3", "scripts/export_checkpoint.py", "--checkpoint", folder, "--output", output,
         "--ema",
-    )
+    )  # fmt: skip
     model, name, facts = load_gpt(output, (8, 8))
     assert (name, model.config.ar_token_num, facts["steps"]) == ("GPT-T", 4, 15)
     assert same_tensors(model.state_dict(), weights(trained.parents[2], 15, "ema"))
@@ -491,13 +390,9 @@ def test_exported_safetensors_loads_with_its_config(work, trained, tmp_path):
 
 def test_dry_run_forecasts_and_writes_nothing(work, monkeypatch, capfd, tmp_path):
     options = (
-        "--code-path",
-        work / "codes",
-        *TRAIN_OPTIONS,
-        "--cloud-save-path",
-        tmp_path / "c",
+        "--code-path", work / "codes", *TRAIN_OPTIONS, "--cloud-save-path", tmp_path / "c",
         "--dry-run",
-    )
+    )  # fmt: skip
     log = quietly(
         capfd, monkeypatch, *options, "--results-dir", tmp_path / "r", "--vq-ckpt", work / "vq.pt"
     )
@@ -520,41 +415,23 @@ def test_too_few_held_out_images_are_refused(work, tmp_path):
 
 
 def test_pictures_and_validation_while_training(work, monkeypatch, capfd, tmp_path):
-    """The same with weights sharded, which every rank must gather to generate; they change
-    nothing of the training.
-    """
+    """The same with sharded weights, gathered by all ranks; training is not changed."""
     base = (
-        "--code-path",
-        work / "codes",
-        "--no-local-save",
-        *TRAIN_OPTIONS,
-        "--mixed-precision",
-        "none",
-    )
+        "--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS,
+        "--mixed-precision", "none",
+    )  # fmt: skip
     watch = (
-        "--val-code-path",
-        work / "codes",
-        "--val-every",
-        4,
-        "--val-images",
-        20,
-        "--vq-ckpt",
-        work / "vq.pt",
-    )
+        "--val-code-path", work / "codes", "--val-every", 4, "--val-images", 20,
+        "--vq-ckpt", work / "vq.pt",
+    )  # fmt: skip
     quietly(capfd, monkeypatch, *base, "--cloud-save-path", tmp_path / "plain")
     quietly(
-        capfd,
-        monkeypatch,
-        *base,
-        *watch,
-        "--sample-every",
-        10,
-        "--cloud-save-path",
-        tmp_path / "ddp",
-    )
+        capfd, monkeypatch, *base, *watch, "--sample-every", 10,
+        "--cloud-save-path", tmp_path / "ddp",
+    )  # fmt: skip
     run_command(
-        *TRAIN, *base, *watch, "--sample-every", 10, "--cloud-save-path", tmp_path / "fsdp", "--data-parallel", "fsdp",
-        nproc=2,
+        *TRAIN, *base, *watch, "--sample-every", 10,
+        "--cloud-save-path", tmp_path / "fsdp", "--data-parallel", "fsdp", nproc=2,
     )  # fmt: skip
     assert same_tensors(weights(tmp_path / "plain", 15), weights(tmp_path / "ddp", 15))
     pictures = [sorted((tmp_path / k / NAME / "samples").iterdir()) for k in ("ddp", "fsdp")]
@@ -625,7 +502,7 @@ REQUIRED = {"code_path", "cloud_save_path"}
 
 
 def test_the_table_of_effects_names_every_option():
-    declared = options_of("autoregressive/train/train_c2i.py", "utils/training/options.py")
+    declared = options_of("autoregressive/train/options.py", "utils/training/options.py")
     assert declared == set(EFFECTS) | REQUIRED
 
 
@@ -635,25 +512,13 @@ def command(work, trained, tmp_path_factory) -> Command:
     folder = tmp_path_factory.mktemp("effects")
     extract(work, folder / "codes105", "--crop-range", 1.05)
     base = [
-        "--code-path",
-        "{work}/codes",
-        "--cloud-save-path",
-        "{place}/cloud",
-        "--results-dir",
-        "{place}/results",
-    ]
+        "--code-path", "{work}/codes", "--cloud-save-path", "{place}/cloud",
+        "--results-dir", "{place}/results",
+    ]  # fmt: skip
     base += [
-        "--gpt-model",
-        "GPT-T",
-        "--global-batch-size",
-        8,
-        "--epochs",
-        1,
-        "--warmup-epochs",
-        0,
-        "--lr",
-        1e-3,
-    ]
+        "--gpt-model", "GPT-T", "--global-batch-size", 8, "--epochs", 1, "--warmup-epochs", 0,
+        "--lr", 1e-3,
+    ]  # fmt: skip
     base += ["--log-every", 2, "--ckpt-every", 2, "--mixed-precision", "none"]
     return Command(
         main=train_c2i.main,

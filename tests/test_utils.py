@@ -228,9 +228,7 @@ def test_batch_that_does_not_split_is_named():
 @pytest.mark.parametrize("fp16", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_step_that_is_no_number_changes_nothing(bad, fp16):
-    """Weights, moments and their step counts after good, bad, good steps are those after the
-    good ones alone.
-    """
+    """Weights, moments, step counts after good, bad, good steps are those of the good ones."""
     states = []
     for losses in ([1.0, 2.0], [1.0, bad, 2.0]):
         state = small_state(1.0, fp16=fp16)
@@ -245,9 +243,7 @@ def test_a_step_that_is_no_number_changes_nothing(bad, fp16):
 
 
 def test_spikes_are_skipped_once_the_loss_has_settled():
-    """Rule: above the running mean by more than the threshold, after 100 steps; until then only
-    what is no number.
-    """
+    """Rule: above the running mean by the threshold, after 100 steps; before, only non-finite."""
     guard = Guard(CPU, spike=0.5, patience=3)
     norm = torch.ones(())
     assert not guard.should_skip(torch.tensor(1.0), norm) and not guard.should_skip(
@@ -280,9 +276,7 @@ def test_spikes_are_skipped_once_the_loss_has_settled():
 
 
 def test_clipping_is_by_the_norm_over_all_parameters():
-    """Adam's first step does not see the scale of a gradient, so look at its first moment: 0.1
-    of the clipped one.
-    """
+    """Adam's first step ignores a gradient's scale, so see its moment: 0.1 of the clipped one."""
     state = small_state(0.0)
     take_step(state, 0, 3.0, max_norm=1.0)
     moment = state.tensors()["optimizer.weight.exp_avg"]
@@ -463,9 +457,7 @@ def test_speed_is_that_of_the_time_not_paused():
 
 
 def test_a_record_of_another_length_starts_samples_anew(tmp_path):
-    """As a disk may leave it after a power cut: the file has its full length, and nothing says
-    what is in it.
-    """
+    """As a disk may leave it after a power cut: the full length, and anything in it."""
     file = SampleFile(tmp_path / "s.npz", "f", (5, 2, 2, 3), chunk=2)
     file.create()
     file.write(1, np.ones((2, 2, 2, 3), np.uint8))

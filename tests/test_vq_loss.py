@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tests.helpers import slow_lpips
 from tokenizer import vq_loss
@@ -93,9 +94,7 @@ def test_discriminator_losses(kind, each_real, each_fake):
     "kind, each", [("hinge", lambda x: -x), ("non-saturating", lambda x: -math.log(sigmoid(x)))]
 )
 def test_generator_losses_fall_as_the_logits_rise(kind, each):
-    """The published non-saturating loss swaps its arguments: its gradient would be that of mean
-    -x, whatever x.
-    """
+    """The published non-saturating loss swaps its arguments: the gradient of mean -x, always."""
     logits = [-2.0, 0.3, 4.0]
     x = torch.tensor(logits, requires_grad=True)
     loss = GENERATOR_LOSSES[kind](x)
@@ -133,9 +132,7 @@ def test_lpips_without_weights_says_where_it_looked(vgg, tmp_path, monkeypatch):
 
 
 def test_adaptive_weight_is_the_ratio_of_gradients():
-    """supervised = 3 |w|^2 / 2 and adversarial = c.w: the gradients are 3 w and c; clamped where
-    c vanishes.
-    """
+    """supervised = 3 |w|^2 / 2, adversarial = c.w: gradients 3 w and c; clamped where c is 0."""
     w, c = torch.tensor([3.0, 4.0], requires_grad=True), torch.tensor([0.0, 5.0])
     supervised = 1.5 * w.square().sum()
     for scale in (1.0, 1024.0):
@@ -182,7 +179,7 @@ def test_a_discriminator_learns_to_tell(loss):
     it = adversary(disc_loss=loss, disc_weight=1.0, lr=2e-4)
     generator = torch.Generator().manual_seed(0)
 
-    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    def batch() -> tuple[Tensor, Tensor]:
         slopes = torch.rand(8, 3, 1, 1, generator=generator)
         real = slopes * torch.linspace(-1, 1, 24).view(1, 1, 24, 1).expand(8, 3, 24, 24)
         return real, real + 0.5 * torch.randn(real.shape, generator=generator)

@@ -65,18 +65,14 @@ def test_search_is_the_nearest_entry(l2_norm):
     z = torch.randn(103, 4, dtype=torch.float64)
     rows, entries = z, quantizer.embedding.weight
     if l2_norm:
-        rows, entries = (
-            rows / rows.norm(dim=1, keepdim=True),
-            entries / entries.norm(dim=1, keepdim=True),
-        )
+        rows = rows / rows.norm(dim=1, keepdim=True)
+        entries = entries / entries.norm(dim=1, keepdim=True)
     distances = (rows[:, None] - entries[None]).square().sum(-1)
     assert torch.equal(quantizer.search(z, chunk=10), distances.argmin(1))
 
 
 def test_straight_through_gradient_and_losses():
-    """The reconstruction's gradient passes the quantizer unchanged; the losses pull entries and
-    latents together.
-    """
+    """The reconstruction's gradient passes unchanged; the losses pull entries and latents."""
     quantizer = fill_from_names(VQModel(tiny_config(codebook_l2_norm=False))).quantize
     z = torch.randn(2, 4, 3, 3, requires_grad=True)
     quantized, losses, codes = quantizer(z)
@@ -122,9 +118,7 @@ def test_usage_is_a_window_of_the_latest_codes():
 
 
 def test_perplexity_of_the_window_against_counting():
-    """While the window fills, only codes seen so far count; then the last 65,536, whatever came
-    in which parts.
-    """
+    """While the window fills, only codes so far count; then the last 65,536, in whatever parts."""
     quantizer = VQModel(tiny_config(codebook_size=10)).quantize
     assert quantizer.usage() == 0
     seen, generator = [], torch.Generator().manual_seed(0)
@@ -162,9 +156,7 @@ def test_entropy_loss_in_chunks_has_the_gradient_of_the_whole():
 
 @pytest.mark.parametrize("l2_norm", [True, False])
 def test_k_means_finds_clusters_and_data_takes_latents(l2_norm):
-    """Eleven tight clusters: k-means ends nearer to the latents than its start; every data entry
-    is one of them.
-    """
+    """Eleven tight clusters: k-means ends nearer than its start; data entries are latents."""
     quantizer = VQModel(tiny_config(codebook_l2_norm=l2_norm)).quantize
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(11, 4, generator=generator)

@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 DISCRIMINATORS = ("patchgan", "stylegan")
 
 
-def leaky_relu(x: torch.Tensor) -> torch.Tensor:
+def leaky_relu(x: Tensor) -> Tensor:
     """Return x, and 0.2 x where x is below 0."""
     return F.leaky_relu(x, 0.2)
 
 
 class PatchGAN(nn.Module):
-    """Convolutions of side 4 with strides 2, 2, 2, 1, 1; batch norm by the current batch on all
-    layers but the first and last.
+    """Convolutions of side 4, strides 2, 2, 2, 1, 1; current-batch norm on all but first and last.
 
     Real and reconstructed images must come in batches of their own, as each batch is normalised by
     itself. There are no running statistics: the module has no state but its parameters.
@@ -57,7 +55,7 @@ class PatchGAN(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         x = leaky_relu(self.conv_in(images))  # (B, C, S/2, S/2)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = leaky_relu(norm(conv(x)))  # (B, C', H, W); S/4, S/8, S/8 - 1
@@ -72,21 +70,19 @@ class StyleBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1, stride=2)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        from timm.layers import (
-            BlurPool2d,
-        )  # here: timm takes 1.5 s to import, and PatchGAN does without
+        # here: timm takes 1.5 s to import, and PatchGAN does without
+        from timm.layers import BlurPool2d
 
         self.blur = BlurPool2d(out_channels, filt_size=3, stride=1)
         self.down = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h = leaky_relu(self.conv2(leaky_relu(self.conv1(x))))  # (B, C', H, W)
         return (self.skip(x) + self.down(self.blur(h))) / math.sqrt(2)  # (B, C', H/2, W/2)
 
 
 class StyleGAN(nn.Module):
-    """Residual blocks that halve S x S down to 4 x 4, then two dense layers; width 16384 / side, at
-    most 512.
+    """Residual blocks halving S x S to 4 x 4, two dense layers; width 16384 / side, at most 512.
 
     Every layer keeps torch's default initialisation, as published.
     """
@@ -103,7 +99,7 @@ class StyleGAN(nn.Module):
         self.dense = nn.Linear(16 * widths[-1], widths[-1])
         self.logit = nn.Linear(widths[-1], 1)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         x = leaky_relu(self.conv_in(images))  # (B, C, S, S)
         for block in self.blocks:
             x = block(x)  # (B, C', H/2, W/2)
@@ -112,21 +108,19 @@ class StyleGAN(nn.Module):
 
 
 def make_discriminator(kind: str, image_size: int) -> PatchGAN | StyleGAN:
-    """Return a new discriminator of ``DISCRIMINATORS`` for square images; ``ValueError`` if
-    their size does not fit.
-    """
+    """Return a new discriminator for square images; ``ValueError`` if their size does not fit."""
     if kind == "patchgan":
         if image_size < 24:
             raise ValueError(
-                "--disc-type patchgan takes images of 24 pixels or more, not --image-size "
-                f"{image_size}"
+                "--disc-type patchgan takes images of 24 pixels or more, not "
+                f"--image-size {image_size}"
             )
         model = PatchGAN()
         model.init_weights()
         return model
     if image_size < 8 or image_size & (image_size - 1):
         raise ValueError(
-            f"--disc-type stylegan halves images down to 4x4: --image-size {image_size} is not a "
-            "power of 2 above 4"
+            f"--disc-type stylegan halves images down to 4x4: --image-size {image_size} is "
+            "not a power of 2 above 4"
         )
     return StyleGAN(image_size)

@@ -20,8 +20,7 @@ from utils.options import positive_int, resolve
 
 
 def require_tokenizer(vq: VQModel, sha256: str | None, path: str | Path, source: str) -> None:
-    """Raise ``ValueError`` unless ``vq``, read from ``path``, made the codes that ``source`` holds
-    or learned.
+    """Raise ``ValueError`` unless ``vq``, read from ``path``, made the codes of ``source``.
 
     sha256: of that tokenizer's weights; None, where it is not known, fits any.
     """
@@ -32,8 +31,7 @@ def require_tokenizer(vq: VQModel, sha256: str | None, path: str | Path, source:
 def load_vq(
     path: str | Path | None, vq_model: str | None, **written: object
 ) -> tuple[VQModel, str]:
-    """Tokenizer of a checkpoint file or of a training checkpoint's folder, in ``eval()`` mode on
-    the CPU, and the name of its size.
+    """Return the tokenizer of a file or checkpoint folder, ``eval()``, CPU, and its size's name.
 
     Our own checkpoints carry their config; for released ones it is that of ``vq_model`` (default
     VQ-16) with the fields ``written`` (None: not written by the user). Raises ``ValueError`` where
@@ -56,9 +54,8 @@ def load_vq(
         config = VQConfig(**own | {"ch_mult": tuple(own["ch_mult"])})
         name = resolve("--vq-model", vq_model, checkpoint["vq_model"], f"--vq-ckpt {path}")
         for field, value in written.items():
-            resolve(
-                f"--{field.replace('_', '-')}", value, getattr(config, field), f"--vq-ckpt {path}"
-            )
+            option = f"--{field.replace('_', '-')}"
+            resolve(option, value, getattr(config, field), f"--vq-ckpt {path}")
     else:
         name = vq_model or "VQ-16"
         config = make_vq_config(name, **written)
@@ -92,15 +89,9 @@ def add_tokenizer_options(group: _ArgumentGroup, required: bool = True) -> None:
 
 
 def load_tokenizer(args: Namespace) -> tuple[VQModel, str]:
-    """Load the tokenizer that the options select, see ``load_vq``; fills options that were left out
-    from its checkpoint.
-    """
-    vq, name = load_vq(
-        args.vq_ckpt,
-        args.vq_model,
-        codebook_size=args.codebook_size,
-        codebook_embed_dim=args.codebook_embed_dim,
-    )
+    """Load the selected tokenizer, see ``load_vq``; options left out are filled from it."""
+    written = dict(codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim)
+    vq, name = load_vq(args.vq_ckpt, args.vq_model, **written)
     args.vq_model, args.codebook_size = name, vq.config.codebook_size
     args.codebook_embed_dim = vq.config.codebook_embed_dim
     return vq, name

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dataset.imagenet import CenterCrop, ImageFiles, list_images, to_model_range
@@ -55,8 +55,8 @@ def parse_args() -> Namespace:
     """Parse the command line; names and defaults are those of the published script."""
     parser = make_parser(
         __doc__,
-        "bash scripts/tokenizer/reconstruction_vq.sh --data-path IMAGENET/val "
-        "--vq-ckpt ./pretrained_models/vq_ds16_c2i.pt",
+        "bash scripts/tokenizer/reconstruction_vq.sh --data-path IMAGENET/val --vq-ckpt "
+        "./pretrained_models/vq_ds16_c2i.pt",
     )
     parser.add_argument(
         "--data-path", required=True, help="images: folder with one sub-folder per class"
@@ -81,8 +81,11 @@ def parse_args() -> Namespace:
         default=4,
         help="image-decoding processes, at most one per core",
     )
-    text = "VGG16 weights vgg16-397923af.pth for LPIPS (default: torch.hub's copy; without one, no LPIPS)"
-    parser.add_argument("--vgg-weights", help=text)
+    parser.add_argument(
+        "--vgg-weights",
+        help="VGG16 weights vgg16-397923af.pth for LPIPS (default: torch.hub's copy; "
+        "without one, no LPIPS)",
+    )
     parser.add_argument(
         "--pairs",
         type=positive_int,
@@ -100,9 +103,7 @@ def parse_args() -> Namespace:
 
 
 class Reconstructor:
-    """Writes and measures two sets of images: reconstructions and originals, both uint8 (N, E,
-    E, 3).
-    """
+    """Writes and measures reconstructions and originals, both uint8 (N, E, E, 3)."""
 
     def __init__(
         self, args: Namespace, world: World, vq: VQModel, lpips: nn.Module | None, name: str
@@ -118,42 +119,32 @@ class Reconstructor:
             SampleFile(p, self.fingerprint, shape, args.per_proc_batch_size) for p in paths
         ]
         self.figures, self.picture = Path(f"{base}.json"), Path(f"{base}.png")
-        self.scores = Path(
-            f"{base}.{self.fingerprint}.scores"
-        )  # one small .npz per chunk, until all exist
+        # one small .npz per chunk, until all exist
+        self.scores = Path(f"{base}.{self.fingerprint}.scores")
 
     def _fingerprint(self) -> str:
         """Return a short hash of everything that the files and metrics depend on."""
         args = self.args
-        options = [
-            args.image_size,
-            args.image_size_eval,
-            args.per_proc_batch_size,
-            self.lpips is not None,
-        ]
+        sizes = [args.image_size, args.image_size_eval, args.per_proc_batch_size]
+        options = [*sizes, self.lpips is not None]
         text = json.dumps([state_sha256(self.vq.weights()), options, self.samples])
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def finished(self) -> list[bool]:
-        """Return which files are finished; ``ValueError`` if they were made with other options
-        or weights.
-        """
+        """Return which files are finished; ``ValueError`` for other options or weights."""
         finished = [file.npz.exists() for file in self.files]
         if any(finished):
             before = json.loads(self.figures.read_text()) if self.figures.is_file() else {}
             if before.get("fingerprint") != self.fingerprint:
                 raise ValueError(
                     f"--sample-dir: {self.files[finished.index(True)].npz} already exists, made "
-                    "with other options, "
-                    f"images or weights (see {self.figures.name} beside it); move it away or give "
-                    "another folder"
+                    f"with other options, images or weights (see {self.figures.name} beside it); "
+                    "move it away or give another folder"
                 )
         return finished
 
     def make(self, chunks: list[int]) -> None:
-        """Reconstruct, measure and write ``chunks``; scores are written first, as written images
-        are not made again.
-        """
+        """Reconstruct, measure, write ``chunks``; scores first, as images are not made again."""
         keys = [[(i, 0) for i in self.files[0].images_of(chunk)] for chunk in chunks]
         workers = min(self.args.num_workers, usable_cores())
         loader = DataLoader(self.images, batch_sampler=keys, num_workers=workers)
@@ -168,32 +159,23 @@ class Reconstructor:
                 in_range = (to_model_range(torch.from_numpy(x), self.world.device) for x in pair)
                 scores["lpips"] = self.lpips(*in_range).flatten().cpu().numpy()  # (B,)
 
-            with (
-                atomic_path(self.scores / f"{chunk:07d}.npz") as temporary,
-                open(temporary, "wb") as f,
-            ):
+            path = self.scores / f"{chunk:07d}.npz"
+            with atomic_path(path) as temporary, open(temporary, "wb") as f:
                 np.savez(f, codes=codes.astype(np.uint32), labels=labels.numpy(), **scores)
             for file, content in zip(self.files, (reconstructions, originals), strict=True):
                 if file.partial.exists():
                     file.write(chunk, content)
 
-    def pairs(self, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Images (B, 3, S, S) in [-1, 1] -> originals and reconstructions uint8 (B, E, E, 3),
-        codes (B, h, w).
-        """
+    def pairs(self, images: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(B, 3, S, S) in [-1, 1] -> originals and copies uint8 (B, E, E, 3), codes (B, h, w)."""
         size = self.args.image_size_eval
         codes = self.vq.encode(images)  # (B, h, w)
         reconstructions = to_uint8(self.vq.decode_code(codes), size)  # (B, E, E, 3)
-        return (
-            to_uint8(images, size).cpu().numpy(),
-            reconstructions.cpu().numpy(),
-            codes.cpu().numpy(),
-        )
+        originals = to_uint8(images, size)  # (B, E, E, 3)
+        return originals.cpu().numpy(), reconstructions.cpu().numpy(), codes.cpu().numpy()
 
     def summarise(self) -> tuple[dict[str, float], np.ndarray]:
-        """Return mean scores, codebook usage and perplexity over all images; and the labels
-        (N,).
-        """
+        """Return means of scores, codebook usage and perplexity of all images; labels (N,)."""
         chunks: dict[str, list[np.ndarray]] = {}
         for path in sorted(self.scores.iterdir()):
             with np.load(path) as npz:
@@ -201,55 +183,40 @@ class Reconstructor:
                     chunks.setdefault(key, []).append(npz[key])
         scores = {k: np.concatenate(v) for k, v in chunks.items()}
         labels, codes = scores.pop("labels"), scores.pop("codes")  # (N,), (N, h, w)
-        counts = torch.from_numpy(
-            np.bincount(codes.reshape(-1), minlength=self.vq.config.codebook_size)
-        )  # (V,)
+        size = self.vq.config.codebook_size
+        counts = torch.from_numpy(np.bincount(codes.reshape(-1), minlength=size))  # (V,)
         figures = {k: float(v.astype(np.float64).mean()) for k, v in scores.items()}
-        return figures | {
-            "codebook_used": codebook_usage(counts),
-            "perplexity": perplexity(counts),
-        }, labels
+        figures |= {"codebook_used": codebook_usage(counts), "perplexity": perplexity(counts)}
+        return figures, labels
 
     def draw(self) -> None:
         """Draw images from all over the set, each beside its reconstruction."""
-        chosen = np.linspace(
-            0, len(self.samples) - 1, min(self.args.pairs, len(self.samples)), dtype=int
-        )
+        count = len(self.samples)
+        chosen = np.linspace(0, count - 1, min(self.args.pairs, count), dtype=int)
         pixels = torch.stack([self.images[int(i), 0][0] for i in chosen])  # (N, S, S, 3)
-        originals, reconstructions, _ = self.pairs(
-            to_model_range(pixels, self.world.device)
-        )  # (N, E, E, 3) each
-        pairs = np.stack([originals, reconstructions], axis=1).reshape(
-            -1, *originals.shape[1:]
-        )  # (2N, E, E, 3)
+        images = to_model_range(pixels, self.world.device)  # (N, 3, S, S)
+        originals, reconstructions, _ = self.pairs(images)  # (N, E, E, 3) each
+        pairs = np.stack([originals, reconstructions], axis=1)  # (N, 2, E, E, 3)
+        pairs = pairs.reshape(-1, *originals.shape[1:])  # (2N, E, E, 3)
         save_png(self.picture, image_grid(pairs, columns=10))
 
     def finish(self) -> dict[str, float]:
-        """Write metrics and picture, then give the files their names; to be called by one
-        process only.
-        """
+        """Write metrics and picture, then name the files; to be called by one process only."""
         figures, labels = self.summarise()
         vgg = find_vgg(self.args.vgg_weights) if self.lpips is not None else None
-        facts = {
-            "fingerprint": self.fingerprint,
-            "lpips_backbone": vgg,
-            "images": len(self.samples),
-        }
-        write_options(self.figures, self.args, **figures, **facts)
+        facts = {"fingerprint": self.fingerprint, "lpips_backbone": vgg}
+        write_options(self.figures, self.args, **figures, **facts, images=len(self.samples))
         self.draw()
         for file in self.files:
             if file.partial.exists():
-                file.finish(
-                    labels, progress(self.world, "checksum", len(self.samples), unit="images")
-                )
+                bar = progress(self.world, "checksum", len(self.samples), unit="images")
+                file.finish(labels, bar)
         shutil.rmtree(self.scores)
         return figures
 
 
 def open_lpips(args: Namespace) -> nn.Module | None:
-    """Return LPIPS, or None without weights; ``ValueError`` if the file of ``--vgg-weights``
-    does not exist.
-    """
+    """Return LPIPS, or None without weights; ``ValueError`` if ``--vgg-weights`` does not exist."""
     return load_lpips(args.vgg_weights) if find_vgg(args.vgg_weights) is not None else None
 
 
@@ -268,9 +235,8 @@ def main() -> None:
         lpips.to(world.device)
     prepare_folder(args.sample_dir, "--sample-dir")
     vq.to(world.device, memory_format=torch.channels_last)
-    r = Reconstructor(
-        args, world, vq, lpips, f"{name}-{Path(args.vq_ckpt).stem}-size-{args.image_size}"
-    )
+    name = f"{name}-{Path(args.vq_ckpt).stem}-size-{args.image_size}"
+    r = Reconstructor(args, world, vq, lpips, name)
 
     finished = r.finished()
     world.barrier()  # every rank has looked before any file gets its name

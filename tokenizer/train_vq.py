@@ -6,10 +6,10 @@ SIGUSR1 and Ctrl-C save and exit within a step.
 
 from __future__ import annotations
 
-import logging
 import sys
-from argparse import BooleanOptionalAction, Namespace
+from argparse import Namespace
 from dataclasses import asdict, replace
+from logging import Logger
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +20,18 @@ from torch.utils.data import DataLoader
 
 from dataset.epochs import EpochOrder
 from dataset.imagenet import ImageFiles, RandomCrop, list_images, to_model_range
-from tokenizer.discriminator import DISCRIMINATORS
 from tokenizer.load import load_vq
-from tokenizer.vq_loss import (
-    DISCRIMINATOR_LOSSES,
-    GENERATOR_LOSSES,
-    PIXEL_LOSSES,
-    Adversary,
-    ReconstructionLoss,
-)
-from tokenizer.vq_model import VQ_models, VQModel, make_vq_config
+from tokenizer.options import parse_args
+from tokenizer.vq_loss import Adversary, ReconstructionLoss
+from tokenizer.vq_model import VQModel, make_vq_config
 from tokenizer.vq_state import VQState, place_codebook, revive_dead_codes
 from utils.checkpoints.folder import read_sharded
 from utils.distributed import init_distributed
-from utils.options import (
-    add_retired,
-    fraction,
-    make_parser,
-    non_negative_float,
-    non_negative_int,
-    positive_int,
-    resolve,
-    run_main,
-)
+from utils.options import resolve, run_main
 from utils.parallel import delay_sync, replicate
 from utils.performance import usable_cores
 from utils.precision import autocast, log_level, resolve_precision
-from utils.training.options import (
-    add_optimizer_options,
-    add_output_options,
-    add_precision_option,
-    split_batch,
-)
+from utils.training.options import split_batch
 from utils.training.run import TrainingRun
 from utils.training.state import learning_rate, make_training_state
 from utils.training.stop_signal import StopSignal
@@ -59,197 +39,16 @@ from utils.training.stop_signal import StopSignal
 LOG_LINE = (
     ": loss {loss:.4f}, reconstruction {reconstruction:.4f}, {terms}codebook {codebook:.4f}, "
     "codebook used {codebook_used:.1%}, perplexity {perplexity:.4g}, grad norm {grad_norm:.3f}, lr "
-    "{lr:.2e}, "
-    "{images/s:.4g} images/s, peak {memory_gib:.2f} GiB, {skipped} skipped"
+    "{lr:.2e}, {images/s:.4g} images/s, peak {memory_gib:.2f} GiB, {skipped} skipped"
 )
 GAN_LINE = (
     "adversarial {adversarial:.4f} x {adversarial_weight:.3g}, discriminator {discriminator:.4f}, "
-    "logits "
-    "{logits_real:.3f} real {logits_fake:.3f} made, "
+    "logits {logits_real:.3f} real {logits_fake:.3f} made, "
 )
 
 
-def parse_args() -> Namespace:
-    """Parse the options; names and defaults are those of the published script."""
-    parser = make_parser(
-        __doc__,
-        "bash scripts/tokenizer/train_vq.sh --data-path IMAGENET/train --cloud-save-path DIR "
-        "--image-size 256",
-    )
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data-path", required=True, help="folder with one sub-folder of images per class"
-    )
-    data.add_argument(
-        "--data-face-path", help="second folder of class folders, added to --data-path"
-    )
-    data.add_argument(
-        "--image-size", type=positive_int, default=256, help="side of the training crops, pixels"
-    )
-    data.add_argument(
-        "--no-flip", action="store_true", help="do not mirror images (for text or digits)"
-    )
-    data.add_argument(
-        "--num-workers",
-        type=non_negative_int,
-        default=16,
-        help="processes that read images, at most one per core",
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--vq-model", choices=list(VQ_models), default="VQ-16", help="size of the tokenizer"
-    )
-    model.add_argument(
-        "--vq-ckpt",
-        help="file of weights to start from, released or exported; or the folder of a training "
-        "checkpoint to resume "
-        "from if the run has no checkpoint yet",
-    )
-    model.add_argument(
-        "--finetune",
-        action="store_true",
-        help="start at step 0 from the weights of --vq-ckpt; a checkpoint folder's discriminator "
-        "included",
-    )
-    model.add_argument(
-        "--codebook-size", type=positive_int, help="codebook entries (default: those of --vq-model)"
-    )
-    model.add_argument(
-        "--codebook-embed-dim", type=positive_int, help="width of a codebook entry (default: 8)"
-    )
-    model.add_argument(
-        "--codebook-l2-norm",
-        action=BooleanOptionalAction,
-        default=True,
-        help="scale codebook entries and latents to unit length",
-    )
-    model.add_argument("--dropout-p", type=fraction, default=0.0, help="dropout in residual blocks")
-    model.add_argument(
-        "--codebook-init",
-        choices=["uniform", "data", "kmeans"],
-        default="uniform",
-        help="how a new codebook starts. uniform: random, as published; data: encoder outputs of "
-        "the first images; "
-        "kmeans: k-means centres of these",
-    )
-    model.add_argument(
-        "--revive-dead-codes",
-        type=non_negative_int,
-        default=0,
-        help="every so many steps, move entries unused in the last 65,536 codes to current encoder "
-        "outputs; 0: never",
-    )
-    loss = parser.add_argument_group("loss")
-    loss.add_argument(
-        "--reconstruction-loss",
-        choices=list(PIXEL_LOSSES),
-        default="l2",
-        help="loss between pixels",
-    )
-    loss.add_argument(
-        "--reconstruction-weight",
-        type=non_negative_float,
-        default=1.0,
-        help="weight of the pixel loss",
-    )
-    loss.add_argument(
-        "--codebook-weight",
-        type=non_negative_float,
-        default=1.0,
-        help="weight of the quantizer's losses",
-    )
-    loss.add_argument(
-        "--commit-loss-beta",
-        type=non_negative_float,
-        default=0.25,
-        help="weight of the commitment loss within the quantizer's losses",
-    )
-    loss.add_argument(
-        "--entropy-loss-ratio",
-        type=non_negative_float,
-        default=0.0,
-        help="weight of the entropy loss within the quantizer's losses",
-    )
-    loss.add_argument(
-        "--perceptual-weight",
-        type=non_negative_float,
-        default=1.0,
-        help="weight of the LPIPS loss; 0 disables it",
-    )
-    loss.add_argument(
-        "--vgg-weights",
-        help="torchvision's vgg16-397923af.pth, the network of LPIPS (default: torch.hub's copy)",
-    )
-    gan = parser.add_argument_group("GAN loss")
-    gan.add_argument(
-        "--disc-weight",
-        type=non_negative_float,
-        default=0.5,
-        help="weight of the GAN loss; 0 trains without a discriminator",
-    )
-    gan.add_argument(
-        "--disc-start",
-        type=non_negative_int,
-        default=20000,
-        help="first step with the GAN loss, counted from 1",
-    )
-    gan.add_argument(
-        "--disc-type",
-        choices=DISCRIMINATORS,
-        default="patchgan",
-        help="architecture of the discriminator",
-    )
-    gan.add_argument(
-        "--disc-loss",
-        choices=list(DISCRIMINATOR_LOSSES),
-        default="hinge",
-        help="GAN loss of the discriminator",
-    )
-    gan.add_argument(
-        "--gen-loss",
-        choices=list(GENERATOR_LOSSES),
-        default="hinge",
-        help="GAN loss of the tokenizer",
-    )
-    gan.add_argument(
-        "--disc-adaptive-weight",
-        action="store_true",
-        help="also weight the GAN loss by the ratio of gradients at the decoder's last layer "
-        "(VQGAN)",
-    )
-    training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=positive_int, default=40, help="passes over the images")
-    training.add_argument(
-        "--global-batch-size",
-        type=positive_int,
-        default=128,
-        help="images per step, of all processes",
-    )
-    training.add_argument("--lr", type=non_negative_float, default=1e-4, help="learning rate")
-    training.add_argument(
-        "--lr-schedule",
-        choices=["constant", "cosine"],
-        default="constant",
-        help="learning rate over the steps; cosine ends at 0",
-    )
-    add_precision_option(training, ["none", "fp16", "bf16"])
-    training.add_argument("--compile", action="store_true", help="torch.compile the tokenizer")
-    add_optimizer_options(parser)
-    add_output_options(parser, "results_tokenizer_image")
-    add_retired(
-        parser,
-        {
-            "--dataset": (True, "any folder of class folders is read the same way"),
-            "--no-wandb": (False, "curves go to Weights & Biases only with --wandb-project"),
-        },
-    )
-    return parser.parse_args()
-
-
 def start_folder(args: Namespace) -> Path | None:
-    """Return the training checkpoint to resume from, if ``--vq-ckpt`` is one and ``--finetune``
-    is off.
-    """
+    """Return the checkpoint folder to resume from: ``--vq-ckpt`` if it is one, not to finetune."""
     folder = args.vq_ckpt is not None and Path(args.vq_ckpt).is_dir() and not args.finetune
     return Path(args.vq_ckpt) if folder else None
 
@@ -264,15 +63,13 @@ def check_options(args: Namespace) -> None:
         )
     if args.compile and args.disc_adaptive_weight:
         raise ValueError(
-            "--disc-adaptive-weight takes gradients apart, which a model under --compile does not "
-            "allow"
+            "--disc-adaptive-weight takes gradients apart, which a model under "
+            "--compile does not allow"
         )
 
 
 def make_model(args: Namespace) -> VQModel:
-    """Return a new tokenizer, or the weights of ``--vq-ckpt`` with this run's losses and
-    dropout.
-    """
+    """Return a new tokenizer, or ``--vq-ckpt`` with this run's losses and dropout."""
     written = dict(codebook_size=args.codebook_size, codebook_embed_dim=args.codebook_embed_dim)
     losses = dict(
         commit_loss_beta=args.commit_loss_beta,
@@ -280,20 +77,13 @@ def make_model(args: Namespace) -> VQModel:
         dropout_p=args.dropout_p,
     )
     if args.vq_ckpt is None or start_folder(args) is not None:
-        model = VQModel(
-            make_vq_config(
-                args.vq_model, **written, **losses, codebook_l2_norm=args.codebook_l2_norm
-            )
-        )
+        losses["codebook_l2_norm"] = args.codebook_l2_norm
+        model = VQModel(make_vq_config(args.vq_model, **written, **losses))
         model.init_weights()
         return model
     pretrained, _ = load_vq(args.vq_ckpt, args.vq_model, **written)
-    resolve(
-        "--codebook-l2-norm",
-        args.codebook_l2_norm,
-        pretrained.config.codebook_l2_norm,
-        f"--vq-ckpt {args.vq_ckpt}",
-    )
+    l2_norm, source = pretrained.config.codebook_l2_norm, f"--vq-ckpt {args.vq_ckpt}"
+    resolve("--codebook-l2-norm", args.codebook_l2_norm, l2_norm, source)
     model = VQModel(replace(pretrained.config, **losses))
     model.load_state_dict(pretrained.state_dict())
     model.quantize.codebook_used.fill_(-1)  # codes of another run
@@ -302,20 +92,16 @@ def make_model(args: Namespace) -> VQModel:
 
 def list_all_images(args: Namespace) -> list[tuple[str, int]]:
     """Return (path, label) of every image to train on."""
-    faces = (
-        []
-        if args.data_face_path is None
-        else list_images(args.data_face_path, "--data-face-path").samples
-    )
-    return list_images(args.data_path).samples + faces
+    samples = list_images(args.data_path).samples
+    if args.data_face_path is not None:
+        samples = samples + list_images(args.data_face_path, "--data-face-path").samples
+    return samples
 
 
 def make_loader(
     args: Namespace, order: EpochOrder, steps: range, rank: int, size: int
 ) -> DataLoader:
-    """Return a loader of one rank's images in ``steps``, uint8 (B, S, S, 3); crops depend on
-    (index, epoch).
-    """
+    """Return a loader of one rank's images in ``steps``, seeded by epoch: (B, S, S, 3) uint8."""
     augment = RandomCrop(args.image_size, flip=not args.no_flip, seed=args.global_seed)
     files = ImageFiles(list_all_images(args), augment)
     keys = order.rank_keys(steps.start, steps.stop, rank, size)
@@ -328,16 +114,13 @@ def make_loader(
 def fixed_options(args: Namespace, model: VQModel, order: EpochOrder) -> dict[str, Any]:
     """Return what may not change between a run and its resumption."""
     fixed = ("image_size", "epochs", "global_batch_size", "global_seed", "lr_schedule")
-    options = {k: getattr(args, k) for k in fixed} | {
-        "disc_type": args.disc_type if args.disc_weight else None
-    }
+    options = {k: getattr(args, k) for k in fixed}
+    options["disc_type"] = args.disc_type if args.disc_weight else None
     return options | {"config": asdict(model.config), "images": order.length}
 
 
 def load_discriminator(args: Namespace, adversary: Adversary | None) -> None:
-    """Take the discriminator's weights of a training checkpoint along with ``--finetune``, if
-    they fit.
-    """
+    """Load the discriminator of a training checkpoint along with ``--finetune``, if it fits."""
     if not (args.finetune and adversary and Path(args.vq_ckpt).is_dir()):
         return
     pretrained = read_sharded(Path(args.vq_ckpt), "discriminator.model.")
@@ -346,7 +129,7 @@ def load_discriminator(args: Namespace, adversary: Adversary | None) -> None:
 
 
 def log_header(
-    logger: logging.Logger,
+    logger: Logger,
     args: Namespace,
     model: VQModel,
     adversary: Adversary | None,
@@ -363,12 +146,11 @@ def log_header(
 
 def main() -> None:
     """Make or load what is trained, resume, then the loop."""
-    args = parse_args()
+    args = parse_args(__doc__ or "")
     world = init_distributed()
     device = world.device
-    args.mixed_precision, precision_note = world.broadcast(
-        resolve_precision(args.mixed_precision, device)
-    )
+    precision, precision_note = world.broadcast(resolve_precision(args.mixed_precision, device))
+    args.mixed_precision = precision
     micro_batch = split_batch(args.global_batch_size, world.size, args.gradient_accumulation_steps)
     stop = StopSignal(world)
     check_options(args)
@@ -391,19 +173,12 @@ def main() -> None:
     state = VQState(**vars(generator), discriminator=adversary.state if adversary else None)
 
     # where an earlier run of the same command stopped
-    run = TrainingRun(
-        args, world, f"{args.vq_model}-{args.image_size}", state, fixed_options(args, model, order), total_steps,
-        start_folder(args),
-    )  # fmt: skip
+    name, fixed = f"{args.vq_model}-{args.image_size}", fixed_options(args, model, order)
+    run = TrainingRun(args, world, name, state, fixed, total_steps, start_folder(args))
     if run.first_step == 0 and args.codebook_init != "uniform":
         first = make_loader(args, order, range(order.steps_per_epoch), 0, 1)
-        place_codebook(
-            args,
-            world,
-            model,
-            (pixels for pixels, _, _ in first),
-            order.steps_per_epoch * order.batch,
-        )
+        first_images = (pixels for pixels, _, _ in first)
+        place_codebook(args, world, model, first_images, order.steps_per_epoch * order.batch)
         if state.ema:
             state.ema.start(model)
     forward = replicate(world, model)
@@ -422,20 +197,16 @@ def main() -> None:
             # ------------------------------------------------------------ one training step
             lr = learning_rate(step, args.lr, args.lr_schedule, total_steps)
             state.set_learning_rate(lr)
-            opponent = (
-                adversary if adversary and (adversary.active(step + 1) or args.dry_run) else None
-            )
+            active = adversary and (adversary.active(step + 1) or args.dry_run)
+            opponent = adversary if active else None
             terms, codes = dict.fromkeys(names, torch.zeros((), device=device)), []
             for i, micro in enumerate(pixels.split(micro_batch)):
-                images = to_model_range(micro, device).contiguous(
-                    memory_format=memory_format
-                )  # (b, 3, S, S)
+                images = to_model_range(micro, device)  # (b, 3, S, S)
+                images = images.contiguous(memory_format=memory_format)  # (b, 3, S, S)
                 more = i + 1 < accumulation
                 with delay_sync(forward, more):
                     with autocast(device, args.mixed_precision):
-                        reconstruction, quantizer_losses, micro_codes = forward(
-                            images
-                        )  # (b, 3, S, S), -, (b, h, w)
+                        reconstruction, quantizer_losses, micro_codes = forward(images)
                         reconstruction = reconstruction.float()  # (b, 3, S, S)
                         loss, decoder_loss, micro_terms = reconstruction_loss(
                             images, reconstruction, quantizer_losses
@@ -458,16 +229,13 @@ def main() -> None:
                     micro_terms |= zip(Adversary.names, gan_terms, strict=True)
                 for name, value in micro_terms.items():
                     terms[name] = terms[name] + value.detach() / accumulation  # ()
-                codes.append(micro_codes)
-            terms = dict(
-                zip(names, world.mean(torch.stack(list(terms.values()))), strict=True)
-            )  # () each
+                codes.append(micro_codes)  # (b, h, w)
+            means = world.mean(torch.stack(list(terms.values())))  # (terms,)
+            terms = dict(zip(names, means, strict=True))  # () each
             norm = state.gradient_norm()
-            # The guard sees only the supervised loss (a GAN loss has no stable mean); NaNs show up
-            # in the norm.
-            state.update(
-                step, terms["loss"], norm, args.max_grad_norm
-            )  # clip, skip if harmful, step, EMA
+            # Clip, skip if harmful, step, EMA. The guard sees only the supervised loss (a GAN loss
+            # has no stable mean); NaNs show up in the norm.
+            state.update(step, terms["loss"], norm, args.max_grad_norm)
             if opponent:
                 disc_norm = opponent.state.gradient_norm()
                 opponent.state.update(step, terms["discriminator"], disc_norm, args.max_grad_norm)
@@ -478,14 +246,11 @@ def main() -> None:
             run.end_step(**terms, grad_norm=norm)
             if run.log_due:
                 figures = run.read(lr)
-                figures |= {
-                    "codebook_used": model.quantize.usage(),
-                    "perplexity": model.quantize.perplexity(),
-                }
-                extra = "perceptual {perceptual:.4f}, " if args.perceptual_weight else ""
-                run.log(
-                    LOG_LINE.replace("{terms}", extra + (GAN_LINE if opponent else "")), figures
-                )
+                figures["codebook_used"] = model.quantize.usage()
+                figures["perplexity"] = model.quantize.perplexity()
+                shown = "perceptual {perceptual:.4f}, " if args.perceptual_weight else ""
+                shown += GAN_LINE if opponent else ""
+                run.log(LOG_LINE.replace("{terms}", shown), figures)
             with run.paused():
                 run.save_if_due({"vq_model": args.vq_model, "config": config})
         run.finish("pt")

@@ -1,8 +1,7 @@
 """VQ tokenizer: images <-> grids of codes.
 
 - convolutional encoder and decoder of VQGAN (Esser et al. 2021), attention at the lowest resolution
-- vector quantizer with a low-dimensional, l2-normalised codebook (ViT-VQGAN, Yu et al. 2022;
-  LlamaGen)
+- vector quantizer with a small l2-normalised codebook (ViT-VQGAN, Yu et al. 2022; LlamaGen)
 - parameter names and shapes of the released ``vq_ds16_c2i.pt``
 
 Images are float (B, 3, H, W) in [-1, 1]; codes are int64 (B, H/f, W/f), f = ``config.downsample``.
@@ -15,14 +14,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from utils import quality
 
-USAGE_WINDOW = (
-    65536  # codes over which codebook usage is counted; the size is part of released checkpoints
-)
+USAGE_WINDOW = 65536  # codes of which usage is counted; released checkpoints hold this many
 
 
 @dataclass(frozen=True)
@@ -46,9 +43,7 @@ class VQConfig:
         return 2 ** (len(self.ch_mult) - 1)
 
     def grid(self, image_size: int) -> int:
-        """Return the codes along each side of an image; ``ValueError`` if its size does not
-        divide.
-        """
+        """Return the codes per side of an image; ``ValueError`` if its size does not divide."""
         if image_size % self.downsample:
             raise ValueError(
                 f"--image-size {image_size} is not a multiple of {self.downsample}, the "
@@ -57,11 +52,11 @@ class VQConfig:
         return image_size // self.downsample
 
 
+# What is not named is the default of VQConfig; VQ-16 has 72M parameters, VQ-8 70M, VQ-4 1M.
 VQ_models: dict[str, dict] = {
-    #             base width    width per level            blocks            latent            codebook
-    "VQ-16": dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, z_channels=256, codebook_size=16384),  # 72M
-    "VQ-8":  dict(ch=128, ch_mult=(1, 2, 2, 4),    num_res_blocks=2, z_channels=256, codebook_size=16384),  # 70M
-    "VQ-4":  dict(ch=32,  ch_mult=(1, 2, 2),       num_res_blocks=1, z_channels=64,  codebook_size=256),    # 1M
+    "VQ-16": dict(ch=128, ch_mult=(1, 1, 2, 2, 4)),
+    "VQ-8":  dict(ch=128, ch_mult=(1, 2, 2, 4)),
+    "VQ-4":  dict(ch=32,  ch_mult=(1, 2, 2), num_res_blocks=1, z_channels=64, codebook_size=256),
 }  # fmt: skip
 
 
@@ -83,7 +78,7 @@ class ResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, C', H, W)
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))  # (B, C', H, W)
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h  # (B, C', H, W)
@@ -100,11 +95,10 @@ class AttnBlock(nn.Module):
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)  # (B, C, H, W)
-        q, k, v = (
-            f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v)
-        )  # (B, 1, HW, C)
+        maps = (self.q(h), self.k(h), self.v(h))  # (B, C, H, W) each
+        q, k, v = (m.flatten(2).transpose(1, 2)[:, None] for m in maps)  # (B, 1, HW, C)
         h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, C)
         return x + self.proj_out(h[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))  # (B, C, H, W)
 
@@ -116,7 +110,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2)
 
 
@@ -127,14 +121,12 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, attention after each where asked, then a change of
-    resolution.
-    """
+    """Residual blocks of one resolution, with attention if asked, then a change of resolution."""
 
     def __init__(
         self, widths: list[int], attention: bool, resample: type[nn.Module] | None, dropout_p: float
@@ -146,7 +138,7 @@ class Level(nn.Module):
         if resample is not None:
             self.add_module(resample.__name__.lower(), resample(widths[-1]))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.res):
             x = block(x)  # (B, C, H, W)
             if len(self.attn):
@@ -175,17 +167,14 @@ class Encoder(nn.Module):
         for i, width in enumerate(widths):
             lowest = i == len(widths) - 1
             resample = None if lowest else Downsample
-            self.conv_blocks.append(
-                Level(
-                    [before] + [width] * config.num_res_blocks, lowest, resample, config.dropout_p
-                )
-            )
+            path = [before] + [width] * config.num_res_blocks
+            self.conv_blocks.append(Level(path, lowest, resample, config.dropout_p))
             before = width
         self.mid = mid_blocks(before, config.dropout_p)
         self.norm_out = group_norm(before)
         self.conv_out = nn.Conv2d(before, config.z_channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)  # (B, C, H, W)
         for block in (*self.conv_blocks, *self.mid):
             h = block(h)  # (B, C', H', W')
@@ -204,24 +193,18 @@ class Decoder(nn.Module):
         before = widths[0]
         for i, width in enumerate(widths):
             resample = None if i == len(widths) - 1 else Upsample
-            self.conv_blocks.append(
-                Level(
-                    [before] + [width] * (config.num_res_blocks + 1),
-                    i == 0,
-                    resample,
-                    config.dropout_p,
-                )
-            )
+            path = [before] + [width] * (config.num_res_blocks + 1)
+            self.conv_blocks.append(Level(path, i == 0, resample, config.dropout_p))
             before = width
         self.norm_out = group_norm(before)
         self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
 
     @property
-    def last_layer(self) -> torch.Tensor:
+    def last_layer(self) -> Tensor:
         """Weight of the last layer, where adaptive GAN weights compare gradients."""
         return self.conv_out.weight
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
+    def forward(self, z: Tensor) -> Tensor:
         h = self.conv_in(z)  # (B, C, h, w)
         for block in (*self.mid, *self.conv_blocks):
             h = block(h)  # (B, C', h', w')
@@ -231,15 +214,13 @@ class Decoder(nn.Module):
 class QuantizerLoss(NamedTuple):
     """Scalars of one batch; their sum is the quantizer's loss."""
 
-    codebook: torch.Tensor
-    commitment: torch.Tensor
-    entropy: torch.Tensor
+    codebook: Tensor
+    commitment: Tensor
+    entropy: Tensor
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest codebook entry of each latent, with a straight-through gradient (van den Oord et
-    al. 2017).
-    """
+    """Nearest codebook entry, with straight-through gradient (van den Oord et al. 2017)."""
 
     def __init__(self, config: VQConfig):
         super().__init__()
@@ -249,41 +230,35 @@ class VectorQuantizer(nn.Module):
         # released checkpoints
         self.register_buffer("codebook_used", torch.full((USAGE_WINDOW,), -1.0))
 
-    def codebook(self) -> torch.Tensor:
+    def codebook(self) -> Tensor:
         """(V, C) entries, unit length when ``codebook_l2_norm``."""
         return self._normalize(self.embedding.weight)  # (V, C)
 
-    def _normalize(self, x: torch.Tensor) -> torch.Tensor:
+    def _normalize(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) if self.config.codebook_l2_norm else x
 
-    def search(
-        self, z: torch.Tensor, codebook: torch.Tensor | None = None, chunk: int = 4096
-    ) -> torch.Tensor:
-        """Nearest entry of each row: argmin |z - e|^2 = argmax z.e - |e|^2 / 2; (N, C) -> (N,)
-        int64.
+    def search(self, z: Tensor, codebook: Tensor | None = None, chunk: int = 4096) -> Tensor:
+        """Nearest entries, argmin |z - e|^2 = argmax z.e - |e|^2 / 2: (N, C) -> (N,) int64.
 
         ``chunk`` rows at a time, so that at most chunk x V similarities exist at once. With unit
-        entries |e| is the same for all and drops out. ``codebook``: the result of ``codebook()``,
-        where it is at hand. float32 also under autocast, as each code is one of thousands of near
-        neighbours.
+        entries |e| is the same for all and drops out. ``codebook``: the result of
+        ``codebook()``, where it is at hand. float32 also under autocast, as each code is one of
+        thousands of near neighbours.
         """
         codebook = self.codebook() if codebook is None else codebook  # (V, C)
         z = self._normalize(z)  # (N, C)
         bias = None if self.config.codebook_l2_norm else -0.5 * codebook.square().sum(-1)  # (V,)
         with torch.autocast(z.device.type, enabled=False):
-            return torch.cat(
-                [F.linear(rows, codebook, bias).argmax(-1) for rows in z.split(chunk)]
-            )  # (N,)
+            nearest = [F.linear(rows, codebook, bias).argmax(-1) for rows in z.split(chunk)]
+        return torch.cat(nearest)  # (N,)
 
     @staticmethod
-    def rows(z: torch.Tensor) -> torch.Tensor:
+    def rows(z: Tensor) -> Tensor:
         """(B, C, h, w) -> (B*h*w, C) float32."""
         return z.permute(0, 2, 3, 1).flatten(0, 2).float()  # (N, C)
 
-    def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, QuantizerLoss, torch.Tensor]:
-        """Quantize (B, C, h, w): quantized (B, C, h, w) with z's gradient, losses, codes (B, h,
-        w) int64.
-        """
+    def forward(self, z: Tensor) -> tuple[Tensor, QuantizerLoss, Tensor]:
+        """(B, C, h, w) -> quantized with z's gradient, losses, codes (B, h, w) int64."""
         z = self._normalize(z.permute(0, 2, 3, 1).float())  # (B, h, w, C)
         with torch.no_grad():
             codes = self.search(z.flatten(0, 2)).view(z.shape[:-1])  # (B, h, w)
@@ -296,37 +271,32 @@ class VectorQuantizer(nn.Module):
         quantized = z + (quantized - z).detach()  # (B, h, w, C)
         return quantized.permute(0, 3, 1, 2), losses, codes
 
-    def entropy_loss(
-        self, z: torch.Tensor, temperature: float = 0.01, chunk: int = 4096
-    ) -> torch.Tensor:
-        """ratio * (mean entropy per latent - entropy of the mean assignment) of latents (..., C): a
-        scalar, small when each latent is sure and all entries are used (MaskGIT's tokenizer, Chang
-        et al. 2022).
+    def entropy_loss(self, z: Tensor, temperature: float = 0.01, chunk: int = 4096) -> Tensor:
+        """ratio * (mean entropy per latent - entropy of the mean assignment): a scalar.
 
-        Affinity is -|z - e|^2. ``chunk`` latents at a time, computed again in backward, so that at
-        most chunk x V probabilities exist at once.
+        Small when each latent is sure and all entries are used (MaskGIT's tokenizer, Chang et al.
+        2022). Affinity is -|z - e|^2. ``chunk`` latents at a time, computed again in backward, so
+        that at most chunk x V probabilities exist at once.
         """
         codebook, z = self.codebook(), z.flatten(0, -2)  # (V, C), (N, C)
 
-        def sums(rows: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            log_p = (-torch.cdist(rows, codebook).square() / temperature).log_softmax(
-                -1
-            )  # (chunk, V)
+        def sums(rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+            affinity = -torch.cdist(rows, codebook).square() / temperature  # (chunk, V)
+            log_p = affinity.log_softmax(-1)  # (chunk, V)
             return log_p.exp().sum(0), -(log_p.exp() * log_p).sum()  # (V,), ()
 
         parts = [recompute(sums, rows, codebook, use_reentrant=False) for rows in z.split(chunk)]
         mean_p, per_latent = (sum(part) / len(z) for part in zip(*parts, strict=True))  # (V,), ()
-        return self.config.entropy_loss_ratio * (
-            per_latent + (mean_p * (mean_p + 1e-5).log()).sum()
-        )
+        of_mean = -(mean_p * (mean_p + 1e-5).log()).sum()  # ()
+        return self.config.entropy_loss_ratio * (per_latent - of_mean)
 
     @torch.no_grad()
-    def record_usage(self, codes: torch.Tensor) -> None:
+    def record_usage(self, codes: Tensor) -> None:
         """Shift the newest codes, of any shape, into the usage window."""
         codes = codes.flatten()[-USAGE_WINDOW:].to(self.codebook_used.dtype)  # (N,)
         self.codebook_used.copy_(torch.cat([self.codebook_used, codes])[-USAGE_WINDOW:])
 
-    def window_counts(self) -> torch.Tensor:
+    def window_counts(self) -> Tensor:
         """How often each entry occurs in the window of the latest training codes: (V,) int64."""
         recorded = self.codebook_used[self.codebook_used >= 0].long()  # (N,)
         return recorded.bincount(minlength=self.config.codebook_size)  # (V,)
@@ -339,22 +309,19 @@ class VectorQuantizer(nn.Module):
         """exp(entropy) of the codes in the window."""
         return quality.perplexity(self.window_counts())
 
-    def dead(self) -> torch.Tensor:
+    def dead(self) -> Tensor:
         """Entries that a full window does not hold, (V,) bool; none while it is filling."""
         return (self.window_counts() == 0) & (self.codebook_used >= 0).all()  # (V,)
 
     @torch.no_grad()
-    def move(
-        self, entries: torch.Tensor, latents: torch.Tensor, generator: torch.Generator
-    ) -> None:
+    def move(self, entries: Tensor, latents: Tensor, generator: torch.Generator) -> None:
         """Put ``entries``, (V,) bool, at latents drawn from (N, C); ``generator`` is on the CPU."""
         drawn = torch.randint(len(latents), (int(entries.sum()),), generator=generator)  # (D,)
         self.embedding.weight[entries] = self._normalize(latents)[drawn.to(latents.device)]
 
     @torch.no_grad()
-    def fit(self, latents: torch.Tensor, iterations: int, generator: torch.Generator) -> None:
-        """Put the entries at V of the latents (N, C), then move them by ``iterations`` of k-means
-        (Lloyd 1982).
+    def fit(self, latents: Tensor, iterations: int, generator: torch.Generator) -> None:
+        """Put the entries at V of the latents (N, C), then iterate k-means (Lloyd 1982).
 
         Entries that no latent is nearest to go to random latents. N must be at least V.
         """
@@ -393,16 +360,16 @@ class VQModel(nn.Module):
             with torch.no_grad():
                 self.quantize.embedding.weight.copy_(self.quantize.codebook())
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """The state dict without the usage window, which codes and images do not depend on."""
         return {k: v for k, v in self.state_dict().items() if k != "quantize.codebook_used"}
 
-    def latent(self, images: torch.Tensor) -> torch.Tensor:
+    def latent(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, H/f, W/f), before quantization."""
         return self.quant_conv(self.encoder(images))  # (B, C, h, w)
 
     @torch.no_grad()
-    def encode(self, images: torch.Tensor, codebook: torch.Tensor | None = None) -> torch.Tensor:
+    def encode(self, images: Tensor, codebook: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> codes (B, H/f, W/f) int64. H and W must be multiples of f.
 
         ``codebook``: the result of ``quantize.codebook()``, to compute it once for many calls.
@@ -410,19 +377,19 @@ class VQModel(nn.Module):
         z = self.latent(images).permute(0, 2, 3, 1).float()  # (B, h, w, C)
         return self.quantize.search(z.flatten(0, 2), codebook).view(z.shape[:-1])  # (B, h, w)
 
-    def decode(self, quantized: torch.Tensor) -> torch.Tensor:
+    def decode(self, quantized: Tensor) -> Tensor:
         """(B, C, h, w) -> images (B, 3, h*f, w*f), about [-1, 1]."""
         return self.decoder(self.post_quant_conv(quantized))  # (B, 3, H, W)
 
-    def quantized(self, codes: torch.Tensor) -> torch.Tensor:
+    def quantized(self, codes: Tensor) -> Tensor:
         """Codebook entries of codes (B, h, w): (B, C, h, w)."""
         return F.embedding(codes, self.quantize.codebook()).permute(0, 3, 1, 2)  # (B, C, h, w)
 
-    def decode_code(self, codes: torch.Tensor) -> torch.Tensor:
+    def decode_code(self, codes: Tensor) -> Tensor:
         """Codes (B, h, w) int64 -> images (B, 3, h*f, w*f), about [-1, 1]."""
         return self.decode(self.quantized(codes))  # (B, 3, H, W)
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, QuantizerLoss, torch.Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, QuantizerLoss, Tensor]:
         """Reconstruction (B, 3, H, W), quantizer losses, codes (B, h, w)."""
         quantized, losses, codes = self.quantize(self.latent(images))  # (B, C, h, w), -, (B, h, w)
         return self.decode(quantized), losses, codes

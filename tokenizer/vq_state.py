@@ -1,6 +1,4 @@
-"""What changes as a tokenizer trains besides its weights: the discriminator's state, and entries
-of the codebook.
-"""
+"""What changes in training besides weights: the discriminator's state, codebook entries."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dataset.imagenet import to_model_range
 from tokenizer.vq_model import VQModel
@@ -41,11 +39,10 @@ class VQState(TrainingState):
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters of both."""
-        return super().parameters() + (
-            self.discriminator.parameters() if self.discriminator else []
-        )
+        others = self.discriminator.parameters() if self.discriminator else []
+        return super().parameters() + others
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Tensors of the tokenizer, and those of the discriminator under ``discriminator.``."""
         others = self.discriminator.tensors() if self.discriminator else {}
         return super().tensors() | {f"discriminator.{k}": v for k, v in others.items()}
@@ -64,10 +61,9 @@ class VQState(TrainingState):
 
 @torch.no_grad()
 def place_codebook(
-    args: Namespace, world: World, model: VQModel, images: Iterable[torch.Tensor], count: int
+    args: Namespace, world: World, model: VQModel, images: Iterable[Tensor], count: int
 ) -> None:
-    """Set the entries of a new codebook from the latents of ``images``, uint8 (B, S, S, 3), on rank
-    0 for all.
+    """Set a new codebook from latents of ``images``, uint8 (B, S, S, 3), on rank 0 for all.
 
     Batches are taken until there are enough latents. count: of the images. Raises ``ValueError`` if
     they are too few.
@@ -75,32 +71,28 @@ def place_codebook(
     size, tokens = model.config.codebook_size, model.config.grid(args.image_size) ** 2
     if count * tokens < size:
         raise ValueError(
-            f"--codebook-init {args.codebook_init}: {count} images have {count * tokens} latents "
-            f"for {size} entries"
+            f"--codebook-init {args.codebook_init}: {count} images have {count * tokens} "
+            f"latents for {size} entries"
         )
     if world.is_main:
-        latents: list[torch.Tensor] = []
+        latents: list[Tensor] = []
         for pixels in images:
-            latents.append(
-                model.quantize.rows(model.latent(to_model_range(pixels, world.device)))
-            )  # (N, C)
+            latent = model.latent(to_model_range(pixels, world.device))  # (B, C, h, w)
+            latents.append(model.quantize.rows(latent))  # (N, C)
             if sum(map(len, latents)) >= LATENTS_PER_ENTRY * size:
                 break
         iterations = KMEANS_ITERATIONS if args.codebook_init == "kmeans" else 0
-        model.quantize.fit(
-            torch.cat(latents), iterations, torch.Generator().manual_seed(args.global_seed)
-        )
+        generator = torch.Generator().manual_seed(args.global_seed)
+        model.quantize.fit(torch.cat(latents), iterations, generator)
     entries = world.broadcast(model.quantize.embedding.weight.cpu())  # (V, C)
     model.quantize.embedding.weight.copy_(entries)
 
 
 @torch.no_grad()
 def revive_dead_codes(
-    args: Namespace, world: World, state: VQState, images: torch.Tensor, step: int
+    args: Namespace, world: World, state: VQState, images: Tensor, step: int
 ) -> None:
-    """Move dead entries, of weights and moving average, to latents of ``images`` (b, 3, S, S) of
-    all ranks.
-    """
+    """Move dead entries, averaged ones too, to latents of all ranks' ``images`` (b, 3, S, S)."""
     model, average = state.model, state.ema and state.ema.average
     dead = model.quantize.dead()  # (V,)
     with autocast(world.device, args.mixed_precision):

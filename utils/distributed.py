@@ -9,11 +9,11 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
-TIMEOUT = timedelta(
-    hours=2
-)  # others wait while rank 0 copies a checkpoint, tens of GB for the largest models
+# others wait while rank 0 copies a checkpoint, tens of GB for the largest models
+TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def mean(self, x: torch.Tensor) -> torch.Tensor:
+    def mean(self, x: Tensor) -> Tensor:
         """Return the average of ``x`` over the ranks, a new tensor."""
         x = x.detach().clone()
         if self.size > 1:
@@ -43,16 +43,14 @@ class World:
         return x
 
     def gather_objects(self, value: object) -> list | None:
-        """Return every rank's ``value`` (anything that can be pickled), in order, on rank 0;
-        None elsewhere.
-        """
+        """Return all ranks' ``value`` (picklable) in order on rank 0; None elsewhere."""
         if self.size == 1:
             return [value]
         values = [None] * self.size if self.is_main else None
         dist.gather_object(value, values)
         return values
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """Return ``x`` of every rank, of one shape, concatenated in the order of ranks."""
         if self.size == 1:
             return x

@@ -80,9 +80,7 @@ def _where(path: str | Path) -> str:
 
 
 def prepare_folder(path: str | Path, option: str) -> Path:
-    """Create the folder and try to write in it; raise a ``ValueError`` that names the option if
-    that fails.
-    """
+    """Create the folder and try to write in it; ``ValueError`` naming the option if that fails."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

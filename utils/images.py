@@ -9,11 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from utils.files import atomic_path
 
 
-def to_uint8(images: torch.Tensor, size: int | None = None) -> torch.Tensor:
+def to_uint8(images: Tensor, size: int | None = None) -> Tensor:
     """[-1, 1] float (B, 3, H, W) -> uint8 (B, size, size, 3), rounded as the released sampler does.
 
     Bicubic resize without antialiasing when ``size`` differs from H x W, then
@@ -21,9 +22,8 @@ def to_uint8(images: torch.Tensor, size: int | None = None) -> torch.Tensor:
     """
     if size is not None and tuple(images.shape[-2:]) != (size, size):
         images = F.interpolate(images, size=(size, size), mode="bicubic")  # (B, 3, S, S)
-    return (
-        (127.5 * images + 128.0).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
-    )  # (B, S, S, 3)
+    values = (127.5 * images + 128.0).clamp(0, 255)  # (B, 3, S, S)
+    return values.permute(0, 2, 3, 1).to(torch.uint8)  # (B, S, S, 3)
 
 
 def save_png(path: str | Path, pixels: np.ndarray) -> None:
@@ -33,14 +33,11 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
 
 
 def image_grid(pixels: np.ndarray, columns: int, padding: int = 2) -> np.ndarray:
-    """uint8 (N, H, W, 3) -> one picture, ``columns`` images a row, white gaps of ``padding``
-    pixels.
-    """
+    """uint8 (N, H, W, 3) -> one picture of ``columns``, with white gaps of ``padding`` pixels."""
     n, h, w, c = pixels.shape
     rows = -(-n // columns)
-    canvas = np.full(
-        (rows * (h + padding) + padding, columns * (w + padding) + padding, c), 255, np.uint8
-    )
+    shape = (rows * (h + padding) + padding, columns * (w + padding) + padding, c)
+    canvas = np.full(shape, 255, np.uint8)
     for i, image in enumerate(pixels):
         top, left = padding + i // columns * (h + padding), padding + i % columns * (w + padding)
         canvas[top : top + h, left : left + w] = image
@@ -62,9 +59,7 @@ def labelled_rows(pixels: np.ndarray, labels: Sequence[str], padding: int = 2) -
 
 
 def save_gif(path: str | Path, frames: Sequence[np.ndarray], milliseconds: int = 80) -> None:
-    """Write uint8 frames (H, W, 3) as an endless animation that rests on its last frame,
-    atomically.
-    """
+    """Write uint8 frames (H, W, 3) atomically as an endless animation resting on the last."""
     first, *others = (Image.fromarray(f) for f in frames)
     durations = [milliseconds] * len(others) + [2000]
     with atomic_path(path) as temporary:

@@ -13,9 +13,7 @@ from utils.distributed import World
 
 
 def create_logger(world: World, folder: str | Path | None = None) -> logging.Logger:
-    """Return a logger to the screen and ``folder/log.txt`` on rank 0; other ranks show warnings
-    only.
-    """
+    """Return a logger to screen and ``folder/log.txt`` on rank 0; others show only warnings."""
     logger = logging.getLogger("par")
     logger.handlers.clear()
     logger.propagate = False

@@ -65,9 +65,7 @@ def _readable(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def open_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
-    """Open an archive for ``open_member`` and ``map_member``; ``ValueError`` if it is not a
-    whole ``.npz``.
-    """
+    """Open an archive for ``open_member`` and ``map_member``; ``ValueError`` unless whole."""
     with _readable(path):
         archive = zipfile.ZipFile(path)
     with archive:
@@ -132,8 +130,7 @@ def parse_npy(data: bytes, what: str) -> np.ndarray:
 
 
 def open_member(archive: zipfile.ZipFile, name: str) -> Member:
-    """Read the header of array ``name`` and compare its size with the number of bytes in the
-    archive.
+    """Read the header of array ``name``; check its size against the bytes in the archive.
 
     Raises ``ValueError`` if the array is missing, holds Python objects or is damaged.
     """
@@ -148,8 +145,8 @@ def open_member(archive: zipfile.ZipFile, name: str) -> Member:
     member = Member(path, name, stream, shape, fortran_order, dtype)
     if member.num_bytes != present:
         raise ValueError(
-            f"{path}: {name} should have {member.num_bytes} bytes of values and has {present}: "
-            "damaged file"
+            f"{path}: {name} should have {member.num_bytes} bytes of values and has "
+            f"{present}: damaged file"
         )
     return member
 
@@ -163,9 +160,8 @@ def map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
         )
 
     with _readable(member.path), open(member.path, "rb") as f:
-        f.seek(
-            info.header_offset + 26
-        )  # the lengths of name and extra field end the zip's local header
+        # the lengths of name and extra field end the zip's local header
+        f.seek(info.header_offset + 26)
         start = (
             info.header_offset + 30 + sum(struct.unpack("<HH", f.read(4))) + member.stream.tell()
         )
@@ -177,9 +173,7 @@ def map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 
 class SampleFile:
-    """An unfinished set of images; ``fingerprint`` distinguishes sets made with other options or
-    weights.
-    """
+    """An unfinished image set; ``fingerprint`` tells apart sets of other options or weights."""
 
     def __init__(self, npz: Path, fingerprint: str, shape: tuple[int, int, int, int], chunk: int):
         self.npz, self.fingerprint, self.shape, self.chunk = npz, fingerprint, shape, chunk
@@ -218,10 +212,8 @@ class SampleFile:
         """Return whether there is an unfinished file that can be continued."""
         if not (self.record.exists() and self.partial.exists()):
             return False
-        return (
-            self.partial.stat().st_size >= self._end
-            and self.record.stat().st_size == self.num_chunks
-        )
+        sizes = self.partial.stat().st_size, self.record.stat().st_size
+        return sizes[0] >= self._end and sizes[1] == self.num_chunks
 
     def missing(self) -> list[int]:
         """Return the chunks that are still to be written."""
@@ -238,20 +230,17 @@ class SampleFile:
             and images.dtype == np.uint8
         )
         try:
-            _write_at(
-                self.partial, self._start + chunk * self.chunk * self._image_bytes, images.tobytes()
-            )
+            position = self._start + chunk * self.chunk * self._image_bytes
+            _write_at(self.partial, position, images.tobytes())
             _write_at(self.record, chunk, b"\1")
         except OSError as error:
             raise ValueError(
-                f"{self.partial} cannot be written: {error.strerror}; the same command continues "
-                "from here"
+                f"{self.partial} cannot be written: {error.strerror}; the same "
+                "command continues from here"
             ) from error
 
     def finish(self, labels: np.ndarray, bar: tqdm) -> None:
-        """Add checksum, labels and table of contents, then rename the file; to be called by one
-        process only.
-        """
+        """Add checksum, labels and directory, rename the file; to be called by one process."""
         assert not self.missing()
         crc = zlib.crc32(self._npy_header)
         with open(self.partial, "r+b") as f:
@@ -293,43 +282,19 @@ def _write_at(path: Path, offset: int, content: bytes) -> None:
 
 
 def _local_header(name: bytes, crc: int, size: int) -> bytes:
-    """Return the header of a stored file in a zip, in zip64 form for every size (APPNOTE 4.3.7,
-    4.5.3).
-    """
+    """Return a stored file's header in a zip, zip64 for every size (APPNOTE 4.3.7, 4.5.3)."""
     fields = (0x04034B50, 45, 0, 0, 0, _DATE, crc, _LARGE, _LARGE, len(name), 20)
     return struct.pack("<I5H3I2H", *fields) + name + struct.pack("<2H2Q", 1, 16, size, size)
 
 
 def _end_of_zip(position: int, files: list[tuple[bytes, int, int, int]]) -> bytes:
-    """Return the table of contents at ``position`` for files of (name, crc, size, offset)
-    (APPNOTE 4.3.12-16).
-    """
+    """Return the directory at ``position`` of (name, crc, size, offset) (APPNOTE 4.3.12-16)."""
     directory = b""
     for name, crc, size, offset in files:
-        fields = (
-            0x02014B50,
-            45,
-            45,
-            0,
-            0,
-            0,
-            _DATE,
-            crc,
-            _LARGE,
-            _LARGE,
-            len(name),
-            28,
-            0,
-            0,
-            0,
-            0,
-            _LARGE,
-        )
-        directory += (
-            struct.pack("<I6H3I5H2I", *fields)
-            + name
-            + struct.pack("<2H3Q", 1, 24, size, size, offset)
-        )
+        fields = (0x02014B50, 45, 45, 0, 0, 0, _DATE, crc, _LARGE, _LARGE, len(name), 28)
+        rest = (0, 0, 0, 0, _LARGE)
+        extra = struct.pack("<2H3Q", 1, 24, size, size, offset)
+        directory += struct.pack("<I6H3I5H2I", *fields, *rest) + name + extra
     count = len(files)
     end64 = struct.pack(
         "<IQ2H2I4Q", 0x06064B50, 44, 45, 45, 0, 0, count, count, len(directory), position

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,7 @@ def make_parser(description: str, example: str, arguments: str = "") -> argparse
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call ``main``; a user's mistake (``ValueError``, ``OSError``) ends in one line and exit
-    status 2.
+    """Call ``main``; a user's mistake (``ValueError``, ``OSError``) is one line, exit status 2.
 
     Under torchrun every failing rank reports its own error. ``PAR_DEBUG=1`` keeps the traceback.
     """
@@ -105,9 +105,7 @@ def fraction(text: str) -> float:
 
 
 def resolve(option: str, written: Any, fixed: Any, source: str) -> Any:
-    """Return ``fixed``, the value that ``source`` records; ``ValueError`` if the user wrote a
-    different one.
-    """
+    """Return ``fixed``, which ``source`` records; ``ValueError`` if the user wrote another."""
     if written is not None and written != fixed:
         raise ValueError(
             f"{option} {written} contradicts {source}, which says {fixed}; leave the option out"
@@ -146,17 +144,13 @@ class _Retired(argparse.Action):
 
 
 def git_revision() -> str | None:
-    """Return the checked-out commit, with ``+`` if files were changed since; None outside a
-    repository.
-    """
+    """Return the checked-out commit, with ``+`` if files changed; None outside a repository."""
     root = Path(__file__).parent
     try:
-        commit, changed = (
-            subprocess.run(
-                ["git", "-C", root, *words], capture_output=True, text=True, check=True, timeout=30
-            ).stdout
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
+        run = partial(subprocess.run, capture_output=True, text=True, check=True, timeout=30)
+        git = ["git", "-C", root]
+        commit = run([*git, "rev-parse", "HEAD"]).stdout
+        changed = run([*git, "status", "--porcelain", "--untracked-files=no"]).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.strip() + ("+" if changed.strip() else "")

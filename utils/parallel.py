@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     bf16_compress_hook,
     fp16_compress_hook,
@@ -34,9 +34,7 @@ _COMPRESS_HOOK = {torch.bfloat16: bf16_compress_hook, torch.float16: fp16_compre
 
 
 def replicate(world: World, model: nn.Module, grad_dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return ``model`` under DDP, gradients averaged in ``grad_dtype``; with one rank, ``model``
-    itself.
-    """
+    """Return ``model`` under DDP, gradients averaged in ``grad_dtype``; itself on one rank."""
     if world.size == 1:
         return model
     device_ids = [world.device.index] if world.device.type == "cuda" else None
@@ -59,8 +57,7 @@ def shard(
     cpu_offload: bool = False,
     forward_methods: Sequence[str] = (),
 ) -> nn.Module:
-    """Shard ``model`` in place under FSDP2, each of ``blocks`` separately; it is called under
-    autocast as before.
+    """Shard ``model`` and each of ``blocks`` in place by FSDP2; called under autocast as before.
 
     mode: ``fsdp`` gathers a block's weights anew for backward, ``sdp`` keeps them, ``hsdp`` shards
     within groups of ``shard_size`` ranks (default: those of one machine) and replicates over the
@@ -76,13 +73,10 @@ def shard(
     inner = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=grad_dtype, cast_forward_inputs=False
     )
+    options = dict(mesh=mesh, offload_policy=offload, reshard_after_forward=reshard)
     for block in blocks:
-        fully_shard(
-            block, mesh=mesh, mp_policy=inner, offload_policy=offload, reshard_after_forward=reshard
-        )
-    fully_shard(
-        model, mesh=mesh, mp_policy=outer, offload_policy=offload, reshard_after_forward=reshard
-    )
+        fully_shard(block, mp_policy=inner, **options)
+    fully_shard(model, mp_policy=outer, **options)
     for method in forward_methods:
         register_fsdp_forward_method(model, method)
     return model
@@ -101,24 +95,17 @@ def _make_mesh(world: World, mode: str, shard_size: int | None) -> DeviceMesh:
 
 
 def delay_sync(forward: nn.Module, delay: bool) -> AbstractContextManager:
-    """Return a context in which DDP does not average gradients yet; sharded ones are reduced in
-    every micro-batch.
-    """
-    return (
-        forward.no_sync()
-        if delay and isinstance(forward, DistributedDataParallel)
-        else nullcontext()
-    )
+    """Return a context in which DDP delays averaging; sharded gradients are always reduced."""
+    replicated = isinstance(forward, DistributedDataParallel)
+    return forward.no_sync() if delay and replicated else nullcontext()
 
 
-def gradient_norm(model: nn.Module) -> torch.Tensor:
+def gradient_norm(model: nn.Module) -> Tensor:
     """Return the 2-norm of all gradients over all ranks, a scalar on the device."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the part of a sharded tensor that this rank holds, sharing its memory; other
-    tensors as they are.
-    """
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor, sharing memory; other tensors unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

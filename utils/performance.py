@@ -82,9 +82,7 @@ def device_name() -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak of memory in bytes: allocated on a CUDA device, else resident in this
-    process.
-    """
+    """Return peak memory in bytes: allocated on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (

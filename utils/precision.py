@@ -26,21 +26,16 @@ AUTOCAST_DTYPE = {
 }
 AUTO_HELP = (
     "auto takes bf16 where the device computes in it (GPUs of compute capability 8.0 or newer; "
-    "CPUs with AMX, AVX-512 "
-    "BF16 or Arm BF16, if "
-    "that is faster than float32 there), else fp16 with a loss scale on CUDA, else none, which is "
-    "float32"
+    "CPUs with AMX, AVX-512 BF16 or Arm BF16, if that is faster than float32 there), else fp16 "
+    "with a loss scale on CUDA, else none, which is float32"
 )
-CPU_BFLOAT16 = {
-    "amx_bf16": "AMX",
-    "avx512_bf16": "AVX-512 BF16",
-    "bf16": "Arm BF16",
-}  # flag -> name
+# flag -> name
+CPU_BFLOAT16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "bf16": "Arm BF16"}
 PRODUCT_WIDTH = 512  # of the matrices that are timed
 WORTHWHILE_GAIN = 1.2  # of bfloat16 over float32
 
-# PAR_CPU -> settings of ATen, oneDNN and MKL, each of which reads its own when its first operator
-# runs
+# PAR_CPU -> settings of ATen, oneDNN and MKL, each of which reads its own when its
+# first operator runs
 CPU_LIMITS = {
     "avx2": {
         "ATEN_CPU_CAPABILITY": "avx2",
@@ -56,16 +51,12 @@ CPU_LIMITS = {
 
 
 def cpu_name() -> str | None:
-    """Return the processor that ``PAR_CPU`` declares: ``avx2``, ``avx512``, or None for the one
-    that is there.
-    """
+    """Return the processor that ``PAR_CPU`` declares: ``avx2``, ``avx512``, or None if unset."""
     return os.environ.get("PAR_CPU") or None
 
 
 def cpu_flags() -> set[str]:
-    """Return the names of the processor's instruction sets as torch or Linux has them; empty if
-    neither can tell.
-    """
+    """Return the processor's instruction sets as torch or Linux names them; empty if unknown."""
     if hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 and newer
         return {name for name, value in torch.cpu.get_capabilities().items() if value is True}
     try:
@@ -81,17 +72,14 @@ def cpu_flags() -> set[str]:
 
 
 def limit_cpu() -> None:
-    """Hold torch to the processor that ``PAR_CPU`` declares; to be called before any of its
-    operators has run.
-    """
+    """Hold torch to the processor of ``PAR_CPU``; to be called before any operator has run."""
     name = cpu_name()
     if name is None:
         return
     if name not in CPU_LIMITS:
         raise ValueError(f"PAR_CPU={name}: expected {' or '.join(CPU_LIMITS)}, or no PAR_CPU")
-    needed = {"avx2": {"avx2"}, "avx512": {"avx512bw", "avx512_bw"}}[
-        name
-    ]  # Linux and torch spell it differently
+    # Linux and torch spell it differently
+    needed = {"avx2": {"avx2"}, "avx512": {"avx512bw", "avx512_bw"}}[name]
     if not needed & cpu_flags():
         raise ValueError(
             f"PAR_CPU={name}: this processor ({platform.machine()}) does not have {name}"
@@ -108,8 +96,7 @@ def limit_cpu() -> None:
     if capability != name.upper():
         raise ValueError(
             f"PAR_CPU={name}, but torch uses {capability}: ATEN_CPU_CAPABILITY says so, or an "
-            "operator of torch ran "
-            f"before utils.precision was imported"
+            "operator of torch ran before utils.precision was imported"
         )
 
 
@@ -117,9 +104,7 @@ limit_cpu()
 
 
 def bfloat16_unit(device: torch.device) -> str | None:
-    """Return what computes in bfloat16 on ``device``, in words; None if nothing does or the
-    device type is unknown.
-    """
+    """Return what computes in bfloat16 on ``device``, in words; None if nothing does or unknown."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"compute capability {major}.{minor}" if major >= 8 else None
@@ -134,8 +119,7 @@ def bfloat16_unit(device: torch.device) -> str | None:
 
 @functools.cache
 def bfloat16_gain() -> float:
-    """Return how many times as fast a matrix product is in bfloat16 as in float32 on this CPU,
-    measured in 0.1 s.
+    """Return the speed of a bfloat16 product relative to float32 on this CPU, measured in 0.1 s.
 
     An Intel Xeon whose AMX is hidden by a virtual machine has AVX-512 BF16 and takes twice as long
     by it.
@@ -153,9 +137,7 @@ def bfloat16_gain() -> float:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether ``device`` computes in bfloat16 itself, and on a CPU faster than in
-    float32.
-    """
+    """Return whether ``device`` computes in bfloat16, on a CPU faster than in float32."""
     return bfloat16_unit(device) is not None
 
 
@@ -170,9 +152,7 @@ def is_emulated(precision: str, device: torch.device) -> bool:
 
 
 def log_level(precision: str, device: torch.device) -> int:
-    """Return the level at which to log the reason of ``resolve_precision``: a warning where it
-    is emulated.
-    """
+    """Return the log level for ``resolve_precision``'s reason: a warning where it is emulated."""
     return logging.WARNING if is_emulated(precision, device) else logging.INFO
 
 
@@ -193,8 +173,8 @@ def resolve_precision(written: str, device: torch.device) -> tuple[str, str]:
         return "none", f"none (float32): the default on {device.type}"
     declared = f" (PAR_CPU={cpu_name()})" if cpu_name() else ""
     return "none", (
-        "none (float32): this CPU computes in bfloat16 only by emulation, or slower than in "
-        f"float32{declared}"
+        "none (float32): this CPU computes in bfloat16 only by emulation, or slower "
+        f"than in float32{declared}"
     )
 
 
@@ -203,8 +183,6 @@ def _kind(device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return an autocast context for ``precision``, a key of ``AUTOCAST_DTYPE``; off in those that
-    compute in float32.
-    """
+    """Return an autocast context for ``precision`` of ``AUTOCAST_DTYPE``; off for float32 kinds."""
     dtype = AUTOCAST_DTYPE[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

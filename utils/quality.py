@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 SSIM_WINDOW = 11  # pixels
 
@@ -19,35 +20,29 @@ def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def ssim(images: np.ndarray, others: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
-    """Structural similarity of each pair of images (N, H, W, 3) in 0-255: (N,) float32, 1 for equal
-    images.
+    """SSIM of each pair of images (N, H, W, 3) in 0-255: (N,) float32, 1 for equal images.
 
     With a Gaussian window of 11 x 11 pixels and sigma 1.5 (Wang et al. 2004), mirrored at the
     borders; the mean over colours and pixels. H and W must be at least 11.
     """
-    from torchmetrics.functional.image import (
-        structural_similarity_index_measure,
-    )  # takes over a second
+    # here: it takes over a second
+    from torchmetrics.functional.image import structural_similarity_index_measure
 
-    x, y = (
-        torch.from_numpy(a).to(device).permute(0, 3, 1, 2).float() for a in (images, others)
-    )  # (N, 3, H, W)
+    both = (torch.from_numpy(a).to(device) for a in (images, others))  # (N, H, W, 3)
+    x, y = (a.permute(0, 3, 1, 2).float() for a in both)  # (N, 3, H, W)
     similarity = structural_similarity_index_measure(
         x, y, data_range=255.0, kernel_size=SSIM_WINDOW, reduction="none"
     )
     return similarity.reshape(-1).cpu().numpy()
 
 
-def codebook_usage(counts: torch.Tensor) -> float:
-    """Return the fraction of codebook entries that occur; ``counts`` (V,) are the occurrences of
-    each.
-    """
+def codebook_usage(counts: Tensor) -> float:
+    """Return the fraction of codebook entries used; ``counts`` (V,) are their occurrences."""
     return (counts > 0).sum().item() / len(counts)
 
 
-def perplexity(counts: torch.Tensor) -> float:
-    """exp(entropy) of the distribution given by ``counts`` (V,), the occurrences of each codebook
-    entry.
+def perplexity(counts: Tensor) -> float:
+    """exp(entropy) of the distribution of ``counts`` (V,), occurrences of codebook entries.
 
     It equals the number of entries in use if these are used equally often: at most V, and 1 without
     any counts.

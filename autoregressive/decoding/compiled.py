@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from autoregressive.models.attention import KVCache
 from autoregressive.models.decode_step import StepDecoder
 from autoregressive.models.gpt import GPT, TransformerBlock
 
 
-def finish_block(block: TransformerBlock, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Add the attention output y to x, then the feed-forward, both (B, T, D); a block in ``eval()``
-    mode.
+def finish_block(block: TransformerBlock, x: Tensor, y: Tensor) -> Tensor:
+    """Add the attention output y to x, then the feed-forward, both (B, T, D), in ``eval()`` mode.
 
     Without the stochastic depth, which does nothing then but would make torch.compile treat every
     block on its own.
@@ -41,20 +41,17 @@ class CompiledDecoder(StepDecoder):
         """Return an empty cache for ``batch`` rows and all slots."""
         return self.model.new_cache(batch)
 
-    def trunk(self, x: torch.Tensor, start: int, cache: KVCache) -> torch.Tensor:
+    def trunk(self, x: Tensor, start: int, cache: KVCache) -> Tensor:
         """Apply blocks and final norm to slots [start, start + t): (B, t, D) -> (B, t, D)."""
         freqs_cis = self.model.freqs_cis[start : start + x.shape[1]]  # (t, hd/2, 2)
         for block in self.model.layers:
             q, k, v = self._before(block, x, freqs_cis)  # (B, H or Hkv, t, hd)
-            x = self._after(
-                block, x, block.attention.attend(q, k, v, None, cache, start)
-            )  # (B, t, D)
+            y = block.attention.attend(q, k, v, None, cache, start)  # (B, t, D)
+            x = self._after(block, x, y)  # (B, t, D)
         return self.model.norm(x)  # (B, t, D)
 
     @torch.inference_mode()
-    def capture(
-        self, decode: Callable[..., torch.Tensor], *inputs: torch.Tensor
-    ) -> Callable[..., torch.Tensor]:
+    def capture(self, decode: Callable[..., Tensor], *inputs: Tensor) -> Callable[..., Tensor]:
         """Record ``decode(*inputs)`` as one CUDA graph and return a function that replays it.
 
         inputs: buffers of the largest batch. The function copies its arguments, of as many rows or
@@ -71,7 +68,7 @@ class CompiledDecoder(StepDecoder):
         with torch.cuda.graph(graph):
             output = decode(*inputs)
 
-        def replay(*arguments: torch.Tensor) -> torch.Tensor:
+        def replay(*arguments: Tensor) -> Tensor:
             rows = len(arguments[0])
             for buffer, argument in zip(inputs, arguments, strict=True):
                 buffer[:rows] = argument

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from autoregressive.decoding.compiled import CompiledDecoder
 from autoregressive.decoding.cpu.build import cache_folder, load, unavailable_reason
@@ -31,8 +32,7 @@ MEASURED_SECONDS = 0.3  # per way, at least one step
 
 
 class Decoder(Protocol):
-    """Anything that makes logits step by step over a cache of its own kind. A GPT in ``eval()``
-    mode is one.
+    """Makes logits step by step over a cache of its own kind. A GPT in ``eval()`` mode is one.
 
     A decoder may also have ``capture``, see ``CompiledDecoder``.
     """
@@ -42,27 +42,23 @@ class Decoder(Protocol):
     device: torch.device
 
     def new_cache(self, batch: int) -> Any:
-        """Return an empty cache for at most ``batch`` rows; ``first_rows(b)`` of it shares its
-        memory.
-        """
+        """Return an empty cache of ``batch`` rows; its ``first_rows(b)`` share its memory."""
 
     def decode_step(
         self,
-        tokens: torch.Tensor,
-        cond: torch.Tensor,
+        tokens: Tensor,
+        cond: Tensor,
         start: int,
         stop: int,
         cache: Any,
         cfg_scale: float | None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """See ``GPT.decode_step``."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way of decoding: the type of weights and cache, a key of ``AUTOCAST_DTYPE``, and the
-    decoder's name.
-    """
+    """A way of decoding: type of weights and cache (key of ``AUTOCAST_DTYPE``), decoder's name."""
 
     precision: str
     decoder: str
@@ -78,15 +74,15 @@ class Way:
         return AUTOCAST_DTYPE[self.precision] or torch.float32
 
     def __str__(self) -> str:
-        by = {"eager": "torch's operators", "kernels": "our kernels", "compiled": "torch.compile"}[
-            self.decoder
-        ]
-        return f"{by} in {str(self.dtype).removeprefix('torch.')}"
+        by = {"eager": "torch's operators", "kernels": "our kernels", "compiled": "torch.compile"}
+        return f"{by[self.decoder]} in {str(self.dtype).removeprefix('torch.')}"
+
+
+Begun = Callable[[Way], bool]  # whether an interrupted run decodes in this way
 
 
 def make_decoder(model: GPT, way: Way, rows: int) -> Decoder:
-    """Return a decoder of ``model``, which is on its device in ``way.dtype``; ``kernels`` take its
-    weights.
+    """Return a decoder of ``model``, placed and cast to ``way.dtype``; ``kernels`` consume it.
 
     rows: rows of the largest step, images times slots (twice with guidance).
     """
@@ -108,20 +104,14 @@ def possible_ways(
     resolved, reason = resolve_precision(precision, device)
     if device.type != "cpu":
         return [Way(resolved, "compiled" if compiled else "eager")], reason
-    kernels, eager = (
-        Way("bf16" if precision == "auto" else resolved, "kernels"),
-        Way(resolved, "eager"),
-    )
+    kernels = Way("bf16" if precision == "auto" else resolved, "kernels")
+    eager = Way(resolved, "eager")
     missing = "none for quantized weights" if quantized else unavailable_reason(kernels.dtype)
     if compiled and missing is not None:
         raise ValueError(f"--compile: no kernels for decoding on this CPU: {missing}")
     if compiled is False or missing is not None:
-        slower = (
-            f"several times slower than our kernels, which cannot be had: {missing}; "
-            if compiled is None
-            else ""
-        )
-        return [eager], slower + reason
+        slower = f"several times slower than our kernels, which cannot be had: {missing}; "
+        return [eager], slower + reason if compiled is None else reason
     note = None
     if kernels.precision == "bf16" and not has_bfloat16(device):
         note = "bfloat16 is only stored: this CPU computes in float32"
@@ -129,11 +119,7 @@ def possible_ways(
 
 
 def choose_way(
-    model: GPT,
-    ways: list[Way],
-    batch: int,
-    guided: bool,
-    begun: Callable[[Way], bool] | None = None,
+    model: GPT, ways: list[Way], batch: int, guided: bool, begun: Begun | None = None
 ) -> tuple[Way, str]:
     """Return one of ``ways`` and a line that says why.
 
@@ -150,17 +136,15 @@ def choose_way(
     best, other = sorted(ways, key=seconds.__getitem__)
     return best, (
         f"decoding by {best}: {1e3 * seconds[best]:.3g} ms per step, by {other} "
-        f"{1e3 * seconds[other]:.3g} "
-        f"(measured {'now' if is_new else 'before'} on this machine; --compile and --no-compile "
-        "override it)"
+        f"{1e3 * seconds[other]:.3g} (measured {'now' if is_new else 'before'} on this machine; "
+        "--compile and --no-compile override it)"
     )
 
 
 def measured_seconds(
     model: GPT, ways: list[Way], batch: int, guided: bool
 ) -> tuple[dict[Way, float], bool]:
-    """Return seconds per step of each of ``ways`` on this CPU, and whether they were measured just
-    now.
+    """Return seconds per step of each of ``ways`` on this CPU, and whether they are new.
 
     Kept beside the compiled kernels and measured again when kernels, processor, torch, model size,
     rows or precision change; not with the number of threads, so that one process or many on a
@@ -168,21 +152,15 @@ def measured_seconds(
     """
     shape = {k: v for k, v in asdict(model.config).items() if "drop" not in k}
     kernels = load()
-    facts = [
-        "none" if isinstance(kernels, str) else kernels.key,
-        torch.__version__,
-        shape,
-        batch,
-        guided,
-    ]
-    key = hashlib.sha256(json.dumps([*facts, [str(w) for w in ways]]).encode()).hexdigest()[:16]
+    build = "none" if isinstance(kernels, str) else kernels.key
+    facts = [build, torch.__version__, shape, batch, guided, [str(w) for w in ways]]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path = cache_folder() / f"decoders-{key}.json"
     if (seconds := read_seconds(path, ways)) is not None:
         return seconds, False
     seconds = {way: time_step(model, way, batch, guided) for way in ways}
-    if (
-        earlier := read_seconds(path, ways)
-    ) is not None:  # of a process that measured at the same time
+    # another process may have measured at the same time
+    if (earlier := read_seconds(path, ways)) is not None:
         return earlier, False
     with contextlib.suppress(OSError):  # measured again next time
         write_json(path, {str(way): s for way, s in seconds.items()})
@@ -201,30 +179,24 @@ def read_seconds(path: Path, ways: list[Way]) -> dict[Way, float] | None:
 
 @torch.inference_mode()
 def time_step(model: GPT, way: Way, batch: int, guided: bool) -> float:
-    """Return the seconds of one step in the middle of the schedule, by as many layers as fill
-    ``MEASURED_BYTES``.
-    """
+    """Return the seconds of a middle step, by as many layers as fill ``MEASURED_BYTES``."""
     layer_bytes = sum(p.numel() for p in model.layers[0].parameters()) * way.dtype.itemsize
     layers = min(model.config.n_layer, -(-MEASURED_BYTES // layer_bytes))
     part = first_layers(model, layers).cast_weights(way.dtype)
-    rows, (start, stop) = (
-        (2 * batch if guided else batch),
-        model.order.schedule[len(model.order.schedule) // 2],
-    )
+    rows = 2 * batch if guided else batch
+    start, stop = model.order.schedule[len(model.order.schedule) // 2]
     decoder = make_decoder(part, way, rows * model.order.n)
     tokens = torch.zeros(rows, model.order.num_tokens, dtype=torch.int64)  # (R, T)
     labels = torch.zeros(rows, dtype=torch.int64)  # (R,)
     cache = decoder.new_cache(rows)
     cache.store.zero_()  # memory never written to would be read from one page
 
+    scale = 1.5 if guided else None
+    decoder.decode_step(tokens, labels, start, stop, cache, scale)  # warm up
     seconds: list[float] = []
     while not seconds or sum(seconds) < MEASURED_SECONDS:
-        if not seconds:
-            decoder.decode_step(
-                tokens, labels, start, stop, cache, 1.5 if guided else None
-            )  # warm up
         started = time.perf_counter()
-        decoder.decode_step(tokens, labels, start, stop, cache, 1.5 if guided else None)
+        decoder.decode_step(tokens, labels, start, stop, cache, scale)
         seconds.append(time.perf_counter() - started)
     return min(seconds)
 

@@ -1,8 +1,8 @@
 """Class ids -> raster codes: the one decode loop, with KV cache, guidance and inverse-CDF sampling.
 
-Image i has one uniform number per token, drawn from (seed, i): its random numbers depend neither on
-its batch nor on the process that generates it; the last bits of its logits may depend on the batch
-size.
+Image i has one uniform number per token, drawn from (seed, i): its random numbers depend
+neither on its batch nor on the process that generates it; the last bits of its logits may
+depend on the batch size.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from autoregressive.decoding.decoder import Decoder
 from autoregressive.decoding.sampling import SamplingOptions, sample
 from autoregressive.models.region_order import RegionOrder
 
-StepHook = Callable[[torch.Tensor, int], None]
+StepHook = Callable[[Tensor, int], None]
 
 
 class Generator:
-    """Class ids -> codes, batch after batch, by one decoder; cache and buffers are allocated here,
-    once.
+    """Class ids -> codes, batch after batch, by one decoder; buffers are allocated once.
 
     decoder: a GPT in ``eval()`` mode or another ``Decoder`` of one. batch: most images at a time.
     """
@@ -35,9 +35,7 @@ class Generator:
 
         rows = 2 * batch if self.guided_steps else batch
         self.tokens = torch.zeros(rows, slots, dtype=torch.int64, device=device)  # (R, T)
-        self.labels = torch.full(
-            (rows,), num_classes, device=device
-        )  # (R,), null from ``batch`` on
+        self.labels = torch.full((rows,), num_classes, device=device)  # (R,), null past ``batch``
         self.cache = decoder.new_cache(rows)
         self._decode_batch = self._decode
         if (capture := getattr(decoder, "capture", None)) is not None:
@@ -46,11 +44,8 @@ class Generator:
             self._decode_batch = capture(self._decode, cond, uniforms)
 
     @torch.inference_mode()
-    def __call__(
-        self, cond: torch.Tensor, uniforms: torch.Tensor, on_step: StepHook | None = None
-    ) -> torch.Tensor:
-        """Return raster codes (B, T) int64 of class ids ``cond`` (B,), from ``uniforms`` (B, T) in
-        region order.
+    def __call__(self, cond: Tensor, uniforms: Tensor, on_step: StepHook | None = None) -> Tensor:
+        """Return raster codes (B, T) int64 of classes (B,), by uniforms (B, T) in region order.
 
         B <= ``batch``. ``on_step`` is called after each forward call with the region-ordered tokens
         (B, T) so far and how many of them are decoded.
@@ -59,27 +54,19 @@ class Generator:
             return self._decode_batch(cond, uniforms)  # (B, T)
         return self._decode(cond, uniforms, on_step)  # (B, T)
 
-    def _decode(
-        self, cond: torch.Tensor, uniforms: torch.Tensor, on_step: StepHook | None = None
-    ) -> torch.Tensor:
-        batch, guided = len(cond), self.guided_steps > 0
+    def _decode(self, cond: Tensor, uniforms: Tensor, on_step: StepHook | None = None) -> Tensor:
+        decoder, batch, guided = self.decoder, len(cond), self.guided_steps > 0
         rows = 2 * batch if guided else batch
         # conditional rows first; the unconditional half repeats their tokens
         cache, tokens, labels = self.cache.first_rows(rows), self.tokens[:rows], self.labels[:rows]
         labels[:batch] = cond
-        labels[batch:] = self.decoder.config.num_classes
+        labels[batch:] = decoder.config.num_classes
         for i, (start, stop) in enumerate(self.order.schedule):
             if guided and i == self.guided_steps:  # from here on the unconditional half rests
-                guided, cache, tokens, labels = (
-                    False,
-                    cache.first_rows(batch),
-                    tokens[:batch],
-                    labels[:batch],
-                )
+                guided = False
+                cache, tokens, labels = cache.first_rows(batch), tokens[:batch], labels[:batch]
             scale = self.scales[i] if guided else None
-            logits = self.decoder.decode_step(
-                tokens, labels, start, stop, cache, scale
-            )  # (B, t, V)
+            logits = decoder.decode_step(tokens, labels, start, stop, cache, scale)  # (B, t, V)
             drawn = sample(logits, uniforms[:, start:stop], self.options)  # (B, t)
             tokens.view(-1, batch, tokens.shape[1])[:, :, start:stop] = drawn  # (2 or 1, B, t)
             if on_step is not None:
@@ -88,13 +75,7 @@ class Generator:
 
 
 def generate(
-    decoder: Decoder,
-    order: RegionOrder,
-    cond: torch.Tensor,
-    uniforms: torch.Tensor,
-    options: SamplingOptions,
-) -> torch.Tensor:
-    """Return raster codes (B, T) int64 for class ids ``cond`` (B,) and ``uniforms`` (B, T); see
-    Generator.
-    """
+    decoder: Decoder, order: RegionOrder, cond: Tensor, uniforms: Tensor, options: SamplingOptions
+) -> Tensor:
+    """Return raster codes (B, T) int64 of classes (B,) and uniforms (B, T); see Generator."""
     return Generator(decoder, order, options, len(cond))(cond, uniforms)

@@ -8,23 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 CFG_SCHEDULES = ("constant", "linear", "power-cosine")
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How logits become tokens; the defaults are the paper's sampling (temperature 1, nothing
-    cut off).
-    """
+    """How logits become tokens; by default as in the paper (temperature 1, nothing cut off)."""
 
     cfg_scale: float = 1.0  # guidance: uncond + cfg_scale (cond - uncond); 1 is none
-    cfg_interval: int = (
-        -1
-    )  # guide only steps with at most this many tokens decoded before them; -1: all
-    cfg_schedule: str = (
-        "constant"  # or linear, power-cosine: from 1 at the first token towards cfg_scale
-    )
+    cfg_interval: int = -1  # guide only steps after at most this many tokens; -1: all steps
+    cfg_schedule: str = "constant"  # linear, power-cosine: from 1 at the first token to cfg_scale
     cfg_power: float = 2.75  # of power-cosine
     temperature: float = 1.0  # 0: the most likely token
     top_k: int = 0  # 0: off
@@ -59,8 +54,7 @@ class SamplingOptions:
             raise ValueError(f"--top-p {self.top_p} must be in (0, 1] (1 is off)")
 
     def scale(self, decoded: int, total: int) -> float:
-        """Return the CFG scale of a step before which ``decoded`` of ``total`` tokens are decoded;
-        1.0: none.
+        """Return the CFG scale of a step after ``decoded`` of ``total`` tokens; 1.0: none.
 
         With progress p = decoded / total: constant s; linear 1 + (s - 1) p; power-cosine
         1 + (s - 1) (1 - cos(pi p^power)) / 2 (MDTv2, arXiv 2303.14389).
@@ -79,8 +73,7 @@ class SamplingOptions:
 def image_randomness(
     seed: int, indices: range, num_classes: int, num_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return random class ids (B,) int64 and uniforms (B, T) float32 in [0, 1) of images
-    ``indices``.
+    """Return random class ids (B,) int64 and uniforms (B, T) float32 in [0, 1) of ``indices``.
 
     Each image's are a function of (seed, index) alone.
     """
@@ -90,7 +83,7 @@ def image_randomness(
     return labels, uniforms
 
 
-def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set to -inf what top-k, then nucleus (top-p) filtering cut off; (..., V) -> (..., V).
 
     Top-k keeps ties with the k-th logit. Top-p keeps the smallest set of most likely tokens whose
@@ -101,17 +94,15 @@ def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
         logits = logits.masked_fill(logits < kth, -torch.inf)  # (..., V)
     if top_p < 1.0:
         ranked, ranks = logits.sort(descending=True)  # (..., V)
-        before = F.pad(
-            ranked.softmax(-1).cumsum(-1)[..., :-1], (1, 0)
-        )  # (..., V) of all more likely tokens
-        cut = torch.zeros_like(logits, dtype=torch.bool).scatter(
-            -1, ranks, before > top_p
-        )  # (..., V)
+        total = ranked.softmax(-1).cumsum(-1)  # (..., V)
+        before = F.pad(total[..., :-1], (1, 0))  # (..., V) of all more likely tokens
+        cut = torch.zeros_like(logits, dtype=torch.bool)  # (..., V)
+        cut = cut.scatter(-1, ranks, before > top_p)  # (..., V)
         logits = logits.masked_fill(cut, -torch.inf)  # (..., V)
     return logits
 
 
-def sample(logits: torch.Tensor, uniforms: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
+def sample(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
     """Draw tokens by inverse CDF: the first token whose cumulative probability exceeds u.
 
     logits: (B, t, V); uniforms: (B, t) in [0, 1). Returns (B, t) int64. A token of probability 0 is

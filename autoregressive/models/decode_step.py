@@ -6,43 +6,39 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
-def guide(hidden: torch.Tensor, cfg_scale: float | None) -> torch.Tensor:
-    """Guide final hidden states (B, t, D), a conditional and an unconditional half -> (B / 2, t,
-    D).
+def guide(hidden: Tensor, cfg_scale: float | None) -> Tensor:
+    """Guide hidden states (B, t, D), a conditional and an unconditional half -> (B / 2, t, D).
 
     uncond + cfg_scale (cond - uncond), computed in at least float32. The output layer is linear, so
     this guides the logits at half its work. Without ``cfg_scale`` returns ``hidden``.
     """
     if cfg_scale is None:
         return hidden
-    conditional, unconditional = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).chunk(
-        2
-    )
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # (B, t, D)
+    conditional, unconditional = wide.chunk(2)  # (B / 2, t, D) each
     return torch.lerp(unconditional, conditional, cfg_scale).to(hidden.dtype)  # (B / 2, t, D)
 
 
 class StepDecoder:
-    """One decoding step out of ``embed_slots``, ``trunk`` and ``head``, which a GPT and its
-    faster decoders have.
-    """
+    """One decoding step by ``embed_slots``, ``trunk`` and ``head`` of a GPT or a faster decoder."""
 
-    embed_slots: Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
-    trunk: Callable[..., torch.Tensor]  # a GPT's takes a mask too
-    head: Callable[[torch.Tensor], torch.Tensor]
+    embed_slots: Callable[[Tensor, Tensor, int, int], Tensor]
+    trunk: Callable[..., Tensor]  # a GPT's takes a mask too
+    head: Callable[[Tensor], Tensor]
 
     def decode_step(
         self,
-        tokens: torch.Tensor,
-        cond: torch.Tensor,
+        tokens: Tensor,
+        cond: Tensor,
         start: int,
         stop: int,
         cache: Any,
         cfg_scale: float | None = None,
-    ) -> torch.Tensor:
-        """Return logits (B, stop - start, V), at least float32, of slots [start, stop), an entry of
-        ``order.schedule``.
+    ) -> Tensor:
+        """Return logits (B, stop - start, V) of slots [start, stop), at least float32.
 
         tokens: (B, T) region-ordered codes, read only where already decoded; cond: (B,). Steps must
         come in the schedule's order with one cache of ``new_cache``. Every cached key is visible,

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout; on the CPU from 16 random bits per element, as torch's generator takes 10% of
-    a step there.
-    """
+    """nn.Dropout; on the CPU by 16-bit numbers, as torch's generator takes 10% of a step there."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Zero elements of x with probability p (to 1/65536 on the CPU) and scale the others by
-        1 / (1 - p).
-        """
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero elements with probability p (to 1/65536 on the CPU), divide others by 1 - p."""
         dropped = round(self.p * 65536)
         if x.device.type != "cpu" or not self.training or not 0 < dropped < 65536:
             return super().forward(x)
         # each 64-bit draw makes four elements
-        words = torch.randint(
-            torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max, (-(-x.numel() // 4),)
-        )
+        limits = torch.iinfo(torch.int64)
+        words = torch.randint(limits.min, limits.max, (-(-x.numel() // 4),))
         bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in [-32768, 32768)
         return torch.where(bits >= dropped - 32768, x * (1.0 / (1.0 - self.p)), 0.0)
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training, a row's residual branch is 0 with
-    probability ``rate``.
+    """Stochastic depth (Huang et al. 2016): zero a row's branch with probability ``rate``.
 
     Branches that stay grow by 1 / (1 - rate).
     """
@@ -37,7 +31,7 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x (B, ...) -> (B, ...)."""
         if not self.training or self.rate == 0:
             return x

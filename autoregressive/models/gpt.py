@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -50,10 +50,8 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         if self.dim % self.n_head or self.dim // self.n_head % 4:
-            raise ValueError(
-                f"width {self.dim} / {self.n_head} heads is not a multiple of 4, as 2-D rotary "
-                "needs"
-            )
+            width = f"width {self.dim} / {self.n_head} heads"
+            raise ValueError(f"{width} is not a multiple of 4, as 2-D rotary needs")
         if self.n_head % self.kv_heads:
             raise ValueError(
                 f"{self.n_head} heads cannot share {self.kv_heads} key-value heads equally"
@@ -101,10 +99,8 @@ class LabelEmbedder(nn.Module):
         self.num_classes = num_classes
         self.dropout_prob = dropout_prob
 
-    def forward(self, labels: torch.Tensor) -> torch.Tensor:
-        """(B,) int64 in [0, num_classes] -> (B, D); in training a label becomes null with
-        ``dropout_prob``.
-        """
+    def forward(self, labels: Tensor) -> Tensor:
+        """(B,) int64 -> (B, D); in training labels become null with ``dropout_prob``."""
         if self.training and self.dropout_prob > 0:
             drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob  # (B,)
             labels = torch.where(drop, self.num_classes, labels)  # (B,)
@@ -122,7 +118,7 @@ class SpecialTokens(nn.Module):
         self.special_embeddings = nn.Embedding(count, dim)
 
 
-def rotary_table(positions: torch.Tensor, head_dim: int, base: float) -> torch.Tensor:
+def rotary_table(positions: Tensor, head_dim: int, base: float) -> Tensor:
     """Return cos and sin of each slot's 2-D rotary angles, (T, head_dim/2, 2) float32.
 
     The first half of the channel pairs turns with the row, the second with the column, by angle
@@ -138,18 +134,13 @@ def rotary_table(positions: torch.Tensor, head_dim: int, base: float) -> torch.T
     return table * (positions[:, :1, None] >= 0)  # (T, hd/2, 2)
 
 
-def apply_rotary(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
-    """Rotate adjacent channel pairs of x (B, T, H, hd) by freqs_cis (T, hd/2, 2); computed in at
-    least float32.
-    """
-    pairs = x.to(torch.promote_types(x.dtype, freqs_cis.dtype)).unflatten(
-        -1, (-1, 2)
-    )  # (B, T, H, hd/2, 2)
+def apply_rotary(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Rotate channel pairs of x (B, T, H, hd) by freqs_cis (T, hd/2, 2), in at least float32."""
+    wide = x.to(torch.promote_types(x.dtype, freqs_cis.dtype))  # (B, T, H, hd)
+    a, b = wide.unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, hd/2)
     cos, sin = freqs_cis[:, None, :, 0], freqs_cis[:, None, :, 1]  # (T, 1, hd/2)
-    a, b = pairs.unbind(-1)  # (B, T, H, hd/2)
-    return (
-        torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
-    )  # (B, T, H, hd)
+    pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)  # (B, T, H, hd/2, 2)
+    return pairs.flatten(-2).to(x.dtype)  # (B, T, H, hd)
 
 
 class Attention(nn.Module):
@@ -159,43 +150,30 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.n_head, self.kv_heads = layer, config.n_head, config.kv_heads
         self.head_dim, self.dropout_p = config.head_dim, config.attn_dropout_p
-        self.wqkv = nn.Linear(
-            config.dim, (config.n_head + 2 * config.kv_heads) * config.head_dim, bias=False
-        )
+        width = (config.n_head + 2 * config.kv_heads) * config.head_dim
+        self.wqkv = nn.Linear(config.dim, width, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.resid_dropout = Dropout(config.resid_dropout_p)
 
-    def project(
-        self, x: torch.Tensor, freqs_cis: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, H, T, hd), keys and values (B, Hkv, T, hd) of x (B, T, D)."""
+        heads, kv_heads = self.n_head, self.kv_heads
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 Hkv, hd)
-        qk, v = qkv.split(
-            [self.n_head + self.kv_heads, self.kv_heads], dim=2
-        )  # (B, T, H + Hkv or Hkv, hd)
-        q, k = apply_rotary(qk, freqs_cis).split(
-            [self.n_head, self.kv_heads], dim=2
-        )  # (B, T, H or Hkv, hd)
+        qk, v = qkv.split([heads + kv_heads, kv_heads], dim=2)  # (B, T, H + Hkv or Hkv, hd)
+        qk = apply_rotary(qk, freqs_cis)  # (B, T, H + Hkv, hd)
+        q, k = qk.split([heads, kv_heads], dim=2)  # (B, T, H or Hkv, hd)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: Mask,
-        cache: KVCache | None,
-        start: int,
-    ) -> torch.Tensor:
-        """Return the attention output (B, T, D) of queries (B, H, T, hd), over the cache if
-        there is one.
-        """
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, cache: KVCache | None, start: int
+    ) -> Tensor:
+        """Return the attention output (B, T, D), over the cache if there is one."""
         if cache is not None:
             k, v = cache.update(self.layer, start, k, v)  # (B, Hkv, start + T, hd)
         y = attend(q, k, v, mask, self.dropout_p if self.training else 0.0)  # (B, H, T, hd)
         return y.transpose(1, 2).flatten(2)  # (B, T, D)
 
-    def output(self, y: torch.Tensor) -> torch.Tensor:
+    def output(self, y: Tensor) -> Tensor:
         """Project the attention output: (B, T, D) -> (B, T, D)."""
         return self.resid_dropout(self.wo(y))  # (B, T, D)
 
@@ -210,7 +188,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
         self.ffn_dropout = Dropout(config.ffn_dropout_p)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))  # (B, T, D)
 
 
@@ -223,43 +201,30 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(config)
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.recompute: Callable[..., torch.Tensor] | None = None  # torch's checkpoint(), see GPT
+        self.recompute: Callable[..., Tensor] | None = None  # torch's checkpoint(), see GPT
         # the rate grows linearly with depth, from 0 at the first block
         self.drop_path = DropPath(config.drop_path_rate * layer / max(config.n_layer - 1, 1))
 
     def forward(
-        self,
-        x: torch.Tensor,
-        freqs_cis: torch.Tensor,
-        mask: Mask,
-        cache: KVCache | None,
-        start: int,
-    ) -> torch.Tensor:
+        self, x: Tensor, freqs_cis: Tensor, mask: Mask, cache: KVCache | None, start: int
+    ) -> Tensor:
         if self.recompute is not None and self.training:
             return self.recompute(self.compute, x, freqs_cis, mask, cache, start)  # (B, T, D)
         return self.compute(x, freqs_cis, mask, cache, start)  # (B, T, D)
 
     def compute(
-        self,
-        x: torch.Tensor,
-        freqs_cis: torch.Tensor,
-        mask: Mask,
-        cache: KVCache | None,
-        start: int,
-    ) -> torch.Tensor:
+        self, x: Tensor, freqs_cis: Tensor, mask: Mask, cache: KVCache | None, start: int
+    ) -> Tensor:
         """Compute the block: (B, T, D) -> (B, T, D)."""
         q, k, v = self.before_attention(x, freqs_cis)  # (B, H or Hkv, T, hd)
-        return self.after_attention(
-            x, self.attention.attend(q, k, v, mask, cache, start)
-        )  # (B, T, D)
+        y = self.attention.attend(q, k, v, mask, cache, start)  # (B, T, D)
+        return self.after_attention(x, y)  # (B, T, D)
 
-    def before_attention(
-        self, x: torch.Tensor, freqs_cis: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def before_attention(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, H, T, hd), keys and values (B, Hkv, T, hd)."""
         return self.attention.project(self.attention_norm(x), freqs_cis)
 
-    def after_attention(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def after_attention(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the attention output y to x, then the feed-forward, all (B, T, D)."""
         x = x + self.drop_path(self.attention.output(y))  # (B, T, D)
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))  # (B, T, D)
@@ -280,18 +245,17 @@ class GPT(StepDecoder, nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        dim = config.dim
         self.config = config
         self.order = RegionOrder.build((config.grid_height, config.grid_width), config.ar_token_num)
-        self.cls_embedding = LabelEmbedder(
-            config.num_classes, config.dim, config.class_dropout_prob
-        )
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.cls_embedding = LabelEmbedder(config.num_classes, dim, config.class_dropout_prob)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, dim)
         if self.order.n > 1:
-            self.spe_tok_embeddings = SpecialTokens(self.order.n - 1, config.dim)
+            self.spe_tok_embeddings = SpecialTokens(self.order.n - 1, dim)
         self.tok_dropout = Dropout(config.token_dropout_p)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.norm = nn.RMSNorm(dim, eps=config.norm_eps)
+        self.output = nn.Linear(dim, config.vocab_size, bias=False)
         self.block_mask: BlockMask | None = None
         # built on the CPU also where parameters are on the meta device, so that they are never lost
         with torch.device("cpu"):
@@ -325,7 +289,7 @@ class GPT(StepDecoder, nn.Module):
             parameter.data = parameter.data.to(dtype)
         return self
 
-    def forward(self, codes: torch.Tensor, cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, codes: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher-forced cross-entropy, in ``train()`` and ``eval()`` mode alike.
 
         codes: (B, T) int64 raster codes in [0, vocab_size); cond: (B,) int64 class ids, num_classes
@@ -333,42 +297,31 @@ class GPT(StepDecoder, nn.Module):
         (``order.permutation``).
         """
         targets = codes[:, self.permutation]  # (B, T)
-        return linear_cross_entropy(
-            self.hidden(targets, cond), self.output.weight, targets
-        )  # (), (B, T)
+        hidden = self.hidden(targets, cond)  # (B, T, D)
+        return linear_cross_entropy(hidden, self.output.weight, targets)  # (), (B, T)
 
-    def logits(self, codes: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """Return teacher-forced logits (B, T, vocab_size) in region order; arguments as for
-        ``forward``.
-        """
+    def logits(self, codes: Tensor, cond: Tensor) -> Tensor:
+        """Return logits (B, T, vocab_size) in region order; arguments as for ``forward``."""
         return self.output(self.hidden(codes[:, self.permutation], cond))  # (B, T, V)
 
-    def hidden(self, tokens: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """Return the final hidden states (B, T, D) of a fully known, region-ordered sequence (B,
-        T).
-        """
+    def hidden(self, tokens: Tensor, cond: Tensor) -> Tensor:
+        """Return final hidden states (B, T, D) of whole region-ordered sequences (B, T)."""
         x = self.embed_slots(tokens, cond, 0, self.order.num_tokens)  # (B, T, D)
-        mask = (
-            DenseMask(self.mask, self.query_chunks) if self.block_mask is None else self.block_mask
-        )
+        dense = DenseMask(self.mask, self.query_chunks)
+        mask = dense if self.block_mask is None else self.block_mask
         return self.trunk(x, 0, mask)  # (B, T, D)
 
     def use_flex_attention(self, device: torch.device) -> None:
-        """Train with FlexAttention, which skips masked keys; for compiled blocks on CUDA,
-        without attention dropout.
-        """
+        """Train with FlexAttention: compiled blocks on CUDA, without attention dropout."""
         steps, slots = self.order.steps.to(device), self.order.num_tokens
 
-        def attends(
-            _b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
-        ) -> torch.Tensor:
+        def attends(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return steps[q] >= steps[k]  # RegionOrder.attends on the device
 
         self.block_mask = create_block_mask(attends, None, None, slots, slots, device=device)
 
     def recompute_activations(self, what: str) -> None:
-        """Save memory in training by computing activations again in backward: ``none``,
-        ``selective`` or ``full``.
+        """Compute activations again in backward: ``none``, ``selective`` or ``full``.
 
         full keeps only the input of each block; selective also keeps the results of its matrix
         products and attention.
@@ -381,8 +334,7 @@ class GPT(StepDecoder, nn.Module):
             block.recompute = recompute  # inside what is compiled, so that the compiler sees it
 
     def flops_per_image(self) -> int:
-        """Return the floating-point operations of forward and backward over one image, without
-        recomputation.
+        """Return the operations of forward and backward over one image, none recomputed.
 
         6 per token and weight of a matrix product (PaLM, arXiv 2204.02311, appendix B), and 12 D
         per layer and visible pair of slots in attention.
@@ -402,25 +354,15 @@ class GPT(StepDecoder, nn.Module):
     def new_cache(self, batch: int) -> KVCache:
         """Return an empty cache for ``decode_step`` of at most ``batch`` rows."""
         config, weight = self.config, self.tok_embeddings.weight
-        slots = self.order.num_tokens
-        return KVCache(
-            config.n_layer,
-            batch,
-            config.kv_heads,
-            slots,
-            config.head_dim,
-            weight.device,
-            weight.dtype,
-        )
+        shape = (config.n_layer, batch, config.kv_heads, self.order.num_tokens, config.head_dim)
+        return KVCache(*shape, weight.device, weight.dtype)
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
         """Apply the output layer: (..., D) -> logits (..., V) of at least float32."""
         logits = self.output(hidden)  # (..., V)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def embed_slots(
-        self, tokens: torch.Tensor, cond: torch.Tensor, start: int, stop: int
-    ) -> torch.Tensor:
+    def embed_slots(self, tokens: Tensor, cond: Tensor, start: int, stop: int) -> Tensor:
         """Return input embeddings (B, stop - start, D) of slots [start, stop).
 
         tokens: (B, T) in region order; cond: (B,).
@@ -437,8 +379,8 @@ class GPT(StepDecoder, nn.Module):
         return torch.cat(pieces, dim=1)  # (B, stop - start, D)
 
     def trunk(
-        self, x: torch.Tensor, start: int, mask: Mask = None, cache: KVCache | None = None
-    ) -> torch.Tensor:
+        self, x: Tensor, start: int, mask: Mask = None, cache: KVCache | None = None
+    ) -> Tensor:
         """Apply blocks and final norm to slots [start, start + t): (B, t, D) -> (B, t, D)."""
         freqs_cis = self.freqs_cis[start : start + x.shape[1]]  # (t, hd/2, 2)
         x = self.tok_dropout(x)  # (B, t, D)

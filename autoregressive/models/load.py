@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.region_order import split_regions
@@ -24,8 +25,7 @@ def load_gpt(
     bare: bool = False,
     ema: bool = False,
 ) -> tuple[GPT, str, dict]:
-    """Return a checkpoint's GPT, in ``eval()`` mode on the CPU, the name of its size, and what else
-    it records.
+    """Return a checkpoint's GPT, in ``eval()`` mode on the CPU, its size name and other records.
 
     Our own checkpoints carry their config. For a released one it is read off the shapes of its
     weights, and ``grid`` (height, width in codes; None: ``default_grid``) is taken as given.
@@ -41,16 +41,12 @@ def load_gpt(
     state = find_state_dict(checkpoint, keys, path)
     own = checkpoint.get("config")
     if own is not None:
-        if (
-            not isinstance(own, dict)
-            or not set(own) <= {f.name for f in fields(GPTConfig)}
-            or "n_layer" not in own
-        ):
+        known = {f.name for f in fields(GPTConfig)}
+        if not isinstance(own, dict) or not set(own) <= known or "n_layer" not in own:
             raise ValueError(f"{source} holds no GPT: its config is of another model")
         config, name = GPTConfig(**own), str(checkpoint.get("gpt_model"))
-        resolve(
-            "the code grid of --image-size", grid, (config.grid_height, config.grid_width), source
-        )
+        own_grid = (config.grid_height, config.grid_width)
+        resolve("the code grid of --image-size", grid, own_grid, source)
     else:
         config, name = config_from_shapes(state, grid or default_grid, path)
     resolve("--gpt-model", gpt_model, name, source)
@@ -68,15 +64,14 @@ def resolve_parallelism(
 ) -> int:
     """Return n from the published option pair, for codes of ``grid`` (h, w) if that is known.
 
-    Special tokens are n - 1, and n must cut the grid into equal regions; anything else is a
-    ``ValueError``.
+    Special tokens are n - 1, and n must cut the grid into equal regions; anything else
+    is a ``ValueError``.
     """
     if spe_token_num is not None and spe_token_num != ar_token_num - 1:
         raise ValueError(
             f"--spe-token-num {spe_token_num} contradicts --ar-token-num {ar_token_num}: "
             "predicting n tokens at once takes n-1 special tokens, so either --spe-token-num "
-            f"{ar_token_num - 1} "
-            f"or --ar-token-num {spe_token_num + 1}"
+            f"{ar_token_num - 1} or --ar-token-num {spe_token_num + 1}"
         )
     if grid is not None:
         try:
@@ -87,11 +82,9 @@ def resolve_parallelism(
 
 
 def config_from_shapes(
-    state: dict[str, torch.Tensor], grid: tuple[int, int], path: str | Path
+    state: dict[str, Tensor], grid: tuple[int, int], path: str | Path
 ) -> tuple[GPTConfig, str]:
-    """Return config and size name of released weights, from their shapes; ``ValueError`` if no
-    size fits.
-    """
+    """Return config and size name from the weights' shapes; ``ValueError`` if no size fits."""
     try:
         vocab_size, dim = state["tok_embeddings.weight"].shape
         classes = len(state["cls_embedding.embedding_table.weight"]) - 1
@@ -104,8 +97,8 @@ def config_from_shapes(
     sizes = {(s["n_layer"], s["dim"]): name for name, s in GPT_models.items()}
     if (n_layer, dim) not in sizes:
         raise ValueError(
-            f"--gpt-ckpt: {path} has {n_layer} layers of width {dim}, which is not a size of "
-            "GPT_models"
+            f"--gpt-ckpt: {path} has {n_layer} layers of width {dim}, which is "
+            "not a size of GPT_models"
         )
     name = sizes[n_layer, dim]
     n_head = GPT_models[name]["n_head"]

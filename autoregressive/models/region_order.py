@@ -28,11 +28,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 
 def split_regions(grid: tuple[int, int], n: int) -> tuple[int, int]:
-    """Return region counts (rh, rw), rh * rw = n, that divide ``grid`` into regions as nearly
-    square as possible.
+    """Return (rh, rw), rh * rw = n, cutting ``grid`` into regions as nearly square as possible.
 
     Of two equally square cuts the one with more columns of regions is taken. Raises ``ValueError``
     with the n that would fit. A region must hold at least two tokens, since its first one is not
@@ -55,8 +55,7 @@ def split_regions(grid: tuple[int, int], n: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class RegionOrder:
-    """Ordering of a ``grid`` (h, w) cut into ``regions`` (rh, rw); equal arguments give equal
-    orders.
+    """Order of a ``grid`` (h, w) in ``regions`` (rh, rw); equal arguments give equal orders.
 
     All tensors are int64 on the CPU, computed once.
     """
@@ -71,9 +70,7 @@ class RegionOrder:
 
     @classmethod
     def build(cls, grid: int | tuple[int, int], n: int) -> RegionOrder:
-        """Return the order for a square (int) or h x w grid in which ``n`` tokens are predicted
-        per step.
-        """
+        """Return the order of a square (int) or h x w grid at ``n`` tokens per step."""
         height, width = (grid, grid) if isinstance(grid, int) else grid
         return cls((height, width), split_regions((height, width), n))
 
@@ -88,7 +85,7 @@ class RegionOrder:
         return self.grid[0] * self.grid[1]
 
     @cached_property
-    def permutation(self) -> torch.Tensor:
+    def permutation(self) -> Tensor:
         """(T,) raster index of each token of the region order: ``region = raster[:, permutation]``.
 
         Place in the region is the outer index (raster within the region), region the inner one
@@ -99,21 +96,19 @@ class RegionOrder:
         return raster.permute(1, 3, 0, 2).reshape(-1)  # (T,)
 
     @cached_property
-    def inverse(self) -> torch.Tensor:
+    def inverse(self) -> Tensor:
         """(T,) place of each raster token in the region order: ``raster = region[:, inverse]``."""
         return self.permutation.argsort()
 
     @cached_property
-    def steps(self) -> torch.Tensor:
+    def steps(self) -> Tensor:
         """(T,) step of each slot."""
         n, slot = self.n, torch.arange(self.num_tokens)
         return torch.where(slot <= n, slot, n + slot // n - 1)
 
     @cached_property
-    def slot_positions(self) -> torch.Tensor:
-        """(T, 2) row and column of the token that each slot holds; (-1, -1) for the class and
-        special slots.
-        """
+    def slot_positions(self) -> Tensor:
+        """(T, 2) row and column of each slot's token; (-1, -1) for class and special slots."""
         n = self.n
         raster = self.permutation
         row_column = torch.stack([raster // self.grid[1], raster % self.grid[1]], dim=-1)  # (T, 2)
@@ -122,17 +117,13 @@ class RegionOrder:
 
     @cached_property
     def schedule(self) -> tuple[tuple[int, int], ...]:
-        """Slots [start, stop) of each forward call of decoding: n single slots, then T/n - 1
-        groups of n.
-        """
+        """Slots [start, stop) of each decoding step: n single, then T/n - 1 groups of n."""
         n = self.n
         singles = [(s, s + 1) for s in range(n)]
         return (*singles, *((s, s + n) for s in range(n, self.num_tokens, n)))
 
-    def attends(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Apply the attention rule to slot indices: step[q] >= step[k] (paper, section 3.3);
-        broadcasts, bool.
-        """
+    def attends(self, query: Tensor, key: Tensor) -> Tensor:
+        """Return step[q] >= step[k] of slots (paper, section 3.3); broadcasts, bool."""
         return self.steps[query] >= self.steps[key]
 
     def held(self, start: int, stop: int) -> list[tuple[str, slice]]:
@@ -155,7 +146,7 @@ class RegionOrder:
                 held.append((kind, slice(first - shift, end - shift)))
         return held
 
-    def mask(self) -> torch.Tensor:
+    def mask(self) -> Tensor:
         """Return (T, T) bool, True where a query slot (row) attends to a key slot (column)."""
         slots = torch.arange(self.num_tokens)
         return self.attends(slots[:, None], slots[None, :])

@@ -1,6 +1,4 @@
-"""What both samplers share: their model and sampling options, and checkpoints -> a ready pair of
-models.
-"""
+"""What both samplers share: model and sampling options; checkpoints -> a ready pair of models."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from autoregressive.decoding.decoder import Way, choose_way, make_decoder, possible_ways
 from autoregressive.decoding.generate import Generator
@@ -36,9 +35,7 @@ RETIRED_OPTIONS = {
 
 
 def add_model_options(parser: ArgumentParser) -> None:
-    """Add the options selecting the models, under the published names; either ``--model`` or the
-    two files are required.
-    """
+    """Add the options selecting the models: either ``--model`` or the two files are needed."""
     group = parser.add_argument_group(
         "models (--model, or the two files; the rest is optional where a checkpoint has it)"
     )
@@ -136,8 +133,8 @@ def add_sampling_options(
         "--cfg-schedule",
         choices=CFG_SCHEDULES,
         default="constant",
-        help="CFG scale over the steps: constant, as published; linear and power-cosine rise from "
-        "1 to --cfg-scale",
+        help="CFG scale over the steps: constant, as published; linear and power-cosine "
+        "rise from 1 to --cfg-scale",
     )
     group.add_argument(
         "--cfg-power",
@@ -169,12 +166,9 @@ def add_sampling_options(
         choices=["auto", "none", "fp16", "bf16"],
         default="auto",
         help="data type of the GPT's weights and cache (none: float32). auto: bf16 on GPUs of "
-        "compute capability 8.0 "
-        "or newer "
-        "and on CPUs that decode by our own kernels, which compute in float32 where the processor "
-        "has no bf16 "
-        "products; fp16 on "
-        "older CUDA devices; else none",
+        "compute capability 8.0 or newer and on CPUs that decode by our own kernels, which compute "
+        "in float32 where the processor has no bf16 products; fp16 on older CUDA devices; "
+        "else none",
     )
     group.add_argument(
         "--quantize",
@@ -186,19 +180,15 @@ def add_sampling_options(
         "--compile",
         action=BooleanOptionalAction,
         help="on a CPU: decode by our own kernels, which a C++ compiler builds in seconds "
-        "(default: torch's operators "
-        "and the kernels are timed once per machine and model size, and the faster is taken); on "
-        "CUDA: torch.compile "
-        "the GPT and run all steps as one CUDA graph, which takes minutes to build (default: "
-        f"{'yes' if compiled else 'no'})",
+        "(default: torch's operators and the kernels are timed once per machine and model size, "
+        "and the faster is taken); on CUDA: torch.compile the GPT and run all steps as one CUDA "
+        f"graph, which takes minutes to build (default: {'yes' if compiled else 'no'})",
     )
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A GPT and the tokenizer of its codes, in ``eval()`` mode; ``make_generator`` places the
-    GPT on its device.
-    """
+    """A GPT and the tokenizer of its codes, in ``eval()`` mode; the generator places the GPT."""
 
     gpt: GPT  # float32 on the CPU
     vq: VQModel  # on the device
@@ -220,18 +210,16 @@ class Pipeline:
     def guided(self) -> bool:
         """Whether any step has guidance, which doubles the rows."""
         order = self.gpt.order
-        return any(
-            self.options.scale(start, order.num_tokens) != 1.0 for start, _ in order.schedule
-        )
+        scales = (self.options.scale(start, order.num_tokens) for start, _ in order.schedule)
+        return any(scale != 1.0 for scale in scales)
 
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+    def decode(self, codes: Tensor) -> Tensor:
         """Raster codes (B, T) -> images (B, 3, H, W), about [-1, 1], float32."""
         with torch.inference_mode():
             return self.vq.decode_code(codes.view(-1, *self.gpt.order.grid))  # (B, 3, H, W)
 
     def choose_way(self, batch: int, begun: Callable[[Way], bool] | None = None) -> tuple[Way, str]:
-        """Return the way to decode ``batch`` images at a time and a line that says why; the same on
-        every rank.
+        """Return how to decode ``batch`` images at a time, and why; the same on every rank.
 
         begun: whether an interrupted run of this command decodes in a way; then that is the one.
         """
@@ -242,9 +230,7 @@ class Pipeline:
         return way, f"{reason}; {self.note}" if self.note else reason
 
     def make_generator(self, way: Way, batch: int, quantized: str) -> Generator:
-        """Return a generator of ``batch`` images at a time; the GPT itself may not be used
-        afterwards.
-        """
+        """Return a generator of ``batch`` images; the GPT may not be used afterwards."""
         gpt = self.gpt.cast_weights(way.dtype).to(self.world.device)
         if quantized != "none":
             quantize(gpt, quantized)
@@ -254,14 +240,8 @@ class Pipeline:
 
     def fingerprint(self, args: Namespace, way: Way) -> str:
         """Return a short hash of everything that the bytes of the samples depend on."""
-        names: tuple[str, ...] = (
-            "quantize",
-            "gpt_ema",
-            "image_size_eval",
-            "per_proc_batch_size",
-            "num_fid_samples",
-        )
-        names += ("global_seed", "class_protocol")
+        names: tuple[str, ...] = ("quantize", "gpt_ema", "image_size_eval", "per_proc_batch_size")
+        names += ("num_fid_samples", "global_seed", "class_protocol")
         values = [getattr(args, n) for n in names]
         # other kernels round otherwise
         values += [way.precision, way.decoder, self.world.device.type, torch.__version__]
@@ -270,12 +250,14 @@ class Pipeline:
 
     def resolved_options(self) -> dict[str, object]:
         """Return the GPT's options as the checkpoints record them."""
-        order, downsample = self.gpt.order, self.vq.config.downsample
-        resolved = dict(
-            gpt_model=self.gpt_name, image_size=self.image_size, downsample_size=downsample
-        )
-        return resolved | dict(
-            ar_token_num=order.n, spe_token_num=order.n - 1, num_classes=self.gpt.config.num_classes
+        n = self.gpt.order.n
+        return dict(
+            gpt_model=self.gpt_name,
+            image_size=self.image_size,
+            downsample_size=self.vq.config.downsample,
+            ar_token_num=n,
+            spe_token_num=n - 1,
+            num_classes=self.gpt.config.num_classes,
         )
 
     def facts(self) -> dict[str, object]:
@@ -285,8 +267,7 @@ class Pipeline:
 
 
 def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
-    """Load both checkpoints and check that they and the options fit each other; ``ValueError``
-    where not.
+    """Load both checkpoints; ``ValueError`` unless they and the options fit each other.
 
     Options that were left out are set in ``args`` to what the checkpoints record. ``compiled``:
     --compile's default on CUDA.
@@ -333,9 +314,7 @@ def find_files(args: Namespace, world: World) -> dict[str, Path]:
 
 
 def load_gpt_for(args: Namespace, vq: VQModel) -> tuple[GPT, str, dict]:
-    """Load ``--gpt-ckpt``, which must have learned codes of ``vq``; see ``load_gpt`` for what is
-    returned.
-    """
+    """Load ``--gpt-ckpt``, which must have learned codes of ``vq``; returns as ``load_gpt``."""
     n = args.ar_token_num
     if n is None and args.spe_token_num is not None:
         n = args.spe_token_num + 1
@@ -357,16 +336,13 @@ def load_gpt_for(args: Namespace, vq: VQModel) -> tuple[GPT, str, dict]:
         bare=args.from_fsdp,
         ema=args.gpt_ema,
     )
-    require_tokenizer(
-        vq, checkpoint.get("tokenizer_sha256"), args.vq_ckpt, f"--gpt-ckpt {args.gpt_ckpt}"
-    )
+    sha256 = checkpoint.get("tokenizer_sha256")
+    require_tokenizer(vq, sha256, args.vq_ckpt, f"--gpt-ckpt {args.gpt_ckpt}")
     return gpt, name, checkpoint
 
 
 def quantize(gpt: GPT, what: str) -> None:
-    """Round the weights of every linear layer to ``int8`` (one scale per row) or ``fp8``, by
-    torchao.
-    """
+    """Round the weights of linear layers to ``int8`` (one scale per row) or ``fp8`` by torchao."""
     from torchao.quantization import quantize_
 
     quantize_(gpt, quantization(what))

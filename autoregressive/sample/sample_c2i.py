@@ -1,6 +1,4 @@
-"""GPT checkpoint -> one picture: a row of images per class, with its name; --trace shows them
-fill in step by step.
-"""
+"""GPT checkpoint -> one picture: a row of images per class; --trace shows them fill in."""
 
 from __future__ import annotations
 
@@ -13,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from autoregressive.decoding.sampling import image_randomness
 from autoregressive.sample.pipeline import (
@@ -45,7 +44,8 @@ def parse_args() -> Namespace:
     parser = make_parser(
         __doc__,
         "python3 autoregressive/sample/sample_c2i.py --vq-ckpt ./pretrained_models/vq_ds16_c2i.pt "
-        '--gpt-ckpt ./pretrained_models/PAR-3B-4x.pt --classes "golden retriever, 360" --images-per-class 4 --trace',
+        '--gpt-ckpt ./pretrained_models/PAR-3B-4x.pt --classes "golden retriever, 360" '
+        "--images-per-class 4 --trace",
     )
     add_model_options(parser)
     add_sampling_options(parser, cfg_scale=4.0, top_k=2000, compiled=False)
@@ -74,17 +74,14 @@ def parse_args() -> Namespace:
 
 
 def class_names(pipeline: Pipeline) -> list[str]:
-    """Return a name for each class: ImageNet's in words, or the names of the folders the model
-    learned from.
-    """
+    """Return a name per class: ImageNet's in words, or those of the folders learned from."""
     names, num_classes = pipeline.classes, pipeline.gpt.config.num_classes
     if names is None or len(names) != num_classes:
         names = None if num_classes == 1000 else [str(i) for i in range(num_classes)]
     if names is not None and not any(re.fullmatch(r"n\d{8}", name) for name in names):
         return names
-    from timm.data import (
-        ImageNetInfo,
-    )  # takes a second or two, and other data sets need no names of it
+    # here: it takes a second or two, and other data sets need no names of it
+    from timm.data import ImageNetInfo
 
     info = ImageNetInfo()
     wnids = info.label_names()
@@ -95,8 +92,8 @@ def class_names(pipeline: Pipeline) -> list[str]:
 def find_classes(words: list[str], names: list[str]) -> list[int]:
     """Return the class ids that ``--classes`` lists, as ids or as names between commas.
 
-    Where classes are named by numbers, a number is an id. Raises ``ValueError`` if there is no such
-    class.
+    Where classes are named by numbers, a number is an id. Raises ``ValueError`` if there is
+    no such class.
     """
     found: list[int] = []
     for item in filter(None, map(str.strip, " ".join(words).split(","))):
@@ -112,9 +109,7 @@ def find_classes(words: list[str], names: list[str]) -> list[int]:
 
 
 def find_name(name: str, names: list[str]) -> int:
-    """Return the class of this name: one of its synonyms, else a part of exactly one class's
-    name.
-    """
+    """Return the class of this name: one of its synonyms, else a part of only one class's name."""
     synonyms = [[s.strip().lower() for s in n.split(",")] for n in names]
     exact = [i for i, s in enumerate(synonyms) if name.lower() in s]
     found = exact or [i for i, n in enumerate(names) if name.lower() in n.lower()]
@@ -128,22 +123,17 @@ def find_name(name: str, names: list[str]) -> int:
 
 
 class Trace:
-    """Frames of one batch as it is decoded: images of the tokens so far, grey where there is
-    none yet.
-    """
+    """Frames of a batch as it is decoded: images of the tokens so far, grey where unknown."""
 
     def __init__(self, pipeline: Pipeline, frames: int):
         self.pipeline, steps = pipeline, len(pipeline.gpt.order.schedule)
-        self.wanted = set(
-            np.linspace(0, steps - 1, min(frames, steps)).round().astype(int).tolist()
-        )
+        wanted = np.linspace(0, steps - 1, min(frames, steps)).round().astype(int)
+        self.wanted = set(wanted.tolist())
         self.step = 0
         self.frames: list[np.ndarray] = []  # (B, S, S, 3) each
 
-    def __call__(self, tokens: torch.Tensor, decoded: int) -> None:
-        """Take a frame after a step: region-ordered tokens (B, T), of which the first
-        ``decoded`` are known.
-        """
+    def __call__(self, tokens: Tensor, decoded: int) -> None:
+        """Take a frame: region-ordered tokens (B, T), the first ``decoded`` are known."""
         if self.step in self.wanted:
             order = self.pipeline.gpt.order
             codes = tokens[:, order.inverse.to(tokens.device)]  # (B, T)
@@ -176,9 +166,8 @@ def main() -> None:
     generator = pipeline.make_generator(way, args.images_per_class, args.quantize)
     num_classes, num_tokens = pipeline.gpt.config.num_classes, pipeline.gpt.order.num_tokens
     rows, traces = [], []
-    for row, label in enumerate(
-        progress(world, "sampling", len(args.classes), unit="classes", items=args.classes)
-    ):
+    classes = progress(world, "sampling", len(args.classes), unit="classes", items=args.classes)
+    for row, label in enumerate(classes):
         indices = range(row * args.images_per_class, (row + 1) * args.images_per_class)
         _, uniforms = image_randomness(args.seed, indices, num_classes, num_tokens)
         cond = torch.full((args.images_per_class,), label, device=world.device)  # (b,)

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from autoregressive.decoding.decoder import Way
 from autoregressive.decoding.sampling import image_randomness
@@ -53,8 +54,7 @@ def parse_args() -> Namespace:
         __doc__,
         "bash scripts/autoregressive/sample_c2i.sh --vq-ckpt ./pretrained_models/vq_ds16_c2i.pt "
         "--gpt-ckpt ./pretrained_models/PAR-3B-16x.pt --spe-token-num 15 --ar-token-num 16 "
-        "--gpt-model GPT-3B "
-        "--image-size 384 --image-size-eval 256 --cfg-scale 1.5",
+        "--gpt-model GPT-3B --image-size 384 --image-size-eval 256 --cfg-scale 1.5",
     )
     add_model_options(parser)
     add_sampling_options(parser, cfg_scale=1.5, top_k=0, compiled=True)
@@ -78,8 +78,8 @@ def parse_args() -> Namespace:
         "--class-protocol",
         choices=["random", "balanced"],
         default="random",
-        help="classes of the images. random: drawn per image, as published; balanced: all classes "
-        "equally often",
+        help="classes of the images. random: drawn per image, as published; balanced: "
+        "all classes equally often",
     )
     output.add_argument(
         "--global-seed", type=non_negative_int, default=0, help="random seed of classes and tokens"
@@ -93,12 +93,9 @@ def parse_args() -> Namespace:
 
 def sample_name(args: Namespace, pipeline: Pipeline) -> str:
     """Return the published name of a set of samples, the key of evaluation tables."""
-    checkpoint = (
-        Path(args.gpt_ckpt)
-        .name.removesuffix(".pth")
-        .removesuffix(".pt")
-        .removesuffix(".safetensors")
-    )
+    checkpoint = Path(args.gpt_ckpt).name
+    for ending in (".pth", ".pt", ".safetensors"):
+        checkpoint = checkpoint.removesuffix(ending)
     return (
         f"{pipeline.gpt_name}-{checkpoint}-size-{pipeline.image_size}-size-{args.image_size_eval}-"
         f"{pipeline.vq_name}-topk-{args.top_k}-topp-{args.top_p}-temperature-{args.temperature}-"
@@ -124,8 +121,7 @@ def main() -> None:
     size, order = args.image_size_eval, pipeline.gpt.order
 
     def file_of(way: Way) -> SampleFile:
-        # chunks of another batch size, number or checkpoint of the same name must not mix with
-        # these
+        # chunks of another batch size, number or checkpoint of the same name must not mix in
         shape = (args.num_fid_samples, size, size, 3)
         return SampleFile(npz, pipeline.fingerprint(args, way), shape, args.per_proc_batch_size)
 
@@ -148,9 +144,8 @@ def main() -> None:
         world.barrier()  # every rank has listed before any rank writes
         logger.info(
             f"{pipeline.gpt_name}, n = {order.n}, {len(order.schedule)} forward calls a batch; "
-            f"{len(missing)} of "
-            f"{file.num_chunks} batches of {args.per_proc_batch_size} to make on {world.size} x "
-            f"{world.device}"
+            f"{len(missing)} of {file.num_chunks} batches of {args.per_proc_batch_size} to make on "
+            f"{world.size} x {world.device}"
         )
         logger.info(reason)
         started = time.perf_counter()
@@ -160,19 +155,12 @@ def main() -> None:
         if world.is_main:
             made = sum(len(file.images_of(c)) for c in missing)
             speed = {"images": made, "seconds": seconds, "images_per_second": made / seconds}
-            write_options(
-                npz.with_suffix(".json"),
-                args,
-                fingerprint=file.fingerprint,
-                speed=speed,
-                **pipeline.facts(),
-            )
+            facts = {"fingerprint": file.fingerprint, "speed": speed, **pipeline.facts()}
+            write_options(npz.with_suffix(".json"), args, **facts)
             classes = pipeline.gpt.config.num_classes
             labels = [class_ids(args, file.images_of(c), classes) for c in range(file.num_chunks)]
-            file.finish(
-                np.concatenate(labels),
-                progress(world, "checksum", args.num_fid_samples, unit="images"),
-            )
+            bar = progress(world, "checksum", args.num_fid_samples, unit="images")
+            file.finish(np.concatenate(labels), bar)
             logger.info(
                 f"{args.num_fid_samples:,} images in {npz}; {made:,} made now, "
                 f"{made / seconds:.3g} images/s"
@@ -182,9 +170,7 @@ def main() -> None:
 
 
 def finished_fingerprint(npz: Path) -> str | None:
-    """Return the fingerprint of finished samples, from the JSON beside them; None if there is
-    none.
-    """
+    """Return the fingerprint of finished samples from the JSON beside them, else None."""
     path = npz.with_suffix(".json")
     if not (npz.is_file() and path.is_file()):
         return None
@@ -195,23 +181,18 @@ def finished_fingerprint(npz: Path) -> str | None:
 
 
 def check_finished(npz: Path, fingerprint: str) -> None:
-    """Raise ``ValueError`` unless the finished samples under this name were made with these
-    options and weights.
-    """
+    """Raise ``ValueError`` unless finished samples were made with these options and weights."""
     if finished_fingerprint(npz) != fingerprint:
         raise ValueError(
             f"--sample-dir: {npz} is there, made with other options or weights (see "
-            f"{npz.stem}.json beside it); "
-            f"move it away or give another folder"
+            f"{npz.stem}.json beside it); move it away or give another folder"
         )
 
 
 def make_chunks(
     args: Namespace, world: World, pipeline: Pipeline, way: Way, file: SampleFile, chunks: list[int]
 ) -> None:
-    """Generate and write ``chunks``; on CUDA the images of one are decoded and written while the
-    next is generated.
-    """
+    """Generate and write ``chunks``; on CUDA one is written while the next is generated."""
     if not chunks:
         return
     generator = pipeline.make_generator(way, args.per_proc_batch_size, args.quantize)
@@ -219,13 +200,12 @@ def make_chunks(
     device = world.device
     stream = torch.cuda.Stream() if device.type == "cuda" else None
 
-    def write(chunk: int, codes: torch.Tensor, generated: torch.cuda.Event | None) -> int:
+    def write(chunk: int, codes: Tensor, generated: torch.cuda.Event | None) -> int:
         with torch.cuda.stream(stream) if stream else nullcontext():
             if stream:
                 stream.wait_event(generated)
-            images = (
-                to_uint8(pipeline.decode(codes), args.image_size_eval).cpu().numpy()
-            )  # (b, S, S, 3)
+            pixels = pipeline.decode(codes)  # (b, 3, H, W)
+            images = to_uint8(pixels, args.image_size_eval).cpu().numpy()  # (b, S, S, 3)
         file.write(chunk, images)
         return len(images)
 
@@ -247,9 +227,7 @@ def make_chunks(
 
 
 def write_pngs(npz: Path, world: World) -> None:
-    """Write each image as a numbered .png into a folder beside the npz, one image in memory at a
-    time.
-    """
+    """Write images as numbered .png files beside the npz, one image in memory at a time."""
     with open_npz(npz) as archive:
         images = open_member(archive, "arr_0")
         total, *shape = images.shape

@@ -1,6 +1,4 @@
-"""What a GPT is trained on: cached codes, checked against the options and each other, and
-batches of them.
-"""
+"""What a GPT is trained on: cached codes, checked against options and each other, in batches."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ from argparse import Namespace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dataset.codes import Codes, MixedCodes, open_codes
 from dataset.epochs import EpochOrder
@@ -18,31 +17,24 @@ from utils.options import resolve
 
 
 def open_training_codes(args: Namespace) -> Codes:
-    """Open the codes of ``--code-path`` and ``--mix-code-path``; fills options that were left
-    out from them.
-    """
+    """Open ``--code-path`` and ``--mix-code-path``; options left out are filled from them."""
     codes = open_codes(args.code_path)
     if args.mix_code_path is not None:
-        codes = MixedCodes(
-            codes, open_codes(args.mix_code_path, "--mix-code-path"), args.mix_weight
-        )
+        second = open_codes(args.mix_code_path, "--mix-code-path")
+        codes = MixedCodes(codes, second, args.mix_weight)
     describe_codes(args, codes)
     return codes
 
 
 def describe_codes(args: Namespace, codes: Codes) -> None:
-    """Set grid, classes and codebook size in ``args`` from the codes; what the user wrote must
-    agree.
-    """
+    """Set grid, classes and codebook size in ``args`` from the codes; given ones must agree."""
     meta, source = codes.meta, f"--code-path {args.code_path}"
     if meta:
         args.image_size = resolve("--image-size", args.image_size, meta["image_size"], source)
         args.vocab_size = resolve("--vocab-size", args.vocab_size, meta["codebook_size"], source)
         args.num_classes = resolve("--num-classes", args.num_classes, len(meta["classes"]), source)
-        downsample = meta["image_size"] // meta["grid"][0]
-        args.downsample_size = resolve(
-            "--downsample-size", args.downsample_size, downsample, source
-        )
+        pixels = meta["image_size"] // meta["grid"][0]
+        args.downsample_size = resolve("--downsample-size", args.downsample_size, pixels, source)
     args.image_size = args.image_size or 384
     args.downsample_size = args.downsample_size or 16
     args.vocab_size = args.vocab_size or 16384
@@ -51,8 +43,7 @@ def describe_codes(args: Namespace, codes: Codes) -> None:
     if grid**2 != codes.num_tokens:
         raise ValueError(
             f"{source} holds {codes.num_tokens} codes per crop, but --image-size {args.image_size} "
-            "/ "
-            f"--downsample-size {args.downsample_size} makes {grid}x{grid}"
+            f"/ --downsample-size {args.downsample_size} makes {grid}x{grid}"
         )
     if codes.labels.max() >= args.num_classes:
         raise ValueError(
@@ -61,9 +52,7 @@ def describe_codes(args: Namespace, codes: Codes) -> None:
 
 
 def open_held_out(args: Namespace, codes: Codes, world: World) -> Codes | None:
-    """Open the codes of ``--val-code-path``, which must be of the same kind as those to train
-    on.
-    """
+    """Open ``--val-code-path``, which must be of the same kind as the codes to train on."""
     if args.val_code_path is None:
         return None
     held_out = open_codes(args.val_code_path, "--val-code-path")
@@ -74,18 +63,18 @@ def open_held_out(args: Namespace, codes: Codes, world: World) -> Codes | None:
             )
     if held_out.num_tokens != codes.num_tokens:
         raise ValueError(
-            f"--val-code-path holds {held_out.num_tokens} codes per crop, --code-path "
-            f"{codes.num_tokens}"
+            f"--val-code-path holds {held_out.num_tokens} codes per crop, "
+            f"--code-path {codes.num_tokens}"
         )
     if held_out.labels.max() >= args.num_classes:
         raise ValueError(
-            f"--val-code-path has label {held_out.labels.max()}, but --num-classes is "
-            f"{args.num_classes}"
+            f"--val-code-path has label {held_out.labels.max()}, but --num-classes "
+            f"is {args.num_classes}"
         )
     if min(args.val_images, len(held_out)) < world.size:
         raise ValueError(
-            f"--val-images {args.val_images}: take at least one for each of the {world.size} "
-            "processes"
+            f"--val-images {args.val_images}: take at least one for each of the "
+            f"{world.size} processes"
         )
     return held_out
 
@@ -95,9 +84,8 @@ def open_tokenizer(args: Namespace, codes: Codes, world: World) -> VQModel | Non
     if args.vq_ckpt is None:
         return None
     vq, _ = load_vq(args.vq_ckpt, None)
-    require_tokenizer(
-        vq, codes.meta.get("tokenizer_sha256"), args.vq_ckpt, f"--code-path {args.code_path}"
-    )
+    sha256 = codes.meta.get("tokenizer_sha256")
+    require_tokenizer(vq, sha256, args.vq_ckpt, f"--code-path {args.code_path}")
     return vq.to(world.device)
 
 
@@ -108,25 +96,23 @@ class CodeBatches:
         self.codes, self.vocab_size, self.seed = codes, vocab_size, seed
         self.order = EpochOrder(len(codes), batch, seed)
 
-    def rank_slice(self, step: int, world: World) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return this rank's part of global batch ``step``: codes (b, T) int64 in raster order,
-        labels (b,) int64.
+    def rank_slice(self, step: int, world: World) -> tuple[Tensor, Tensor]:
+        """Return this rank's part of batch ``step``: codes (b, T), labels (b,), both int64.
 
         For a CUDA device both are in pinned memory.
         """
         _, images = self.order.indices(step)  # (B,)
         rng = np.random.default_rng([self.seed, step, 1])
-        crops = rng.choice(
-            self.codes.num_crops, size=len(images), p=self.codes.crop_weights
-        )  # (B,)
+        num_crops, weights = self.codes.num_crops, self.codes.crop_weights
+        crops = rng.choice(num_crops, size=len(images), p=weights)  # (B,)
         each = len(images) // world.size
         mine = slice(world.rank * each, (world.rank + 1) * each)
         codes, labels = self.codes.batch(images[mine], crops[mine])  # (b, T), (b,)
         if codes.max() >= self.vocab_size:
             worst = images[mine][codes.max(1).argmax()]
             raise ValueError(
-                f"--code-path: image {worst} holds code {codes.max()}, but --vocab-size is "
-                f"{self.vocab_size}"
+                f"--code-path: image {worst} holds code {codes.max()}, but "
+                f"--vocab-size is {self.vocab_size}"
             )
         batch = torch.from_numpy(codes), torch.from_numpy(labels)
         return tuple(x.pin_memory() for x in batch) if world.device.type == "cuda" else batch

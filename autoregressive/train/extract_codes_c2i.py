@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -55,14 +56,16 @@ from utils.options import (
 from utils.performance import usable_cores
 from utils.precision import autocast, log_level, resolve_precision
 
+Samples = list[tuple[str, int]]  # path and label of each image
+
 
 def parse_args() -> Namespace:
     """Parse the options; names and defaults are those of the published script."""
     parser = make_parser(
         __doc__,
         "bash scripts/autoregressive/extract_codes_c2i.sh --vq-ckpt "
-        "./pretrained_models/vq_ds16_c2i.pt "
-        "--data-path IMAGENET/train --code-path CODES --ten-crop --crop-range 1.1 --image-size 384",
+        "./pretrained_models/vq_ds16_c2i.pt --data-path IMAGENET/train --code-path CODES "
+        "--ten-crop --crop-range 1.1 --image-size 384",
     )
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -78,8 +81,7 @@ def parse_args() -> Namespace:
         "--ten-crop",
         action="store_true",
         help="ten crops per image: corners and centre of a larger square, each also mirrored; "
-        "without it the centre "
-        "crop and its mirror image",
+        "without it the centre crop and its mirror image",
     )
     data.add_argument(
         "--crop-range",
@@ -98,9 +100,7 @@ def parse_args() -> Namespace:
         choices=["auto", "none", "tf32", "bf16"],
         default="auto",
         help="data type of the encoder's products. auto is none (float32) on every machine, unlike "
-        "in training: tf32 "
-        "and "
-        "bf16 are faster where a device has them, but change some codes",
+        "in training: tf32 and bf16 are faster where a device has them, but change some codes",
     )
     work.add_argument(
         "--batch-size", type=positive_int, default=16, help="crops per batch of a process"
@@ -133,11 +133,9 @@ def parse_args() -> Namespace:
 
 
 def make_plan(
-    args: Namespace, samples: list[tuple[str, int]], classes: list[str], vq: VQModel, name: str
+    args: Namespace, samples: Samples, classes: list[str], vq: VQModel, name: str
 ) -> CodesPlan:
-    """Return what the code folder will hold, from options, listing and tokenizer; checks that
-    they fit.
-    """
+    """Return what the code folder will hold; options, listing and tokenizer must fit."""
     if args.crop_range < 1.0:
         raise ValueError(f"--crop-range {args.crop_range} must be at least 1")
     paths = b"\n".join(os.fsencode(os.path.relpath(path, args.data_path)) for path, _ in samples)
@@ -158,29 +156,22 @@ def make_plan(
 
 
 @torch.inference_mode()
-def encode_crops(
-    vq: VQModel, codebook: torch.Tensor, pixels: torch.Tensor, args: Namespace
-) -> np.ndarray:
-    """Return codes (B, crops, tokens) of resized images (B, R, R, 3) uint8, ``--batch-size``
-    crops at a time.
-    """
+def encode_crops(vq: VQModel, codebook: Tensor, pixels: Tensor, args: Namespace) -> np.ndarray:
+    """Return codes (B, crops, tokens) of images (B, R, R, 3) uint8, in ``--batch-size`` crops."""
     device = codebook.device
-    crops = take_crops(
-        pixels.to(device), args.image_size, args.ten_crop, flips=not args.no_flip
-    )  # (B, K, S, S, 3)
+    kinds = dict(ten_crop=args.ten_crop, flips=not args.no_flip)
+    crops = take_crops(pixels.to(device), args.image_size, **kinds)  # (B, K, S, S, 3)
     with autocast(device, "bf16" if args.precision == "bf16" else "none"):
         parts = crops.flatten(0, 1).split(args.batch_size)  # (<=batch, S, S, 3) each
-        codes = torch.cat(
-            [vq.encode(to_model_range(part, device), codebook) for part in parts]
-        )  # (B*K, h, w)
-    return codes.view(*crops.shape[:2], -1).cpu().numpy()  # (B, K, T)
+        codes = [vq.encode(to_model_range(part, device), codebook) for part in parts]
+    return torch.cat(codes).view(*crops.shape[:2], -1).cpu().numpy()  # (B, K, T)
 
 
 class ShardBatches:
     """Keys of the images to decode, shard after shard; a shard is claimed only when its turn comes.
 
-    For a DataLoader's batch_sampler. No batch spans two shards. ``bar`` counts what other processes
-    make.
+    For a DataLoader's batch_sampler. No batch spans two shards. ``bar`` counts what
+    other processes make.
     """
 
     def __init__(self, plan: CodesPlan, claims: Claims, shards: list[int], batch: int, bar: tqdm):
@@ -199,7 +190,7 @@ class ShardBatches:
 class ImageBatch(NamedTuple):
     """One batch of decoded image files."""
 
-    pixels: torch.Tensor | None  # uint8 (B, R, R, 3) of the readable ones
+    pixels: Tensor | None  # uint8 (B, R, R, 3) of the readable ones
     labels: np.ndarray  # (B,) int64
     images: np.ndarray  # (B,) int64
     skipped: list[Unreadable]
@@ -210,7 +201,7 @@ class ImageBatch(NamedTuple):
         return int(self.images[0]) if len(self.images) else self.skipped[0].image
 
 
-def collate(items: list[tuple[torch.Tensor, int, int] | Unreadable]) -> ImageBatch:
+def collate(items: list[tuple[Tensor, int, int] | Unreadable]) -> ImageBatch:
     """Stack the readable images of a batch; unreadable ones keep their reason."""
     skipped = [item for item in items if isinstance(item, Unreadable)]
     read = [item for item in items if not isinstance(item, Unreadable)]
@@ -220,9 +211,7 @@ def collate(items: list[tuple[torch.Tensor, int, int] | Unreadable]) -> ImageBat
 
 
 def check_shards(args: Namespace, world: World, plan: CodesPlan, logger: Logger) -> None:
-    """Delete those of this rank's share of the shards that are damaged or, with --retry-skipped,
-    incomplete.
-    """
+    """Delete this rank's shards that are damaged or, with --retry-skipped, incomplete."""
     present = [s for s in range(plan.num_shards) if shard_path(args.code_path, s).exists()]
     own = present[world.rank :: world.size]
     for shard in progress(world, "checking", len(own), unit="shards", items=own):
@@ -237,16 +226,9 @@ def check_shards(args: Namespace, world: World, plan: CodesPlan, logger: Logger)
 
 
 def make_all_shards(
-    args: Namespace,
-    world: World,
-    vq: VQModel,
-    plan: CodesPlan,
-    samples: list[tuple[str, int]],
-    logger: Logger,
+    args: Namespace, world: World, vq: VQModel, plan: CodesPlan, samples: Samples, logger: Logger
 ) -> None:
-    """Work until all shards exist: take free ones, wait for others, reclaim those of dead
-    processes.
-    """
+    """Work until all shards exist: take free ones, wait for others, reclaim abandoned ones."""
     waiting = False
     while True:
         missing = [s for s in range(plan.num_shards) if not shard_path(args.code_path, s).exists()]
@@ -269,47 +251,38 @@ def make_shards(
     world: World,
     vq: VQModel,
     plan: CodesPlan,
-    samples: list[tuple[str, int]],
+    samples: Samples,
     shards: list[int],
     claims: Claims,
 ) -> None:
     """Claim, encode and write those of ``shards`` that no other process has."""
     resized = int(plan.image_size * plan.crop_range)
-    bar = progress(
-        world, "extracting", sum(len(plan.shard_images(s)) for s in shards), unit="images"
-    )
-    with bar:
+    total = sum(len(plan.shard_images(s)) for s in shards)
+    batch = max(1, args.batch_size // len(plan.crops))
+    with progress(world, "extracting", total, unit="images") as bar:
         loader = DataLoader(
             ImageFiles(samples, CenterCrop(resized), tolerant=True),
-            batch_sampler=ShardBatches(
-                plan, claims, shards, max(1, args.batch_size // len(plan.crops)), bar
-            ),
+            batch_sampler=ShardBatches(plan, claims, shards, batch, bar),
             collate_fn=collate,
             num_workers=min(args.num_workers, usable_cores()),
             pin_memory=world.device.type == "cuda",
         )
         encode = partial(encode_crops, vq, vq.quantize.codebook(), args=args)
         for shard, batches in groupby(loader, key=lambda batch: batch.first // plan.shard_size):
-            codes, labels, index, skipped = (
-                [np.empty((0, len(plan.crops), plan.num_tokens), np.int64)],
-                [],
-                [],
-                [],
-            )
-            for batch in batches:
-                if fatal := [u for u in batch.skipped if u.fatal or args.strict]:
+            codes = [np.empty((0, len(plan.crops), plan.num_tokens), np.int64)]
+            labels, index, skipped = [], [], []
+            for part in batches:
+                if fatal := [u for u in part.skipped if u.fatal or args.strict]:
                     raise ValueError(fatal[0].reason)
-                if batch.pixels is not None:
-                    codes.append(encode(batch.pixels))
-                labels.append(batch.labels)
-                index.append(batch.images)
-                skipped += [(u.image, u.reason) for u in batch.skipped]
+                if part.pixels is not None:
+                    codes.append(encode(part.pixels))
+                labels.append(part.labels)
+                index.append(part.images)
+                skipped += [(u.image, u.reason) for u in part.skipped]
                 claims.renew()
-                bar.update(len(batch.images) + len(batch.skipped))
-            join = np.concatenate
-            write_shard(
-                args.code_path, plan, shard, join(codes), join(labels), join(index), skipped
-            )
+                bar.update(len(part.images) + len(part.skipped))
+            joined = (np.concatenate(codes), np.concatenate(labels), np.concatenate(index))
+            write_shard(args.code_path, plan, shard, *joined, skipped)
             claims.release(shard)
 
 
@@ -319,15 +292,12 @@ def main() -> None:
     world = init_distributed(connect=False)
     logger = create_logger(world)
     if args.precision == "auto":
-        args.precision, reason = (
-            "none",
-            "none (float32), on every machine: bf16 would change some codes",
-        )
+        args.precision = "none"
+        reason = "none (float32), on every machine: bf16 would change some codes"
     else:
         args.precision, reason = resolve_precision(args.precision, world.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
-        args.precision == "tf32"
-    )
+    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     listing = list_images(args.data_path)
     samples = listing.samples[:100] if args.debug else listing.samples
     vq, name = load_tokenizer(args)
@@ -349,16 +319,16 @@ def main() -> None:
     if not world.is_main:
         return
     while (meta := finish_codes(args.code_path, plan, [path for path, _ in samples])) is None:
-        check_shards(
-            args, World(0, 1, world.device), plan, logger
-        )  # another rank has yet to delete a damaged one
+        # another rank has yet to delete a damaged one
+        check_shards(args, World(0, 1, world.device), plan, logger)
         make_all_shards(args, world, vq, plan, samples, logger)
     logger.info(
-        f"{args.code_path}: codes of {meta['num_coded_images']:,} images in {plan.num_shards} "
-        "shards"
+        f"{args.code_path}: codes of {meta['num_coded_images']:,} images in "
+        f"{plan.num_shards} shards"
     )
     if meta["num_skipped_images"]:
-        text = f"{meta['num_skipped_images']:,} unreadable images left out; see {args.code_path}/skipped.json"
+        skipped = f"{meta['num_skipped_images']:,} unreadable images left out"
+        text = f"{skipped}; see {args.code_path}/skipped.json"
         if args.strict:
             raise ValueError(f"--strict: {text}; repair them and run again with --retry-skipped")
         logger.warning(text)

@@ -1,6 +1,4 @@
-"""Training defaults: the paper's Table 5, or what the published code does (``--recipe
-as-released``).
-"""
+"""Training defaults: the paper's Table 5, or the published code's (``--recipe as-released``)."""
 
 from __future__ import annotations
 
@@ -31,9 +29,7 @@ class Recipe:
 
 
 def make_recipe(name: str, gpt_model: str) -> Recipe:
-    """Return the defaults of recipe ``paper`` or ``as-released``; sizes not in the paper follow
-    a neighbour.
-    """
+    """Return recipe ``paper`` or ``as-released``; sizes not in the paper follow a neighbour."""
     if name == "as-released":
         return Recipe(lr_schedule="constant", warmup_epochs=0, attn_dropout_p=0.0)
     return Recipe(lr=2e-4, global_batch_size=512) if gpt_model in LARGE else Recipe()
@@ -42,14 +38,11 @@ def make_recipe(name: str, gpt_model: str) -> Recipe:
 def differences(args: Namespace) -> str:
     """Describe how ``args`` differs from the paper's recipe for its model; empty if it does not."""
     paper = asdict(make_recipe("paper", args.gpt_model))
-    found = [
-        f"--{k.replace('_', '-')} {getattr(args, k)} (paper: {v})"
-        for k, v in paper.items()
-        if getattr(args, k) != v
-    ]
+    changed = {k: v for k, v in paper.items() if getattr(args, k) != v}
+    found = [f"--{k.replace('_', '-')} {getattr(args, k)} (paper: {v})" for k, v in changed.items()]
     if args.recipe == "as-released" and args.mix_code_path is None:
         found.append(
-            "no second crop set (published code mixes in one at range 1.05 if it exists: "
-            "--mix-code-path)"
+            "no second crop set (published code mixes in one at range 1.05 if it "
+            "exists: --mix-code-path)"
         )
     return ", ".join(found)

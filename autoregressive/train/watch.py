@@ -31,8 +31,7 @@ def validate(
     world: World,
     precision: str,
 ) -> dict[str, float]:
-    """Return the cross-entropy of ``images`` held-out images spread over the set, one crop each,
-    without dropout.
+    """Return the loss of ``images`` held-out images, evenly spread, one crop each, no dropout.
 
     ``val/loss`` over all tokens, ``val/loss_first`` over t1..tn, which are predicted one by one,
     and ``val/loss_rest`` over those predicted n at a time. Images that do not divide by the number
@@ -45,10 +44,9 @@ def validate(
     for start in range(0, each, batch):
         mine = np.arange(start, min(start + batch, each)) + world.rank * each
         x, y = codes.batch(mine * len(codes) // images, mine % codes.num_crops)  # (b, T), (b,)
+        inputs = (torch.from_numpy(a).to(world.device) for a in (x, y))
         with autocast(world.device, precision):
-            _, losses = forward(
-                torch.from_numpy(x).to(world.device), torch.from_numpy(y).to(world.device)
-            )  # (b, T)
+            _, losses = forward(*inputs)  # (b, T)
         sums += losses.sum(0)
     model.train()
     mean = world.mean(sums / each)  # (T,)
@@ -70,12 +68,11 @@ def draw_samples(
     config = model.config
     classes = torch.arange(PICTURE, device=world.device) * config.num_classes // PICTURE  # (b,)
     _, uniforms = image_randomness(0, range(PICTURE), config.num_classes, model.order.num_tokens)
+    u = torch.from_numpy(uniforms).to(world.device)  # (b, T)
+    options = SamplingOptions(cfg_scale=PICTURE_CFG_SCALE)
     model.eval()
     with autocast(world.device, precision):
-        options = SamplingOptions(cfg_scale=PICTURE_CFG_SCALE)
-        codes = generate(
-            model, model.order, classes, torch.from_numpy(uniforms).to(world.device), options
-        )  # (b, T)
+        codes = generate(model, model.order, classes, u, options)  # (b, T)
     model.train()
     if world.is_main:
         pixels = vq.decode_code(codes.view(-1, *model.order.grid))  # (b, 3, S, S)

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from evaluations.c2i.features import Features
 from utils.checkpoints.weights_file import load_checkpoint, load_strictly, save_checkpoint
@@ -39,10 +38,8 @@ class SmallClassifier(nn.Module):
         self.conv2 = _conv(width, width)
         self.head = nn.Linear(width, config.num_classes)
 
-    def forward(self, images: torch.Tensor) -> Features:
-        """``images`` (B, S, S, 3) uint8, or float32 in 0-255. Raises ``ValueError`` for another
-        image size.
-        """
+    def forward(self, images: Tensor) -> Features:
+        """``images`` (B, S, S, 3) uint8, or float32 in 0-255; ``ValueError`` for another size."""
         size = self.config.image_size
         if tuple(images.shape[1:]) != (size, size, 3):
             shape = "x".join(str(n) for n in images.shape[1:])
@@ -52,14 +49,14 @@ class SmallClassifier(nn.Module):
         pool = self.pool_features(images.permute(0, 3, 1, 2).float() / 127.5 - 1)  # (B, D)
         return Features(pool, None, self.head(pool).softmax(dim=1))
 
-    def pool_features(self, x: torch.Tensor) -> torch.Tensor:
+    def pool_features(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) in [-1, 1] -> (B, D), input of the last linear layer."""
         x = self.stem(x)  # (B, D/4, S, S)
         x = self.conv1(self.down1(x))  # (B, D, S/2, S/2)
         x = self.conv2(self.down2(x))  # (B, D, S/4, S/4)
         return x.mean(dim=(2, 3))  # (B, D)
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) in [-1, 1] -> (B, classes)."""
         return self.head(self.pool_features(x))
 
@@ -72,9 +69,7 @@ def _conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential
 def save_classifier(
     path: str | Path, network: SmallClassifier, classes: list[str], **facts: Any
 ) -> None:
-    """Write weights, config, class names and ``facts`` atomically; ``load_classifier`` reads
-    them.
-    """
+    """Write weights, config, classes and ``facts`` atomically; ``load_classifier`` reads them."""
     content = {
         "model": network.state_dict(),
         "config": asdict(network.config),

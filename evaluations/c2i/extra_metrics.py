@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from evaluations.c2i.features import Features
 from evaluations.c2i.metrics import frechet_distance, frechet_distance_of_few, mean_and_covariance
@@ -27,8 +27,7 @@ DINOV2_SIZE = 224
 def kernel_distance(
     reference: np.ndarray, samples: np.ndarray, seed: int = 0
 ) -> tuple[float, float]:
-    """KID: mean and standard deviation, over 100 subsets of 1,000, of the squared MMD with kernel
-    (x.y / D + 1)^3.
+    """KID: mean and deviation over 100 subsets of 1,000 of the squared MMD with (x.y / D + 1)^3.
 
     Features (N, D) and (M, D) float32 (Binkowski et al. 2018, arXiv 1801.01401, section 4; not
     multiplied by 1,000). If a set has fewer than 1,000 rows, subsets have as many.
@@ -39,10 +38,8 @@ def kernel_distance(
     size = min(KID_SUBSET_SIZE, len(reference), len(samples))
     values = []
     for _ in range(KID_SUBSETS):
-        real, fake = (
-            torch.from_numpy(x[rng.choice(len(x), size, replace=False)]).double()
-            for x in (reference, samples)
-        )
+        chosen = (x[rng.choice(len(x), size, replace=False)] for x in (reference, samples))
+        real, fake = (torch.from_numpy(x).double() for x in chosen)
         values.append(poly_mmd(real, fake).item())
     return float(np.mean(values)), float(np.std(values))
 
@@ -50,9 +47,7 @@ def kernel_distance(
 def class_frechet(
     reference: np.ndarray, reference_labels: np.ndarray, samples: np.ndarray, labels: np.ndarray
 ) -> dict[int, float]:
-    """Return FID by class, for classes with at least two images in both sets; labels (N,) and
-    (M,) integers.
-    """
+    """Return FID by class with at least two images in both sets; labels (N,), (M,) integers."""
     distances = {}
     for label in np.intersect1d(reference_labels, labels):
         real, fake = reference[reference_labels == label], samples[labels == label]
@@ -69,8 +64,7 @@ def frechet_interval(
     world: World,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return a 95% interval around ``distance``, the FID of sample features (M, D) to the
-    statistics (mu, sigma).
+    """Return a 95% interval around ``distance``, the FID of features (M, D) to (mu, sigma).
 
     Its ends are percentiles 2.5 and 97.5 of FID over ``draws`` bootstrap resamplings, shifted so
     that their mean is ``distance``: resampled sets repeat images, which raises FID as much again as
@@ -87,7 +81,7 @@ def frechet_interval(
 
 
 def paired_quality(
-    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device | str = "cpu"
+    pairs: Iterable[tuple[Tensor, Tensor]], device: torch.device | str = "cpu"
 ) -> tuple[float, float]:
     """Return mean PSNR in dB and mean SSIM over pairs of images; batches (B, H, W, 3) in 0-255."""
     psnrs, ssims = [], []
@@ -98,8 +92,7 @@ def paired_quality(
 
 
 class DinoFeatures(nn.Module):
-    """A ``FeatureNetwork`` for FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675): class tokens of
-    DINOv2 ViT-L/14.
+    """Network of FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675): class tokens of ViT-L/14.
 
     Images are resized to 224 x 224 (bicubic, antialiased) and normalised by ImageNet's mean and
     standard deviation. ``probabilities`` are empty.
@@ -117,7 +110,7 @@ class DinoFeatures(nn.Module):
             "std", torch.tensor(timm.data.IMAGENET_DEFAULT_STD).view(3, 1, 1), persistent=False
         )
 
-    def forward(self, images: torch.Tensor) -> Features:
+    def forward(self, images: Tensor) -> Features:
         """``images`` (B, H, W, 3) uint8, or float32 in 0-255 -> pool features (B, 1024)."""
         x = images.permute(0, 3, 1, 2).float()  # (B, 3, H, W)
         x = F.interpolate(x, (DINOV2_SIZE,) * 2, mode="bicubic", antialias=True)  # (B, 3, 224, 224)
@@ -127,9 +120,7 @@ class DinoFeatures(nn.Module):
 
 
 def load_dinov2(path: str | Path, name: str = DINOV2) -> DinoFeatures:
-    """Load the network with timm's weights ``name`` from a file; ``ValueError`` if the file
-    holds something else.
-    """
+    """Load the network with timm's weights ``name``; ``ValueError`` if the file holds another."""
     model = DinoFeatures(name)
     state = find_state_dict(load_checkpoint(path, "--dinov2"), ("model", "state_dict"), path)
     load_strictly(model.network, state, path, f"timm's {name}")

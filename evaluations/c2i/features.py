@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from evaluations.c2i.image_sets import ImageArchive, ImageSet, open_archive
@@ -32,25 +33,21 @@ class Features(NamedTuple):
     and class accuracy.
     """
 
-    pool: torch.Tensor
-    spatial: torch.Tensor | None
-    probabilities: torch.Tensor
+    pool: Tensor
+    spatial: Tensor | None
+    probabilities: Tensor
 
 
 class FeatureNetwork(Protocol):
     """Any network that can replace Inception."""
 
-    def __call__(self, images: torch.Tensor) -> Features:
-        """``images`` (B, H, W, 3) uint8, or float32 in the same range 0-255, on the network's
-        device.
-        """
+    def __call__(self, images: Tensor) -> Features:
+        """``images`` (B, H, W, 3) uint8, or float32 in 0-255, on the network's device."""
         ...
 
 
 class ImageFeatures(NamedTuple):
-    """``Features`` of a whole set of N images as numpy arrays, and a hash of each image's pixels
-    (N,) uint64.
-    """
+    """``Features`` of N images as numpy arrays, and a hash of each image's pixels (N,) uint64."""
 
     pool: np.ndarray
     spatial: np.ndarray | None
@@ -59,9 +56,7 @@ class ImageFeatures(NamedTuple):
 
 
 class MeasuredSet(NamedTuple):
-    """Features of a set of images (None without images, and on all ranks but 0), statistics of
-    both kinds.
-    """
+    """Features (None without images and on ranks above 0) and statistics of both kinds."""
 
     features: ImageFeatures | None
     pool: Statistics | None
@@ -70,10 +65,9 @@ class MeasuredSet(NamedTuple):
 
 @torch.inference_mode()
 def extract_features(
-    network: FeatureNetwork, batches: Iterable[torch.Tensor], world: World
+    network: FeatureNetwork, batches: Iterable[Tensor], world: World
 ) -> ImageFeatures | None:
-    """Run every batch (B, H, W, 3) through ``network`` and return the results in order on rank 0,
-    None elsewhere.
+    """Run batches (B, H, W, 3) through ``network``; results in order on rank 0, None elsewhere.
 
     ``batches`` are those of this rank: every ``world.size``-th batch of the whole set.
     """
@@ -95,7 +89,7 @@ def extract_features(
     )
 
 
-def _hashes(images: torch.Tensor) -> np.ndarray:
+def _hashes(images: Tensor) -> np.ndarray:
     digests = b"".join(hashlib.blake2b(image.numpy(), digest_size=8).digest() for image in images)
     return np.frombuffer(digests, np.uint64)
 
@@ -103,8 +97,7 @@ def _hashes(images: torch.Tensor) -> np.ndarray:
 def measure_set(
     images: ImageSet, network: FeatureNetwork | None, name: str, batch_size: int, world: World
 ) -> MeasuredSet:
-    """Run all images through ``network``, if there is one; stored statistics take precedence over
-    computed ones.
+    """Run images through ``network``, if given; stored statistics take precedence over computed.
 
     Every rank must call this; only rank 0 gets the features and statistics.
     """
@@ -123,12 +116,8 @@ def measure_set(
     return MeasuredSet(features, pool, spatial)
 
 
-def _count_up(
-    batches: Iterator[torch.Tensor], bar: tqdm, total: int, size: int
-) -> Iterator[torch.Tensor]:
-    """Yield the batches; per batch, advance the bar by its images and as many for each of the
-    other ranks.
-    """
+def _count_up(batches: Iterator[Tensor], bar: tqdm, total: int, size: int) -> Iterator[Tensor]:
+    """Yield the batches; advance the bar by each batch's images times the number of ranks."""
     for batch in batches:
         yield batch
         bar.update(min(len(batch) * size, total - bar.n))
@@ -142,8 +131,7 @@ def measure_reference(
     batch_size: int,
     world: World,
 ) -> MeasuredSet:
-    """``measure_set``, with ``cache`` from a file beside the reference if an earlier call has
-    written one.
+    """``measure_set``; with ``cache``, read from a file beside the reference if one was written.
 
     The file's name and content hold the SHA-256 of the reference and of the network.
     """
@@ -166,9 +154,7 @@ def measure_reference(
 
 
 def _read_cache(path: Path, key: str, images: ImageSet) -> MeasuredSet | None:
-    """Return what ``_write_cache`` wrote under ``key``; None if the file is missing, damaged or
-    of another key.
-    """
+    """Return what ``_write_cache`` wrote under ``key``; None if it is missing or damaged."""
     if not path.exists():
         return None
     try:

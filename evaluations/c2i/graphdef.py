@@ -37,9 +37,7 @@ LARGEST = 1 << 28  # bytes of all constants: one repeated value can stand for a 
 
 
 class Node(NamedTuple):
-    """One operation: its type, its value (None unless it is a numeric ``Const``) and its boolean
-    attributes.
-    """
+    """One operation: type, value (None unless it is a numeric ``Const``) and boolean attributes."""
 
     op: str
     value: np.ndarray | None
@@ -85,9 +83,7 @@ def _node(data: memoryview) -> tuple[str, Node]:
 
 
 def _tensor(data: memoryview) -> np.ndarray | None:
-    """Decode a TensorProto: raw bytes, or a list of values whose last value fills the rest of
-    the shape.
-    """
+    """Decode a TensorProto: raw bytes, or values of which the last fills the rest of the shape."""
     fields: dict[int, list[int | memoryview]] = {}
     for field, content in _fields(data):
         fields.setdefault(field, []).append(content)
@@ -122,9 +118,8 @@ def _values(content: int | memoryview, dtype: np.dtype) -> np.ndarray:
         return words.astype(np.uint16).view(dtype)
     if dtype.kind == "f":  # a single value: the bits of a fixed32 or fixed64
         return words.astype(f"<u{dtype.itemsize}").view(dtype)
-    return words.astype(np.int64).astype(
-        dtype
-    )  # negative integers are written as 64-bit two's complement
+    # negative integers are written as 64-bit two's complement
+    return words.astype(np.int64).astype(dtype)
 
 
 def _shape(data: memoryview) -> tuple[int, ...]:
@@ -143,9 +138,7 @@ def _message(content: int | memoryview) -> memoryview:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Yield number and value of each field of a message: numbers as unsigned integers (their
-    bits), others as bytes.
-    """
+    """Yield number and value of each field: unsigned integers (their bits), or bytes."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position)
@@ -174,9 +167,7 @@ def _varints(data: memoryview) -> Iterator[int]:
 
 
 def _varint(data: memoryview, position: int) -> tuple[int, int]:
-    """Return an integer, stored in 7 bits per byte with the lowest first, and the position after
-    it.
-    """
+    """Return an integer, stored in 7 bits per byte, lowest first, and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         byte = data[position]

@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dataset.imagenet import open_image
@@ -21,18 +22,15 @@ from evaluations.c2i.metrics import Statistics
 from utils.files import require_file
 from utils.npz import Member, open_member, open_npz
 
-IMAGES, LABELS = (
-    "arr_0",
-    ("labels", "arr_1"),
-)  # guided-diffusion saves labels as a second positional array
+IMAGES = "arr_0"
+LABELS = ("labels", "arr_1")  # guided-diffusion saves labels as a second positional array
 LARGEST_IMAGE = 1 << 26  # values of one image
 LARGEST_WHOLE = 1 << 30  # bytes of an array read at once: 8 times the statistics of 4096 features
 
 
 @dataclass(frozen=True)
 class ImageArchive:
-    """An ``.npz`` of images ``arr_0`` (N, H, W, 3), read in batches, and of statistics and labels
-    (N,).
+    """``.npz`` of images ``arr_0`` (N, H, W, 3), read in batches, statistics and labels (N,).
 
     ``shape`` is the shape of the images; ``pool`` and ``spatial`` are the stored statistics
     (``mu``, ``sigma`` and ``mu_s``, ``sigma_s``). Whatever the file does not hold is None.
@@ -53,9 +51,8 @@ class ImageArchive:
         """Return the images alone."""
         return replace(self, pool=None, spatial=None)
 
-    def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[torch.Tensor]:
-        """Yield images in file order: (B, H, W, 3) uint8, or float32 for a file of floats, values
-        0-255.
+    def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[Tensor]:
+        """Yield (B, H, W, 3) in file order: uint8, or float32 for a file of floats, 0-255.
 
         Yields only batches ``rank``, ``rank + size``, ... and holds one batch at a time. Raises
         ``ValueError`` for a damaged file and for floats outside 0-255.
@@ -76,9 +73,7 @@ class ImageArchive:
 
 @dataclass(frozen=True)
 class ImageFolderSet:
-    """A folder of images of one size, with the interface of ``ImageArchive``; sorted by name,
-    2.png before 10.png.
-    """
+    """A folder of images of one size, as ``ImageArchive``; by name, 2.png before 10.png."""
 
     path: Path
     shape: tuple[int, int, int, int]
@@ -92,10 +87,8 @@ class ImageFolderSet:
         """Number of images."""
         return len(self.files)
 
-    def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[torch.Tensor]:
-        """See ``ImageArchive``; ``ValueError`` for a file that is not an image or differs in
-        size from the first.
-        """
+    def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[Tensor]:
+        """See ``ImageArchive``; ``ValueError`` for a file that is no image of the first's size."""
         for start in range(rank * batch_size, self.count, size * batch_size):
             yield torch.stack([self._read(file) for file in self.files[start : start + batch_size]])
 
@@ -103,7 +96,7 @@ class ImageFolderSet:
         """Return the set itself: a folder has no statistics."""
         return self
 
-    def _read(self, file: Path) -> torch.Tensor:
+    def _read(self, file: Path) -> Tensor:
         pixels = np.array(open_image(file))  # (H, W, 3) uint8
         if pixels.shape != self.shape[1:]:
             size, first_size = (f"{s[1]}x{s[0]}" for s in (pixels.shape, self.shape[1:]))
@@ -151,8 +144,8 @@ def open_archive(path: str | Path, name: str) -> ImageArchive:
     if shape is None and pool is None:
         found = ", ".join(names) or "nothing"
         raise ValueError(
-            f"{name}: {path} holds neither images (arr_0) nor statistics (mu and sigma); found "
-            f"{found}"
+            f"{name}: {path} holds neither images (arr_0) nor statistics (mu and "
+            f"sigma); found {found}"
         )
     return ImageArchive(path, shape, pool, spatial, labels)
 
@@ -193,8 +186,7 @@ def _read_statistics(
     ):
         raise ValueError(
             f"{path}: {mu_name} is {mu.dtype} {mu.shape} and {sigma_name} {sigma.dtype} "
-            f"{sigma.shape}, "
-            "expected floats (D,) and (D, D)"
+            f"{sigma.shape}, expected floats (D,) and (D, D)"
         )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError(f"{path}: {mu_name} or {sigma_name} holds values that are not finite")

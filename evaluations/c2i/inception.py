@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models.inception import (
     BasicConv2d,
@@ -73,9 +73,7 @@ DOWNLOADED = PUBLISHED_WEIGHTS[1]
 
 
 class Inception2015(nn.Module):
-    """A ``FeatureNetwork``: images (B, H, W, 3) -> ``Features``. Only for evaluation, in
-    float32.
-    """
+    """``FeatureNetwork``: images (B, H, W, 3) -> ``Features``. Only for evaluation, in float32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,10 +95,8 @@ class Inception2015(nn.Module):
         self.Mixed_7c = LastBlockE(2048)
         self.fc = nn.Linear(2048, CLASSES)
 
-    def forward(self, images: torch.Tensor) -> Features:
-        """``images`` (B, H, W, 3) uint8, or float32 in 0-255 -> float32 pool, spatial and
-        probabilities.
-        """
+    def forward(self, images: Tensor) -> Features:
+        """``images`` (B, H, W, 3) uint8, or float32 in 0-255 -> ``Features`` in float32."""
         x = resize_tf1(images, IMAGE_SIZE)  # (B, 299, 299, 3)
         x = (x - 128) * 0.0078125  # (B, 299, 299, 3) in [-1, 1)
         x = x.permute(0, 3, 1, 2)  # (B, 3, 299, 299), channels last in memory
@@ -118,9 +114,7 @@ class Inception2015(nn.Module):
         x = self.Mixed_6b(x)  # (B, 768, 17, 17)
         x = self.Mixed_6c(x)  # (B, 768, 17, 17)
         x = self.Mixed_6d(x)  # (B, 768, 17, 17)
-        spatial = x[
-            :, :SPATIAL_CHANNELS
-        ]  # (B, 7, 17, 17), the first channels of Mixed_6d.branch1x1
+        spatial = x[:, :SPATIAL_CHANNELS]  # (B, 7, 17, 17), of Mixed_6d.branch1x1
         spatial = spatial.permute(0, 2, 3, 1).flatten(1)  # (B, 2023), height, width, channel
         x = self.Mixed_6e(x)  # (B, 768, 17, 17)
         x = self.Mixed_7a(x)  # (B, 1280, 8, 8)
@@ -134,55 +128,44 @@ class Inception2015(nn.Module):
 class BlockA(InceptionA):
     """Mixed_5b to 5d."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         branch1x1 = self.branch1x1(x)  # (B, 64, 35, 35)
         branch5x5 = self.branch5x5_2(self.branch5x5_1(x))  # (B, 64, 35, 35)
-        branch3x3dbl = self.branch3x3dbl_3(
-            self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        )  # (B, 96, 35, 35)
+        branch3x3dbl = self.branch3x3dbl_2(self.branch3x3dbl_1(x))  # (B, 96, 35, 35)
+        branch3x3dbl = self.branch3x3dbl_3(branch3x3dbl)  # (B, 96, 35, 35)
         branch_pool = self.branch_pool(_average_pool(x))  # (B, 32 or 64, 35, 35)
-        return torch.cat(
-            [branch1x1, branch5x5, branch3x3dbl, branch_pool], dim=1
-        )  # (B, 256 or 288, 35, 35)
+        branches = [branch1x1, branch5x5, branch3x3dbl, branch_pool]
+        return torch.cat(branches, dim=1)  # (B, 256 or 288, 35, 35)
 
 
 class BlockC(InceptionC):
     """Mixed_6b to 6e."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         branch1x1 = self.branch1x1(x)  # (B, 192, 17, 17)
         branch7x7 = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))  # (B, 192, 17, 17)
-        branch7x7dbl = self.branch7x7dbl_3(
-            self.branch7x7dbl_2(self.branch7x7dbl_1(x))
-        )  # (B, 128-192, 17, 17)
-        branch7x7dbl = self.branch7x7dbl_5(self.branch7x7dbl_4(branch7x7dbl))  # (B, 192, 17, 17)
+        branch7x7dbl = self.branch7x7dbl_2(self.branch7x7dbl_1(x))  # (B, 128-192, 17, 17)
+        branch7x7dbl = self.branch7x7dbl_4(self.branch7x7dbl_3(branch7x7dbl))  # (B, 128-192, ...)
+        branch7x7dbl = self.branch7x7dbl_5(branch7x7dbl)  # (B, 192, 17, 17)
         branch_pool = self.branch_pool(_average_pool(x))  # (B, 192, 17, 17)
-        return torch.cat(
-            [branch1x1, branch7x7, branch7x7dbl, branch_pool], dim=1
-        )  # (B, 768, 17, 17)
+        branches = [branch1x1, branch7x7, branch7x7dbl, branch_pool]
+        return torch.cat(branches, dim=1)  # (B, 768, 17, 17)
 
 
 class BlockE(InceptionE):
     """Mixed_7b."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         branch1x1 = self.branch1x1(x)  # (B, 320, 8, 8)
-        branch3x3 = self.branch3x3_1(x)  # (B, 384, 8, 8)
-        branch3x3 = [
-            self.branch3x3_2a(branch3x3),
-            self.branch3x3_2b(branch3x3),
-        ]  # 2 x (B, 384, 8, 8)
-        branch3x3dbl = self.branch3x3dbl_2(self.branch3x3dbl_1(x))  # (B, 384, 8, 8)
-        branch3x3dbl = [
-            self.branch3x3dbl_3a(branch3x3dbl),
-            self.branch3x3dbl_3b(branch3x3dbl),
-        ]  # 2 x (B, 384, 8, 8)
+        h = self.branch3x3_1(x)  # (B, 384, 8, 8)
+        branch3x3 = [self.branch3x3_2a(h), self.branch3x3_2b(h)]  # 2 x (B, 384, 8, 8)
+        h = self.branch3x3dbl_2(self.branch3x3dbl_1(x))  # (B, 384, 8, 8)
+        branch3x3dbl = [self.branch3x3dbl_3a(h), self.branch3x3dbl_3b(h)]  # 2 x (B, 384, 8, 8)
         branch_pool = self.branch_pool(self.pool(x))  # (B, 192, 8, 8)
-        return torch.cat(
-            [branch1x1, *branch3x3, *branch3x3dbl, branch_pool], dim=1
-        )  # (B, 2048, 8, 8)
+        branches = [branch1x1, *branch3x3, *branch3x3dbl, branch_pool]
+        return torch.cat(branches, dim=1)  # (B, 2048, 8, 8)
 
-    def pool(self, x: torch.Tensor) -> torch.Tensor:
+    def pool(self, x: Tensor) -> Tensor:
         """3x3 pooling before the last branch: (B, C, 8, 8) -> the same."""
         return _average_pool(x)
 
@@ -190,17 +173,17 @@ class BlockE(InceptionE):
 class LastBlockE(BlockE):
     """Mixed_7c, with a max pool."""
 
-    def pool(self, x: torch.Tensor) -> torch.Tensor:
+    def pool(self, x: Tensor) -> Tensor:
         """3x3 pooling before the last branch: (B, C, 8, 8) -> the same."""
         return F.max_pool2d(x, kernel_size=3, stride=1, padding=1)
 
 
-def _average_pool(x: torch.Tensor) -> torch.Tensor:
+def _average_pool(x: Tensor) -> Tensor:
     """3x3 means over the pixels inside the map; padding is not counted."""
     return F.avg_pool2d(x, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 
 
-def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
+def resize_tf1(images: Tensor, size: int) -> Tensor:
     """TF1's bilinear resize, bit for bit: (B, H, W, C) of any dtype -> float32 (B, size, size, C).
 
     Output i is at input position i * (H / size), without half-pixel shift or antialiasing; columns
@@ -215,12 +198,8 @@ def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
     return top + (bottom - top) * weight[:, None, None]  # (B, size, size, C)
 
 
-def _resize_grid(
-    length: int, size: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return lower and upper neighbour (int64) and the upper one's weight (float32), each
-    (size,).
-    """
+def _resize_grid(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return both neighbours (int64) and the upper one's weight (float32), each (size,)."""
     scale = float(np.float32(length) / np.float32(size))
     position = torch.arange(size, dtype=torch.float32, device=device) * scale
     low = position.floor()
@@ -228,8 +207,7 @@ def _resize_grid(
 
 
 def load_inception(path: str | Path) -> Inception2015:
-    """Load the network from a TensorFlow graph (``.pb``) or a state dict with pytorch-fid's names,
-    on the CPU.
+    """Load the network from a TensorFlow graph (``.pb``) or pytorch-fid's state dict, on the CPU.
 
     Raises ``ValueError`` if the file is neither.
     """
@@ -243,17 +221,15 @@ def load_inception(path: str | Path) -> Inception2015:
     return build_inception(load_checkpoint(path, "--inception-weights"), path)
 
 
-def state_of_graph(nodes: Mapping[str, Node]) -> dict[str, torch.Tensor]:
-    """Convert the nodes of the 2015 graph to our state dict; ``ValueError`` if a constant is
-    missing.
+def state_of_graph(nodes: Mapping[str, Node]) -> dict[str, Tensor]:
+    """Convert nodes of the 2015 graph to our state dict; ``ValueError`` if a constant is missing.
 
     A batch norm without ``scale_after_normalization`` ignores its gamma, so gamma becomes 1.
     """
     constants = {name: node.value for name, node in nodes.items() if node.value is not None}
     for name, node in nodes.items():
-        if node.op == "BatchNormWithGlobalNormalization" and not node.switches.get(
-            "scale_after_normalization", False
-        ):
+        scaled = node.switches.get("scale_after_normalization", False)
+        if node.op == "BatchNormWithGlobalNormalization" and not scaled:
             shape = np.shape(constants.get(f"{name}/beta", ()))
             constants[f"{name}/gamma"] = np.ones(shape, np.float32)
     try:
@@ -262,10 +238,8 @@ def state_of_graph(nodes: Mapping[str, Node]) -> dict[str, torch.Tensor]:
         raise ValueError(f"it has no constant {error}") from error
 
 
-def build_inception(state: Mapping[str, torch.Tensor], source: str | Path) -> Inception2015:
-    """Build the network from ``state``, with batch norms folded into the convolutions, in
-    channels-last format.
-    """
+def build_inception(state: Mapping[str, Tensor], source: str | Path) -> Inception2015:
+    """Build the network, in channels-last format and with batch norms folded into convolutions."""
     network = Inception2015()
     counters = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
     load_strictly(network, {**counters, **state}, source, "the Inception network of 2015")
@@ -278,16 +252,15 @@ def build_inception(state: Mapping[str, torch.Tensor], source: str | Path) -> In
 
 
 def find_weights(path: str | Path | None, folder: Path, allow_unknown: bool) -> Path:
-    """Return the weights file to use: ``path``, or a published file in ``folder``; its hash must be
-    a published one.
+    """Return the weights file: ``path``, or a published one in ``folder``; its hash must be known.
 
     Raises ``ValueError`` naming the expected files with size, hash and source.
     """
-    wanted = f"expected {' or '.join(str(w) for w in PUBLISHED_WEIGHTS)} in {folder}/ or at --inception-weights"
+    files = " or ".join(map(str, PUBLISHED_WEIGHTS))
+    wanted = f"expected {files} in {folder}/ or at --inception-weights"
     if path is None:
-        path = next(
-            (folder / w.name for w in PUBLISHED_WEIGHTS if (folder / w.name).is_file()), None
-        )
+        paths = (folder / w.name for w in PUBLISHED_WEIGHTS)
+        path = next((p for p in paths if p.is_file()), None)
         if path is None:
             raise ValueError(f"no Inception weights: {wanted}")
     path = require_file(path, "--inception-weights", wanted)
@@ -300,30 +273,26 @@ def find_weights(path: str | Path | None, folder: Path, allow_unknown: bool) -> 
     how = "sha256" if of_size else "size"
     raise ValueError(
         f"--inception-weights: {path} ({size:,} bytes) is not a published file by its {how}: "
-        f"{wanted}; "
-        "--allow-unknown-weights accepts it"
+        f"{wanted}; --allow-unknown-weights accepts it"
     )
 
 
 def download_weights(folder: Path) -> None:
-    """Download a published file into ``folder``, unless one exists; its sha256 is checked before
-    it gets its name.
-    """
+    """Download a published file into ``folder`` unless one exists; its hash is checked first."""
     if any((folder / w.name).is_file() for w in PUBLISHED_WEIGHTS):
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        torch.hub.download_url_to_file(
-            DOWNLOADED.source, str(folder / DOWNLOADED.name), DOWNLOADED.sha256
-        )
+        file = str(folder / DOWNLOADED.name)
+        torch.hub.download_url_to_file(DOWNLOADED.source, file, DOWNLOADED.sha256)
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"--download: {DOWNLOADED.source} cannot be fetched into {folder}: {error}"
         ) from error
 
 
-# Convolutions of each block: torchvision's name -> TensorFlow's scope within the block's scope in
-# the 2015 graph. fmt: off
+# Convolutions of each block: torchvision's name -> TensorFlow's scope within the block's scope.
+# fmt: off
 _SCOPES_A = {
     "branch1x1": "conv",
     "branch5x5_1": "tower/conv",
@@ -406,18 +375,15 @@ TENSORFLOW_CONSTANTS = {
 }
 
 
-def state_from_tensorflow(constants: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Convert constants of the 2015 graph (kernels HWIO, ``softmax/weights`` (2048, 1008)) to
-    our state dict.
-    """
+def state_from_tensorflow(constants: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Convert 2015 constants (HWIO kernels, ``softmax/weights`` (2048, 1008)) to our state dict."""
     state = {
         f"{module}.{parameter}": torch.tensor(constants[f"{scope}/{constant}"])
         for module, scope in TENSORFLOW_SCOPES.items()
         for parameter, constant in TENSORFLOW_CONSTANTS.items()
     }
-    state = {
-        k: v.permute(3, 2, 0, 1) if v.ndim == 4 else v for k, v in state.items()
-    }  # HWIO -> OIHW
+    # HWIO -> OIHW
+    state = {k: v.permute(3, 2, 0, 1) if v.ndim == 4 else v for k, v in state.items()}
     state["fc.weight"] = torch.tensor(constants["softmax/weights"]).T
     state["fc.bias"] = torch.tensor(constants["softmax/biases"])
     return state

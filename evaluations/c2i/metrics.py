@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from scipy import linalg
 from scipy.special import rel_entr
+from torch import Tensor
 
 # Nearest-neighbour distances are computed in blocks of this many rows and columns: the overflow of
 # one distance turns its whole block to float32, so this number is part of the metric.
@@ -56,13 +57,14 @@ def frechet_distance(
     sigma2: np.ndarray,
     method: str = "symmetric",
 ) -> float:
-    """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))  (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
+    """|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)).
 
-    With S1 = L L^T, the last trace is the sum of the square roots of the eigenvalues of L^T S2 L.
-    These lose half their digits without full rank; then it is the sum of the singular values of A^T
-    B with S1 = A A^T and S2 = B B^T. Both are symmetric in their arguments, unlike a matrix square
-    root of S1 S2, which ``method`` "sqrtm" uses as the TensorFlow evaluator does. Means (D,),
-    covariances (D, D), any float dtype. Raises ``ValueError`` if sizes differ.
+    Heusel et al. 2017, arXiv 1706.08500, equation 6. With S1 = L L^T, the last trace is the sum of
+    the square roots of the eigenvalues of L^T S2 L. These lose half their digits without full rank;
+    then it is the sum of the singular values of A^T B with S1 = A A^T and S2 = B B^T. Both are
+    symmetric in their arguments, unlike a matrix square root of S1 S2, which ``method`` "sqrtm"
+    uses as the TensorFlow evaluator does. Means (D,), covariances (D, D), any float dtype. Raises
+    ``ValueError`` if sizes differ.
     """
     size = np.size(mu1)
     if not (
@@ -81,8 +83,7 @@ def frechet_distance(
 
 
 def frechet_distance_of_few(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the ``frechet_distance`` of two sets of features (N, D) and (M, D); fast for N, M <<
-    D.
+    """``frechet_distance`` of two sets of features (N, D) and (M, D); fast for N, M << D.
 
     With the centred features themselves as A and B, A^T B is only N x M.
     """
@@ -90,9 +91,8 @@ def frechet_distance_of_few(first: np.ndarray, second: np.ndarray) -> float:
     for x in (first, second):
         _require_features(x, "features", least=2)
         x = x.astype(np.float64)
-        centred.append(
-            (x - x.mean(axis=0)) / np.sqrt(len(x) - 1)
-        )  # (N, D), covariance A A^T of A = its transpose
+        # (N, D), covariance A A^T of A = its transpose
+        centred.append((x - x.mean(axis=0)) / np.sqrt(len(x) - 1))
     difference = first.mean(axis=0, dtype=np.float64) - second.mean(axis=0, dtype=np.float64)
     cross = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
     spread = sum(np.square(x).sum() for x in centred)
@@ -100,9 +100,7 @@ def frechet_distance_of_few(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _trace_of_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
-    """tr((S1 S2)^(1/2)). Uses torch, whose LAPACK takes 2.3 s at D = 2048; numpy's takes 9 s (2
-    cores).
-    """
+    """tr((S1 S2)^(1/2)) by torch's LAPACK: 2.3 s at D = 2048, numpy's takes 9 s (2 cores)."""
     first, second = (torch.from_numpy(np.array(s, np.float64)) for s in (sigma1, sigma2))
     lower, full = _cholesky(first)
     if full and _cholesky(second)[1]:
@@ -110,19 +108,15 @@ def _trace_of_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
     return torch.linalg.svdvals(_factor(first).T @ _factor(second)).sum().item()
 
 
-def _cholesky(sigma: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """Return the lower factor of a covariance (D, D), and whether it has full rank by a wide
-    margin.
-    """
+def _cholesky(sigma: Tensor) -> tuple[Tensor, bool]:
+    """Return the lower factor of a covariance (D, D), and whether its rank is clearly full."""
     lower, failed = torch.linalg.cholesky_ex(sigma)
     pivots = lower.diagonal().square()
     return lower, not failed.item() and (pivots.min() > 1e-12 * pivots.max()).item()
 
 
 def _trace_by_sqrtm(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
-    """tr((S1 S2)^(1/2)) by the Schur method; if that fails, 1e-6 is added to the diagonals, as
-    published.
-    """
+    """tr((S1 S2)^(1/2)) by Schur; if it fails, with 1e-6 added to the diagonals, as published."""
     root = linalg.sqrtm(np.dot(sigma1, sigma2))
     if not np.isfinite(root).all():
         offset = np.eye(len(sigma1)) * 1e-6
@@ -131,12 +125,11 @@ def _trace_by_sqrtm(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
 
 
 def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
-    """Mean over the splits of exp(E_x KL(p(y|x) || p(y)))  (Salimans et al. 2016, arXiv 1606.03498,
-    section 4).
+    """Mean over splits of exp(E_x KL(p(y|x) || p(y))) (Salimans et al. 2016, arXiv 1606.03498).
 
-    ``probabilities`` (N, classes), rows that sum to 1, in file order; each split is ``split_size``
-    consecutive rows, and a shorter last split has the same weight. Raises ``ValueError`` for other
-    input.
+    ``probabilities`` (N, classes), rows that sum to 1, in file order; each split is
+    ``split_size`` consecutive rows, and a shorter last split has the same weight. Raises
+    ``ValueError`` for other input.
     """
     _require_features(probabilities, "probabilities", least=1)
     scores = []
@@ -176,8 +169,7 @@ def precision_recall(
     exact: bool = False,
     device: torch.device | str = "cpu",
 ) -> PrecisionRecall:
-    """precision = |{s: |s - r|^2 <= radius(r) for some r}| / |S|; recall is the same with the sets
-    exchanged.
+    """precision = |{s: |s - r|^2 <= radius(r) for some r}| / |S|; recall: sets exchanged.
 
     radius(r) is the squared distance from r to its k-th nearest neighbour in its own set
     (Kynkaanniemi et al. 2019, arXiv 1904.06991, eq. 1-2). ``reference`` (N, D) and ``samples`` (M,
@@ -209,11 +201,8 @@ class _Tally:
         self.float32_blocks = 0
 
 
-def neighbour_radii(
-    features: torch.Tensor, k: int, exact: bool, tally: _Tally | None = None
-) -> torch.Tensor:
-    """Return the squared distance from each row of ``features`` (N, D) to its k-th nearest other
-    row: (N,) float32.
+def neighbour_radii(features: Tensor, k: int, exact: bool, tally: _Tally | None = None) -> Tensor:
+    """Return squared distances from rows (N, D) to their k-th nearest other row: (N,) float32.
 
     A row is its own nearest neighbour, so this is the (k + 1)-th smallest distance of the row.
     """
@@ -227,10 +216,9 @@ def neighbour_radii(
 
 
 def distance_slabs(
-    u: torch.Tensor, v: torch.Tensor, exact: bool, tally: _Tally | None = None
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Yield |u_i - v_j|^2 for all rows of ``u`` (N, D) and ``v`` (M, D), in parts: (rows, columns,
-    float32 (n, m)).
+    u: Tensor, v: Tensor, exact: bool, tally: _Tally | None = None
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield |u_i - v_j|^2 of rows (N, D) and (M, D) in parts: (rows, columns, float32 (n, m)).
 
     A block is computed in float32 if ``exact`` or if float16 overflows, else in float16.
     """
@@ -248,7 +236,7 @@ def distance_slabs(
                 yield slab, columns, distance
 
 
-def _half_block(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
+def _half_block(u: Tensor, v: Tensor) -> Tensor | None:
     """Return distances as float16 (n, m), or None if one of them is not finite."""
     u, v = u.half(), v.half()
     norm_u, norm_v = _half_squared_norms(u), _half_squared_norms(v)
@@ -264,25 +252,25 @@ def _half_block(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
     return block
 
 
-def _distances(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _distances(u: Tensor, v: Tensor) -> Tensor:
     """max(|u|^2 - 2 u.v + |v|^2, 0) in float32: (n, m)."""
     norm_u, norm_v = u.square().sum(dim=1), v.square().sum(dim=1)
     return ((norm_u[:, None] - 2 * (u @ v.T)) + norm_v).clamp_(min=0)
 
 
-def _half_squared_norms(x: torch.Tensor) -> torch.Tensor:
-    """|x|^2 of float16 rows (N, D) as float16 (N,), rounded after each addition in TensorFlow's order on a CPU.
+def _half_squared_norms(x: Tensor) -> Tensor:
+    """|x|^2 of float16 rows (N, D) as float16 (N,), rounded after each addition.
 
-    Rows of more than 1600 values are halved. Each part is summed in 32 interleaved running sums;
-    these are added as four groups of 8, and the last 8 sums are added in float32.
+    In TensorFlow's order on a CPU. Rows of more than 1600 values are halved. Each part is summed
+    in 32 interleaved running sums; these are added as four groups of 8, and the last 8 sums are
+    added in float32.
     """
     width = x.shape[1]
     if width > 1600:
         middle = -(-width // 16) * 8
         return _half_squared_norms(x[:, :middle]) + _half_squared_norms(x[:, middle:])
-    squares = torch.nn.functional.pad(x * x, (0, -width % 32)).view(
-        len(x), -1, 4, 8
-    )  # (N, D/32, 4, 8)
+    squares = torch.nn.functional.pad(x * x, (0, -width % 32))  # (N, D)
+    squares = squares.view(len(x), -1, 4, 8)  # (N, D/32, 4, 8)
     sums = torch.zeros_like(squares[:, 0])  # (N, 4, 8)
     for square in squares.unbind(dim=1):
         sums = sums + square
@@ -296,10 +284,8 @@ def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
         yield slice(begin, min(begin + size, stop))
 
 
-def _factor(sigma: torch.Tensor) -> torch.Tensor:
-    """Return A (D, rank) with A A^T = sigma; eigenvalues that are zero up to rounding are left
-    out.
-    """
+def _factor(sigma: Tensor) -> Tensor:
+    """Return A (D, rank) with A A^T = sigma, without eigenvalues that are zero up to rounding."""
     values, vectors = torch.linalg.eigh(sigma)
     kept = values > values.max() * len(values) * torch.finfo(torch.float64).eps
     return vectors[:, kept] * values[kept].sqrt()

@@ -59,23 +59,21 @@ def warnings_before(reference: ImageSet, samples: ImageSet) -> list[str]:
     elif samples.count < PUBLISHED_SAMPLES:
         lines.append(
             f"warning: {samples.count:,} sample images; published figures use "
-            f"{PUBLISHED_SAMPLES:,}, "
-            "and fewer raise FID"
+            f"{PUBLISHED_SAMPLES:,}, and fewer raise FID"
         )
     if samples.count and not reference.count:
         lines.append(f"note: {reference.path} holds statistics alone: no Precision, no Recall")
     if samples.shape and reference.shape and samples.shape[1:] != reference.shape[1:]:
         sizes = [f"{s.shape[2]}x{s.shape[1]}" for s in (samples, reference)]
         lines.append(
-            f"warning: sample images are {sizes[0]}, the reference's {sizes[1]}; published figures "
-            "use one size"
+            f"warning: sample images are {sizes[0]}, the reference's {sizes[1]}; "
+            "published figures use one size"
         )
     labels = samples.labels
     if labels is not None and len(np.unique(labels)) > 1 and (np.diff(labels) >= 0).all():
         lines.append(
             "warning: samples are sorted by class; the Inception Score is computed per 5,000 "
-            "images in file order "
-            "and will be too low"
+            "images in file order and will be too low"
         )
     return lines
 
@@ -91,9 +89,7 @@ def warnings_after(samples: ImageSet, features: ImageFeatures) -> list[str]:
 
 
 def settings_of(samples: Path) -> dict[str, Any] | None:
-    """Return the options from the JSON that the sampler wrote beside the samples; None if it
-    cannot be read.
-    """
+    """Return the sampler's options from the JSON beside the samples; None if unreadable."""
     try:
         base = samples.resolve() if samples.is_dir() else samples.with_suffix("")
         options = json.loads(base.with_name(f"{base.name}.json").read_text())["options"]

@@ -73,7 +73,8 @@ def check_weights(weights: str | None, folder: Path, allow_unknown: bool) -> str
     """Check that the weights file is a published one and loads."""
     path = inception.find_weights(weights, folder, allow_unknown)
     inception.load_inception(path)
-    return f"{path} loads, sha256 {sha256_file(path)}{' (not checked)' if allow_unknown else ' as published'}"
+    state = "(not checked)" if allow_unknown else "as published"
+    return f"{path} loads, sha256 {sha256_file(path)} {state}"
 
 
 def check_resize() -> str:
@@ -99,9 +100,7 @@ def check_network() -> str:
 
 
 def check_frechet() -> str:
-    """Check FID of Gaussians with commuting covariances: |m|^2 + sum (a - b)^2 over their
-    standard deviations a, b.
-    """
+    """Check FID of Gaussians with commuting covariances, deviations a, b: |m|^2 + sum (a - b)^2."""
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.standard_normal((64, 64)))[0]
     a, b, mean = rng.uniform(0.5, 2, 64), rng.uniform(0.5, 2, 64), rng.standard_normal(64)
@@ -112,9 +111,7 @@ def check_frechet() -> str:
 
 
 def check_inception_score() -> str:
-    """Check that certain predictions of 10 equally frequent classes score 10, uniform
-    predictions 1.
-    """
+    """Check that certain predictions of 10 equally frequent classes score 10, uniform ones 1."""
     _close(
         "score",
         [inception_score(np.eye(10).repeat(5, 0)), inception_score(np.full((50, 10), 0.1))],
@@ -128,18 +125,14 @@ def check_precision_recall() -> str:
     """Check that a set covers itself and nothing far away, in both precisions."""
     points = np.random.default_rng(0).standard_normal((50, 16)).astype(np.float32)
     for exact in (False, True):
-        itself, elsewhere = (
-            precision_recall(points, points, exact=exact),
-            precision_recall(points, points + 100),
-        )
+        itself = precision_recall(points, points, exact=exact)
+        elsewhere = precision_recall(points, points + 100)
         assert itself[:2] == (1, 1) and elsewhere[:2] == (0, 0), f"{itself[:2]}, {elsewhere[:2]}"  # noqa: PT018
     return "a set covers itself and nothing far away"
 
 
 def compare_with_published(name: str, metrics: dict[str, float]) -> str | None:
-    """Return a table of published and measured metrics for OpenAI's sample files; None for any
-    other file.
-    """
+    """Return a table of published and measured metrics for OpenAI's sample files, else None."""
     if name not in PUBLISHED:
         return None
     lines = [f"{name}: published, measured, relative difference"]
@@ -152,9 +145,7 @@ def compare_with_published(name: str, metrics: dict[str, float]) -> str | None:
 
 
 def recipe_constants(use_gamma: bool = True) -> dict[str, np.ndarray]:
-    """Return random constants of the 2015 graph, each seeded by its name; without ``use_gamma``
-    gamma is 1.
-    """
+    """Return random constants of the 2015 graph, seeded by name; gamma is 1 or random."""
     shapes = {k: tuple(v.shape) for k, v in inception.Inception2015().state_dict().items()}
     constants = {}
 
@@ -179,9 +170,7 @@ def recipe_constants(use_gamma: bool = True) -> dict[str, np.ndarray]:
 
 
 def _close(name: str, computed: object, expected: object, relative: float) -> None:
-    """Raise ``AssertionError`` if an error exceeds ``relative`` times the largest expected
-    value.
-    """
+    """Raise ``AssertionError`` for errors above ``relative`` times the largest expected value."""
     computed, expected = np.asarray(computed, np.float64), np.asarray(expected, np.float64)
     error = np.abs(computed - expected).max() / np.abs(expected).max()
     assert error <= relative, f"{name} are {computed.tolist()}, expected {expected.tolist()}"

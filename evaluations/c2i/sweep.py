@@ -91,9 +91,7 @@ def parse_args() -> Namespace:
 
 
 def sample(scale: float, folder: Path, options: list[str]) -> Path:
-    """Return the .npz of samples at ``scale``; the sampler keeps one that an earlier sweep has
-    finished.
-    """
+    """Return the .npz of samples at ``scale``; a finished one of an earlier sweep is kept."""
     script = ROOT / "scripts/autoregressive/sample_c2i.sh"
     call(
         ["bash", script, *options, "--cfg-scale", scale, "--sample-dir", folder],
@@ -102,8 +100,8 @@ def sample(scale: float, folder: Path, options: list[str]) -> Path:
     files = list(folder.glob("*.npz"))
     if len(files) != 1:
         raise ValueError(
-            f"{folder} holds {len(files)} .npz files, expected one from this sweep; choose another "
-            "--output"
+            f"{folder} holds {len(files)} .npz files, expected one from this sweep; "
+            "choose another --output"
         )
     return files[0]
 
@@ -116,9 +114,7 @@ def call(words: list[object], what: str) -> None:
 
 
 def plot(scales: list[float], metrics: list[dict[str, float]], path: Path) -> None:
-    """Plot FID (left axis) and Inception Score (right axis) against the guidance scale, as a
-    PNG.
-    """
+    """Plot FID (left axis) and Inception Score (right axis) against the CFG scale, as a PNG."""
     figure, left = pyplot.subplots(figsize=(6, 4), layout="constrained")
     right = left.twinx()
     for axis, name, title, style in (

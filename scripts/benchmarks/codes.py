@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,22 +45,19 @@ from utils.performance import usable_cores
 CPU = torch.device("cpu")
 
 
-def published_codes(vq: VQModel, crops: torch.Tensor) -> np.ndarray:
+def published_codes(vq: VQModel, crops: Tensor) -> np.ndarray:
     """Codes (10, tokens) of crops (10, 3, S, S) by the published arithmetic."""
     z = vq.latent(crops).permute(0, 2, 3, 1)  # (10, h, w, C)
     z = torch.nn.functional.normalize(z, dim=-1).reshape(-1, z.shape[-1])  # (N, C)
     e = torch.nn.functional.normalize(vq.quantize.embedding.weight, dim=-1)  # (V, C)
-    d = (
-        z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * torch.einsum("bd,dn->bn", z, e.T)
-    )  # (N, V)
+    products = torch.einsum("bd,dn->bn", z, e.T)  # (N, V)
+    d = z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * products  # (N, V)
     return d.argmin(1).view(len(crops), -1).numpy()
 
 
 @torch.inference_mode()
 def extract_one_way(way: str, data_path: str, count: int, size: int, work: Path) -> None:
-    """Encode and write ``count`` images as ``way`` says; codes and figures go to
-    ``work``/``way``.npz.
-    """
+    """Encode and write ``count`` images as ``way`` says; with figures, to ``work``/``way``.npz."""
     samples = list_images(data_path).samples[:count]
     torch.manual_seed(0)
     vq = VQModel(make_vq_config("VQ-16")).eval()
@@ -70,14 +68,12 @@ def extract_one_way(way: str, data_path: str, count: int, size: int, work: Path)
     (work / way).mkdir()
 
     def encode(path: str) -> np.ndarray:
-        pixels = torch.from_numpy(center_crop(open_image(path), int(size * 1.1)).copy())[
-            None
-        ]  # (1, R, R, 3)
+        square = center_crop(open_image(path), int(size * 1.1))
+        pixels = torch.from_numpy(square.copy())[None]  # (1, R, R, 3)
         crops = take_crops(pixels, size, True, True)[0]  # (10, S, S, 3)
         if way.startswith("published"):
-            return published_codes(
-                vq, crops.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-            )  # (10, T)
+            images = crops.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1  # (10, 3, S, S)
+            return published_codes(vq, images)  # (10, T)
         with torch.autocast("cpu", torch.bfloat16, enabled=way.endswith("bf16")):
             codes = [vq.encode(to_model_range(part, CPU), codebook) for part in crops.split(2)]
         return torch.cat(codes).flatten(1).numpy()  # (10, T)
@@ -100,8 +96,7 @@ def extract_one_way(way: str, data_path: str, count: int, size: int, work: Path)
 
 
 def measure_extraction(args: Namespace, work: Path) -> dict[str, float]:
-    """Images per second and peak memory of each way in a process of its own; codes compared one by
-    one.
+    """Images per second and peak memory of each way in its own process; codes are compared.
 
     "published" runs under glibc's allocator settings as they are, the others under those of
     scripts/launch.sh.
@@ -129,9 +124,7 @@ def measure_extraction(args: Namespace, work: Path) -> dict[str, float]:
 
 @torch.inference_mode()
 def measure_ceiling(size: int) -> dict[str, float]:
-    """GFLOP/s of a large float32 matrix product, and of the encoder; what the encoder's time
-    goes to.
-    """
+    """GFLOP/s of a large float32 matrix product and of the encoder; where its time goes."""
     a = torch.randn(2048, 2048)
     a @ a
     ceiling = 2 * 2048**3 / fastest(lambda: a @ a, 5) / 1e9
@@ -170,9 +163,7 @@ def disk_bytes(folder: Path) -> int:
 
 
 def measure_loading(work: Path, count: int, batch: int = 256) -> dict[str, float]:
-    """Images per second of random batches of 256, warm and cold, and disk use, of both layouts
-    of the same codes.
-    """
+    """Images per second of random batches of 256, warm and cold, and disk use, of both layouts."""
     codes = np.random.default_rng(0).integers(0, 16384, (count, 10, 576))
     published, ours = work / "published", work / "shards"
     write_published_codes(published, codes, np.arange(count) % 1000)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from utils.distributed import init_distributed
@@ -51,13 +51,9 @@ def warm_up_steps(device: torch.device) -> int:
 
 
 def time_steps(
-    step: Callable[..., torch.Tensor],
-    batches: Iterable[tuple[torch.Tensor, ...]],
-    device: torch.device,
+    step: Callable[..., Tensor], batches: Iterable[tuple[Tensor, ...]], device: torch.device
 ) -> dict[str, float]:
-    """Take a training step on each batch; return the seconds of the fastest after the warm-up,
-    first and last loss.
-    """
+    """Take a step per batch; return the fastest seconds after the warm-up, first and last loss."""
     losses, times = [], []
     for batch in batches:
         started = time.perf_counter()
@@ -99,9 +95,7 @@ def write_figures(work: str, figures: dict[str, Any]) -> None:
 
 
 def write_results(args: Namespace, results: object) -> None:
-    """Write ``results`` to ``args.output`` as JSON, with the options and what they were measured
-    on.
-    """
+    """Write ``results`` to ``args.output`` as JSON, with the options and the machine."""
     machine = {"device": device_name(), "threads": torch.get_num_threads(), "git": git_revision()}
     write_json(args.output, {"options": vars(args), "results": results, **machine})
 
@@ -139,10 +133,9 @@ class PublishedRMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = weight, eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.float() * torch.rsqrt(
-            x.float().square().mean(-1, keepdim=True) + self.eps
-        )  # (B, T, D)
+    def forward(self, x: Tensor) -> Tensor:
+        mean_square = x.float().square().mean(-1, keepdim=True)  # (B, T, 1)
+        y = x.float() * torch.rsqrt(mean_square + self.eps)  # (B, T, D)
         return y.type_as(x) * self.weight  # (B, T, D)
 
 
@@ -163,7 +156,7 @@ class PublishedDataset(Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         codes = np.load(self.folder / "codes" / f"{i}.npy")  # (1, crops, T)
         crop = torch.randint(codes.shape[1], (1,)).item()
         return torch.from_numpy(codes[0, crop]), torch.from_numpy(

@@ -26,9 +26,8 @@ from utils.distributed import init_distributed
 from utils.options import make_parser, positive_int, run_main
 from utils.performance import peak_flops
 
-FLOPS = (
-    2 * 5.73e9
-)  # of one image at 299 x 299: multiply-adds of the convolutions, counted once with a hook
+# of one image at 299 x 299: multiply-adds of the convolutions, counted once with a hook
+FLOPS = 2 * 5.73e9
 
 
 @torch.inference_mode()

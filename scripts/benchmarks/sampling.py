@@ -3,18 +3,18 @@
 Published: the same model decoded with a mask over the padded length, all positions of the cache
 read at every step, every step's probabilities kept, softmax and multinomial over the whole
 vocabulary, guidance on logits; keys and values copied in every layer (repeat_interleave in
-LlamaGen's gpt.py) and attention by torch's plain operators, to which the published loop confines it
-(sdp_kernel in its generate.py, commit 5a50452). Fused: that without the copies and with torch's
-fused attention. Ours: Generator, eager by torch's operators, compiled by our kernels on a CPU, by
-torch.compile and one CUDA graph on CUDA. Random weights, guidance on, no image decoding. For all of
-ours but eager float32 also the share of greedy tokens equal to those of eager float32 after the
-same tokens, and the difference of the logits. "compiled" is what the samplers do by default, so
-where a measurement finds torch's operators faster it is eager. A device that emulates bfloat16 is
-measured in it by our kernels alone, which only store it there, against published float32. Each
-figure is from a process of its own, all under the allocator settings of scripts/launch.sh. Bytes
-are those that must be read (weights, once a call, and the keys and values there are), FLOPs those
-of the products; the ceilings beside them are a long sum and a matrix product, measured in the same
-process.
+LlamaGen's gpt.py) and attention by torch's plain operators, to which the published loop confines
+it (sdp_kernel in its generate.py, commit 5a50452). Fused: that without the copies and with
+torch's fused attention. Ours: Generator, eager by torch's operators, compiled by our kernels on a
+CPU, by torch.compile and one CUDA graph on CUDA. Random weights, guidance on, no image decoding.
+For all of ours but eager float32 also the share of greedy tokens equal to those of eager float32
+after the same tokens, and the difference of the logits. "compiled" is what the samplers do by
+default, so where a measurement finds torch's operators faster it is eager. A device that emulates
+bfloat16 is measured in it by our kernels alone, which only store it there, against published
+float32. Each figure is from a process of its own, all under the allocator settings of
+scripts/launch.sh. Bytes are those that must be read (weights, once a call, and the keys and
+values there are), FLOPs those of the products; the ceilings beside them are a long sum and a
+matrix product, measured in the same process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.decoding.decoder import Decoder, Way, choose_way, make_decoder, possible_ways
@@ -68,43 +68,33 @@ class PublishedCache:
         shape = (config.n_layer, 2, batch, config.kv_heads, slots, config.head_dim)
         self.store = torch.zeros(shape, dtype=dtype, device=device)  # (L, 2, B, Hkv, T, hd)
 
-    def update(
-        self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.store[layer]  # (B, Hkv, T, hd)
         keys[:, :, start : start + k.shape[2]] = k
         values[:, :, start : start + k.shape[2]] = v
         return keys, values  # (B, Hkv, T, hd)
 
 
-def published_attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, p: float
-) -> torch.Tensor:
-    """By torch's plain operators over copies of keys and values, made even where there are as
-    many as queries.
-    """
+def published_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) -> Tensor:
+    """By torch's plain operators over copies of keys and values, made even where not needed."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, T, hd)
     return F.scaled_dot_product_attention(q, k, v, mask, p)  # (B, H, t, hd)
 
 
-def fused_attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, p: float
-) -> torch.Tensor:
+def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) -> Tensor:
     """By torch's fused attention, with a mask."""
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, p, enable_gqa=q.shape[1] != k.shape[1]
-    )  # (B, H, t, hd)
+    fused, grouped = F.scaled_dot_product_attention, q.shape[1] != k.shape[1]
+    return fused(q, k, v, mask, p, enable_gqa=grouped)  # (B, H, t, hd)
 
 
 @torch.inference_mode()
-def published_generate(model: GPT, cond: torch.Tensor) -> torch.Tensor:
+def published_generate(model: GPT, cond: Tensor) -> Tensor:
     """Codes (B, T) in region order by the published procedure."""
     batch, slots = len(cond), model.order.num_tokens
     padded = -(-slots // 8) * 8
     labels = torch.cat([cond, torch.full_like(cond, model.config.num_classes)])  # (2B,)
-    mask = torch.zeros(
-        2 * batch, padded, padded, dtype=torch.bool, device=cond.device
-    )  # (2B, Tp, Tp)
+    shape = (2 * batch, padded, padded)
+    mask = torch.zeros(shape, dtype=torch.bool, device=cond.device)  # (2B, Tp, Tp)
     mask[:, :slots, :slots] = model.mask
     cache = PublishedCache(model.config, 2 * batch, padded, model.output.weight.dtype, cond.device)
     tokens, probabilities = cond.new_zeros(2 * batch, slots), []  # (2B, T)
@@ -128,15 +118,13 @@ def random_model(gpt_model: str, n: int) -> GPT:
     return model.eval()
 
 
-def make_published(model: GPT, fused: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The model with the published norm, decoded the published way but, if ``fused``, for its
-    attention.
-    """
+def make_published(model: GPT, fused: bool) -> Callable[[Tensor], Tensor]:
+    """The model with the published norm, decoded so; ``fused``: with torch's fused attention."""
     gpt.attend = fused_attend if fused else published_attend
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION] if fused else []
     use_published_norm(model)
 
-    def decode(cond: torch.Tensor) -> torch.Tensor:
+    def decode(cond: Tensor) -> Tensor:
         with sdpa_kernel([*backends, SDPBackend.MATH]):
             return published_generate(model, cond)
 
@@ -145,9 +133,7 @@ def make_published(model: GPT, fused: bool) -> Callable[[torch.Tensor], torch.Te
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: ``batch`` images at a time by one way, n tokens at once, with weights in
-    ``precision``.
-    """
+    """What is timed: ``batch`` images at a time by one way, n tokens at once, in ``precision``."""
 
     gpt_model: str
     n: int
@@ -158,9 +144,7 @@ class Case:
 
 
 def way_of(model: GPT, case: Case, device: torch.device) -> Way:
-    """How ``case.way`` decodes: ``compiled`` is what the samplers do by default there with this
-    precision.
-    """
+    """How ``case.way`` decodes: ``compiled`` is the samplers' default with this precision."""
     if case.way != "compiled":
         return Way(case.precision, "eager")
     ways, _ = possible_ways(
@@ -170,10 +154,8 @@ def way_of(model: GPT, case: Case, device: torch.device) -> Way:
 
 
 @torch.inference_mode()
-def step_logits(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
-    """Guided logits (T, V) float32 of one image of class 0, each step after the region-ordered
-    ``tokens`` (T,).
-    """
+def step_logits(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """Guided logits (T, V) float32 of class 0, each step after region-ordered ``tokens`` (T,)."""
     cache = decoder.new_cache(2)
     labels = torch.tensor([0, decoder.config.num_classes], device=decoder.device)  # (2,)
     both = tokens.expand(2, -1)  # (2, T)
@@ -185,9 +167,7 @@ def step_logits(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def agreement(decoder: Decoder, reference: GPT) -> dict[str, float]:
-    """Share of greedy tokens that are those of ``reference`` after the same tokens; distance of
-    the logits.
-    """
+    """Share of greedy tokens equal to ``reference`` after equal tokens; distance of logits."""
     order = reference.order
     cond = torch.zeros(1, dtype=torch.int64, device=reference.device)
     uniforms = torch.zeros(1, order.num_tokens, device=cond.device)
@@ -203,14 +183,10 @@ def agreement(decoder: Decoder, reference: GPT) -> dict[str, float]:
 
 
 def work_of(model: GPT, batch: int, way: str) -> tuple[float, float]:
-    """Bytes that must be read and FLOPs of products, for one guided batch; int8 and fp8 weights
-    are a byte each.
-    """
+    """Bytes to read and FLOPs of products of a guided batch; int8 and fp8 weights are a byte."""
     config, order = model.config, model.order
-    size, rows = (
-        model.tok_embeddings.weight.element_size(),
-        2 * batch,
-    )  # embeddings keep the weights' type
+    size = model.tok_embeddings.weight.element_size()  # embeddings keep the weights' type
+    rows = 2 * batch
     block = config.dim * (config.n_head + 2 * config.kv_heads) * config.head_dim
     block += config.dim**2 + 3 * config.dim * config.ffn_dim
     weights, head = config.n_layer * block, config.dim * config.vocab_size
@@ -224,9 +200,7 @@ def work_of(model: GPT, batch: int, way: str) -> tuple[float, float]:
 
 
 def time_batches(case: Case, device: torch.device) -> tuple[dict[str, float | str], Decoder | None]:
-    """Time one way, the best of ``case.repeats`` batches after one to warm up: its figures, and
-    the decoder if ours.
-    """
+    """Time one way, the best of ``case.repeats`` batches after a warm-up: figures, our decoder."""
     batch = case.batch
     model = random_model(case.gpt_model, case.n)
     ours = case.way not in ("published", "fused")
@@ -315,8 +289,8 @@ def main() -> None:
         for way in args.ways:
             if emulated and precision == "bf16" and way != "compiled":
                 print(
-                    f"n {n:2}  batch {batch:2}  {precision:5} {way:9} left out: this device "
-                    "emulates bfloat16"
+                    f"n {n:2}  batch {batch:2}  {precision:5} {way:9} left out: this "
+                    "device emulates bfloat16"
                 )
                 continue
             options = dict(
@@ -335,23 +309,18 @@ def main() -> None:
 
 
 def describe(result: dict[str, object], published: float | None) -> str:
-    """One line of figures; the gain is over ``published`` seconds, of float32 where bfloat16 was
-    left out.
-    """
+    """One line of figures; the gain is over ``published`` seconds, of float32 without bfloat16."""
     gain = f"{published / result['seconds']:5.2f}x" if published else ""
     agreed = ""
     if "equal tokens" in result:
-        agreed = f"  {result['equal tokens']:.1%} of greedy tokens equal, logits off by {result['logit error']:.1e}"
-    return (
-        "n {n:2}  batch {batch:2}  {precision:5} {way:9} {seconds:7.2f} s {images/s:7.3f} images/s ".format(
-            **result
-        )
-        + f"{gain}  {{calls}} calls  {{GB/s:6.1f}} of {{ceiling GB/s:.0f}} GB/s  ".format(**result)
-        + "{TFLOP/s:.3f} of {ceiling TFLOP/s:.2f} TFLOP/s  {peak GiB:.2f} GiB  by {decoder}".format(
-            **result
-        )
-        + agreed
+        equal, error = result["equal tokens"], result["logit error"]
+        agreed = f"  {equal:.1%} of greedy tokens equal, logits off by {error:.1e}"
+    line = (
+        "n {n:2}  batch {batch:2}  {precision:5} {way:9} {seconds:7.2f} s {images/s:7.3f} "
+        f"images/s {gain}  {{calls}} calls  {{GB/s:6.1f}} of {{ceiling GB/s:.0f}} GB/s  "
+        "{TFLOP/s:.3f} of {ceiling TFLOP/s:.2f} TFLOP/s  {peak GiB:.2f} GiB  by {decoder}"
     )
+    return line.format(**result) + agreed
 
 
 if __name__ == "__main__":

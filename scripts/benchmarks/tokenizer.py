@@ -2,10 +2,10 @@
 memory in one run.
 
 Published: the whole distance matrix |z|^2 + |e|^2 - 2 z.e by einsum, the discriminator in float32
-at every step, before
---disc-start too, its parameters' gradients computed in the generator's backward as well, plain Adam, NCHW. Ours:
-train_vq.py's step before and after --disc-start. No LPIPS, which is the same in both. Each way runs
-in a process of its own, all of them under the allocator settings of scripts/launch.sh.
+at every step, before --disc-start too, its parameters' gradients computed in the generator's
+backward as well, plain Adam, NCHW. Ours: train_vq.py's step before and after --disc-start. No
+LPIPS, which is the same in both. Each way runs in a process of its own, all of them under the
+allocator settings of scripts/launch.sh.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from scripts.benchmarks.common import (
     KEPT_MEMORY,
@@ -45,7 +46,7 @@ WAYS = ("published", "ours, before disc-start", "ours, from disc-start")
 DISC_WEIGHT = 0.5
 
 
-def published_search(self: VectorQuantizer, z: torch.Tensor) -> torch.Tensor:
+def published_search(self: VectorQuantizer, z: Tensor) -> Tensor:
     """Nearest entries of (N, C) from the (N, V) matrix of squared distances: (N,)."""
     z, codebook = self._normalize(z), self.codebook()  # (N, C), (V, C)
     distances = (
@@ -56,9 +57,7 @@ def published_search(self: VectorQuantizer, z: torch.Tensor) -> torch.Tensor:
     return distances.argmin(1)
 
 
-def published_step(
-    args: Namespace, model: VQModel, world: World
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def published_step(args: Namespace, model: VQModel, world: World) -> Callable[[Tensor], Tensor]:
     """The published arithmetic on our parameters."""
     VectorQuantizer.search = published_search
     discriminator = make_discriminator(args.disc_type, args.image_size).to(world.device)
@@ -70,7 +69,7 @@ def published_step(
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
 
-    def step(images: torch.Tensor) -> torch.Tensor:
+    def step(images: Tensor) -> Tensor:
         optimizers[0].zero_grad()
         with autocast(world.device, args.precision):
             made, quantizer, codes = model(images)  # (B, 3, S, S), -, (B, h, w)
@@ -91,7 +90,7 @@ def published_step(
 
 def our_step(
     args: Namespace, model: VQModel, world: World, gan: bool
-) -> Callable[[torch.Tensor], torch.Tensor]:
+) -> Callable[[Tensor], Tensor]:
     """The step of train_vq.py on one process."""
     options = dict(
         perceptual_weight=0.0,
@@ -126,7 +125,7 @@ def our_step(
         Guard(world.device, 1.0, 20),
     )
 
-    def step(images: torch.Tensor) -> torch.Tensor:
+    def step(images: Tensor) -> Tensor:
         images = images.contiguous(memory_format=memory_format)  # (B, 3, S, S)
         with autocast(world.device, args.precision):
             made, quantizer, codes = model(images)  # (B, 3, S, S), -, (B, h, w)
@@ -165,9 +164,8 @@ def measure(args: Namespace) -> dict[str, float]:
         else our_step(args, model, world, "from" in args.way)
     )
     shape = (args.batch, 3, args.image_size, args.image_size)
-    images = (
-        torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(world.device) * 2 - 1
-    )  # (B, 3, S, S)
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))  # (B, 3, S, S)
+    images = noise.to(world.device) * 2 - 1  # (B, 3, S, S)
     figures = time_steps(
         step, [(images,)] * (warm_up_steps(world.device) + args.steps), world.device
     )
@@ -218,9 +216,8 @@ def main() -> None:
                 ratio = results[precision]["published"]["seconds"] / figures["seconds"]
                 print(
                     f"{precision:5} {way:24} {figures['seconds']:8.3f} s/step "
-                    f"{figures['images/s']:8.2f} images/s "
-                    f"{ratio:5.2f}x {figures['peak GiB']:6.2f} GiB  "
-                    f"loss {figures['first loss']:.4f} -> {figures['last loss']:.4f}",
+                    f"{figures['images/s']:8.2f} images/s {ratio:5.2f}x {figures['peak GiB']:6.2f} "
+                    f"GiB  loss {figures['first loss']:.4f} -> {figures['last loss']:.4f}",
                     flush=True,
                 )
     write_results(args, results)

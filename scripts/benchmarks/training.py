@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from autoregressive.models import gpt
@@ -52,9 +52,7 @@ TOKENS = 576
 CROPS = 10
 
 
-def published_batches(
-    work: Path, batch: int, steps: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def published_batches(work: Path, batch: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Codes (B, T) and labels (B,) of ``steps`` batches."""
     loader = DataLoader(
         PublishedDataset(work, batch * steps),
@@ -66,14 +64,12 @@ def published_batches(
         yield x, y.view(-1)
 
 
-def our_batches(work: Path, batch: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def our_batches(work: Path, batch: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The same from a memory map, gathered on a thread."""
-    codes, labels = (
-        np.load(work / "codes.npy", mmap_mode="r"),
-        np.load(work / "labels.npy"),
-    )  # (N, crops, T), (N,)
+    codes = np.load(work / "codes.npy", mmap_mode="r")  # (N, crops, T)
+    labels = np.load(work / "labels.npy")  # (N,)
 
-    def make(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def make(step: int) -> tuple[Tensor, Tensor]:
         images = np.arange(step * batch, (step + 1) * batch)
         x = torch.from_numpy(codes[images, images % CROPS].astype(np.int64))  # (B, T)
         y = torch.from_numpy(labels[images])  # (B,)
@@ -83,16 +79,12 @@ def our_batches(work: Path, batch: int, steps: int) -> Iterator[tuple[torch.Tens
         yield pair
 
 
-def published_attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, p: float
-) -> torch.Tensor:
+def published_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) -> Tensor:
     """The fused attention of torch, in autocast's type."""
     return F.scaled_dot_product_attention(q, k, v, mask, p)  # (B, H, T, hd)
 
 
-def published_step(
-    model: GPT, precision: str
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def published_step(model: GPT, precision: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The published arithmetic on our parameters."""
     gpt.attend, gpt.Dropout.forward = published_attend, nn.Dropout.forward
     use_published_norm(model)
@@ -100,7 +92,7 @@ def published_step(
         model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True
     )
 
-    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def step(x: Tensor, y: Tensor) -> Tensor:
         with autocast(x.device, precision):
             targets = x[:, model.permutation]  # (B, T)
             mask = model.mask.repeat(len(x), 1, 1)[:, None]  # (B, 1, T, T)
@@ -116,9 +108,7 @@ def published_step(
     return step
 
 
-def our_step(
-    model: GPT, precision: str, way: str
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def our_step(model: GPT, precision: str, way: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The step of train_c2i.py on one process."""
     device = model.mask.device
     if "flex" in way:
@@ -130,7 +120,7 @@ def our_step(
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     state = TrainingState(model, optimizer, scaler, None, Guard(device, 1.0, 20))
 
-    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def step(x: Tensor, y: Tensor) -> Tensor:
         with autocast(device, precision):
             loss, _ = model(x, y)
         loss.backward()
@@ -141,9 +131,7 @@ def our_step(
 
 
 def measure(args: Namespace, work: Path) -> dict[str, float]:
-    """Time ``args.way`` over ``args.steps`` steps after a warm-up, on the codes of
-    ``write_codes`` in ``work``.
-    """
+    """Time ``args.way`` over ``args.steps`` steps after a warm-up, on codes in ``work``."""
     device = init_distributed().device
     torch.manual_seed(0)
     config = GPTConfig(
@@ -218,11 +206,9 @@ def main() -> None:
                 ratio = results[precision].get("published", figures)["seconds"] / figures["seconds"]
                 print(
                     f"{precision:5} {way:27} {figures['seconds']:8.3f} s/step "
-                    f"{figures['tokens/s']:10.1f} tokens/s "
-                    f"{ratio:5.2f}x  {figures['mfu']:6.1%} of {figures['peak TFLOP/s']:.3g} "
-                    "TFLOP/s "
-                    f"{figures['peak GiB']:6.2f} GiB  loss {figures['first loss']:.4f} -> "
-                    f"{figures['last loss']:.4f}",
+                    f"{figures['tokens/s']:10.1f} tokens/s {ratio:5.2f}x  {figures['mfu']:6.1%} of "
+                    f"{figures['peak TFLOP/s']:.3g} TFLOP/s {figures['peak GiB']:6.2f} GiB  loss "
+                    f"{figures['first loss']:.4f} -> {figures['last loss']:.4f}",
                     flush=True,
                 )
     write_results(args, results)

@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from autoregressive.models.gpt import GPTConfig
 from autoregressive.models.load import load_gpt
@@ -38,7 +38,7 @@ class GPTFile:
     config: GPTConfig
     name: str
     facts: dict
-    state: dict[str, torch.Tensor]
+    state: dict[str, Tensor]
 
 
 def open_gpt(path: str) -> GPTFile:
@@ -54,7 +54,7 @@ def open_gpt(path: str) -> GPTFile:
     return GPTFile(model.config, name, facts, model.state_dict())
 
 
-def not_finite(state: dict[str, torch.Tensor]) -> list[str]:
+def not_finite(state: dict[str, Tensor]) -> list[str]:
     """Return the names of tensors that hold a NaN or an infinity."""
     return [
         name
@@ -78,8 +78,8 @@ def check_gpt(context: Context) -> Result:
         )
     detail = (
         f"{gpt.name}, {count / 1e6:,.1f}M parameters, n = {config.ar_token_num}, "
-        f"{config.num_classes} classes, {config.grid_height}x{config.grid_width} codes of "
-        f"{config.vocab_size}"
+        f"{config.num_classes} classes, {config.grid_height}x{config.grid_width} codes "
+        f"of {config.vocab_size}"
     )
     if "steps" in gpt.facts:
         detail += f", after {gpt.facts['steps']:,} steps"
@@ -118,9 +118,8 @@ def damaged_shards(folder: str, codes: Codes) -> tuple[list[str], int]:
 
 def count_codes(codes: Codes) -> np.ndarray:
     """Return how often each code occurs in ``SAMPLED_CODES`` images, one crop of each: (V,)."""
-    images = np.unique(
-        np.linspace(0, len(codes) - 1, min(SAMPLED_CODES, len(codes))).astype(np.int64)
-    )  # (N,)
+    spread = np.linspace(0, len(codes) - 1, min(SAMPLED_CODES, len(codes)))
+    images = np.unique(spread.astype(np.int64))  # (N,)
     counts = np.zeros(0, np.int64)
     for part in np.array_split(images, -(-len(images) // 1024)):
         more = np.bincount(
@@ -160,9 +159,9 @@ def check_codes(context: Context) -> Result:
     perplexity = float(np.exp(-(probability * np.log(probability)).sum()))
     usage = len(probability) / size
     detail = (
-        f"{len(codes):,} images x {codes.num_crops} crops, {verified}; "
-        f"{codes.num_classes} classes of {per_class.min():,} to {per_class.max():,} images; "
-        f"{usage:.0%} of {size:,} codes occur, perplexity {perplexity:,.0f}"
+        f"{len(codes):,} images x {codes.num_crops} crops, {verified}; {codes.num_classes} classes "
+        f"of {per_class.min():,} to {per_class.max():,} images; {usage:.0%} of {size:,} codes "
+        f"occur, perplexity {perplexity:,.0f}"
     )
     figures = {
         "images": len(codes),
@@ -208,8 +207,8 @@ def check_images(context: Context) -> Result:
     few = f" (fewer than {FEW_IMAGES} are hard to learn from)" if smallest < FEW_IMAGES else ""
     detail = (
         f"{len(listing.samples):,} images in {len(names)} classes of {smallest:,}{few} to "
-        f"{max(counts.values()):,}; "
-        f"{len(chosen)} of them opened, shorter sides {min(sides)} to {max(sides)} pixels"
+        f"{max(counts.values()):,}; {len(chosen)} of them opened, shorter sides {min(sides)} "
+        f"to {max(sides)} pixels"
     )
     return Result(OK, detail, figures={"images": len(listing.samples), "classes": len(names)})
 

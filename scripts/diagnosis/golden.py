@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from autoregressive.decoding.compiled import CompiledDecoder
 from autoregressive.decoding.cpu.build import unavailable_reason
@@ -48,15 +49,13 @@ def use_device(context: Context) -> torch.device:
     return device
 
 
-def inputs(
-    file: Mapping[str, np.ndarray], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(file: Mapping[str, np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return codes (B, T) and class ids (B,) of a golden file."""
     codes = torch.from_numpy(file["raster_tokens"]).long()  # (B, T)
     return codes.to(device), torch.from_numpy(file["cond"]).long().to(device)
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_error(found: Tensor, expected: Tensor) -> float:
     """Return |found - expected| / |expected| in 2-norms."""
     return ((found - expected).norm() / expected.norm()).item()
 
@@ -128,9 +127,7 @@ def check_stored(context: Context, way: str, precision: str) -> Result:
     return Result(OK if error <= ROUNDING[precision] else BROKEN, detail, figures=found)
 
 
-def gradient(
-    model: GPT, codes: torch.Tensor, cond: torch.Tensor, precision: str
-) -> tuple[float, torch.Tensor]:
+def gradient(model: GPT, codes: Tensor, cond: Tensor, precision: str) -> tuple[float, Tensor]:
     """Return the loss, and the gradient of all parameters as one vector; fp16 has a loss scale."""
     scale = 2.0**12 if precision == "fp16" else 1.0
     model.zero_grad(set_to_none=True)
@@ -196,9 +193,8 @@ def check_sampling(context: Context) -> Result:
         found = filter_logits(logits, k, p).softmax(-1).cpu()  # (B, V)
         errors.append((found - expected).abs().max().item())
     worst = float(np.max(errors))
-    pixels = (
-        to_uint8(torch.from_numpy(file["pixels_in"]).to(device), 64).cpu().numpy()
-    )  # (B, 64, 64, 3)
+    images = torch.from_numpy(file["pixels_in"]).to(device)  # (B, 3, S, S)
+    pixels = to_uint8(images, 64).cpu().numpy()  # (B, 64, 64, 3)
     difference = np.abs(pixels.astype(int) - file["pixels_uint8_64"].astype(int)).max()
     detail = (
         f"probabilities differ by at most {short(worst)}, resized pixels by {difference} of 255"

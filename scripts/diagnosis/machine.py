@@ -91,8 +91,8 @@ def describe_gpus() -> str:
     for i in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(i)
         parts.append(
-            f"{found.name}, {found.total_memory / GIB:.0f} GiB, "
-            f"compute capability {found.major}.{found.minor}"
+            f"{found.name}, {found.total_memory / GIB:.0f} GiB, compute capability "
+            f"{found.major}.{found.minor}"
         )
     driver = first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return "; ".join(parts) + (f"; driver {driver}" if driver else "")

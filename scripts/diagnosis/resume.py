@@ -154,8 +154,8 @@ def check_sharded(context: Context, processes: int = 1) -> Result:
     difference = loss_difference(context.work, "whole", "sharded")
     over = "one process" if processes == 1 else f"{processes} processes"
     detail = (
-        f"FSDP over {over} goes on from an unsharded checkpoint; "
-        f"losses differ by {short(difference)}"
+        f"FSDP over {over} goes on from an unsharded checkpoint; losses differ "
+        f"by {short(difference)}"
     )
     return Result(
         OK if difference <= ROUNDING else BROKEN, detail, figures={"loss difference": difference}

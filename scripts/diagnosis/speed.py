@@ -108,8 +108,7 @@ def check_sampling(context: Context, way: str, others: dict[str, str]) -> Result
     by = f"by {timed['decoder']}" if way == "compiled" else f"in {NAMES[precision]}"
     detail = (
         f"{by}, {timed['seconds']:.3g} s per batch of {batch} ({timed['images/s']:.3g} images/s), "
-        f"{timed['calls']} calls, "
-        f"MBU {figures['MBU']:.0%} of {timed['ceiling GB/s']:.3g} GB/s, "
+        f"{timed['calls']} calls, MBU {figures['MBU']:.0%} of {timed['ceiling GB/s']:.3g} GB/s, "
         f"MFU {figures['MFU']:.0%} of {timed['ceiling TFLOP/s']:.3g} TFLOP/s"
     )
     if not others:  # a way to compare with
@@ -142,11 +141,8 @@ def check_training(context: Context, way: str, others: dict[str, str]) -> Result
     way: a way of scripts/benchmarks/training.py. others: names of ways in words -> names of checks.
     """
     options, device = context.options, torch.device(context.device)
-    precision, batch, steps = (
-        resolve_precision("auto", device)[0],
-        batch_size(context),
-        2 if options.quick else 3,
-    )
+    precision, _ = resolve_precision("auto", device)
+    batch, steps = batch_size(context), 2 if options.quick else 3
     training.write_codes(context.work, batch * (steps + 5))
     shape = dict(
         gpt_model=options.gpt_model, ar_token_num=options.ar_token_num, batch=batch, steps=steps
@@ -157,8 +153,8 @@ def check_training(context: Context, way: str, others: dict[str, str]) -> Result
     figures |= {"ceiling TFLOP/s": timed["peak TFLOP/s"], "peak GiB": timed["peak GiB"]}
     detail = (
         f"{timed['seconds']:.3g} s per step of {batch} ({timed['tokens/s']:.4g} tokens/s) in "
-        f"{NAMES[precision]}, MFU {timed['mfu']:.0%} of {timed['peak TFLOP/s']:.3g} TFLOP/s, "
-        f"peak {timed['peak GiB']:.2f} GiB"
+        f"{NAMES[precision]}, MFU {timed['mfu']:.0%} of {timed['peak TFLOP/s']:.3g} TFLOP/s, peak "
+        f"{timed['peak GiB']:.2f} GiB"
     )
     if not timed["last loss"] <= timed["first loss"] + 0.1:
         return Result(

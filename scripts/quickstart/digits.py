@@ -24,12 +24,10 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder to write to")
     output = Path(parser.parse_args().output)
     digits, labels = mnist_data()  # (5000, 784) in [0, 255], (5000,)
-    pixels = np.pad(
-        digits.reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (2, 2), (2, 2))
-    )  # (5000, 32, 32)
-    rank = [
-        int(np.sum(labels[:i] == labels[i])) for i in range(len(labels))
-    ]  # place of each digit in its class
+    pixels = digits.reshape(-1, 28, 28).astype(np.uint8)  # (5000, 28, 28)
+    pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))  # (5000, 32, 32)
+    # place of each digit in its class
+    rank = [int(np.sum(labels[:i] == labels[i])) for i in range(len(labels))]
     for image, label, i in zip(tqdm(pixels, "writing", unit=" images"), labels, rank, strict=True):
         split = "train" if i < 400 else "test"
         folder = output / split / str(label)

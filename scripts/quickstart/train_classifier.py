@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
@@ -32,10 +33,8 @@ from utils.options import make_parser, positive_int, run_main
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.01
-MAX_DEGREES, MAX_SHIFT = (
-    10.0,
-    0.06,
-)  # augmentation: rotation, and shift as a fraction of the image's side
+MAX_DEGREES = 10.0  # augmentation: rotation
+MAX_SHIFT = 0.06  # augmentation: shift as a fraction of the image's side
 
 
 def main() -> None:
@@ -78,8 +77,7 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(
         __doc__,
         "python3 scripts/quickstart/train_classifier.py --data-path digits/train --test-path "
-        "digits/test "
-        "--output pretrained_models/digits.pt --image-size 32",
+        "digits/test --output pretrained_models/digits.pt --image-size 32",
     )
     parser.add_argument(
         "--data-path", required=True, help="training images: folder with one sub-folder per class"
@@ -109,9 +107,7 @@ def open_folder(path: str, option: str, image_size: int) -> ImageFolder:
         raise ValueError(f"{option}: {path} has no class folders: {error}") from error
 
 
-def load_images(
-    dataset: ImageFolder, world: World, description: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def load_images(dataset: ImageFolder, world: World, description: str) -> tuple[Tensor, Tensor]:
     """Read all images as uint8 (N, S, S, 3) and their labels (N,) into memory."""
     bar = progress(world, description, len(dataset), unit="image", items=dataset)
     images = torch.stack([image for image, _ in bar])  # (N, 3, S, S)
@@ -119,12 +115,7 @@ def load_images(
 
 
 def train(
-    network: SmallClassifier,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    epochs: int,
-    seed: int,
-    world: World,
+    network: SmallClassifier, images: Tensor, labels: Tensor, epochs: int, seed: int, world: World
 ) -> None:
     """Train with AdamW and a one-cycle learning rate on slightly rotated and shifted images."""
     generator = torch.Generator().manual_seed(seed)
@@ -146,16 +137,11 @@ def train(
     bar.close()
 
 
-def rotate_and_shift(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Rotate and shift each image of (B, 3, S, S) by random amounts of its own; edge pixels are
-    repeated.
-    """
+def rotate_and_shift(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Rotate and shift each of (B, 3, S, S) by random amounts; edge pixels are repeated."""
     angle, right, down = torch.rand(3, len(x), generator=generator) * 2 - 1  # (B,) each, in [-1, 1)
-    angle, right, down = (
-        angle * math.radians(MAX_DEGREES),
-        right * 2 * MAX_SHIFT,
-        down * 2 * MAX_SHIFT,
-    )
+    angle = angle * math.radians(MAX_DEGREES)  # (B,)
+    right, down = right * 2 * MAX_SHIFT, down * 2 * MAX_SHIFT  # (B,)
     cos, sin = angle.cos(), angle.sin()
     matrix = torch.stack([cos, -sin, right, sin, cos, down], dim=1).view(-1, 2, 3)  # (B, 2, 3)
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)  # (B, S, S, 2)

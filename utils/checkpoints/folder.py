@@ -1,9 +1,9 @@
 """Training checkpoints: folders of tensor shards (torch.distributed.checkpoint), written in the
 background.
 
-Every rank writes what it holds; any number of ranks, sharded or not, reads it back. A folder holds
-``*.distcp``, ``.metadata`` (torch's) and ``meta.json`` (ours: step, config, run, sizes of the
-files).
+Every rank writes what it holds; any number of ranks, sharded or not, reads it back. A folder
+holds ``*.distcp``, ``.metadata`` (torch's) and ``meta.json`` (ours: step, config, run, sizes
+of the files).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -53,9 +54,7 @@ _PATHS = {"Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "Pure
 
 
 class _Record:
-    """Stand-in for any object in ``.metadata``: it keeps what was pickled and does nothing with
-    it.
-    """
+    """Stand-in for any object in ``.metadata``: keeps what was pickled, does nothing with it."""
 
     state: Any = None
 
@@ -67,9 +66,7 @@ class _Record:
 
 
 class _InertUnpickler(pickle.Unpickler):
-    """Reads ``.metadata`` into stand-ins of torch's classes, made anew for each file; any other
-    class is refused.
-    """
+    """Reads ``.metadata`` into fresh stand-ins of torch's classes; any other class is refused."""
 
     def __init__(self, file: BinaryIO):
         super().__init__(file)
@@ -103,9 +100,7 @@ def _size(value: Any, ndim: int | None = None) -> torch.Size:
 
 
 def _check_tensor(name: Any, record: Any) -> TensorStorageMetadata:
-    """One tensor's entry, made anew of plain values; its chunks lie inside it and are as large
-    together.
-    """
+    """One tensor's entry in plain values; its chunks lie inside it and are as large together."""
     if type(name) is not str:
         raise ValueError(f"{name!r} is not a tensor's name")
     entry = _fields(record, "TensorStorageMetadata", name)
@@ -125,9 +120,7 @@ def _check_tensor(name: Any, record: Any) -> TensorStorageMetadata:
 
 
 def _check_place(record: Any, name: str, sizes: dict[str, int]) -> _StorageInfo:
-    """Where a chunk lies, made anew of plain values: inside one of the folder's files, of these
-    ``sizes``.
-    """
+    """Where a chunk of these ``sizes`` lies, in plain values: inside one of the folder's files."""
     place = _fields(record, "_StorageInfo", f"the place of {name}")
     path, offset, length = (place[k] for k in ("relative_path", "offset", "length"))
     if type(path) is not str or path not in sizes:
@@ -138,8 +131,7 @@ def _check_place(record: Any, name: str, sizes: dict[str, int]) -> _StorageInfo:
 
 
 def _read_metadata(folder: Path) -> Metadata:
-    """Return the table of contents, made anew of values that were checked; ``ValueError`` if there
-    is none.
+    """Return the checked contents in plain values; ``ValueError`` if there are none.
 
     Every entry is a tensor: torch would load any other entry's bytes with a full unpickler, which
     can run code.
@@ -167,9 +159,7 @@ def _read_metadata(folder: Path) -> Metadata:
 
 
 def read_contents(folder: str | Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Names, shapes and types of the tensors of a checkpoint folder; ``ValueError`` if it is
-    none or damaged.
-    """
+    """Names, shapes and types of a checkpoint folder's tensors; ``ValueError`` if damaged."""
     tensors = _read_metadata(Path(folder)).state_dict_metadata
     return {k: (v.size, v.properties.dtype) for k, v in tensors.items()}
 
@@ -193,10 +183,9 @@ class _Planner(dcp.DefaultLoadPlanner):
 
 
 def save_sharded(
-    folder: Path, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup | None
+    folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None
 ) -> Future:
-    """Copy ``tensors`` and write them to ``folder`` in the background; the future ends when every
-    rank has written.
+    """Copy ``tensors``, write them in the background; the future ends when all ranks have written.
 
     All ranks call it with the same names; tensors that all of them hold are dealt out, each to be
     copied and written by one. ``group``: for the talk of the background threads, away from that of
@@ -219,22 +208,21 @@ def save_sharded(
     return future
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
+def _copy(tensor: Tensor) -> Tensor:
     if tensor.device.type == "cpu":
         return tensor.clone()
     return tensor if isinstance(tensor, DTensor) else tensor.cpu()
 
 
-def load_sharded(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill ``tensors`` in place from ``folder``, each rank its own parts and without talking to the
-    others.
+def load_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill ``tensors`` in place from ``folder``, each rank its parts, without communication.
 
     ``ValueError`` if one is missing, does not fit or cannot be read.
     """
     _load(folder, _read_metadata(folder), tensors)
 
 
-def _load(folder: Path, metadata: Metadata, tensors: dict[str, torch.Tensor]) -> None:
+def _load(folder: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
     stored = metadata.state_dict_metadata
     for name, tensor in tensors.items():
         if name not in stored:
@@ -247,12 +235,9 @@ def _load(folder: Path, metadata: Metadata, tensors: dict[str, torch.Tensor]) ->
         dcp.load(
             tensors, storage_reader=_Reader(folder, metadata), planner=_Planner(), no_dist=True
         )
-    except (
-        Exception,
-        dcp.CheckpointException,
-    ) as error:  # a damaged file may break the reader in any way
-        # torch wraps what went wrong; where it refuses to unpickle, it advises to run the file's
-        # code
+    except (Exception, dcp.CheckpointException) as error:  # a damaged file may break it in any way
+        # torch wraps what went wrong; where it refuses to unpickle, it advises to run
+        # the file's code
         cause = (
             next(iter(error.failures.values()))[0]
             if isinstance(error, dcp.CheckpointException)
@@ -266,10 +251,8 @@ def _load(folder: Path, metadata: Metadata, tensors: dict[str, torch.Tensor]) ->
         ) from error
 
 
-def read_sharded(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """All tensors of ``folder`` whose name starts with ``prefix``, whole and on the CPU, without
-    the prefix.
-    """
+def read_sharded(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """Tensors of ``folder`` named ``prefix...``, whole, on the CPU, without the prefix."""
     metadata = _read_metadata(folder)
     stored = {k: v for k, v in metadata.state_dict_metadata.items() if k.startswith(prefix)}
     tensors = {k: torch.zeros(v.size, dtype=v.properties.dtype) for k, v in stored.items()}
@@ -278,9 +261,7 @@ def read_sharded(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """``meta.json`` of a checkpoint folder; ``ValueError`` if the folder is not whole, saying
-    what is missing.
-    """
+    """Return ``meta.json`` of a checkpoint folder; ``ValueError`` if a file is missing there."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         sizes = {str(name): int(size) for name, size in meta["files"].items()}

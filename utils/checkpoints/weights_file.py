@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from utils.checkpoints.folder import read_meta, read_sharded
 from utils.files import atomic_path, write_json
@@ -32,8 +32,7 @@ def load_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
     if path is not None and (Path(path) / "meta.json").is_file():
         raise ValueError(
             f"{option}: {path} is a training checkpoint; python3 scripts/export_checkpoint.py "
-            f"--checkpoint {path} "
-            f"--output FILE.pt makes a file of it"
+            f"--checkpoint {path} --output FILE.pt makes a file of it"
         )
     path = weights_path(path, option)
     try:
@@ -66,27 +65,23 @@ def _config_beside(path: Path) -> str:
 
 def find_state_dict(
     checkpoint: dict[str, Any], keys: Sequence[str], path: str | Path
-) -> dict[str, torch.Tensor]:
-    """Return the state dict under the first of ``keys`` that is there, or the checkpoint itself if
-    it is a bare one.
+) -> dict[str, Tensor]:
+    """Return the state dict under the first of ``keys`` present, or a bare checkpoint itself.
 
     A ``module.`` (DDP) or ``_orig_mod.`` (compile) prefix on the names is removed.
     """
     state = next((checkpoint[k] for k in keys if isinstance(checkpoint.get(k), dict)), checkpoint)
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     if not tensors:
         raise ValueError(
-            f"{path} holds no weights: expected one of the keys {', '.join(keys)} or a bare state "
-            "dict"
+            f"{path} holds no weights: expected one of the keys "
+            f"{', '.join(keys)} or a bare state dict"
         )
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): v for k, v in tensors.items()}
 
 
-def load_strictly(
-    module: nn.Module, state: dict[str, torch.Tensor], path: str | Path, what: str
-) -> None:
-    """Load ``state`` into ``module``; names and shapes must all fit, else a ``ValueError`` says
-    which do not.
+def load_strictly(module: nn.Module, state: dict[str, Tensor], path: str | Path, what: str) -> None:
+    """Load ``state`` into ``module``; ``ValueError`` with the names and shapes that do not fit.
 
     Tensors are assigned, not copied, so a module on the meta device may be loaded.
     """
@@ -109,10 +104,8 @@ def load_strictly(
     module.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, assign=True)
 
 
-def state_sha256(state: dict[str, torch.Tensor]) -> str:
-    """Return a hex SHA-256 of names, shapes and bytes of tensors, which does not depend on how a
-    file was written.
-    """
+def state_sha256(state: dict[str, Tensor]) -> str:
+    """Return a hex SHA-256 of names, shapes and bytes of tensors, however a file was written."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -128,8 +121,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
 
 
 def export_checkpoint(folder: Path, output: Path, ema: bool | None = None) -> None:
-    """Write the weights of a training checkpoint as one file: ``.pt`` (published format) or
-    ``.safetensors``.
+    """Write a training checkpoint's weights as ``.pt`` (published format) or ``.safetensors``.
 
     ``ema``: True takes the moving average as the weights, False leaves it out, None keeps both
     (``.pt`` only; the average, if there is one, under ``ema``). Config and other facts go along.
@@ -169,7 +161,7 @@ def export_to_hub_form(folder: Path, output: Path, ema: bool = False) -> None:
         raise ValueError(f"--hub {output} could not be written: {error}") from error
 
 
-def model_card(weights: dict[str, torch.Tensor], facts: dict[str, Any], name: str) -> str:
+def model_card(weights: dict[str, Tensor], facts: dict[str, Any], name: str) -> str:
     """Return the model card of a checkpoint, with what its facts say; the rest is the owner's."""
     gpt = "gpt_model" in facts
     option, kind = ("--gpt-ckpt", "GPT") if gpt else ("--vq-ckpt", "VQ tokenizer")
@@ -214,7 +206,7 @@ how they were measured.
 """
 
 
-def _read_export(folder: Path, ema: bool | None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _read_export(folder: Path, ema: bool | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the weights of a training checkpoint, or their moving average, and its facts."""
     facts = {k: v for k, v in read_meta(folder).items() if k not in ("files", "scalars")}
     weights = read_sharded(folder, "ema." if ema else "model.")
@@ -223,7 +215,7 @@ def _read_export(folder: Path, ema: bool | None) -> tuple[dict[str, torch.Tensor
     return weights, facts
 
 
-def _save_safetensors(weights: dict[str, torch.Tensor], facts: dict[str, Any], path: Path) -> None:
+def _save_safetensors(weights: dict[str, Tensor], facts: dict[str, Any], path: Path) -> None:
     """Write tensors, with the facts in the header, whole or not at all."""
     with atomic_path(path) as temporary:
         save_file(weights, temporary, metadata={"format": "pt", "facts": json.dumps(facts)})

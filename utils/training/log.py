@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from utils.distributed import World
 
 
 class Window:
-    """Means of what a loop adds up between two log lines, and its speed; nothing is waited for
-    until it is read.
-    """
+    """Means between two log lines, and speed; the device is waited for only when they are read."""
 
     def __init__(self, names: Sequence[str], device: torch.device):
         self.names = names
@@ -25,7 +24,7 @@ class Window:
         self._steps = 0
         self._started = time.perf_counter()
 
-    def add(self, terms: dict[str, torch.Tensor]) -> None:
+    def add(self, terms: dict[str, Tensor]) -> None:
         """Add one step's scalars, under ``names``; what is not a finite number is left out."""
         values = torch.stack([terms[name] for name in self.names])  # (K,)
         self._sums += values.nan_to_num(0.0, 0.0, 0.0)
@@ -53,8 +52,7 @@ class Window:
 
 
 class ScalarLog:
-    """Curves of one run, rank 0 only: ``metrics.jsonl`` always, TensorBoard if it is installed, W&B
-    when asked for.
+    """Curves of a run, on rank 0: ``metrics.jsonl``; TensorBoard if installed; W&B when asked for.
 
     Without a folder it records nothing.
     """
@@ -82,15 +80,13 @@ class ScalarLog:
             self._tensorboard = SummaryWriter(folder / "tensorboard")
         except ImportError:
             self.notes.append(
-                f"curves go to {folder}/metrics.jsonl; pip install tensorboard to look at them "
-                "there too"
+                f"curves go to {folder}/metrics.jsonl; pip install tensorboard to "
+                "look at them there too"
             )
         self._file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 - open as long as the run
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Record ``values`` at ``step``; a resumed run may record a step again, then the later
-        one counts.
-        """
+        """Record ``values`` at ``step``; where a resumed run repeats a step, the later count."""
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()

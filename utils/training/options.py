@@ -47,8 +47,7 @@ def add_optimizer_options(parser: ArgumentParser) -> None:
         type=non_negative_float,
         default=1.0,
         help="skip a step whose loss exceeds the running mean by more than this, after 100 steps; "
-        "0: skip only NaN or "
-        "infinite ones",
+        "0: skip only NaN or infinite ones",
     )
     group.add_argument(
         "--max-skipped-steps",
@@ -70,8 +69,8 @@ def add_precision_option(group: _ArgumentGroup, choices: Iterable[str]) -> None:
         "--mixed-precision",
         choices=["auto", *choices],
         default="auto",
-        help="data type of matrix products and convolutions; weights stay float32. "
-        f"{AUTO_HELP}; published runs are in bf16",
+        help=f"data type of matrix products and convolutions; weights stay float32. {AUTO_HELP}; "
+        "published runs are in bf16",
     )
 
 
@@ -119,9 +118,7 @@ def add_output_options(parser: ArgumentParser, results_dir: str) -> _ArgumentGro
 
 
 def split_batch(global_batch: int, world_size: int, accumulation: int) -> int:
-    """Return the items in one process's micro-batch; ``ValueError`` if the global batch does not
-    split evenly.
-    """
+    """Return the items per micro-batch; ``ValueError`` if the global batch does not divide so."""
     if global_batch % (world_size * accumulation):
         raise ValueError(
             f"--global-batch-size {global_batch} does not split over {world_size} processes x "

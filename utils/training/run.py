@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import torch
+from torch import Tensor
 
 from utils.distributed import World
 from utils.logger import create_logger, progress
@@ -71,15 +71,13 @@ class TrainingRun:
         total_steps: int,
         start: Path | None = None,
     ):
-        """name: of the run's folder; fixed: options that may not change in mid-run; start: see
-        ``RunFolder.resume``.
+        """name: of the folder; fixed: unchangeable options; start: see ``RunFolder.resume``.
 
         ``args`` has the options of ``utils.training.options``.
         """
         self.args, self.world, self.state, self.total_steps = args, world, state, total_steps
-        self.fixed: dict[str, Any] = json.loads(
-            json.dumps(fixed)
-        )  # as it comes back from a checkpoint
+        # as it comes back from a checkpoint
+        self.fixed: dict[str, Any] = json.loads(json.dumps(fixed))
         self.run_folder = RunFolder.of(args, world, name)
         self.first_step = self.run_folder.resume(state, self.fixed, start)
         self.last_step = min(self.first_step + 2, total_steps) if args.dry_run else total_steps
@@ -88,9 +86,7 @@ class TrainingRun:
         self._seconds = 0.0  # per step, of the last log line
 
     def open(self, stop: StopSignal, terms: Sequence[str], **facts: object) -> logging.Logger:
-        """Create folder, log and curves; ``terms``: names of what ``end_step`` gets; facts: for
-        options.json.
-        """
+        """Create folder, log, curves; terms: names for ``end_step``; facts: for options.json."""
         self._stop = stop
         if self.folder is not None:
             self.run_folder.make()
@@ -121,9 +117,7 @@ class TrainingRun:
         self._stop.close()
 
     def steps(self, batches: Iterable[tuple[int, T]]) -> Iterator[tuple[int, T]]:
-        """Yield ``batches``, (step, batch) each, random numbers seeded; ends early when a rank
-        was signalled.
-        """
+        """Yield ``batches`` of (step, batch), seeded; ends early when a rank was signalled."""
         for step, batch in batches:
             self._stop.begin_vote()
             seed_step(self.args.global_seed, step, self.world.rank)
@@ -131,7 +125,7 @@ class TrainingRun:
             if self.stopping:
                 return
 
-    def end_step(self, **terms: torch.Tensor) -> None:
+    def end_step(self, **terms: Tensor) -> None:
         """Count a step; its scalars, on the device, go into the averages of the next log line."""
         self.done += 1
         self.stopping = self._stop.should_stop()
@@ -153,17 +147,14 @@ class TrainingRun:
         return self.due(self.args.log_every) or self.args.dry_run
 
     def read(self, lr: float) -> dict[str, float]:
-        """Return means, speed and memory since the last log line, and ``lr`` (waits for the
-        device).
-        """
+        """Return means, speed, memory since the last log line, and ``lr``; waits for the device."""
         figures = self._window.read(self.args.global_batch_size)
         self._seconds = figures.pop("seconds/step")
         memory = peak_memory(self.world.device) / 2**30
         return figures | {"lr": lr, "skipped": self.state.guard.skipped, "memory_gib": memory}
 
     def log(self, line: str, figures: dict[str, float]) -> None:
-        """Log ``figures``, of ``read`` and further ones, as ``line`` formats them, with the time
-        that is left.
+        """Log ``figures``, of ``read`` and others, formatted by ``line``, with the time left.
 
         Raises ``ValueError`` after too many harmful steps, see ``Guard``.
         """
@@ -175,9 +166,8 @@ class TrainingRun:
 
     def log_more(self, figures: dict[str, float]) -> None:
         """Log figures that come besides the log line, such as those of a validation."""
-        self.logger.info(
-            f"step {self.done}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
-        )
+        text = ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
+        self.logger.info(f"step {self.done}: {text}")
         self._curves.write(self.done, figures)
 
     def paused(self) -> AbstractContextManager[None]:
@@ -185,18 +175,14 @@ class TrainingRun:
         return self._window.paused()
 
     def save_if_due(self, facts: dict[str, Any]) -> None:
-        """Start to save a checkpoint with ``facts`` every ``--ckpt-every`` steps, unless its
-        weights are in doubt.
-        """
+        """Save with ``facts`` every ``--ckpt-every`` steps, unless weights are in doubt."""
         if self.folder is None or not self.due(self.args.ckpt_every):
             return
         if all(guard.healthy for guard in self.state.guards):
             self.run_folder.save(self.done, self.state, facts | {"run": self.fixed})
 
     def finish(self, export: str) -> None:
-        """Wait for the last checkpoint and write its weights as ``export`` says; after a dry
-        run, log the forecast.
-        """
+        """Finish the last checkpoint, ``export`` its weights; log the forecast of a dry run."""
         if self.args.dry_run:
             self._forecast()
         else:
@@ -211,8 +197,7 @@ class TrainingRun:
         peak = peak_memory(self.world.device) / 2**30
         self.logger.info(
             f"dry run: {held:.2f} GiB per process of weights, gradients, "
-            f"moments{', average' if state.ema else ''}; "
-            f"peak {peak:.2f} GiB; {self._seconds:.3g} s per step, "
-            f"{timedelta(seconds=round(steps * self._seconds))} "
-            f"for the {steps:,} steps to do; nothing was written"
+            f"moments{', average' if state.ema else ''}; peak {peak:.2f} GiB; {self._seconds:.3g} "
+            f"s per step, {timedelta(seconds=round(steps * self._seconds))} for the {steps:,} "
+            "steps to do; nothing was written"
         )

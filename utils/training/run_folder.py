@@ -33,8 +33,7 @@ from utils.training.state import TrainingState
 
 @dataclass
 class RunFolder:
-    """Logs and options in ``folder``, checkpoints (``0005000/``) in every one of
-    ``checkpoint_folders``.
+    """Logs and options in ``folder``, checkpoints (``0005000/``) in each of ``checkpoint_folders``.
 
     The name is a function of the options, so the same command finds its checkpoints again and
     resumes. With several machines all of it must be on a disk that they share. ``keep_last`` newest
@@ -52,18 +51,14 @@ class RunFolder:
 
     @classmethod
     def of(cls, args: Namespace, world: World, name: str) -> RunFolder:
-        """Folders of the options in ``args``: local results and their durable copy, or only the
-        durable place.
-        """
+        """Folders of ``args``: local results with a durable copy, or only the durable place."""
         cloud = Path(args.cloud_save_path) / name
         folder = cloud if args.no_local_save else Path(args.results_dir) / name
         places = dict.fromkeys(p.absolute() / "checkpoints" for p in (folder, cloud))
         return cls(world, folder, tuple(places), args.keep_last, args.keep_every)
 
     def make(self) -> None:
-        """Create the folders before long work starts; ``ValueError`` where that fails or
-        machines do not share them.
-        """
+        """Create the folders early; ``ValueError`` if that fails or machines do not share them."""
         token = self.world.broadcast(uuid.uuid4().hex)
         if self.world.is_main:
             for folder in (self.folder, *self.checkpoint_folders):
@@ -81,8 +76,7 @@ class RunFolder:
             else:
                 raise ValueError(
                     f"rank {self.world.rank} does not see what rank 0 writes to {folder}: with "
-                    "several machines "
-                    "it must be on a disk that they share; --no-local-save leaves "
+                    "several machines it must be on a disk that they share; --no-local-save leaves "
                     "--cloud-save-path as the only place"
                 )
         self.world.barrier()
@@ -95,9 +89,7 @@ class RunFolder:
             self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def newest(self) -> Path | None:
-        """Return the whole checkpoint of the highest step in any of the folders; damaged ones
-        are noted and stay.
-        """
+        """Return the newest whole checkpoint of all folders; damaged ones are noted and kept."""
         found = [
             p
             for folder in self.checkpoint_folders
@@ -134,9 +126,8 @@ class RunFolder:
         new_average = None if has_average else state.ema
         if has_average and state.ema is None:
             self.notes.append(f"{path} holds a moving average, which ends here: --ema keeps it")
-        load_sharded(
-            path, {k: v for k, v in tensors.items() if not (new_average and k.startswith("ema."))}
-        )
+        stored = {k: v for k, v in tensors.items() if not (new_average and k.startswith("ema."))}
+        load_sharded(path, stored)
         if new_average:
             new_average.start(state.model)
             self.notes.append(f"{path} holds no moving average: --ema starts at its weights")
@@ -144,9 +135,7 @@ class RunFolder:
         return meta["steps"]
 
     def save(self, step: int, state: TrainingState, facts: dict[str, Any]) -> None:
-        """Start writing the checkpoint after ``step`` steps; all ranks call it. Training may go
-        on at once.
-        """
+        """Start writing the checkpoint of ``step``, on all ranks; training may go on at once."""
         self.wait()
         first = self.checkpoint_folders[0]
         temporary = first / f"{step:07d}.tmp"
@@ -189,15 +178,12 @@ class RunFolder:
         for step in steps[: -self.keep_last]:
             if not (self.keep_every and step % self.keep_every == 0):
                 aside = folder / f"{step:07d}.tmp"
-                os.rename(
-                    folder / f"{step:07d}", aside
-                )  # killed while deleting, it is no checkpoint any more
+                # killed while deleting, it is no checkpoint any more
+                os.rename(folder / f"{step:07d}", aside)
                 shutil.rmtree(aside)
 
     def wait(self) -> Path | None:
-        """Wait until the checkpoint under way is whole in every place; ``ValueError`` if it
-        could not be written.
-        """
+        """Wait until the checkpoint is whole in every place; ``ValueError`` if that failed."""
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None
@@ -208,15 +194,12 @@ class RunFolder:
             places = [f"{p} ({_free(p)})" for p in self.checkpoint_folders]
             raise ValueError(
                 f"a checkpoint could not be written to {' and '.join(places)}: {reason}; the ones "
-                "before it are "
-                f"untouched, the same command resumes from them"
+                "before it are untouched, the same command resumes from them"
             ) from error
         return self.newest()
 
     def finish(self, last_step: int, stopped: bool, export: str, logger: logging.Logger) -> None:
-        """Wait for the last checkpoint; if the run is over, write its weights beside it, as
-        ``export`` says.
-        """
+        """Wait for the last checkpoint; if the run is over, ``export`` its weights beside it."""
         if saved := self.wait():
             logger.info(f"saved {saved}")
         if stopped:
@@ -266,9 +249,7 @@ def _replace(folder: Path, target: Path) -> None:
 
 
 def check_same_run(before: dict[str, Any] | None, now: dict[str, Any], path: Path) -> None:
-    """Raise ``ValueError`` if the run at ``path`` has other options that may not change in
-    mid-run.
-    """
+    """Raise ``ValueError`` if the run at ``path`` has other options of those that must stay."""
     if before is None:
         raise ValueError(
             f"{path} is not a checkpoint of a training run of ours; move it out of the run's folder"
@@ -277,7 +258,7 @@ def check_same_run(before: dict[str, Any] | None, now: dict[str, Any], path: Pat
     if differing:
         k = differing[0]
         raise ValueError(
-            f"{path} is of a run with another {', '.join(differing)} ({k}: {before.get(k)} there, "
-            f"{now[k]} now); "
-            f"give another --results-dir and --cloud-save-path, or the same options to resume"
+            f"{path} is of a run with another {', '.join(differing)} ({k}: {before.get(k)} "
+            f"there, {now[k]} now); give another --results-dir and --cloud-save-path, or the "
+            "same options to resume"
         )

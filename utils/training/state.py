@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.distributed import World
 from utils.parallel import gradient_norm, local
@@ -21,20 +21,15 @@ SETTLED_STEPS = 100  # loss spikes in the first steps are ignored
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch for one training step, so that a resumed run draws the same numbers as an
-    uninterrupted one.
-    """
-    torch.manual_seed(
-        int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
-    )
+    """Seed torch for one step, so that a resumed run draws the same numbers as an uninterrupted."""
+    words = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0] >> 1))
 
 
 def make_adamw(
     model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """Return a fused AdamW with weight decay on matrices and convolutions, none on norms and
-    biases.
-    """
+    """Return a fused AdamW with weight decay on matrices and convolutions only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -53,16 +48,13 @@ def learning_rate(
     """
     if step < warmup_steps:
         return step * (peak / warmup_steps)
-    return (
-        peak
-        if schedule == "constant"
-        else 0.5 * peak * (1 + math.cos(math.pi * step / total_steps))
-    )
+    if schedule == "constant":
+        return peak
+    return 0.5 * peak * (1 + math.cos(math.pi * step / total_steps))
 
 
 class Ema:
-    """Exponential moving average of a module's parameters: average += (1 - decay) (parameter -
-    average).
+    """Moving average of a module's parameters: average += (1 - decay) (parameter - average).
 
     The decay grows from 0.1 to ``decay`` as min(decay, (1 + step) / (10 + step)), so that the first
     weights fade. Sharded parameters have sharded averages.
@@ -85,7 +77,7 @@ class Ema:
         for average, parameter in zip(self.average.values(), module.parameters(), strict=True):
             local(average).copy_(local(parameter))
 
-    def state_dict(self, module: nn.Module) -> dict[str, torch.Tensor]:
+    def state_dict(self, module: nn.Module) -> dict[str, Tensor]:
         """Return a state dict for the module: the averages, and the module's own buffers."""
         return module.state_dict() | self.average
 
@@ -101,23 +93,18 @@ class Guard:
 
     def __init__(self, device: torch.device, spike: float, patience: int):
         self.spike, self.patience = spike, patience
-        self.state = torch.zeros(
-            4, device=device
-        )  # running mean of the loss; steps taken, skipped, skipped in a row
+        # running mean of the loss; steps taken, skipped, skipped in a row
+        self.state = torch.zeros(4, device=device)
 
-    def should_skip(self, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        """Return 1.0 if the step of this loss and gradient norm (scalars) is to be skipped, else
-        0.0: a scalar.
-        """
+    def should_skip(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Return 1.0 if the step of this loss and gradient norm (scalars) is skipped, else 0.0."""
         mean, taken, skipped, in_a_row = self.state.unbind()  # () each
         bad = ~(loss.isfinite() & norm.isfinite())  # ()
         if self.spike:
             bad |= (taken >= SETTLED_STEPS) & (loss > mean + self.spike)
         moved = mean + (loss - mean) * (1.0 / (taken + 1.0)).clamp(min=0.01)  # ()
-        mean, in_a_row = (
-            torch.where(bad, mean, moved),
-            torch.where(bad, in_a_row + 1.0, 0.0),
-        )  # () each
+        mean = torch.where(bad, mean, moved)  # ()
+        in_a_row = torch.where(bad, in_a_row + 1.0, 0.0)  # ()
         self.state = torch.stack([mean, taken + ~bad, skipped + bad, in_a_row])  # (4,)
         return bad.float()
 
@@ -133,22 +120,17 @@ class Guard:
 
     @property
     def healthy(self) -> bool:
-        """False after so many consecutive skips that the weights are in doubt (waits for the
-        device).
-        """
+        """False after enough consecutive skips to doubt the weights; waits for the device."""
         return self.in_a_row < DOUBTFUL_STEPS
 
     def check(self, step: int, lr: float, last: bool = False) -> None:
-        """Raise ``ValueError`` after too many consecutive skips, or at the ``last`` step with
-        weights in doubt.
-        """
+        """Raise ``ValueError`` after too many skips, or at the ``last`` step if in doubt."""
         if self.in_a_row >= self.patience or (last and not self.healthy):
             raise ValueError(
                 f"the last {self.in_a_row} steps up to {step} were all skipped, as their loss was "
-                "not a finite number "
-                f"or a spike (learning rate {lr:.3g}); the last checkpoint is from before them: "
-                "lower --lr, or use "
-                f"--mixed-precision bf16 or none instead of fp16, or see --max-loss-spike"
+                f"not a finite number or a spike (learning rate {lr:.3g}); the last checkpoint is "
+                "from before them: lower --lr, or use --mixed-precision bf16 or none instead of "
+                "fp16, or see --max-loss-spike"
             )
 
 
@@ -171,14 +153,12 @@ class TrainingState:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def gradient_norm(self) -> torch.Tensor:
-        """Return the 2-norm of the gradients of all ranks, fp16's loss scale taken out: a scalar
-        on the device.
-        """
+    def gradient_norm(self) -> Tensor:
+        """Return the gradients' 2-norm over all ranks, unscaled from fp16: a device scalar."""
         self.scaler.unscale_(self.optimizer)
         return gradient_norm(self.model).to(self.guard.state.device)
 
-    def update(self, step: int, loss: torch.Tensor, norm: torch.Tensor, max_norm: float) -> None:
+    def update(self, step: int, loss: Tensor, norm: Tensor, max_norm: float) -> None:
         """Clip and step unless the guard skips; the moving average moves in any case.
 
         loss, norm: those of all ranks.
@@ -187,9 +167,8 @@ class TrainingState:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
         # the fused optimizer itself looks at this flag, on the device: a step that is skipped
         # changes nothing
-        skip = self.guard.should_skip(loss, norm).to(
-            next(self.model.parameters()).device
-        )  # the host's, if offloaded
+        place = next(self.model.parameters()).device  # the host's, if offloaded
+        skip = self.guard.should_skip(loss, norm).to(place)
         self.optimizer.grad_scale, self.optimizer.found_inf = None, skip
         self.optimizer.step()
         self.scaler.update()
@@ -206,10 +185,8 @@ class TrainingState:
         """Return everything that has gradients."""
         return list(self.model.parameters())
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Return weights, moving average and moments, under names that do not depend on the
-        sharding.
-        """
+    def tensors(self) -> dict[str, Tensor]:
+        """Return weights, moving average and moments under names independent of the sharding."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         if self.ema:
             tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict(self.model).items()}
@@ -218,7 +195,7 @@ class TrainingState:
                 tensors |= {f"optimizer.{name}.{k}": v for k, v in self._moments(parameter).items()}
         return tensors
 
-    def _moments(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Return the optimizer's state of one parameter, made as AdamW would at its first step."""
         state = self.optimizer.state[parameter]
         if not state:
@@ -243,9 +220,7 @@ class TrainingState:
 def make_training_state(
     model: nn.Module, args: Namespace, world: World, ema: bool, max_loss_spike: float
 ) -> TrainingState:
-    """Return a new state for ``model``, placed on its devices, by the options of
-    ``utils.training.options``.
-    """
+    """Return a new state for ``model``, placed on its devices; see ``utils.training.options``."""
     optimizer = make_adamw(model, args.lr, args.weight_decay, (args.beta1, args.beta2))
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.mixed_precision == "fp16")
     average = Ema(model, args.ema_decay) if ema else None

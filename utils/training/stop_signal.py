@@ -20,8 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignal:
-    """Listens from its creation on. In each step: ``begin_vote`` at its start, ``should_stop`` at
-    its end.
+    """Listens from its creation. In each step: ``begin_vote`` first, ``should_stop`` at its end.
 
     torchrun signals the ranks that are left when one has died, and those may wait for it for ever:
     a step that does not end within two minutes of the signal ends the process.
@@ -29,12 +28,8 @@ class StopSignal:
 
     def __init__(self, world: World):
         self.received, self._is_main = False, world.is_main
-        self._asked, self._steps, self._in_step, self._ended = (
-            torch.zeros(1),
-            0,
-            False,
-            threading.Event(),
-        )
+        self._asked, self._ended = torch.zeros(1), threading.Event()
+        self._steps, self._in_step = 0, False
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
         self._work: dist.Work | None = None
         self._watched, wakeup = socket.socketpair()
@@ -75,12 +70,9 @@ class StopSignal:
                 os._exit(1)
 
     def begin_vote(self) -> None:
-        """Start to ask all ranks whether one was signalled; over hosts, so that no device is
-        waited for.
-        """
-        if (
-            signal.SIGINT not in self._before
-        ):  # before the first step Ctrl-C ends the program at once
+        """Start asking all ranks for a signal; over hosts, so that no device is waited for."""
+        # before the first step Ctrl-C ends the program at once
+        if signal.SIGINT not in self._before:
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
         self._steps, self._in_step = self._steps + 1, True
         self._asked.fill_(float(self.received))

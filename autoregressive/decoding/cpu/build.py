@@ -27,16 +27,12 @@ DECLARED_MARCH = {None: "native", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 
 
 def cache_folder() -> Path:
-    """Return where compiled kernels and measurements are kept: ``XDG_CACHE_HOME`` or ~/.cache,
-    then ``par``.
-    """
+    """Return the folder of kernels and measurements: ``par`` in ``XDG_CACHE_HOME`` or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "par"
 
 
 def compile_command() -> list[str]:
-    """Return compiler and flags for this CPU: ``CXX`` (default c++), our flags, then
-    ``CXXFLAGS``.
-    """
+    """Return compiler and flags for this CPU: ``CXX`` (or c++), our flags, then ``CXXFLAGS``."""
     cpu = f"-march={DECLARED_MARCH[cpu_name()]}"
     if platform.machine() in ("aarch64", "arm64"):
         cpu = "-mcpu=native"
@@ -45,9 +41,7 @@ def compile_command() -> list[str]:
 
 
 def build_key(command: list[str]) -> str:
-    """Return a hash of everything the compiled kernels depend on: sources, compiler, flags and
-    CPU.
-    """
+    """Return a hash of all that compiled kernels depend on: sources, compiler, flags and CPU."""
     version = subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -67,9 +61,8 @@ def build() -> Path:
     library = folder / f"decoder-{build_key(command)}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=folder
-        ) as work:  # renamed when whole: other processes do the same
+        # renamed when whole: other processes do the same
+        with tempfile.TemporaryDirectory(dir=folder) as work:
             output = Path(work) / library.name
             command += [str(FOLDER / "decoder.cpp"), "-o", str(output)]
             subprocess.run(command, capture_output=True, check=True, text=True)
@@ -91,10 +84,8 @@ def load() -> Kernels | str:
         path = build()
         library = Kernels(str(path))
     except subprocess.CalledProcessError as error:
-        first = next(
-            (s for s in str(error.stderr).splitlines() if "error" in s),
-            f"exit status {error.returncode}",
-        )
+        lines = str(error.stderr).splitlines()
+        first = next((s for s in lines if "error" in s), f"exit status {error.returncode}")
         return f"the C++ compiler fails: {first}"
     except (OSError, ValueError, RuntimeError) as error:
         return f"no C++ compiler (set CXX), or its result cannot be kept or loaded: {error}"
@@ -105,9 +96,7 @@ def load() -> Kernels | str:
 
 
 def unavailable_reason(dtype: torch.dtype) -> str | None:
-    """Return why there are no kernels for weights of ``dtype`` on this machine; None if there
-    are.
-    """
+    """Return why this machine has no kernels for weights of ``dtype``; None if it has them."""
     library = load()
     if isinstance(library, str):
         return library

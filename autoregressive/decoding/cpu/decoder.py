@@ -12,11 +12,11 @@ import contextlib
 import ctypes
 import mmap
 import weakref
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from autoregressive.decoding.cpu.build import NAMES, load, unavailable_reason
 from autoregressive.models.decode_step import StepDecoder
@@ -25,41 +25,29 @@ from autoregressive.models.gpt import GPT
 LANES = 16  # outputs in a panel, see layout.h
 UNIT_BYTES = 4
 DEPTH = 32  # inputs are padded to a multiple of this
-MANY_ROWS = (
-    32  # float32 of more rows is bound by arithmetic, and with AMX faster by tiles (see tiles.h)
-)
+MANY_ROWS = 32  # float32 of more rows is bound by arithmetic: AMX's tiles are faster (tiles.h)
 HUGE_PAGE = 1 << 21
 
 
+def _fields(kind: type, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
 class _Layer(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in ("wqkv", "wo", "w13", "w2", "attention_norm", "ffn_norm")
-    ]
+    _fields_ = _fields(ctypes.c_void_p, "wqkv wo w13 w2 attention_norm ffn_norm")
 
 
 class _Model(ctypes.Structure):
     _fields_ = [("layers", ctypes.POINTER(_Layer))]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("norm", "rotary", "head")]
-    _fields_ += [
-        (name, ctypes.c_int32)
-        for name in (
-            "n_layer",
-            "dim",
-            "n_head",
-            "kv_heads",
-            "head_dim",
-            "ffn_dim",
-            "vocab_size",
-            "slots",
-        )
-    ]
+    _fields_ += _fields(ctypes.c_void_p, "norm rotary head")
+    _fields_ += _fields(ctypes.c_int32, "n_layer dim n_head kv_heads")
+    _fields_ += _fields(ctypes.c_int32, "head_dim ffn_dim vocab_size slots")
     _fields_ += [("eps", ctypes.c_float)]
 
 
 class _Cache(ctypes.Structure):
     _fields_ = [("at", ctypes.c_void_p)]
-    _fields_ += [(name, ctypes.c_int64) for name in ("layer_stride", "row_stride", "head_stride")]
+    _fields_ += _fields(ctypes.c_int64, "layer_stride row_stride head_stride")
 
 
 _SIGNATURES = {
@@ -78,10 +66,8 @@ def _units(inputs: int, dtype: torch.dtype) -> int:
     return _round_up(inputs, DEPTH) * dtype.itemsize // UNIT_BYTES
 
 
-def _pages(size: int) -> torch.Tensor:
-    """Return ``size`` zeroed bytes, in 2 MiB pages where the system has them: small ones cost
-    5-10% of the speed.
-    """
+def _pages(size: int) -> Tensor:
+    """Return ``size`` zeroed bytes, in 2 MiB pages where possible: small ones cost 5-10% speed."""
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):  # not every system has them
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -90,45 +76,36 @@ def _pages(size: int) -> torch.Tensor:
     return whole[first : first + size]
 
 
-def _panels(weight: torch.Tensor) -> torch.Tensor:
-    """Return a matrix (out, in) as panels (out / 16, units, 16, elements of a unit), an even
-    number of them.
-    """
+def _panels(weight: Tensor) -> Tensor:
+    """Return a matrix (out, in) as an even number of panels (units, 16, elements of a unit)."""
     per_unit = UNIT_BYTES // weight.element_size()
     outputs, inputs = weight.shape
     units = _units(inputs, weight.dtype)
-    padded = F.pad(
-        weight, (0, units * per_unit - inputs, 0, _round_up(outputs, 2 * LANES) - outputs)
-    )
-    return padded.view(-1, LANES, units, per_unit).transpose(
-        1, 2
-    )  # (out / 16, units, 16, per_unit)
+    right, below = units * per_unit - inputs, _round_up(outputs, 2 * LANES) - outputs
+    padded = F.pad(weight, (0, right, 0, below))
+    panels = padded.view(-1, LANES, units, per_unit)  # (out / 16, 16, units, per_unit)
+    return panels.transpose(1, 2)  # (out / 16, units, 16, per_unit)
 
 
-def _gate_and_up(w1: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
+def _gate_and_up(w1: Tensor, w3: Tensor) -> Tensor:
     """Interleave w1 and w3 (F, D) -> (2 F, D): 8 rows of one, then the same 8 of the other."""
     half = LANES // 2
-    both = torch.stack(
-        [F.pad(w, (0, 0, 0, -len(w) % half)).unflatten(0, (-1, half)) for w in (w1, w3)]
-    )
-    return both.transpose(0, 1).flatten(0, 2)  # (F / 8, 2, 8, D) -> (2 F, D)
+    both = [F.pad(w, (0, 0, 0, -len(w) % half)).unflatten(0, (-1, half)) for w in (w1, w3)]
+    return torch.stack(both, dim=1).flatten(0, 2)  # (F / 8, 2, 8, D) -> (2 F, D)
 
 
-def _rotary(freqs_cis: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Return cos and sin (T, hd / 2, 2) as (T, 2, channels): cos, cos, ... and -sin, sin, ..., 0
-    beyond head_dim.
-    """
+def _rotary(freqs_cis: Tensor, head_dim: int) -> Tensor:
+    """Return (T, hd / 2, 2) as (T, 2, channels): cos, cos, ... and -sin, sin, ..., padded by 0."""
     cos, sin = freqs_cis.unbind(-1)  # (T, hd / 2)
-    turn = torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)], 1).flatten(
-        2
-    )  # (T, 2, hd)
+    cosines, sines = torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)  # (T, hd / 2, 2)
+    turn = torch.stack([cosines, sines], 1).flatten(2)  # (T, 2, hd)
     return F.pad(turn, (0, -head_dim % LANES)).contiguous()  # (T, 2, channels)
 
 
 class PackedCache:
     """Keys and values of every layer in the kernels' layout, allocated once and filled in place."""
 
-    def __init__(self, store: torch.Tensor):
+    def __init__(self, store: Tensor):
         self.store = store  # (L, B, Hkv, units of one head's keys and values)
 
     def first_rows(self, batch: int) -> PackedCache:
@@ -137,9 +114,7 @@ class PackedCache:
 
 
 class CPUDecoder(StepDecoder):
-    """Decoder (see decoding/decoder.py) of a GPT whose weights it has taken; made by
-    ``consume``.
-    """
+    """Decoder (see decoding/decoder.py) of a GPT whose weights it owns; made by ``consume``."""
 
     def __init__(self, model: GPT, rows: int):
         self.config, self.order = model.config, model.order
@@ -150,8 +125,7 @@ class CPUDecoder(StepDecoder):
 
     @classmethod
     def consume(cls, model: GPT, rows: int) -> CPUDecoder:
-        """Move the linear layers' weights of ``model`` out of it into a decoder; embeddings stay in
-        it.
+        """Move the weights of the linear layers out of ``model``; embeddings stay in it.
 
         model: in ``eval()`` mode, float32 or bfloat16. Needs about the memory of one copy and one
         matrix more. rows: rows of the largest step, images times slots (twice with guidance); the
@@ -162,44 +136,27 @@ class CPUDecoder(StepDecoder):
         if reason is not None:
             raise ValueError(reason)
         decoder = cls(model, rows)
-        for name in (
-            "forward",
-            "logits",
-            "hidden",
-            "trunk",
-            "head",
-            "decode_step",
-            "new_cache",
-            "state_dict",
-        ):
+        methods = "forward logits hidden trunk head decode_step new_cache state_dict"
+        for name in methods.split():
             setattr(model, name, _refuse)
         return decoder
 
     def _create_kernels(self, model: GPT, rows: int) -> None:
         config = self.config
         matrices = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        sizes = [
-            (m.out_features + 2 * LANES) * _units(m.in_features, self.dtype) * UNIT_BYTES
-            for m in matrices
-        ]
-        self._free = _pages(sum(sizes))  # memory not yet used; a view, which keeps all of it alive
-        self._kept: list[torch.Tensor] = []  # tensors the kernels point to
+        units = [(m.out_features + 2 * LANES) * _units(m.in_features, self.dtype) for m in matrices]
+        # memory not yet used; a view, which keeps all of it alive
+        self._free = _pages(UNIT_BYTES * sum(units))
+        self._kept: list[Tensor] = []  # tensors the kernels point to
         layers = (_Layer * config.n_layer)(*(self._pack_block(block) for block in model.layers))
         norm, rotary = model.norm.weight.float(), _rotary(model.freqs_cis, config.head_dim)
         head = self._pack(model.output.weight, model.output)
         self._kept += [norm, rotary]
 
-        shape = (
-            config.n_layer,
-            config.dim,
-            config.n_head,
-            config.kv_heads,
-            config.head_dim,
-            config.ffn_dim,
-        )
         pointers = (norm.data_ptr(), rotary.data_ptr(), head.data_ptr())
-        slots = self.order.num_tokens
-        description = _Model(layers, *pointers, *shape, config.vocab_size, slots, config.norm_eps)
+        shape = (config.n_layer, config.dim, config.n_head, config.kv_heads)
+        sizes = (config.head_dim, config.ffn_dim, config.vocab_size, self.order.num_tokens)
+        description = _Model(layers, *pointers, *shape, *sizes, config.norm_eps)
         library, kernels = load(), NAMES[self.dtype]
         assert not isinstance(library, str), library  # ``consume`` has asked
         if library.has_tiles and (self.dtype == torch.bfloat16 or rows > MANY_ROWS):
@@ -221,7 +178,7 @@ class CPUDecoder(StepDecoder):
         self._kept += norms
         return _Layer(*(w.data_ptr() for w in (wqkv, wo, w13, w2, *norms)))
 
-    def _pack(self, weight: torch.Tensor, *modules: nn.Linear) -> torch.Tensor:
+    def _pack(self, weight: Tensor, *modules: nn.Linear) -> Tensor:
         """Copy ``weight`` into our memory as panels, and empty the ``modules`` it is from."""
         panels = _panels(weight.detach())
         size = panels.numel() * panels.element_size()
@@ -235,23 +192,18 @@ class CPUDecoder(StepDecoder):
         """Return an empty cache for ``batch`` rows and all slots."""
         config, slot_units = self.config, _units(self.order.num_tokens, self.dtype)
         slots = slot_units * UNIT_BYTES // self.dtype.itemsize
-        head = slots * _units(config.head_dim, self.dtype) + slot_units * _round_up(
-            config.head_dim, LANES
-        )
-        shape = (config.n_layer, batch, config.kv_heads, head)
-        return PackedCache(
-            _pages(UNIT_BYTES * torch.Size(shape).numel()).view(torch.int32).view(shape)
-        )
+        keys = slots * _units(config.head_dim, self.dtype)
+        values = slot_units * _round_up(config.head_dim, LANES)
+        shape = (config.n_layer, batch, config.kv_heads, keys + values)
+        memory = _pages(UNIT_BYTES * torch.Size(shape).numel())
+        return PackedCache(memory.view(torch.int32).view(shape))
 
-    def trunk(self, x: torch.Tensor, start: int, cache: PackedCache) -> torch.Tensor:
-        """Apply blocks and final norm to slots from ``start``: (B, t, D) of any type -> (B, t,
-        D) float32.
-        """
+    def trunk(self, x: Tensor, start: int, cache: PackedCache) -> Tensor:
+        """Apply blocks and final norm to slots from ``start``: (B, t, D) -> (B, t, D) float32."""
         batch, t, _ = x.shape
         store = cache.store
-        assert start + t <= self.order.num_tokens and batch <= store.shape[1], (
-            "more slots or rows than the cache has"
-        )
+        fits = start + t <= self.order.num_tokens and batch <= store.shape[1]
+        assert fits, "more slots or rows than the cache has"
         x = x.to(torch.float32, copy=True).contiguous()  # (B, t, D), overwritten by the kernels
         hidden = torch.empty_like(x)  # (B, t, D)
         where = _Cache(store.data_ptr(), *store.stride()[:3])
@@ -261,7 +213,7 @@ class CPUDecoder(StepDecoder):
         )
         return hidden
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
         """Apply the output layer: (..., D) -> logits (..., V) float32."""
         hidden = hidden.float().contiguous()  # (..., D)
         rows = hidden.numel() // self.config.dim
