@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.load import load_gpt
 from autoregressive.sample import sample_c2i, sample_c2i_ddp
-from autoregressive.sample.pipeline import add_model_options, add_sampling_options, parse_sampler
+from autoregressive.sample.options import add_model_options, add_sampling_options, parse_sampler
 from evaluations.c2i.report import compare_with_preset
 from scripts import export_checkpoint as export_script
 from tests.helpers import quietly, same_tensors, small_config
@@ -76,7 +76,7 @@ def test_published_options_name_options_of_both_samplers():
     for module in (sample_c2i, sample_c2i_ddp):
         text = (
             Path(module.__file__).read_text()
-            + Path(module.__file__).with_name("pipeline.py").read_text()
+            + Path(module.__file__).with_name("options.py").read_text()
         )
         text += Path(presets.__file__).parents[1].joinpath("tokenizer/load.py").read_text()
         missing = {

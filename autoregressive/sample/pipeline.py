@@ -1,12 +1,10 @@
-"""What both samplers share: model and sampling options; checkpoints -> a ready pair of models."""
+"""What both samplers share: checkpoints -> a ready pair of models."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,174 +14,16 @@ from torch import Tensor
 
 from autoregressive.decoding.decoder import Way, choose_way, make_decoder, possible_ways
 from autoregressive.decoding.generate import Generator
-from autoregressive.decoding.sampling import CFG_SCHEDULES, SamplingOptions
-from autoregressive.models.gpt import GPT, GPT_models
+from autoregressive.decoding.sampling import SamplingOptions
+from autoregressive.models.gpt import GPT
 from autoregressive.models.load import load_gpt, resolve_parallelism
-from tokenizer.load import add_tokenizer_options, load_tokenizer, require_tokenizer
+from tokenizer.load import load_tokenizer, require_tokenizer
 from tokenizer.vq_model import VQModel
 from utils.distributed import World
 from utils.files import sha256_file
 from utils.hub import fetch_released, weights_path
-from utils.options import positive_int
-from utils.presets import PRESETS
 
 DEFAULT_IMAGE_SIZE = 384  # of the released models
-RETIRED_OPTIONS = {
-    "--gpt-type": (True, "every model here is class-conditional (c2i)"),
-    "--cls-token-num": (True, "every model here has one class token"),
-}
-
-
-def add_model_options(parser: ArgumentParser) -> None:
-    """Add the options selecting the models: either ``--model`` or the two files are needed."""
-    group = parser.add_argument_group(
-        "models (--model, or the two files; the rest is optional where a checkpoint has it)"
-    )
-    group.add_argument(
-        "--model",
-        choices=list(PRESETS),
-        help="a released model, with the files in pretrained_models/ and the options of its "
-        "published samples; options written beside it win",
-    )
-    group.add_argument(
-        "--download",
-        action="store_true",
-        help="fetch missing released files from huggingface.co",
-    )
-    text = "GPT checkpoint, released or trained here: a file, a folder with config.json and "
-    text += "model.safetensors, or hf:OWNER/NAME, which is downloaded (required without --model)"
-    group.add_argument("--gpt-ckpt", help=text)
-    group.add_argument(
-        "--gpt-model", choices=list(GPT_models), help="size of the GPT (default: the checkpoint's)"
-    )
-    group.add_argument(
-        "--gpt-ema", action="store_true", help="sample from the moving average of the GPT's weights"
-    )
-    group.add_argument(
-        "--from-fsdp",
-        action="store_true",
-        help="stop unless --gpt-ckpt is a bare state dict, as published FSDP files are",
-    )
-    group.add_argument(
-        "--ar-token-num", type=positive_int, help="n, tokens per step (default: the checkpoint's)"
-    )
-    group.add_argument(
-        "--spe-token-num",
-        type=int,
-        help="number of special tokens: --ar-token-num minus 1, as in published command lines",
-    )
-    group.add_argument(
-        "--num-classes", type=positive_int, help="number of classes (default: the checkpoint's)"
-    )
-    group.add_argument(
-        "--image-size",
-        type=positive_int,
-        help="side of generated images, pixels (default: the checkpoint's, else 384)",
-    )
-    group.add_argument(
-        "--downsample-size", type=positive_int, help="pixels per code (default: the tokenizer's)"
-    )
-    add_tokenizer_options(group, required=False)
-
-
-def parse_sampler(parser: ArgumentParser) -> Namespace:
-    """Parse a sampler's command line, with the options of ``--model`` as defaults; options written
-    beside it are reported.
-    """
-    finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--model")
-    model = finder.parse_known_args()[0].model
-    preset = PRESETS[model].options() if model in PRESETS else {}
-
-    known = vars(parser.parse_args([]))
-    parser.set_defaults(**{name: preset[name] for name in preset.keys() & known.keys()})
-    args = parser.parse_args()
-
-    written = [
-        f"{name} {value}"
-        for name, value in vars(args).items()
-        if name in preset and value != preset[name]
-    ]
-    if written and os.environ.get("RANK", "0") == "0":
-        print(f"--model {model}, but not as published: {', '.join(written)}", file=sys.stderr)
-    return args
-
-
-def add_sampling_options(
-    parser: ArgumentParser, cfg_scale: float, top_k: int, compiled: bool
-) -> None:
-    """Add the options of drawing tokens and computing them, with one sampler's defaults.
-
-    compiled: whether ``--compile`` is the default on CUDA.
-    """
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--cfg-scale",
-        type=float,
-        default=cfg_scale,
-        help="strength of classifier-free guidance (CFG); 1 disables it",
-    )
-    group.add_argument(
-        "--cfg-interval",
-        type=int,
-        default=-1,
-        help="guide only while at most this many tokens are decoded; -1: in every step",
-    )
-    group.add_argument(
-        "--cfg-schedule",
-        choices=CFG_SCHEDULES,
-        default="constant",
-        help="CFG scale over the steps: constant, as published; linear and power-cosine "
-        "rise from 1 to --cfg-scale",
-    )
-    group.add_argument(
-        "--cfg-power",
-        type=float,
-        default=2.75,
-        help="exponent of --cfg-schedule power-cosine; larger: rises later",
-    )
-    group.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="softmax temperature; 0 takes the likeliest token",
-    )
-    group.add_argument(
-        "--top-k",
-        type=int,
-        default=top_k,
-        help="draw from the k likeliest tokens only; 0: from all tokens",
-    )
-    group.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="draw from the fewest likeliest tokens with this total probability (nucleus "
-        "sampling); 1: from all tokens",
-    )
-    group.add_argument(
-        "--precision",
-        choices=["auto", "none", "fp16", "bf16"],
-        default="auto",
-        help="data type of the GPT's weights and cache (none: float32). auto: bf16 on GPUs of "
-        "compute capability 8.0 or newer and on CPUs that decode by our own kernels, which compute "
-        "in float32 where the processor has no bf16 products; fp16 on older CUDA devices; "
-        "else none",
-    )
-    group.add_argument(
-        "--quantize",
-        choices=["none", "int8", "fp8"],
-        default="none",
-        help="round the GPT's weights, by the package torchao; slower on a CPU, unmeasured on GPUs",
-    )
-    group.add_argument(
-        "--compile",
-        action=BooleanOptionalAction,
-        help="on a CPU: decode by our own kernels, which a C++ compiler builds in seconds "
-        "(default: torch's operators and the kernels are timed once per machine and model size, "
-        "and the faster is taken); on CUDA: torch.compile the GPT and run all steps as one CUDA "
-        f"graph, which takes minutes to build (default: {'yes' if compiled else 'no'})",
-    )
 
 
 @dataclass(frozen=True)

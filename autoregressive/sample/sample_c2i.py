@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from autoregressive.decoding.sampling import image_randomness
-from autoregressive.sample.pipeline import (
+from autoregressive.sample.options import (
     RETIRED_OPTIONS,
-    Pipeline,
     add_model_options,
     add_sampling_options,
-    load_pipeline,
     parse_sampler,
 )
+from autoregressive.sample.pipeline import Pipeline, load_pipeline
 from utils.distributed import init_distributed
 from utils.files import prepare_folder
 from utils.images import image_grid, labelled_rows, save_gif, save_png, to_uint8

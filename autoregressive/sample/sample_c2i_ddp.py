@@ -25,14 +25,13 @@ from torch import Tensor
 
 from autoregressive.decoding.decoder import Way
 from autoregressive.decoding.sampling import image_randomness
-from autoregressive.sample.pipeline import (
+from autoregressive.sample.options import (
     RETIRED_OPTIONS,
-    Pipeline,
     add_model_options,
     add_sampling_options,
-    load_pipeline,
     parse_sampler,
 )
+from autoregressive.sample.pipeline import Pipeline, load_pipeline
 from utils.distributed import World, init_distributed
 from utils.files import prepare_folder
 from utils.images import save_png, to_uint8
