@@ -213,11 +213,13 @@ def main() -> None:
                 options |= dict(disc_type=args.disc_type, precision=precision, way=way)
                 figures = figures_of(__file__, KEPT_MEMORY, work, **options)
                 results.setdefault(precision, {})[way] = figures
-                ratio = results[precision]["published"]["seconds"] / figures["seconds"]
+                base = results[precision]["published"]
+                figures["over published"] = base["seconds"] / figures["seconds"]
                 print(
                     f"{precision:5} {way:24} {figures['seconds']:8.3f} s/step "
-                    f"{figures['images/s']:8.2f} images/s {ratio:5.2f}x {figures['peak GiB']:6.2f} "
-                    f"GiB  loss {figures['first loss']:.4f} -> {figures['last loss']:.4f}",
+                    f"{figures['images/s']:8.2f} images/s {figures['over published']:5.2f}x "
+                    f"{figures['peak GiB']:6.2f} GiB  "
+                    f"loss {figures['first loss']:.4f} -> {figures['last loss']:.4f}",
                     flush=True,
                 )
     write_results(args, results)

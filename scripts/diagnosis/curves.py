@@ -113,7 +113,7 @@ def slow(curves: Curves) -> Verdict | None:
 def dead_codebook(curves: Curves) -> Verdict | None:
     """Codes that are nearly all alike: little is left to learn after a tenth of the steps."""
     early, late = curves.at("loss", 0.1), curves.last("loss")
-    if early > 0.2 * curves.guessing:
+    if early > 0.35 * curves.guessing:
         return None
     text = f"loss {early:.2f} after a tenth of the steps, {late:.2f} now; ln V = "
     advice = (
