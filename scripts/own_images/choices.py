@@ -7,34 +7,42 @@ was measured; of the rest, ``TOKENIZER_SHARE`` to the tokenizer and what remains
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from scripts.own_images.images import Images, held_out
 
 MARGIN = 0.93  # share of the budget that is planned: trainers also log, save and load data
 TOKENIZER_SHARE = 0.4
+DROPOUT, OVERFITTING = 0.1, 2_000  # below so many images a GPT overfits rather than underfits
 MOST_EPOCHS = 300  # more passes over the same images only memorise them
-SEEN_BY_TOKENIZER, SEEN_BY_GPT = 8_000, 24_000  # images over all epochs: the quickstart's, x2 and x1
-LEAST = 0.25  # share of these below which little is learned
+SEEN_BY_TOKENIZER, SEEN_BY_GPT = (
+    8_000,
+    24_000,
+)  # images over all epochs: the quickstart's, x2 and x1
 NEW_SIZES = {32: "VQ-4", 64: "VQ-4", 128: "VQ-16", 256: "VQ-16"}
 DOWNSAMPLE = {"VQ-4": 4, "VQ-16": 16}
 CODEBOOK = {"VQ-4": (64, 512), "VQ-16": (64, 4096)}  # least and most entries
 CODES_PER_ENTRY = 500
 TOKENIZER_LR = {"VQ-4": 2e-3, "VQ-8": 3e-4, "VQ-16": 3e-4}
 FINETUNE_LR = 1e-4
-# size -> learning rate, images to train on and images seen over all epochs that it needs
+
+
+class Needs(NamedTuple):
+    """Learning rate of a GPT, and what it needs: training images, images seen over all epochs."""
+
+    lr: float
+    images: int
+    seen: int
+
+
 GPTS = {
-    "GPT-T": (2e-3, 0, 0),
-    "GPT-S": (1e-3, 2_000, 150_000),
-    "GPT-B": (3e-4, 20_000, 1_000_000),
-    "GPT-L": (2e-4, 200_000, 5_000_000),
+    "GPT-T": Needs(2e-3, 0, 0),
+    "GPT-S": Needs(1e-3, 2_000, 150_000),
+    "GPT-B": Needs(3e-4, 20_000, 1_000_000),
+    "GPT-L": Needs(2e-4, 200_000, 5_000_000),
 }
-FEW = 100  # images per class
 CLASSIFIER_BYTES = 2 << 30  # its training images are held in memory
-PICTURE_ROWS, PICTURE_COLUMNS = 20, 12
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,7 @@ class Plan:
     gpt: str
     gpt_epochs: int
     gpt_batch: int
+    dropout: float
     samples: int
     classifier_epochs: int  # 0: Inception's weights are there
     read: float  # share of the tokenizer's training that goes into reading files
@@ -113,7 +122,7 @@ class Speeds(Protocol):
     def overhead(self) -> float: ...
     def train_tokenizer(self, vq: Tokenizer, size: int) -> float: ...
     def code(self, vq: Tokenizer, size: int) -> tuple[float, float]: ...
-    def train_gpt(self, name: str, grid: int, codebook: int, n: int) -> float: ...
+    def train_gpt(self, name: str, grid: int, codebook: int, n: int, dropout: float) -> float: ...
     def train_classifier(self, size: int) -> float: ...
     def inception(self, size: int) -> float: ...
 
@@ -153,13 +162,13 @@ def choose(
         ]
         families.append(new)
     for family in families:
-        best = None
-        for size, tokenizer in family:
-            plan = fit(options, images, machine, size, tokenizer, inception)
-            best = plan if best is None or plan.seen() else best
+        size, tokenizer = family[0]
+        best = plan = fit(options, images, machine, size, tokenizer, inception)
+        for size, tokenizer in family[1:]:
             if not plan.seen(4):
                 break
-        assert best is not None
+            plan = fit(options, images, machine, size, tokenizer, inception)
+            best = plan if plan.seen() else best
         if best.seen():
             break
     return best
@@ -174,61 +183,45 @@ def fit(
             f"--size {size} must be a multiple of {2 * vq.downsample} and at least "
             f"{4 * vq.downsample}, for {vq.downsample}x{vq.downsample} pixels per code"
         )
-    held = held_out(images.counts)
-    grid, n = size // vq.downsample, 4 if size // vq.downsample < 32 else 16
-    work = max(0.0, MARGIN * 60 * options.budget - machine.overhead())
+    held, grid = sum(held_out(images.counts).values()), size // vq.downsample
+    n = 4 if grid < 32 else 16
+    dropout = DROPOUT if sum(images.counts.values()) < OVERFITTING else 0.0
+    budget, overhead = MARGIN * 60 * options.budget, machine.overhead()
+    work = max(0.0, budget - overhead)
     read = images.seconds / machine.cores
-    trains = vq.path is None or options.finetune
-    share = TOKENIZER_SHARE if trains else 0.0
-    per_vq = machine.train_tokenizer(vq, size) + read if trains else math.inf
+    share = TOKENIZER_SHARE if vq.path is None or options.finetune else 0.0
+    per_vq = machine.train_tokenizer(vq, size) + read if share else 0.0
     encode, decode = machine.code(vq, size)
-    tiny = machine.train_gpt("GPT-T", grid, vq.codebook, n)
+    per_gpt = machine.train_gpt("GPT-T", grid, vq.codebook, n, dropout)
 
-    # training images: at most so many that the budget goes once through the tokenizer, four times
-    # through the GPT
-    seen = [0.75 * work * (1 - share) / tiny / 4, CLASSIFIER_BYTES / (3 * size * size)]
-    seen += [0.75 * work * share / per_vq] if trains else []
-    most = max(2, int(min(seen) / len(images.counts)))
-    used = sum(min(n - 2 * held[c], most) for c, n in images.counts.items())
-    total_held = sum(held.values())
+    most, used = training_images(images, size, share * work, (1 - share) * work, per_vq, per_gpt)
 
-    # what is neither training
-    crops = 5 * (2 if options.flip else 1)
-    ten_crop = used * crops * encode <= 0.1 * work
-    crops = crops if ten_crop else crops // 5
-    per_sample = 3 * tiny + decode
-    samples = max(4, min(total_held, int(0.1 * work / per_sample)))
-    drawn = min(len(images.counts), PICTURE_ROWS) * PICTURE_COLUMNS
-    epochs, metrics = 0, 3 * total_held * machine.inception(size) if inception else 0.0
+    # codes, samples, metrics
+    crops = 2 if options.flip else 1
+    ten_crop = 5 * used * crops * encode <= 0.1 * work
+    per_sample = 3 * per_gpt + decode
+    samples = max(4, min(held, int(0.1 * work / per_sample)))
+    epochs, metrics = 0, 3 * held * machine.inception(size) if inception else 0.0
     if not inception:
         epoch = used * machine.train_classifier(size)
         epochs = max(2, min(60, int(0.05 * work / epoch)))
         metrics = epochs * epoch + used * read
     seconds = {
-        "programs, planning": machine.overhead(),
+        "programs and planning": overhead,
         "tokenizer": 0.0,
-        "reconstructions": total_held * (encode + decode + read),
-        "codes": used * (crops * encode + read),
+        "codes": used * ((5 if ten_crop else 1) * crops * encode + read),
         "GPT": 0.0,
-        "samples": (samples + drawn) * per_sample,
-        "metrics": metrics + total_held * read,
+        "samples": 2 * samples * per_sample,  # as many again for the picture
+        "metrics": metrics + held * (encode + decode + 2 * read),
     }
 
     # the two trainings
-    rest = max(0.0, MARGIN * 60 * options.budget - sum(seconds.values()))
-    vq_epochs = max(1, min(MOST_EPOCHS, int(share * rest / per_vq / used))) if trains else 0
-    seconds["tokenizer"] = vq_epochs * used * per_vq if trains else 0.0
+    rest = max(0.0, budget - sum(seconds.values()))
+    vq_epochs = epochs_within(share * rest, used * per_vq) if share else 0
+    seconds["tokenizer"] = vq_epochs * used * per_vq
     rest = max(0.0, rest - seconds["tokenizer"])
-    gpt, per_gpt = "GPT-T", tiny
-    for name, (_, least_images, least_seen) in list(GPTS.items())[1:]:
-        # the next size costs about four times as much; it is measured only where that may fit
-        if used < least_images or rest / per_gpt / 3 < least_seen:
-            break
-        cost = machine.train_gpt(name, grid, vq.codebook, n)
-        if rest / cost < least_seen:
-            break
-        gpt, per_gpt = name, cost
-    gpt_epochs = max(1, min(MOST_EPOCHS, int(rest / per_gpt / used)))
+    gpt, per_gpt = choose_gpt(machine, used, rest, per_gpt, (grid, vq.codebook, n, dropout))
+    gpt_epochs = epochs_within(rest, used * per_gpt)
     seconds["GPT"] = gpt_epochs * used * per_gpt
 
     return Plan(
@@ -239,7 +232,7 @@ def fit(
         perceptual=machine.perceptual,
         most=most,
         used=used,
-        held=total_held,
+        held=held,
         n=n,
         tokenizer_epochs=vq_epochs,
         tokenizer_batch=batch_size(vq_epochs * used / 1500, machine.vq_batch, used),
@@ -247,11 +240,52 @@ def fit(
         gpt=gpt,
         gpt_epochs=gpt_epochs,
         gpt_batch=batch_size(gpt_epochs * used / 3000, machine.gpt_batch, used),
+        dropout=dropout,
         samples=samples,
         classifier_epochs=epochs,
-        read=read / per_vq if trains else 0.0,
+        read=read / per_vq if share else 0.0,
         seconds=seconds,
     )
+
+
+def training_images(
+    images: Images, size: int, for_vq: float, for_gpt: float, per_vq: float, per_gpt: float
+) -> tuple[int, int]:
+    """Return how many images are trained on, per class at most and in all.
+
+    At most so many that three quarters of the seconds go once through the tokenizer and four times
+    through the GPT, and that the classifier's training images fit in memory.
+    """
+    limits = [0.75 * for_gpt / per_gpt / 4, CLASSIFIER_BYTES / (3 * size * size)]
+    limits += [0.75 * for_vq / per_vq] if per_vq else []
+    most = max(2, int(min(limits) / len(images.counts)))
+    held = held_out(images.counts)
+    return most, sum(min(n - 2 * held[c], most) for c, n in images.counts.items())
+
+
+def epochs_within(seconds: float, seconds_per_epoch: float) -> int:
+    """Return the number of epochs that fit, at least 1 and at most ``MOST_EPOCHS``."""
+    return max(1, min(MOST_EPOCHS, int(seconds / seconds_per_epoch)))
+
+
+def choose_gpt(
+    machine: Speeds, used: int, seconds: float, per_image: float, shape: tuple[int, int, int, float]
+) -> tuple[str, float]:
+    """Return the largest GPT that sees enough in ``seconds``, and its seconds per image.
+
+    per_image: those of the smallest. The next size costs about four times as much as the last; it
+    is measured only where that may fit.
+    """
+    chosen, *larger = GPTS
+    for name in larger:
+        needs = GPTS[name]
+        if used < needs.images or seconds / per_image / 3 < needs.seen:
+            break
+        cost = machine.train_gpt(name, *shape)
+        if seconds / cost < needs.seen:
+            break
+        chosen, per_image = name, cost
+    return chosen, per_image
 
 
 def batch_size(wanted: float, least: int, images: int) -> int:
@@ -260,86 +294,7 @@ def batch_size(wanted: float, least: int, images: int) -> int:
     return power_of_two(images, 1, power_of_two(wanted, least, 16 * least))
 
 
-def describe(plan: Plan) -> list[str]:
-    """Return the choices and their reasons, a line each."""
-    images, vq, options = plan.images, plan.tokenizer, plan.options
-    counts = images.counts.values()
-    total = sum(plan.seconds.values())
-    grid = plan.size // vq.downsample
-    origin = vq.path or f"new {vq.name}"
-    training = f"{plan.tokenizer_epochs} epochs, {plan.tokenizer_steps:,} steps of {plan.tokenizer_batch}"
-    shares = ", ".join(f"{name} {s / 60:.1f}" for name, s in plan.seconds.items())
-    network = (
-        f"a small classifier trained here ({plan.classifier_epochs} epochs): no Inception weights in pretrained_models/"
-        if plan.classifier_epochs
-        else "Inception"
-    )
-    return [
-        f"images     {sum(counts):,} of {len(counts)} classes ({min(counts)} to {max(counts)} each), "
-        f"shorter side {images.sides[0]} to {images.sides[-1]} pixels, {len(images.unreadable)} unreadable",
-        f"split      {plan.used:,} to train on, {plan.held:,} held out as reference, {plan.held:,} held out as yardstick",
-        f"size       {plan.size}x{plan.size}: the largest at which both models see enough images in the budget"
-        if options.size is None
-        else f"size       {plan.size}x{plan.size}, as asked",
-        f"tokenizer  {origin}, {vq.codebook} entries, {grid}x{grid} codes; "
-        + (training if plan.tokenizer_epochs else "used as it is"),
-        f"GPT        {plan.gpt}, n = {plan.n}; {plan.gpt_epochs} epochs, {plan.gpt_steps:,} steps of {plan.gpt_batch}"
-        + (", no more as they would memorise the images" if plan.gpt_epochs == MOST_EPOCHS else ""),
-        f"metrics    {plan.samples:,} samples; features of {network}",
-        f"minutes    {total / 60:.1f} of {options.budget:g} expected: {shares}",
-    ]
-
-
-def warnings(plan: Plan) -> list[str]:
-    """Return what may go wrong with these images and this budget, a sentence each."""
-    images, names, found = plan.images, list(plan.images.counts), []
-    if images.unreadable:
-        found.append(f"{len(images.unreadable)} files are unreadable and left out, such as {images.unreadable[0]}")
-    if few := [c for c, n in images.counts.items() if n < FEW]:
-        found.append(
-            f"{len(few)} of {len(names)} classes have fewer than {FEW} images, such as {few[0]} "
-            f"({images.counts[few[0]]}): the GPT will partly repeat them"
-        )
-    ids = ", ".join(f"{i} {name}" for i, name in enumerate(names[:4])) + (", ..." if len(names) > 4 else "")
-    numbers = all(re.fullmatch(r"\d+", name) for name in names)
-    disorder = numbers and sorted(names, key=int) != names
-    found.append(
-        f"class ids follow the sorted names of the folders ({ids}), not ImageNet's order: a GPT trained on ImageNet "
-        "needs its 1,000 folders, or a new class table"
-        + ("; they are sorted as text, so that ids differ from these numbers" if disorder else "")
-    )
-    if plan.options.flip:
-        found.append(
-            "images are mirrored in training; text, digits and all that has a left and a right must not be: --no-flip"
-        )
-    if smaller := sum(side < plan.size for side in images.sides[:-1]):
-        found.append(f"about {10 * smaller}% of the images are smaller than {plan.size} pixels and will be enlarged")
-    if (total := sum(images.counts.values()) - 2 * plan.held) > plan.used:
-        found.append(
-            f"{plan.used:,} of {total:,} training images are used: the budget does not go through more of them"
-        )
-    if plan.read > 0.3:
-        found.append(
-            f"reading the files takes {plan.read:.0%} of the tokenizer's training: smaller copies of them train faster"
-        )
-    if plan.held < 50:
-        found.append(f"{plan.held} held-out images: the metrics are rough, look at the pictures")
-    if not plan.seen(LEAST):
-        found.append(
-            f"{plan.options.budget:g} minutes are too few for anything to be learned at {plan.size}x{plan.size} here: "
-            "take a larger --budget or a smaller --size"
-        )
-    if (expected := sum(plan.seconds.values())) > 1.1 * 60 * plan.options.budget:
-        found.append(f"the shortest possible run takes about {expected / 60:.1f} minutes, more than the budget")
-    return found
-
-
 def load_plan(values: dict) -> Plan:
     """Return the plan of a plan.json."""
     parts = {"options": Options, "images": Images, "tokenizer": Tokenizer}
     return Plan(**values | {name: make(**values[name]) for name, make in parts.items()})
-
-
-def default_output(folder: Path, root: Path) -> Path:
-    """Return the output folder for images of ``folder``."""
-    return root / "results" / "own-images" / folder.name

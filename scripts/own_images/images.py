@@ -36,7 +36,7 @@ class Images:
 
 
 def list_classes(folder: Path) -> dict[str, list[str]]:
-    """Return the image files of each class, relative to ``folder``; hidden folders are no classes."""
+    """Return the files of each class relative to ``folder``; hidden folders are no classes."""
     files: dict[str, list[str]] = {}
     for path, _ in list_images(folder, "FOLDER").samples:
         name = os.path.relpath(path, folder)
@@ -104,7 +104,9 @@ def divide(names: list[str], held: int, most: int, seed: int) -> dict[str, list[
     By the order of hashes, so that it depends on the names and the seed alone.
     """
     order = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-    return dict(zip(PARTS, (order[:held], order[held : 2 * held], order[2 * held :][:most]), strict=True))
+    return dict(
+        zip(PARTS, (order[:held], order[held : 2 * held], order[2 * held :][:most]), strict=True)
+    )
 
 
 def split(folder: Path, target: Path, images: Images, most: int, seed: int) -> None:

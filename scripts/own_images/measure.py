@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,10 +24,10 @@ COMMANDS = 11  # Python programs that are started
 KERNELS = 12.0  # seconds to build and time the kernels that a CPU samples with
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
+def open_tokenizer(path: str) -> Tokenizer:
     """Return the tokenizer of a file; ``ValueError`` if it holds none."""
     vq, name = load_vq(path, None)
-    return Tokenizer(str(path), name, vq.config.downsample, vq.config.codebook_size)
+    return Tokenizer(path, name, vq.config.downsample, vq.config.codebook_size)
 
 
 class Machine:
@@ -73,10 +72,18 @@ class Machine:
             return encode, self._time(lambda: model.decode_code(codes), self.vq_batch)
 
     @cache  # noqa: B019
-    def train_gpt(self, name: str, grid: int, codebook: int, n: int) -> float:
+    def train_gpt(self, name: str, grid: int, codebook: int, n: int, dropout: float) -> float:
         """A training step."""
         config = GPTConfig(
-            **GPT_models[name], vocab_size=codebook, grid_height=grid, grid_width=grid, ar_token_num=n
+            **GPT_models[name],
+            vocab_size=codebook,
+            grid_height=grid,
+            grid_width=grid,
+            ar_token_num=n,
+            token_dropout_p=dropout,
+            attn_dropout_p=0.0,
+            resid_dropout_p=dropout,
+            ffn_dropout_p=dropout,
         )
         model = GPT(config).to(self.device)
         model.init_weights()
@@ -87,7 +94,10 @@ class Machine:
     @cache  # noqa: B019
     def train_classifier(self, size: int) -> float:
         """A training step of the classifier."""
-        model, x = SmallClassifier(ClassifierConfig(size, 10)).to(self.device), self._pictures(64, size)
+        model, x = (
+            SmallClassifier(ClassifierConfig(size, 10)).to(self.device),
+            self._pictures(64, size),
+        )
         return self._train(model, lambda: model.logits(x).square().mean(), 64)
 
     @cache  # noqa: B019
