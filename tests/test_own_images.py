@@ -29,6 +29,7 @@ from scripts.own_images.commands import commands
 from scripts.own_images.explain import describe, warnings
 from scripts.own_images.images import Images, divide, held_out, list_classes, look, split
 from tests.helpers import ROOT, run_command
+from utils.files import write_json
 from utils.options import run_main
 
 SCRIPT = ("bash", "scripts/own_images.sh")
@@ -93,14 +94,15 @@ def folder(tmp_path) -> Path:
 @pytest.mark.parametrize("speed", [0.5, 1, 10, 1000])
 @pytest.mark.parametrize("budget", [5, 20, 120])
 @pytest.mark.parametrize("per_class", [8, 30, 500, 100_000])
-def test_a_plan_fits_the_budget(speed, budget, per_class):
+def test_a_plan_fits_the_budget(tmp_path, speed, budget, per_class):
     """Except where one epoch, the least, takes longer, and then it says so."""
     plan = plan_of(found(per_class, side=256), budget, speed)
     expected = sum(plan.seconds.values())
     assert expected <= 60 * budget * MARGIN + 1 or min(plan.tokenizer_epochs, plan.gpt_epochs) == 1
     assert expected <= 1.15 * 60 * budget
     assert plan.tokenizer_batch <= plan.used and plan.gpt_batch <= plan.used
-    assert load_plan(asdict(plan)) == plan
+    write_json(tmp_path / "plan.json", asdict(plan))
+    assert load_plan(tmp_path / "plan.json") == plan
 
 
 @pytest.mark.parametrize("speed", [1, 30, 1000, 30_000])
@@ -115,11 +117,11 @@ def test_more_minutes_or_images_never_make_anything_smaller(speed):
     ]
     gpts, codebooks = [sizes(p)[1] for p in at_32], [p.tokenizer.codebook for p in at_32]
     assert gpts == sorted(gpts) and codebooks == sorted(codebooks)
-    assert codebooks[0] == 64 and codebooks[-1] == 512
+    assert codebooks[0] == 256 and codebooks[-1] == 512
 
 
 def test_a_fast_machine_and_large_images_get_larger_models():
-    slow, fast = plan_of(found(side=512), 60, 1), plan_of(found(20_000, side=512), 60, 3000)
+    slow, fast = plan_of(found(side=512), 20, 1), plan_of(found(20_000, side=512), 60, 3000)
     assert (slow.size, slow.gpt, slow.tokenizer.name) == (32, "GPT-T", "VQ-4")
     assert fast.size >= 128 and fast.gpt in ("GPT-B", "GPT-L") and fast.tokenizer.name == "VQ-16"
     assert plan_of(found(side=32), 600, 3000).size == 32  # never above the images

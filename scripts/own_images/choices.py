@@ -6,14 +6,16 @@ was measured; of the rest, ``TOKENIZER_SHARE`` to the tokenizer and what remains
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from scripts.own_images.images import Images, held_out
 
 MARGIN = 0.93  # share of the budget that is planned: trainers also log, save and load data
-TOKENIZER_SHARE = 0.4
+TOKENIZER_SHARE = 0.5
 DROPOUT, OVERFITTING = 0.1, 2_000  # below so many images a GPT overfits rather than underfits
 MOST_EPOCHS = 300  # more passes over the same images only memorise them
 SEEN_BY_TOKENIZER, SEEN_BY_GPT = (
@@ -22,7 +24,7 @@ SEEN_BY_TOKENIZER, SEEN_BY_GPT = (
 )  # images over all epochs: the quickstart's, x2 and x1
 NEW_SIZES = {32: "VQ-4", 64: "VQ-4", 128: "VQ-16", 256: "VQ-16"}
 DOWNSAMPLE = {"VQ-4": 4, "VQ-16": 16}
-CODEBOOK = {"VQ-4": (64, 512), "VQ-16": (64, 4096)}  # least and most entries
+CODEBOOK = {"VQ-4": (256, 512), "VQ-16": (256, 4096)}  # least and most entries
 CODES_PER_ENTRY = 500
 TOKENIZER_LR = {"VQ-4": 2e-3, "VQ-8": 3e-4, "VQ-16": 3e-4}
 FINETUNE_LR = 1e-4
@@ -133,8 +135,13 @@ def power_of_two(value: float, least: int, most: int) -> int:
 
 
 def codebook_size(name: str, images: int, grid: int) -> int:
-    """Return the number of entries for so many images of grid x grid codes."""
-    return power_of_two(images * grid * grid / CODES_PER_ENTRY, *CODEBOOK[name])
+    """Return the number of entries for so many images of grid x grid codes.
+
+    k-means needs a latent per entry in an epoch, which may drop up to half of the images.
+    """
+    least, most = CODEBOOK[name]
+    codes = images * grid * grid
+    return power_of_two(min(max(codes / CODES_PER_ENTRY, least), codes / 2), 1, most)
 
 
 def choose(
@@ -294,7 +301,13 @@ def batch_size(wanted: float, least: int, images: int) -> int:
     return power_of_two(images, 1, power_of_two(wanted, least, 16 * least))
 
 
-def load_plan(values: dict) -> Plan:
-    """Return the plan of a plan.json."""
+def load_plan(path: Path) -> Plan:
+    """Return the plan of a plan.json; ``ValueError`` if it is damaged or of another version."""
     parts = {"options": Options, "images": Images, "tokenizer": Tokenizer}
-    return Plan(**values | {name: make(**values[name]) for name, make in parts.items()})
+    try:
+        values = json.loads(path.read_text())
+        return Plan(**values | {name: make(**values[name]) for name, make in parts.items()})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged or of another version of this script ({error}); give another folder"
+        ) from error

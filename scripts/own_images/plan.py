@@ -10,7 +10,6 @@ import time
 
 STARTED = time.time()  # before the imports, which are a part of the budget
 
-import json
 import sys
 from argparse import Namespace
 from dataclasses import asdict
@@ -98,7 +97,7 @@ def find_plan(options: Options) -> Plan | None:
         if path.parent.is_dir() and any(path.parent.iterdir()):
             raise ValueError(f"--output: {path.parent} holds other files; give a new folder")
         return None
-    plan = load_plan(json.loads(path.read_text()))
+    plan = load_plan(path)
     before, now = asdict(plan.options), asdict(options)
     if differing := [k for k in now if before[k] != now[k]]:
         k = differing[0]

@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help=text)
     args = parser.parse_args()
     path = require_file(Path(args.output) / "plan.json", "--output", "not of own_images.sh")
-    plan = load_plan(json.loads(path.read_text()))
+    plan = load_plan(path)
     files = Files(plan)
     print(
         f"\npictures\n  samples, a row per class                    {files.picture}\n"
