@@ -14,8 +14,9 @@
 #   --dry-run          print plan and commands, run nothing
 case " ${*:-} " in
     "  " | *" -h "* | *" --help "*)
-        sed -n '/^# Your/,/^case/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
-        [ $# -gt 0 ] && exit 0 || exit 2
+        usage=$(sed -n '/^# Your/,/^case/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}")
+        [ $# -gt 0 ] && echo "$usage" && exit
+        echo "$usage" >&2 && exit 2
         ;;
 esac
 from=$PWD

@@ -94,7 +94,7 @@ def draw(plan: Plan, files: Files, seed: int, picture: str) -> str:
     """Return the command that draws a picture of samples, a row per class."""
     classes = " ".join(map(str, range(min(PICTURE_ROWS, len(plan.images.counts)))))
     return (
-        f"python autoregressive/sample/sample_c2i.py --vq-ckpt {q(files.tokenizer)} --gpt-ckpt "
+        f"python3 autoregressive/sample/sample_c2i.py --vq-ckpt {q(files.tokenizer)} --gpt-ckpt "
         f"{q(files.gpt)} --classes {classes} --images-per-class {PICTURE_COLUMNS} --top-k 0 "
         f"--top-p {TOP_P} --cfg-scale {CFG_SCALE} --seed {seed} --output {q(picture)}"
     )
@@ -129,7 +129,7 @@ def commands(plan: Plan) -> list[Command]:
     classifier = Command(
         "classifier, the feature network of the metrics",
         files.classifier,
-        f"python scripts/quickstart/train_classifier.py --data-path {q(f'{files.images}/train')} "
+        f"python3 scripts/quickstart/train_classifier.py --data-path {q(f'{files.images}/train')} "
         f"--test-path {q(held_out)} --output {q(files.classifier)} --image-size {size} "
         f"--epochs {plan.classifier_epochs} --global-seed {seed}",
     )
@@ -172,13 +172,13 @@ def commands(plan: Plan) -> list[Command]:
         Command(
             "held-out images as reference",
             files.reference,
-            f"python scripts/images_to_npz.py --data-path {q(f'{files.images}/reference')} "
+            f"python3 scripts/images_to_npz.py --data-path {q(f'{files.images}/reference')} "
             f"--image-size {size} --output {q(files.reference)}",
         ),
         Command(
             f"metrics{note}",
             f"{files.samples}.txt",
-            "python evaluations/c2i/evaluator.py "
+            "python3 evaluations/c2i/evaluator.py "
             f"{q(files.reference, inputs, f'{files.reconstructions}.npz', f'{files.samples}.npz')}"
             + network,
         ),

@@ -100,7 +100,7 @@ def main() -> None:
     )
     print("\nmetrics against held-out images")
     print("".join(f"  {line}\n" for line in metrics_table(plan, files)), end="")
-    print("\nnext steps")
+    print(f"\nnext steps, in {ROOT} with this environment active ({Path(sys.prefix).name})")
     print("".join(f"  {title}\n      {line}\n" for title, line in next_steps(plan, files)), end="")
 
 
