@@ -135,6 +135,7 @@ def test_a_given_tokenizer_is_used_as_it_is_or_finetuned():
     )
     assert used.tokenizer_epochs == 0 and used.seconds["tokenizer"] == 0
     assert tuned.tokenizer_epochs > 0 and tuned.tokenizer == used.tokenizer == file
+    assert any("softer" in line for line in warnings(tuned))
     words = commands(tuned)[0].line
     assert "--finetune" in words and "--codebook-init" not in words
     assert "train_vq.sh" not in "".join(c.line for c in commands(used))

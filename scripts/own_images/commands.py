@@ -12,7 +12,7 @@ from utils.performance import usable_cores
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE_ROWS, PICTURE_COLUMNS = 20, 12
-CFG_SCALE, TOP_P = 3.0, 0.95  # of models that saw little: less guidance blurs the classes
+CFG_SCALE = 3.0  # of models that saw little: less guidance blurs the classes
 
 
 class Command(NamedTuple):
@@ -42,7 +42,7 @@ class Files:
         name = f"{vq.name}-{Path(self.tokenizer).stem}-size-{size}"
         self.reconstructions = f"{output}/reconstructions/{name}"
         name = f"{plan.gpt}-{plan.gpt_steps:07d}-size-{size}-size-{size}-{vq.name}-topk-0"
-        name += f"-topp-{TOP_P}-temperature-1.0-cfg-{CFG_SCALE}-seed-{plan.options.seed}"
+        name += f"-topp-1.0-temperature-1.0-cfg-{CFG_SCALE}-seed-{plan.options.seed}"
         self.samples = f"{output}/samples/{name}"
         self.picture, self.classifier = f"{output}/samples.png", f"{output}/classifier.pt"
         self.reference = f"{output}/reference.npz"
@@ -96,7 +96,7 @@ def draw(plan: Plan, files: Files, seed: int, picture: str) -> str:
     return (
         f"python3 autoregressive/sample/sample_c2i.py --vq-ckpt {q(files.tokenizer)} --gpt-ckpt "
         f"{q(files.gpt)} --classes {classes} --images-per-class {PICTURE_COLUMNS} --top-k 0 "
-        f"--top-p {TOP_P} --cfg-scale {CFG_SCALE} --seed {seed} --output {q(picture)}"
+        f"--cfg-scale {CFG_SCALE} --seed {seed} --output {q(picture)}"
     )
 
 
@@ -163,7 +163,7 @@ def commands(plan: Plan) -> list[Command]:
             f"{plan.samples:,} samples to measure",
             f"{files.samples}.npz",
             f"bash scripts/autoregressive/sample_c2i.sh --vq-ckpt {q(files.tokenizer)} --gpt-ckpt "
-            f"{q(files.gpt)} --cfg-scale {CFG_SCALE} --top-p {TOP_P} --image-size-eval {size} "
+            f"{q(files.gpt)} --cfg-scale {CFG_SCALE} --image-size-eval {size} "
             f"--class-protocol balanced --global-seed {seed} --num-fid-samples {plan.samples} "
             f"--per-proc-batch-size {min(100, plan.samples)} "
             f"--sample-dir {q(f'{files.output}/samples')}",

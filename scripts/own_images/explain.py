@@ -87,6 +87,11 @@ def warnings_of_budget(plan: Plan) -> list[str]:
             f"{plan.used:,} of {total:,} training images are used: the budget or the memory has no "
             "room for more"
         )
+    if plan.options.finetune and not plan.perceptual:
+        found.append(
+            "fine-tuning has the pixel loss alone, which makes a tokenizer trained with LPIPS or a "
+            "GAN loss softer: see tokenizer/README.md"
+        )
     if plan.read > 0.3:
         found.append(
             f"reading the files takes {plan.read:.0%} of the tokenizer's training: smaller copies "
