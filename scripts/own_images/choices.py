@@ -18,10 +18,9 @@ MARGIN = 0.93  # share of the budget that is planned: trainers also log, save an
 TOKENIZER_SHARE = 0.5
 DROPOUT, OVERFITTING = 0.1, 2_000  # below so many images a GPT overfits rather than underfits
 MOST_EPOCHS = 300  # more passes over the same images only memorise them
-SEEN_BY_TOKENIZER, SEEN_BY_GPT = (
-    8_000,
-    24_000,
-)  # images over all epochs: the quickstart's, x2 and x1
+# images over all epochs, below which a larger image size is not taken: twice and once those of the
+# quickstart
+SEEN_BY_TOKENIZER, SEEN_BY_GPT = 8_000, 24_000
 NEW_SIZES = {32: "VQ-4", 64: "VQ-4", 128: "VQ-16", 256: "VQ-16"}
 DOWNSAMPLE = {"VQ-4": 4, "VQ-16": 16}
 CODEBOOK = {"VQ-4": (256, 512), "VQ-16": (256, 4096)}  # least and most entries
