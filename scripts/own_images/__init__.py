@@ -1,0 +1,1 @@
+"""Plan, commands and report of scripts/own_images.sh."""
