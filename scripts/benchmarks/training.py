@@ -209,7 +209,8 @@ def main() -> None:
                     f"{precision:5} {way:27} {figures['seconds']:8.3f} s/step "
                     f"{figures['tokens/s']:10.1f} tokens/s {figures['over published']:5.2f}x  "
                     f"{figures['mfu']:6.1%} of {figures['peak TFLOP/s']:.3g} TFLOP/s "
-                    f"{figures['peak GiB']:6.2f} GiB  loss {figures['first loss']:.4f} -> {figures['last loss']:.4f}",
+                    f"{figures['peak GiB']:6.2f} GiB  "
+                    f"loss {figures['first loss']:.4f} -> {figures['last loss']:.4f}",
                     flush=True,
                 )
     write_results(args, results)
