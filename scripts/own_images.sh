@@ -42,4 +42,4 @@ while IFS=$'\t' read -r title made folder command <&3; do
 done 3< "$stages"
 
 printf '\n=== done in %d minutes %d seconds\n' $((SECONDS / 60)) $((SECONDS % 60))
-python scripts/own_images/report.py --output "$output"
+python scripts/own_images/report.py --output "$output" --seconds $SECONDS

@@ -2,6 +2,7 @@
 placeholder is left.
 """
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -88,3 +89,70 @@ def test_commands_name_scripts_and_options_that_there_are(path, capsys, monkeypa
         assert script.suffix == ".sh" or not unknown, (
             f"{path}: {script} has no {', '.join(sorted(unknown))}"
         )
+
+
+BENCHMARKS = ROOT / "scripts" / "benchmarks" / "README.md"
+RESULTS = re.compile(r"\]\((results/[\w-]+\.json)\)")
+FIGURE = re.compile(r"(?<![\w.])(\d[\d,]*(?:\.\d+)?(?:e-?\d+)?)(x\b|%)?")
+UNRECORDED = "before results were kept"
+
+
+def sections(page: Path) -> dict[str, str]:
+    """Return the text below each heading of a page, up to the next heading."""
+    parts = re.split(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def numbers_in(value: object) -> set[float]:
+    """Return all numbers in a JSON value."""
+    if isinstance(value, dict):
+        return numbers_in(list(value.values()))
+    if isinstance(value, list):
+        return set().union(*map(numbers_in, value))
+    return {float(value)} if isinstance(value, int | float) else set()
+
+
+def is_recorded(text: str, unit: str, recorded: set[float]) -> bool:
+    """Return whether a figure is one of the recorded numbers, rounded as it is written."""
+    text = text.replace(",", "")
+    decimals = len(text.partition("e")[0].partition(".")[2])
+    scale = 10.0 ** int(text.partition("e")[2] or 0) / (100 if unit == "%" else 1)
+    margin = 0.501 * 10.0**-decimals * scale
+    value = float(text) / (100 if unit == "%" else 1)
+    return any(abs(value - number) <= margin for number in recorded)
+
+
+MEASURED = {h: t for h, t in sections(BENCHMARKS).items() if re.search(r"^\|", t, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("heading", MEASURED)
+def test_measured_tables_stand_in_a_json_that_the_benchmark_wrote(heading):
+    text = MEASURED[heading]
+    files = RESULTS.findall(text)
+    assert bool(files) != (UNRECORDED in text), f"{heading}: name its results, or say {UNRECORDED}"
+    records = [json.loads((BENCHMARKS.parent / file).read_text()) for file in files]
+    for record in records:
+        assert {"git", "device"} <= record.keys() | record.get("environment", {}).keys(), heading
+    recorded = numbers_in(records)
+    rows = [line for line in text.splitlines() if line.startswith("|") and files]
+    for row in rows[2:]:
+        for text, unit in FIGURE.findall(row):
+            assert is_recorded(text, unit, recorded), f"{heading}: {text}{unit} in {row}"
+
+
+def test_figures_are_told_from_others():
+    recorded = {2.4537, 0.946, 1.97e-6, 4.0}
+    assert all(is_recorded(*figure, recorded) for figure in FIGURE.findall("2.45 2.5 95% 2.0e-6 4"))
+    assert not any(is_recorded(*figure, recorded) for figure in FIGURE.findall("2.46 94% 2.1e-6 5"))
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in READMES if p != BENCHMARKS], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_ratios_quoted_on_other_pages_stand_among_the_benchmarks(path):
+    text = re.sub(r"`[^`]*`|\[[^\]]*\]\([^)]*\)", "", path.read_text())
+    text = re.sub(r"^```\n.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    quoted = set(re.findall(r"(?<![\w-])\d+(?:\.\d+)?x\b", text))
+    missing = {q for q in quoted if q not in BENCHMARKS.read_text()}
+    rounded = {q for q in missing if re.search(rf"\b{q[:-1]}\.\dx", BENCHMARKS.read_text())}
+    assert missing == rounded, f"{path}: {', '.join(sorted(missing - rounded))}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -13,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 from scripts.own_images.choices import GPTS, Plan, load_plan
 from scripts.own_images.commands import Files, draw, q, train_gpt
 from utils.files import require_file
-from utils.options import make_parser, run_main
+from utils.options import make_parser, non_negative_int, run_main, write_options
 
 # name in a .metrics.json -> title with Inception, title with a classifier, meaning
 MEANING = {
@@ -26,11 +27,20 @@ MEANING = {
 }
 
 
-def metrics_table(plan: Plan, files: Files) -> list[str]:
+def read_metrics(files: Files) -> dict[str, dict]:
+    """Return what the evaluator wrote about samples, decoded and real held-out images."""
+    paths = {"samples": files.samples, "decoded": files.reconstructions}
+    paths["real"] = f"{files.reconstructions}-inputs"
+    return {
+        name: json.loads((ROOT / f"{path}.metrics.json").read_text())
+        for name, path in paths.items()
+    }
+
+
+def metrics_table(plan: Plan, measured: dict[str, dict], psnr: float) -> list[str]:
     """Return the metrics of samples, reconstructions and real images, a line each."""
     own = plan.classifier_epochs > 0
-    paths = (files.samples, files.reconstructions, f"{files.reconstructions}-inputs")
-    columns = [json.loads((ROOT / f"{path}.metrics.json").read_text()) for path in paths]
+    columns = list(measured.values())
     images = "".join(f"{column['sample_images']:12,}" for column in columns)
     lines = [f"{'':20}{'samples':>12}{'decoded':>12}{'real':>12}", f"{'images':20}{images}"]
     for key, (with_inception, with_classifier, meaning) in MEANING.items():
@@ -38,7 +48,6 @@ def metrics_table(plan: Plan, files: Files) -> list[str]:
         if title and all(key in column["metrics"] for column in columns):
             numbers = "".join(f"{column['metrics'][key]:12.3f}" for column in columns)
             lines.append(f"{title:20}{numbers}   {meaning}")
-    psnr = json.loads((ROOT / f"{files.reconstructions}.json").read_text())["psnr"]
     lines.append(f"{'PSNR, dB':20}{'':12}{psnr:12.2f}{'':12}   how exactly decoded pixels are kept")
     lines.append("real: other held-out images, the yardstick: samples can hardly be better")
     lines.append("decoded: these after the tokenizer, what samples could reach with this tokenizer")
@@ -85,21 +94,27 @@ def next_steps(plan: Plan, files: Files) -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    """Print the report."""
+    """Print the report, and write it to report.json."""
     example = "python3 scripts/own_images/report.py --output results/own-images/NAME"
     parser = make_parser(__doc__, example)
     text = "folder that scripts/own_images.sh wrote"
     parser.add_argument("--output", required=True, help=text)
+    text = "seconds that the run took, for the record"
+    parser.add_argument("--seconds", type=non_negative_int, help=text)
     args = parser.parse_args()
     path = require_file(Path(args.output) / "plan.json", "--output", "not of own_images.sh")
     plan = load_plan(path)
     files = Files(plan)
+    measured = read_metrics(files)
+    psnr = json.loads((ROOT / f"{files.reconstructions}.json").read_text())["psnr"]
+    metrics = {name: found["metrics"] for name, found in measured.items()}
+    write_options(path.with_name("report.json"), args, plan=asdict(plan), psnr=psnr, **metrics)
     print(
         f"\npictures\n  samples, a row per class                    {files.picture}\n"
         f"  held-out images beside their reconstruction  {files.reconstructions}.png"
     )
     print("\nmetrics against held-out images")
-    print("".join(f"  {line}\n" for line in metrics_table(plan, files)), end="")
+    print("".join(f"  {line}\n" for line in metrics_table(plan, measured, psnr)), end="")
     print(f"\nnext steps, in {ROOT} with this environment active ({Path(sys.prefix).name})")
     print("".join(f"  {title}\n      {line}\n" for title, line in next_steps(plan, files)), end="")
 
