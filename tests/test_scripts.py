@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
-from autoregressive.sample import sample_c2i, sample_c2i_ddp
+from autoregressive.sample import sample_c2i_ddp
+from autoregressive.sample.classes import find_classes
 from autoregressive.train import extract_codes_c2i, train_c2i
 from scripts.diagnosis.models import fill_from_names
 from tests.helpers import EXTRACT, TRAIN, TRAIN_OPTIONS, extract, kill, run_command, start, train
@@ -572,7 +573,7 @@ NAMES = [
     ],
 )
 def test_classes_are_found_by_id_and_name(words, expected):
-    assert sample_c2i.find_classes(words, NAMES) == expected
+    assert find_classes(words, NAMES) == expected
 
 
 @pytest.mark.parametrize(
@@ -587,4 +588,4 @@ def test_classes_are_found_by_id_and_name(words, expected):
 )
 def test_classes_that_are_not_there(words, message):
     with pytest.raises(ValueError, match=message):
-        sample_c2i.find_classes(words, NAMES)
+        find_classes(words, NAMES)

@@ -118,3 +118,8 @@ def sample(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor
     # within the vocabulary: uniforms are at most 1 - 2^-24, and (1 - 2^-24) y rounds to below y.
     u = uniforms[..., None] * cdf[..., -1:]  # (B, t, 1)
     return torch.searchsorted(cdf, u, right=True).squeeze(-1)  # (B, t)
+
+
+def log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return log p (B, t) of tokens (B, t) int64 by unfiltered logits (B, t, V)."""
+    return logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)  # (B, t)

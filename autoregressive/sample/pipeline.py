@@ -69,14 +69,16 @@ class Pipeline:
         way, reason = self.world.broadcast(choice)
         return way, f"{reason}; {self.note}" if self.note else reason
 
-    def make_generator(self, way: Way, batch: int, quantized: str) -> Generator:
+    def make_generator(
+        self, way: Way, batch: int, quantized: str, editing: bool = False
+    ) -> Generator:
         """Return a generator of ``batch`` images; the GPT may not be used afterwards."""
         gpt = self.gpt.cast_weights(way.dtype).to(self.world.device)
         if quantized != "none":
             quantize(gpt, quantized)
         rows = (2 if self.guided else 1) * batch * gpt.order.n
         decoder = make_decoder(gpt, way, rows)
-        return Generator(decoder, gpt.order, self.options, batch)
+        return Generator(decoder, gpt.order, self.options, batch, editing)
 
     def fingerprint(self, args: Namespace, way: Way) -> str:
         """Return a short hash of everything that the bytes of the samples depend on."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -11,19 +10,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from autoregressive.decoding.sampling import image_randomness
+from autoregressive.sample.classes import class_names, find_classes
 from autoregressive.sample.options import (
     RETIRED_OPTIONS,
     add_model_options,
     add_sampling_options,
     parse_sampler,
 )
-from autoregressive.sample.pipeline import Pipeline, load_pipeline
+from autoregressive.sample.pipeline import load_pipeline
+from autoregressive.sample.trace import Trace, write_trace
 from utils.distributed import init_distributed
 from utils.files import prepare_folder
-from utils.images import image_grid, labelled_rows, save_gif, save_png, to_uint8
+from utils.images import labelled_rows, save_png, to_uint8
 from utils.logger import progress
 from utils.options import (
     add_retired,
@@ -34,7 +34,6 @@ from utils.options import (
     write_options,
 )
 
-GREY = 96  # of codes that are not decoded yet
 PUBLISHED_CLASSES = ["207", "360", "387", "974", "88", "979", "417", "279"]
 
 
@@ -70,78 +69,6 @@ def parse_args() -> Namespace:
     )
     add_retired(parser, RETIRED_OPTIONS)
     return parse_sampler(parser)
-
-
-def class_names(pipeline: Pipeline) -> list[str]:
-    """Return a name per class: ImageNet's in words, or those of the folders learned from."""
-    names, num_classes = pipeline.classes, pipeline.gpt.config.num_classes
-    if names is None or len(names) != num_classes:
-        names = None if num_classes == 1000 else [str(i) for i in range(num_classes)]
-    if names is not None and not any(re.fullmatch(r"n\d{8}", name) for name in names):
-        return names
-    # here: it takes a second or two, and other data sets need no names of it
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo()
-    wnids = info.label_names()
-    known = set(wnids)
-    return [info.label_name_to_description(n) if n in known else n for n in names or wnids]
-
-
-def find_classes(words: list[str], names: list[str]) -> list[int]:
-    """Return the class ids that ``--classes`` lists, as ids or as names between commas.
-
-    Where classes are named by numbers, a number is an id. Raises ``ValueError`` if there is
-    no such class.
-    """
-    found: list[int] = []
-    for item in filter(None, map(str.strip, " ".join(words).split(","))):
-        if all(part.isdigit() for part in item.split()):
-            found += map(int, item.split())
-        else:
-            found.append(find_name(item, names))
-    if not found:
-        raise ValueError("--classes names no class")
-    if bad := [i for i in found if i >= len(names)]:
-        raise ValueError(f"--classes {bad[0]}: the checkpoint has classes 0 to {len(names) - 1}")
-    return found
-
-
-def find_name(name: str, names: list[str]) -> int:
-    """Return the class of this name: one of its synonyms, else a part of only one class's name."""
-    synonyms = [[s.strip().lower() for s in n.split(",")] for n in names]
-    exact = [i for i, s in enumerate(synonyms) if name.lower() in s]
-    found = exact or [i for i, n in enumerate(names) if name.lower() in n.lower()]
-    if not found:
-        raise ValueError(f"--classes {name}: the checkpoint has no class of this name")
-    if len(found) > 1:
-        raise ValueError(
-            f"--classes {name}: which of {', '.join(f'{i} ({names[i]})' for i in found[:5])}?"
-        )
-    return found[0]
-
-
-class Trace:
-    """Frames of a batch as it is decoded: images of the tokens so far, grey where unknown."""
-
-    def __init__(self, pipeline: Pipeline, frames: int):
-        self.pipeline, steps = pipeline, len(pipeline.gpt.order.schedule)
-        wanted = np.linspace(0, steps - 1, min(frames, steps)).round().astype(int)
-        self.wanted = set(wanted.tolist())
-        self.step = 0
-        self.frames: list[np.ndarray] = []  # (B, S, S, 3) each
-
-    def __call__(self, tokens: Tensor, decoded: int) -> None:
-        """Take a frame: region-ordered tokens (B, T), the first ``decoded`` are known."""
-        if self.step in self.wanted:
-            order = self.pipeline.gpt.order
-            codes = tokens[:, order.inverse.to(tokens.device)]  # (B, T)
-            pixels = to_uint8(self.pipeline.decode(codes)).cpu().numpy()  # (B, S, S, 3)
-            there = (order.inverse < decoded).view(order.grid).numpy()  # (h, w)
-            side = pixels.shape[1] // order.grid[0]
-            there = there.repeat(side, 0).repeat(side, 1)[None, :, :, None]  # (1, S, S, 1)
-            self.frames.append(np.where(there, pixels, np.uint8(GREY)))
-        self.step += 1
 
 
 def main() -> None:
@@ -182,16 +109,6 @@ def main() -> None:
     print(f"{output}: a row each of {', '.join(labels)}")
     if args.trace:
         write_trace(output, traces, args.images_per_class)
-
-
-def write_trace(output: Path, traces: list[list[np.ndarray]], columns: int) -> None:
-    """Write an animation of all rows of images, and a strip of eight moments of the first image."""
-    frames = [image_grid(np.concatenate(rows), columns) for rows in zip(*traces, strict=True)]
-    save_gif(output.with_suffix(".gif"), frames)
-    moments = np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int)
-    strip = np.stack([traces[0][i][0] for i in moments])  # (8, S, S, 3)
-    save_png(output.with_name(f"{output.stem}-strip.png"), image_grid(strip, columns=len(strip)))
-    print(f"{output.with_suffix('.gif')}: {len(frames)} frames")
 
 
 if __name__ == "__main__":

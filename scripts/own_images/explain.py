@@ -31,7 +31,7 @@ def describe(plan: Plan) -> list[str]:
         f"images     {sum(counts):,} of {len(counts)} classes ({min(counts)} to {max(counts)} "
         f"each), shorter side {images.sides[0]} to {images.sides[-1]} pixels",
         f"split      {plan.used:,} to train on; {plan.held:,} held out as reference, "
-        f"{plan.held:,} as yardstick",
+        f"{plan.held:,} as real ones to compare with",
         f"size       {plan.size}x{plan.size}, {reason}",
         f"tokenizer  {vq.path or f'new {vq.name}'}, {vq.codebook} entries, {grid}x{grid} codes; "
         f"{trained if plan.tokenizer_epochs else 'used as it is'}",

@@ -49,7 +49,7 @@ def metrics_table(plan: Plan, measured: dict[str, dict], psnr: float) -> list[st
             numbers = "".join(f"{column['metrics'][key]:12.3f}" for column in columns)
             lines.append(f"{title:20}{numbers}   {meaning}")
     lines.append(f"{'PSNR, dB':20}{'':12}{psnr:12.2f}{'':12}   how exactly decoded pixels are kept")
-    lines.append("real: other held-out images, the yardstick: samples can hardly be better")
+    lines.append("real: other held-out images: samples can hardly be better")
     lines.append("decoded: these after the tokenizer, what samples could reach with this tokenizer")
     if own:
         lines.append(

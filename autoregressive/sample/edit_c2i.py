@@ -1,0 +1,230 @@
+"""Image, mask and class -> the image with the masked part made anew: inpainting, outpainting
+(--margins), another class in a box, variations (--keep-share).
+
+Masked codes are drawn, all others are forced at their step. A code sees those before it in the
+region order only, which is spread over the whole image, so what comes later is not known when a
+code is drawn: --candidates K makes K completions and keeps the one under which the kept codes are
+likeliest.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoregressive.decoding.generate import Generator
+from autoregressive.decoding.sampling import image_randomness
+from autoregressive.sample.canvas import blend, mask_of_codes, open_canvas
+from autoregressive.sample.classes import class_names, find_classes
+from autoregressive.sample.options import add_model_options, add_sampling_options, parse_sampler
+from autoregressive.sample.pipeline import Pipeline, load_pipeline
+from autoregressive.sample.trace import GREY, Trace, write_trace
+from dataset.imagenet import to_model_range
+from utils.distributed import init_distributed
+from utils.files import prepare_folder, require_file
+from utils.images import labelled_rows, save_png, to_uint8
+from utils.logger import progress
+from utils.options import (
+    fraction,
+    make_parser,
+    non_negative_int,
+    positive_int,
+    run_main,
+    write_options,
+)
+
+TRACE_FRAMES = 48
+
+
+def add_canvas_options(parser: ArgumentParser) -> None:
+    """Add the options that say what is kept and what is made anew."""
+    group = parser.add_argument_group("what to edit (at least one of mask, box, margins, share)")
+    text = "image to edit; its central square is resized to the model's size"
+    group.add_argument("--image", required=True, help=text)
+    text = "picture of the image's size: what is not black is made anew"
+    group.add_argument("--mask", metavar="PNG", help=text)
+    text = "box of pixels to make anew; may be repeated"
+    names = ("LEFT", "TOP", "RIGHT", "BOTTOM")
+    group.add_argument(
+        "--box", nargs=4, type=int, action="append", default=[], metavar=names, help=text
+    )
+    text = "enlarge the canvas by so many pixels on each side and fill them (outpainting)"
+    group.add_argument(
+        "--margins", nargs=4, type=non_negative_int, default=[0] * 4, metavar=names, help=text
+    )
+    text = "make a variation: keep this share of the codes, chosen at random, 0 to 1"
+    group.add_argument("--keep-share", type=fraction, default=1.0, help=text)
+    text = "class ids, or names separated by commas: what the image becomes, a row each"
+    group.add_argument("--classes", nargs="+", required=True, help=text)
+
+
+def parse_args() -> Namespace:
+    """Parse the command line."""
+    parser = make_parser(
+        __doc__,
+        "python3 autoregressive/sample/edit_c2i.py --model PAR-3B-4x --image dog.png "
+        '--box 60 40 200 220 --classes "golden retriever, tabby" --candidates 4 --output edit.png',
+    )
+    add_canvas_options(parser)
+    add_model_options(parser)
+    add_sampling_options(parser, cfg_scale=2.0, top_k=0, compiled=False)
+    output = parser.add_argument_group("output")
+    text = "completions made per result, of which the likeliest is kept"
+    output.add_argument("--candidates", type=positive_int, default=1, help=text)
+    text = "results per class"
+    output.add_argument("--images-per-class", type=positive_int, default=1, help=text)
+    text = "random seed of the codes drawn and kept"
+    output.add_argument("--seed", type=non_negative_int, default=0, help=text)
+    text = "kept pixels: the image's own, or decoded from its codes by the tokenizer"
+    output.add_argument("--kept-pixels", choices=["own", "decoded"], default="own", help=text)
+    text = "pixels over which own and new pixels are blended"
+    output.add_argument("--feather", type=non_negative_int, default=0, help=text)
+    text = "file of the result, .png; with several results, their names end in -0, -1, ...; "
+    text += "NAME-sheet.png shows input, mask, results and candidates"
+    output.add_argument("--output", default="samples/edit.png", help=text)
+    text = "also write a .gif and a strip of the candidates as they fill in"
+    output.add_argument("--trace", action="store_true", help=text)
+    return parse_sampler(parser)
+
+
+def codes_anew(args: Namespace, masked: np.ndarray, pipeline: Pipeline) -> np.ndarray:
+    """Return bool (h, w), True for codes to make anew; ``ValueError`` if there is none."""
+    anew = mask_of_codes(masked, pipeline.gpt.order.grid)  # (h, w)
+    draws = np.random.default_rng(args.seed).random(anew.shape)
+    anew |= draws >= args.keep_share
+    if not anew.any():
+        raise ValueError("nothing to make anew: give --mask, --box, --margins or --keep-share")
+    return anew
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is edited, the same for every class."""
+
+    pixels: np.ndarray  # uint8 (S, S, 3), the image
+    codes: Tensor  # int64 (T,), the image's, raster order
+    anew: np.ndarray  # bool (h, w), codes to make anew
+    generator: Generator
+
+    def covered(self) -> np.ndarray:
+        """Return the image with grey codes where it is made anew: uint8 (S, S, 3)."""
+        side = len(self.pixels) // len(self.anew)
+        grey = self.anew.repeat(side, 0).repeat(side, 1)[..., None]  # (S, S, 1)
+        return np.where(grey, np.uint8(GREY), self.pixels)
+
+
+@dataclass(frozen=True)
+class Completions:
+    """N results of one class, each chosen among K candidates."""
+
+    candidates: np.ndarray  # uint8 (N, K, S, S, 3)
+    likelihoods: np.ndarray  # float32 (N, K), log, of the kept codes
+    frames: list[np.ndarray]  # of --trace
+
+    @property
+    def results(self) -> np.ndarray:
+        """The likeliest of each result's candidates: uint8 (N, S, S, 3)."""
+        return self.candidates[np.arange(len(self.candidates)), self.likelihoods.argmax(1)]
+
+
+def complete(args: Namespace, pipeline: Pipeline, edit: Edit, label: int, row: int) -> Completions:
+    """Make the completions of one class; ``row`` is its place on the command line."""
+    device, shape = pipeline.world.device, (args.images_per_class, args.candidates)
+    count = args.images_per_class * args.candidates
+    indices = range(row * count, (row + 1) * count)
+    num_classes, num_tokens = pipeline.gpt.config.num_classes, len(edit.codes)
+    _, uniforms = image_randomness(args.seed, indices, num_classes, num_tokens)
+    keep = torch.from_numpy(~edit.anew).to(device).view(1, -1)  # (1, T)
+    trace = Trace(pipeline, TRACE_FRAMES) if args.trace else None
+    codes = edit.generator(
+        torch.full((count,), label, device=device),  # (N K,)
+        torch.from_numpy(uniforms).to(device),  # (N K, T)
+        trace,
+        known=edit.codes.expand(count, -1),
+        keep=keep.expand(count, -1),
+    )  # (N K, T)
+
+    images = to_uint8(pipeline.decode(codes)).cpu().numpy()  # (N K, S, S, 3)
+    if args.kept_pixels == "own":
+        images = np.stack([blend(edit.pixels, i, edit.anew, args.feather) for i in images])
+    likelihoods = edit.generator.kept_likelihood[:count].view(shape).cpu().numpy()  # (N, K)
+    frames = trace.frames if trace else []
+    return Completions(images.reshape(*shape, *images.shape[1:]), likelihoods, frames)
+
+
+def write(args: Namespace, pipeline: Pipeline, edit: Edit, made: list[Completions]) -> None:
+    """Write results, sheet and record of all classes."""
+    output = Path(args.output)
+    names = class_names(pipeline)
+    labels = [f"{label} {names[label].split(',')[0]}" for label in args.classes]
+    results = np.concatenate([completions.results for completions in made])  # (R N, S, S, 3)
+    paths = [output.with_stem(f"{output.stem}-{i}") for i in range(len(results))]
+    paths = paths if len(results) > 1 else [output]
+    for path, image in zip(paths, results, strict=True):
+        save_png(path, image)
+
+    rows = []
+    for completions in made:
+        row = [edit.pixels[None], edit.covered()[None], completions.results]
+        if args.candidates > 1:
+            row.append(completions.candidates.reshape(-1, *edit.pixels.shape))
+        rows.append(np.concatenate(row))
+    content = "image, mask, result" + ", candidates" * (args.candidates > 1)
+    sheet = output.with_stem(f"{output.stem}-sheet")
+    save_png(sheet, labelled_rows(np.stack(rows), [f"{label}: {content}" for label in labels]))
+
+    facts = {"class_names": labels, "codes_made_anew": int(edit.anew.sum())}
+    likelihoods = [completions.likelihoods.tolist() for completions in made]
+    facts |= {"log_likelihood_of_kept_codes": likelihoods}
+    write_options(output.with_suffix(".json"), args, **facts, **pipeline.facts())
+    kept = "the image's own" if args.kept_pixels == "own" else "decoded from its codes"
+    print(
+        f"{', '.join(map(str, paths))}: {edit.anew.sum()} of {edit.anew.size} codes made anew, "
+        f"kept pixels are {kept}; all in {sheet}"
+    )
+    if args.trace:
+        columns = args.images_per_class * args.candidates
+        write_trace(output, [completions.frames for completions in made], columns)
+
+
+def main() -> None:
+    """Encode the image, complete it for each class, write."""
+    args = parse_args()
+    if not args.output.endswith(".png"):
+        raise ValueError(f"--output {args.output}: the picture's name must end in .png")
+    require_file(args.image, "--image")
+    if args.mask is not None:
+        require_file(args.mask, "--mask")
+    world = init_distributed()
+    pipeline = load_pipeline(args, world, compiled=False)
+    args.classes = find_classes(args.classes, class_names(pipeline))
+    size = pipeline.image_size
+    pixels, masked = open_canvas(args.image, size, args.mask, args.box, args.margins)
+    anew = codes_anew(args, masked, pipeline)  # (h, w)
+    prepare_folder(Path(args.output).parent, "--output")
+
+    with torch.inference_mode():
+        images = to_model_range(torch.from_numpy(pixels)[None], world.device)  # (1, 3, S, S)
+        codes = pipeline.vq.encode(images).flatten()  # (T,)
+    batch = args.images_per_class * args.candidates
+    way, reason = pipeline.choose_way(batch)
+    print(reason, file=sys.stderr)
+    args.precision, args.compile = way.precision, way.compiled
+    generator = pipeline.make_generator(way, batch, args.quantize, editing=True)
+    edit = Edit(pixels, codes, anew, generator)
+
+    classes = progress(world, "editing", len(args.classes), unit="classes", items=args.classes)
+    made = [complete(args, pipeline, edit, label, row) for row, label in enumerate(classes)]
+    write(args, pipeline, edit, made)
+
+
+if __name__ == "__main__":
+    run_main(main)

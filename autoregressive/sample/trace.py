@@ -1,0 +1,46 @@
+"""Pictures of a batch as it is decoded, step by step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from autoregressive.sample.pipeline import Pipeline
+from utils.images import image_grid, save_gif, save_png, to_uint8
+
+GREY = 96  # of codes that are not decoded yet
+
+
+class Trace:
+    """Frames of a batch as it is decoded: images of the tokens so far, grey where unknown."""
+
+    def __init__(self, pipeline: Pipeline, frames: int):
+        self.pipeline, steps = pipeline, len(pipeline.gpt.order.schedule)
+        wanted = np.linspace(0, steps - 1, min(frames, steps)).round().astype(int)
+        self.wanted = set(wanted.tolist())
+        self.step = 0
+        self.frames: list[np.ndarray] = []  # (B, S, S, 3) each
+
+    def __call__(self, tokens: Tensor, decoded: int) -> None:
+        """Take a frame: region-ordered tokens (B, T), the first ``decoded`` are known."""
+        if self.step in self.wanted:
+            order = self.pipeline.gpt.order
+            codes = tokens[:, order.inverse.to(tokens.device)]  # (B, T)
+            pixels = to_uint8(self.pipeline.decode(codes)).cpu().numpy()  # (B, S, S, 3)
+            there = (order.inverse < decoded).view(order.grid).numpy()  # (h, w)
+            side = pixels.shape[1] // order.grid[0]
+            there = there.repeat(side, 0).repeat(side, 1)[None, :, :, None]  # (1, S, S, 1)
+            self.frames.append(np.where(there, pixels, np.uint8(GREY)))
+        self.step += 1
+
+
+def write_trace(output: Path, traces: list[list[np.ndarray]], columns: int) -> None:
+    """Write an animation of all rows of images, and a strip of eight moments of the first image."""
+    frames = [image_grid(np.concatenate(rows), columns) for rows in zip(*traces, strict=True)]
+    save_gif(output.with_suffix(".gif"), frames)
+    moments = np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int)
+    strip = np.stack([traces[0][i][0] for i in moments])  # (8, S, S, 3)
+    save_png(output.with_name(f"{output.stem}-strip.png"), image_grid(strip, columns=len(strip)))
+    print(f"{output.with_suffix('.gif')}: {len(frames)} frames")
