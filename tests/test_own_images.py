@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import shlex
@@ -228,7 +229,8 @@ def test_commands_are_accepted_by_their_scripts(flip, speed, monkeypatch):
         assert title and made.startswith("/data/out")
         if hasattr(module, "parse_args"):
             monkeypatch.setattr(sys, "argv", words[1:])
-            args = vars(module.parse_args())
+            description = inspect.signature(module.parse_args).parameters
+            args = vars(module.parse_args(*[module.__doc__ or ""] * len(description)))
             if "no_flip" in args:
                 assert args["no_flip"] is not flip
     assert describe(plan)
