@@ -53,7 +53,7 @@ def open_canvas(
     pad = ((top, bottom), (left, right))
     masked = np.pad(masked, pad, constant_values=True)
     pixels = np.pad(np.asarray(image), (*pad, (0, 0)), constant_values=GREY)
-    square = center_crop(Image.fromarray(pixels), size)  # (S, S, 3)
+    square = center_crop(Image.fromarray(pixels), size).copy()  # (S, S, 3), writable
     return square, _shrink_mask(masked, size)
 
 

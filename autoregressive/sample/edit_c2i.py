@@ -53,13 +53,9 @@ def add_canvas_options(parser: ArgumentParser) -> None:
     group.add_argument("--mask", metavar="PNG", help=text)
     text = "box of pixels to make anew; may be repeated"
     names = ("LEFT", "TOP", "RIGHT", "BOTTOM")
-    group.add_argument(
-        "--box", nargs=4, type=int, action="append", default=[], metavar=names, help=text
-    )
+    group.add_argument("--box", nargs=4, type=int, action="append", metavar=names, help=text)
     text = "enlarge the canvas by so many pixels on each side and fill them (outpainting)"
-    group.add_argument(
-        "--margins", nargs=4, type=non_negative_int, default=[0] * 4, metavar=names, help=text
-    )
+    group.add_argument("--margins", nargs=4, type=non_negative_int, metavar=names, help=text)
     text = "make a variation: keep this share of the codes, chosen at random, 0 to 1"
     group.add_argument("--keep-share", type=fraction, default=1.0, help=text)
     text = "class ids, or names separated by commas: what the image becomes, a row each"
@@ -207,7 +203,9 @@ def main() -> None:
     pipeline = load_pipeline(args, world, compiled=False)
     args.classes = find_classes(args.classes, class_names(pipeline))
     size = pipeline.image_size
-    pixels, masked = open_canvas(args.image, size, args.mask, args.box, args.margins)
+    pixels, masked = open_canvas(
+        args.image, size, args.mask, args.box or (), args.margins or (0, 0, 0, 0)
+    )
     anew = codes_anew(args, masked, pipeline)  # (h, w)
     prepare_folder(Path(args.output).parent, "--output")
 

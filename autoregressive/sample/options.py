@@ -79,8 +79,8 @@ def parse_sampler(parser: ArgumentParser) -> Namespace:
     model = finder.parse_known_args()[0].model
     preset = PRESETS[model].options() if model in PRESETS else {}
 
-    known = vars(parser.parse_args([]))
-    parser.set_defaults(**{name: preset[name] for name in preset.keys() & known.keys()})
+    known = {action.dest for action in parser._actions}  # argparse has no public list
+    parser.set_defaults(**{name: preset[name] for name in preset.keys() & known})
     args = parser.parse_args()
 
     written = [
