@@ -1,0 +1,290 @@
+"""What holds for CUDA, shown on a CPU: fake tensors of the device "cuda" and a counting compiler.
+
+Fake tensors have shapes, types and devices but no values. torch refuses operators over two devices
+there, and what reads values on the host is seen by a dispatch mode. What only a device can show is
+in test_gpu.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from autoregressive.decoding.compiled import CompiledDecoder
+from autoregressive.decoding.decoder import Decoder
+from autoregressive.decoding.generate import Generator
+from autoregressive.decoding.sampling import SamplingOptions
+from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from tests.helpers import random_codes, small_config
+
+CUDA = torch.device("cuda", 0)
+# operators that read values on the host, or whose result has as many elements as values say
+WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero")
+WAITING += ("unique", "_unique2", "bincount", "repeat_interleave")
+
+
+class Operations(TorchDispatchMode):
+    """Lists operators with shapes and types, and those that would make the host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[tuple] = []
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if name.startswith("prim::"):  # asks for a property
+            return out
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+        seen = [(tuple(t.shape), t.dtype) for t in tensors]
+        numbers = [a for a in tree_leaves(args) if isinstance(a, (int, float, bool))]
+        self.all.append((name, seen, numbers))
+        # a number on the host goes along with a kernel's arguments; more than one must be copied
+        devices = {t.device.type for t in tensors if t.ndim > 0}
+        by_bool = name in ("index", "index_put", "index_put_") and any(
+            t.dtype in (torch.bool, torch.uint8) for t in tensors[1:-1]
+        )
+        if name in WAITING or by_bool or devices - {"cuda"}:
+            self.waits.append(f"{name} {seen} {devices}")
+        return out
+
+
+@dataclass
+class Call:
+    """Arguments of one call of scaled_dot_product_attention."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+
+@dataclass
+class AttentionCalls(TorchFunctionMode):
+    """Keeps what reaches torch's attention."""
+
+    calls: list[Call] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.calls.append(Call(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def slow_because(call: Call) -> str | None:
+    """Return why torch would take its slow attention on an H100, or copy q, k and v first.
+
+    The rules of ATen/native/transformers/cuda/sdp_utils.cpp and attention.cpp for 16 bits: flash
+    has no mask and copies heads to a multiple of 8 channels (pad_last_dim<8>); efficient needs such
+    a multiple (check_head_dim_size_mem_efficient), and as many key heads as query heads.
+    """
+    q, k, v = call.q, call.k, call.v
+    if len({x.device for x in (q, k, v)}) > 1 or q.device.type != "cuda":
+        return "devices"
+    if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in (torch.bfloat16, torch.float16):
+        return "types"
+    if len({x.shape[-1] for x in (q, k, v)}) > 1 or q.shape[-1] % 8 or q.shape[-1] > 256:
+        return f"{q.shape[-1]} channels"
+    if any(x.stride(-1) != 1 or x.storage_offset() * x.itemsize % 16 for x in (q, k, v)):
+        return "strides"
+    if min(q.shape[2], k.shape[2]) < 1:
+        return "no slots"
+    if call.attn_mask is not None and (call.enable_gqa or q.shape[1] != k.shape[1]):
+        return "a mask and grouped heads"
+    return None
+
+
+@contextmanager
+def fake_cuda() -> Iterator[None]:
+    """A context in which tensors have no values, those of "cuda" neither."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def place(model: nn.Module, device: torch.device = CUDA) -> nn.Module:
+    """Give ``model`` fake parameters and buffers on ``device``; within ``fake_cuda`` only."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                module._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                fake = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+                module._buffers[name] = fake
+    return model
+
+
+def bare_gpt(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> GPT:
+    """Return a GPT without values, in ``eval()`` mode; to be placed within ``fake_cuda``."""
+    with torch.device("meta"):
+        model = GPT(small_config(**changes))
+    return model.cast_weights(dtype).eval()
+
+
+def sized_gpt(size: str, **changes: Any) -> GPT:
+    """Return one layer of a size of the table without values, in bfloat16."""
+    small = dict(n_layer=1, vocab_size=64, grid_height=4, grid_width=4)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**GPT_models[size] | small | changes))
+    return model.cast_weights(torch.bfloat16).eval()
+
+
+def decode_twice(decoder: Decoder, options: SamplingOptions) -> tuple[list, list]:
+    """Return the operations of two batches, and assert that none makes the host wait."""
+    order, lists = decoder.order, []
+    generator = Generator(decoder, order, options, 2)
+    cond = torch.zeros(2, dtype=torch.int64, device=CUDA)
+    uniforms = torch.zeros(2, order.num_tokens, device=CUDA)
+    for _ in range(2):
+        with Operations() as operations:
+            codes = generator(cond, uniforms)
+        assert codes.device == CUDA and codes.shape == (2, order.num_tokens)
+        assert not operations.waits
+        lists.append(operations.all)
+    return lists[0], lists[1]
+
+
+OPTIONS = {
+    "greedy": SamplingOptions(temperature=0.0),
+    "plain": SamplingOptions(),
+    "guided for a while": SamplingOptions(cfg_scale=1.5, cfg_interval=6),
+    "filtered": SamplingOptions(cfg_scale=1.5, top_k=5, top_p=0.9, temperature=0.9),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("n", [1, 4])
+def test_decoding_stays_on_the_device_and_repeats_itself(n, options):
+    """Then a CUDA graph may hold it: no copy from or to the host, the same operators each time."""
+    model = bare_gpt(ar_token_num=n)
+    with fake_cuda():
+        first, second = decode_twice(place(model), options)
+    assert first == second and len(first) > 100
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_head": 2}, {"drop_path_rate": 0.1}], ids=str)
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_training_forward_stays_on_the_device(n, changes):
+    """Forward, and the gradients that the loss makes there; the backward needs a real device."""
+    model = bare_gpt(ar_token_num=n, **changes)
+    with fake_cuda():
+        place(model).train()
+        codes = torch.zeros(2, 16, dtype=torch.int64, device=CUDA)
+        cond = torch.zeros(2, dtype=torch.int64, device=CUDA)
+        lists = []
+        for _ in range(2):
+            with Operations() as operations:
+                loss, losses = model(codes, cond)
+            assert loss.device == losses.device == CUDA and loss.requires_grad
+            assert not operations.waits
+            lists.append(operations.all)
+    assert lists[0] == lists[1] and len(lists[0]) > 100
+
+
+def test_what_makes_the_host_wait_is_seen():
+    """The mode itself: each of these is found."""
+    with fake_cuda(), Operations() as operations:
+        x = torch.zeros(3, device=CUDA)
+        for wait in (
+            lambda: x.sum().item(),
+            lambda: x.nonzero(),
+            lambda: x[x > 0],
+            lambda: x.cpu(),
+            lambda: torch.zeros(3).to(CUDA),
+            lambda: x.masked_select(x > 0),
+            lambda: x.copy_(torch.zeros(3)),
+        ):
+            before = len(operations.waits)
+            try:
+                wait()
+            except Exception as error:  # fake tensors have no values to return
+                assert "DataDependent" in type(error).__name__ or "Dynamic" in type(error).__name__
+                operations.waits.append(str(error))
+            assert len(operations.waits) > before
+
+
+@pytest.mark.parametrize("size", ["GPT-B", "GPT-7B"])  # 64 and 128 channels per head
+def test_attention_gets_what_a_fast_kernel_takes(size):
+    """In decoding and in training with the dense mask and dropout, of each width of heads."""
+    model = sized_gpt(size)
+    with fake_cuda(), AttentionCalls() as attention:
+        decode_twice(place(model), OPTIONS["guided for a while"])
+        decoded = len(attention.calls)
+        model.train()
+        codes = torch.zeros(2, 16, dtype=torch.int64, device=CUDA)
+        model(codes, torch.zeros(2, dtype=torch.int64, device=CUDA))
+    assert decoded == 2 * len(model.order.schedule) and len(attention.calls) == decoded + 1
+    assert attention.calls[-1].attn_mask is not None and attention.calls[-1].dropout_p == 0.1
+    assert not [reason for call in attention.calls if (reason := slow_because(call))]
+
+
+class CountingCompiler:
+    """A back-end of torch.compile that counts graphs and runs them as they are."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.graphs = 0
+        real = torch.compile
+        torch._dynamo.reset()
+        monkeypatch.setattr(torch, "compile", lambda *a, **k: real(*a, **k | {"backend": self}))
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Tensor]):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Count graphs; a step that torch would leave uncompiled raises."""
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield CountingCompiler(monkeypatch)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("interval, graphs", [(-1, 4), (20, 6)])
+def test_graphs_of_a_whole_schedule(compiler, interval, graphs):
+    """For all layers and steps: before and after attention, of 1 and n slots; rows once more."""
+    model = GPT(small_config(n_layer=10, grid_height=8, grid_width=8)).eval()
+    model.init_weights()
+    options = SamplingOptions(cfg_scale=1.5, cfg_interval=interval)
+    generator = Generator(CompiledDecoder(model), model.order, options, 2)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        generator(torch.tensor([0, 1]), torch.rand(2, 64))
+        assert compiler.graphs == graphs, "a second batch compiles nothing"
+
+
+def train_steps(model: GPT, steps: int) -> None:
+    for block in model.layers:
+        block.compile()
+    for seed in range(steps):
+        torch.manual_seed(seed)
+        model(*random_codes(model.config))[0].backward()
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_graphs_of_training(compiler, recompute):
+    """One for all blocks."""
+    model = GPT(small_config(n_layer=10)).train()
+    model.init_weights()
+    model.recompute_activations(recompute)
+    train_steps(model, 2)
+    assert compiler.graphs == 1
