@@ -119,18 +119,24 @@ def fake_cuda() -> Iterator[None]:
         yield
 
 
-def place(model: nn.Module, device: torch.device = CUDA) -> nn.Module:
-    """Give ``model`` fake parameters and buffers on ``device``; within ``fake_cuda`` only."""
+def place(model: nn.Module) -> nn.Module:
+    """Give ``model`` fake parameters and buffers on CUDA; within ``fake_cuda`` only."""
+    place_parameters(model, CUDA)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                fake = torch.empty(buffer.shape, dtype=buffer.dtype, device=CUDA)
+                module._buffers[name] = fake
+    return model
+
+
+def place_parameters(model: nn.Module, device: torch.device) -> None:
+    """Give ``model`` fake parameters on ``device``."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 fake = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                 module._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                fake = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
-                module._buffers[name] = fake
-    return model
 
 
 def bare_gpt(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> GPT:
@@ -198,6 +204,32 @@ def test_a_training_forward_stays_on_the_device(n, changes):
             assert not operations.waits
             lists.append(operations.all)
     assert lists[0] == lists[1] and len(lists[0]) > 100
+
+
+def test_offloaded_weights_draw_pictures(monkeypatch):
+    """--cpu-offload: weights are on the device only during a call of ``decode_step``.
+
+    The cache was made where the weights are between calls, on the host: an error at the first
+    picture.
+    """
+    model = bare_gpt()
+    step = model.decode_step
+
+    def gathered_step(*arguments: Any) -> Tensor:  # as FSDP's hooks do
+        place_parameters(model, CUDA)
+        try:
+            return step(*arguments)
+        finally:
+            place_parameters(model, torch.device("cpu"))
+
+    monkeypatch.setattr(model, "decode_step", gathered_step)
+    with fake_cuda():
+        place(model)
+        place_parameters(model, torch.device("cpu"))
+        generator = Generator(model, model.order, OPTIONS["filtered"], 2)
+        cond = torch.zeros(2, dtype=torch.int64, device=CUDA)
+        codes = generator(cond, torch.zeros(2, model.order.num_tokens, device=CUDA))
+    assert codes.device == CUDA
 
 
 def test_what_makes_the_host_wait_is_seen():

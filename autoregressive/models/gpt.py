@@ -353,9 +353,10 @@ class GPT(StepDecoder, nn.Module):
 
     def new_cache(self, batch: int) -> KVCache:
         """Return an empty cache for ``decode_step`` of at most ``batch`` rows."""
-        config, weight = self.config, self.tok_embeddings.weight
+        config, dtype = self.config, self.tok_embeddings.weight.dtype
         shape = (config.n_layer, batch, config.kv_heads, self.order.num_tokens, config.head_dim)
-        return KVCache(*shape, weight.device, weight.dtype)
+        # on the device of the buffers: FSDP keeps offloaded weights on the host between its calls
+        return KVCache(*shape, self.device, dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Apply the output layer: (..., D) -> logits (..., V) of at least float32."""
