@@ -21,11 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autoregressive.decoding.compiled import CompiledDecoder
-from autoregressive.decoding.decoder import Decoder
-from autoregressive.decoding.generate import Generator
+from autoregressive.decoding.decoder import Decoder, place_for_decoding
+from autoregressive.decoding.generate import Generator, generate
 from autoregressive.decoding.sampling import SamplingOptions
+from autoregressive.models import attention
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
-from tests.helpers import random_codes, small_config
+from autoregressive.models.pad_heads import pad_heads
+from scripts.diagnosis.models import fill_from_names
+from tests.helpers import random_codes, same_tensors, small_config
 
 CUDA = torch.device("cuda", 0)
 # operators that read values on the host, or whose result has as many elements as values say
@@ -254,19 +257,69 @@ def test_what_makes_the_host_wait_is_seen():
             assert len(operations.waits) > before
 
 
-@pytest.mark.parametrize("size", ["GPT-B", "GPT-7B"])  # 64 and 128 channels per head
-def test_attention_gets_what_a_fast_kernel_takes(size):
-    """In decoding and in training with the dense mask and dropout, of each width of heads."""
-    model = sized_gpt(size)
-    with fake_cuda(), AttentionCalls() as attention:
-        decode_twice(place(model), OPTIONS["guided for a while"])
-        decoded = len(attention.calls)
-        model.train()
+# 64, 100 and 128 channels per head
+@pytest.mark.parametrize("size", ["GPT-B", "GPT-3B", "GPT-7B"])
+def test_attention_gets_what_a_fast_kernel_takes(monkeypatch, size):
+    """In decoding, and in training with the dense mask and dropout, of each width of heads.
+
+    Heads of 100 channels had the whole cache copied in each layer of each step, and in training all
+    scores in float32.
+    """
+    monkeypatch.setattr(GPT, "to", lambda self, _: self)
+    model = place_for_decoding(sized_gpt(size), torch.bfloat16, CUDA)
+    training = sized_gpt(size).train()
+    with fake_cuda(), AttentionCalls() as sdpa:
+        operations, _ = decode_twice(place(model), OPTIONS["guided for a while"])
+        decoded = len(sdpa.calls)
         codes = torch.zeros(2, 16, dtype=torch.int64, device=CUDA)
-        model(codes, torch.zeros(2, dtype=torch.int64, device=CUDA))
-    assert decoded == 2 * len(model.order.schedule) and len(attention.calls) == decoded + 1
-    assert attention.calls[-1].attn_mask is not None and attention.calls[-1].dropout_p == 0.1
-    assert not [reason for call in attention.calls if (reason := slow_because(call))]
+        place(training)(codes, torch.zeros(2, dtype=torch.int64, device=CUDA))
+    assert decoded == 2 * len(model.order.schedule) and len(sdpa.calls) == decoded + 1
+    assert not [name for name, *_ in operations if "pad" in name], "padded once, at load"
+    assert sdpa.calls[-1].attn_mask is not None and sdpa.calls[-1].dropout_p == 0.1
+    assert not [reason for call in sdpa.calls if (reason := slow_because(call))]
+    scale = GPT_models[size]["n_head"] ** 0.5 / GPT_models[size]["dim"] ** 0.5
+    assert all(call.scale == pytest.approx(scale) for call in sdpa.calls)
+
+
+@pytest.mark.parametrize("n_kv_head", [None, 1])
+def test_padded_heads_change_nothing(n_kv_head):
+    """Heads of 100 channels padded to 104, in float64: logits, tokens, and what is saved."""
+    config = small_config(dim=200, n_head=2, n_kv_head=n_kv_head)
+    model = fill_from_names(GPT(config)).double().eval()
+    padded = pad_heads(fill_from_names(GPT(config)).double().eval(), 8)
+    assert pad_heads(padded, 8).new_cache(1).store.shape[-1] == 104, "padded twice is padded once"
+    codes, cond = random_codes(config)
+    with torch.no_grad():
+        logits = [m.logits(codes, cond) for m in (model, padded)]
+    torch.testing.assert_close(*logits, atol=1e-12, rtol=0)
+    options, uniforms = OPTIONS["filtered"], torch.rand(2, 16)
+    tokens = [generate(m, model.order, cond, uniforms, options) for m in (model, padded)]
+    assert torch.equal(*tokens) and tokens[0].unique().numel() > 3
+    assert same_tensors(padded.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_padded_on_the_way_changes_nothing(monkeypatch, masked):
+    """What training on CUDA does, here: output and gradients in float64."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weight = torch.randn(4, 2, 3, 5, 100, generator=generator, dtype=torch.float64)
+    results = []
+    mask = torch.ones(5, 5, dtype=torch.bool).tril() if masked else None
+    for multiple in (1, 8):
+        monkeypatch.setattr(attention, "channel_multiple", lambda *_, m=multiple: m)
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = attention.attend_fused(*inputs, mask, 0.0, 0.1, False)
+        (y * weight).sum().backward()
+        results.append([y.detach(), *(x.grad for x in inputs)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-14, rtol=1e-12)
+
+
+def test_only_16_bits_on_cuda_are_padded():
+    """What a CPU computes is as it was."""
+    half, single = torch.bfloat16, torch.float32
+    places = ((CUDA, half), (CUDA, single), (torch.device("cpu"), half))
+    assert [attention.channel_multiple(*p) for p in places] == [8, 1, 1]
 
 
 class CountingCompiler:

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
-from autoregressive.decoding.decoder import Way, make_decoder
+from autoregressive.decoding.decoder import Way, make_decoder, place_for_decoding
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import SamplingOptions
+from autoregressive.models.gpt import GPT
+from scripts.diagnosis.models import fill_from_names
 from scripts.diagnosis.models import golden_gpt as tiny_gpt
+from tests.helpers import small_config
 from utils.checkpoints.folder import read_sharded, save_sharded
 from utils.precision import autocast
 from utils.training.log import Window
@@ -32,6 +35,25 @@ def test_greedy_tokens_are_golden_on_cuda(golden, n, compiled):
     assert generator(cond, uniforms).cpu().tolist() == expected
     assert generator(cond[:1], uniforms[:1]).cpu().tolist() == expected[:1]
     assert generator(cond.flip(0), uniforms).cpu().tolist() == expected[::-1]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("size", [dict(dim=200, n_head=2), dict(dim=128, n_head=2)], ids=str)
+def test_decoding_in_bf16_copies_no_cache(size, compiled):
+    """Heads of 100 channels, as GPT-3B's, and of 64: no attention kernel but flash, no padding."""
+    config = small_config(**size, grid_height=8, grid_width=8)
+    model = place_for_decoding(
+        fill_from_names(GPT(config)).eval(), torch.bfloat16, torch.device("cuda")
+    )
+    decoder = make_decoder(model, Way("bf16", "compiled" if compiled else "eager"), 16)
+    generator = Generator(decoder, model.order, SamplingOptions(cfg_scale=1.5), 2)
+    cond, uniforms = torch.tensor([0, 1]).cuda(), torch.rand(2, 64).cuda()
+    generator(cond, uniforms)
+    with torch.profiler.profile() as profile:
+        generator(cond, uniforms)
+    names = {event.key.lower() for event in profile.key_averages()}
+    assert not [name for name in names if "constant_pad_nd" in name or "cudnn" in name]
+    assert any("flash" in name for name in names)
 
 
 def test_compiled_bf16_training_step(golden):

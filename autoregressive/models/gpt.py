@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -150,6 +151,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.n_head, self.kv_heads = layer, config.n_head, config.kv_heads
         self.head_dim, self.dropout_p = config.head_dim, config.attn_dropout_p
+        self.scale = 1.0 / math.sqrt(config.head_dim)  # of the products, also of padded heads
         width = (config.n_head + 2 * config.kv_heads) * config.head_dim
         self.wqkv = nn.Linear(config.dim, width, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
@@ -170,7 +172,8 @@ class Attention(nn.Module):
         """Return the attention output (B, T, D), over the cache if there is one."""
         if cache is not None:
             k, v = cache.update(self.layer, start, k, v)  # (B, Hkv, start + T, hd)
-        y = attend(q, k, v, mask, self.dropout_p if self.training else 0.0)  # (B, H, T, hd)
+        dropout_p = self.dropout_p if self.training else 0.0
+        y = attend(q, k, v, mask, dropout_p, self.scale)  # (B, H, T, hd)
         return y.transpose(1, 2).flatten(2)  # (B, T, D)
 
     def output(self, y: Tensor) -> Tensor:
@@ -354,7 +357,8 @@ class GPT(StepDecoder, nn.Module):
     def new_cache(self, batch: int) -> KVCache:
         """Return an empty cache for ``decode_step`` of at most ``batch`` rows."""
         config, dtype = self.config, self.tok_embeddings.weight.dtype
-        shape = (config.n_layer, batch, config.kv_heads, self.order.num_tokens, config.head_dim)
+        head_dim = self.layers[0].attention.head_dim  # padded, if heads are
+        shape = (config.n_layer, batch, config.kv_heads, self.order.num_tokens, head_dim)
         # on the device of the buffers: FSDP keeps offloaded weights on the host between its calls
         return KVCache(*shape, self.device, dtype)
 

@@ -14,7 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autoregressive.decoding.decoder import Way, choose_way, make_decoder, possible_ways
+from autoregressive.decoding.decoder import (
+    Way,
+    choose_way,
+    make_decoder,
+    place_for_decoding,
+    possible_ways,
+)
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import CFG_SCHEDULES, SamplingOptions
 from autoregressive.models.gpt import GPT, GPT_models
@@ -231,7 +237,7 @@ class Pipeline:
 
     def make_generator(self, way: Way, batch: int, quantized: str) -> Generator:
         """Return a generator of ``batch`` images; the GPT may not be used afterwards."""
-        gpt = self.gpt.cast_weights(way.dtype).to(self.world.device)
+        gpt = place_for_decoding(self.gpt, way.dtype, self.world.device)
         if quantized != "none":
             quantize(gpt, quantized)
         rows = (2 if self.guided else 1) * batch * gpt.order.n
