@@ -7,11 +7,13 @@ in test_gpu.py.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,8 +29,10 @@ from autoregressive.decoding.sampling import SamplingOptions
 from autoregressive.models import attention
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.pad_heads import pad_heads
+from autoregressive.train import watch
 from scripts.diagnosis.models import fill_from_names
 from tests.helpers import random_codes, same_tensors, small_config
+from utils.distributed import World
 
 CUDA = torch.device("cuda", 0)
 # operators that read values on the host, or whose result has as many elements as values say
@@ -357,9 +361,17 @@ def test_graphs_of_a_whole_schedule(compiler, interval, graphs):
         assert compiler.graphs == graphs, "a second batch compiles nothing"
 
 
-def train_steps(model: GPT, steps: int) -> None:
+def trainable_gpt(**changes: Any) -> GPT:
+    """Return a GPT of ten compiled blocks in ``train()`` mode."""
+    model = GPT(small_config(n_layer=10, **changes)).train()
+    model.init_weights()
+    nn.init.normal_(model.output.weight)
     for block in model.layers:
         block.compile()
+    return model
+
+
+def train_steps(model: GPT, steps: int) -> None:
     for seed in range(steps):
         torch.manual_seed(seed)
         model(*random_codes(model.config))[0].backward()
@@ -368,8 +380,56 @@ def train_steps(model: GPT, steps: int) -> None:
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_graphs_of_training(compiler, recompute):
     """One for all blocks."""
-    model = GPT(small_config(n_layer=10)).train()
-    model.init_weights()
+    model = trainable_gpt()
     model.recompute_activations(recompute)
     train_steps(model, 2)
     assert compiler.graphs == 1
+
+
+class HeldOut:
+    """Seven images of random codes, of one crop each."""
+
+    num_crops = 1
+
+    def __init__(self, config: GPTConfig):
+        self.codes, self.labels = (x.numpy() for x in random_codes(config, 7))
+
+    def __len__(self) -> int:
+        return 7
+
+    def batch(self, images: np.ndarray, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.codes[images], self.labels[images]
+
+
+def test_pictures_and_validation_compile_nothing(compiler, monkeypatch, tmp_path):
+    """A picture took up to eight compilations in mid-run, an odd last batch of validation one."""
+    model = trainable_gpt()
+    train_steps(model, 1)
+    monkeypatch.setattr(watch, "save_png", lambda *_: None)
+    world, decoded = World(0, 1, torch.device("cpu")), []
+    vq = Namespace(decode_code=lambda codes: decoded.append(codes) or torch.zeros(16, 3, 8, 8))
+    assert compiler.graphs == 1
+    losses = watch.validate(model, model, HeldOut(model.config), 7, 2, world, "none")
+    watch.draw_samples(model, vq, tmp_path / "a.png", world, "none", False)
+    assert compiler.graphs == 1 and decoded[0].shape == (16, 4, 4)
+    train_steps(model, 1)
+    assert compiler.graphs == 1 and losses["val/loss"] > 0
+
+
+def test_validation_with_flex_attention_keeps_one_shape(compiler, monkeypatch):
+    """It stays compiled: uncompiled FlexAttention holds all scores."""
+    model = GPT(small_config()).eval()
+    model.init_weights()
+    nn.init.normal_(model.output.weight)
+    world, codes = World(0, 1, torch.device("cpu")), HeldOut(model.config)
+    expected = watch.validate(model, model, codes, 7, 2, world, "none")
+    model.block_mask, shapes = "flex", []
+
+    def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        shapes.append(len(x))
+        model.block_mask = None
+        return model(x, y)
+
+    found = watch.validate(forward, model, codes, 7, 2, world, "none")
+    assert shapes == [2, 2, 2, 2]
+    assert found == pytest.approx(expected)
