@@ -386,6 +386,27 @@ def test_graphs_of_training(compiler, recompute):
     assert compiler.graphs == 1
 
 
+def test_graphs_of_training_with_stochastic_depth(compiler):
+    """Each block has its own rate: it was compiled on its own, and from the ninth on not at all."""
+    model = trainable_gpt(drop_path_rate=0.5)
+    train_steps(model, 2)
+    assert compiler.graphs == 1
+
+
+def test_compiled_stochastic_depth_drops_rows_by_the_blocks_rate(compiler):
+    """The last of three blocks has the whole rate; rows that stay are divided by what stays."""
+    model = GPT(small_config(n_layer=3, drop_path_rate=0.4))
+    torch.manual_seed(0)
+    for layer, rate in enumerate((0.0, 0.2, 0.4)):
+        drop_path = model.layers[layer].drop_path
+        out = torch.compile(drop_path)(torch.ones(20_000, 2, 3))
+        assert compiler.graphs == 1
+        assert (out == 0).all(-1).all(-1).float().mean().item() == pytest.approx(rate, abs=0.02)
+        assert out.max().item() == pytest.approx(1 / (1 - rate))
+        assert torch.equal(torch.compile(drop_path.eval())(out), out)
+        compiler.graphs = 1
+
+
 class HeldOut:
     """Seven images of random codes, of one crop each."""
 

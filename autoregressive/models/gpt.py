@@ -206,7 +206,8 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.recompute: Callable[..., Tensor] | None = None  # torch's checkpoint(), see GPT
         # the rate grows linearly with depth, from 0 at the first block
-        self.drop_path = DropPath(config.drop_path_rate * layer / max(config.n_layer - 1, 1))
+        rate = config.drop_path_rate * layer / max(config.n_layer - 1, 1)
+        self.drop_path = DropPath(rate, enabled=config.drop_path_rate > 0)
 
     def forward(
         self, x: Tensor, freqs_cis: Tensor, mask: Mask, cache: KVCache | None, start: int
