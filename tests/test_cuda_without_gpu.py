@@ -79,6 +79,7 @@ class Call:
     is_causal: bool = False
     scale: float | None = None
     enable_gqa: bool = False
+    cudnn: bool = field(default_factory=torch.backends.cuda.cudnn_sdp_enabled)
 
 
 @dataclass
@@ -279,6 +280,8 @@ def test_attention_gets_what_a_fast_kernel_takes(monkeypatch, size):
         place(training)(codes, torch.zeros(2, dtype=torch.int64, device=CUDA))
     assert decoded == 2 * len(model.order.schedule) and len(sdpa.calls) == decoded + 1
     assert not [name for name, *_ in operations if "pad" in name], "padded once, at load"
+    # cuDNN would make a plan for each length; elsewhere it may be chosen
+    assert [call.cudnn for call in sdpa.calls] == [False] * decoded + [True]
     assert sdpa.calls[-1].attn_mask is not None and sdpa.calls[-1].dropout_p == 0.1
     assert not [reason for call in sdpa.calls if (reason := slow_because(call))]
     scale = GPT_models[size]["n_head"] ** 0.5 / GPT_models[size]["dim"] ** 0.5
@@ -403,8 +406,6 @@ def test_compiled_stochastic_depth_drops_rows_by_the_blocks_rate(compiler):
         assert compiler.graphs == 1
         assert (out == 0).all(-1).all(-1).float().mean().item() == pytest.approx(rate, abs=0.02)
         assert out.max().item() == pytest.approx(1 / (1 - rate))
-        assert torch.equal(torch.compile(drop_path.eval())(out), out)
-        compiler.graphs = 1
 
 
 class HeldOut:
