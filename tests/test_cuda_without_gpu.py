@@ -7,11 +7,12 @@ in test_gpu.py.
 
 from __future__ import annotations
 
+import threading
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -23,12 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autoregressive.decoding.compiled import CompiledDecoder
-from autoregressive.decoding.decoder import Decoder, place_for_decoding
+from autoregressive.decoding.decoder import Decoder, Way, place_for_decoding
 from autoregressive.decoding.generate import Generator, generate
 from autoregressive.decoding.sampling import SamplingOptions
 from autoregressive.models import attention
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.pad_heads import pad_heads
+from autoregressive.sample import sample_c2i_ddp
 from autoregressive.train import watch
 from scripts.diagnosis.models import fill_from_names
 from tests.helpers import random_codes, same_tensors, small_config
@@ -455,3 +457,41 @@ def test_validation_with_flex_attention_keeps_one_shape(compiler, monkeypatch):
     found = watch.validate(forward, model, codes, 7, 2, world, "none")
     assert shapes == [2, 2, 2, 2]
     assert found == pytest.approx(expected)
+
+
+class Stream:
+    """Stands for a CUDA stream and its events, and notes the device of the thread that waits."""
+
+    devices: ClassVar[list[object]] = []
+
+    def wait_event(self, event: object) -> None:
+        self.devices.append(getattr(CURRENT, "device", 0))
+
+    def record_event(self) -> object:
+        return object()
+
+
+CURRENT = threading.local()
+
+
+def test_images_are_written_by_a_thread_on_the_device_of_the_rank(monkeypatch):
+    """A new thread's device is 0: each rank opened a context there."""
+    device = torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda d: setattr(CURRENT, "device", d.index))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(Stream, "devices", [])
+    codes = torch.zeros(2, 16, dtype=torch.int64)
+    pipeline = Namespace(
+        gpt=GPT(small_config()),
+        make_generator=lambda *_: lambda cond, uniforms: codes,
+        decode=lambda codes: torch.zeros(2, 3, 8, 8),
+    )
+    file = Namespace(images_of=lambda c: range(2 * c, 2 * c + 2), write=lambda *_: None)
+    args = Namespace(per_proc_batch_size=2, quantize="none", global_seed=0, image_size_eval=8)
+    args.class_protocol = "balanced"
+    with fake_cuda():
+        world = World(3, 4, device)
+        sample_c2i_ddp.make_chunks(args, world, pipeline, Way("bf16", "eager"), file, [0, 1, 2])
+    assert Stream.devices == [3, 3, 3]
