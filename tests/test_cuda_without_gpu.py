@@ -31,6 +31,7 @@ from autoregressive.models import attention
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.pad_heads import pad_heads
 from autoregressive.sample import sample_c2i_ddp
+from autoregressive.sample.pipeline import Pipeline
 from autoregressive.train import watch
 from scripts.diagnosis.models import fill_from_names
 from tests.helpers import random_codes, same_tensors, small_config
@@ -495,3 +496,21 @@ def test_images_are_written_by_a_thread_on_the_device_of_the_rank(monkeypatch):
         world = World(3, 4, device)
         sample_c2i_ddp.make_chunks(args, world, pipeline, Way("bf16", "eager"), file, [0, 1, 2])
     assert Stream.devices == [3, 3, 3]
+
+
+def test_samples_of_another_gpu_do_not_mix_in(monkeypatch):
+    """Chunks of an A100 and an H100 went into one file, whose bytes are said to be a function."""
+    names = ("gpt", "vq", "gpt_name", "vq_name", "classes", "ways", "note")
+    pipeline = Pipeline(
+        **dict.fromkeys(names),
+        options=SamplingOptions(),
+        world=World(0, 1, CUDA),
+        hashes={"gpt_ckpt": "a"},
+    )
+    args = Namespace(quantize="none", gpt_ema=False, image_size_eval=8, per_proc_batch_size=2)
+    vars(args).update(num_fid_samples=4, global_seed=0, class_protocol="random")
+    fingerprints = []
+    for name in ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        fingerprints.append(pipeline.fingerprint(args, Way("bf16", "compiled")))
+    assert fingerprints[0] == fingerprints[2] != fingerprints[1]

@@ -249,8 +249,10 @@ class Pipeline:
         names: tuple[str, ...] = ("quantize", "gpt_ema", "image_size_eval", "per_proc_batch_size")
         names += ("num_fid_samples", "global_seed", "class_protocol")
         values = [getattr(args, n) for n in names]
-        # other kernels round otherwise
-        values += [way.precision, way.decoder, self.world.device.type, torch.__version__]
+        # other kernels round otherwise, and so does another kind of GPU
+        device = self.world.device
+        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        values += [way.precision, way.decoder, kind, torch.__version__]
         text = json.dumps([sorted(self.hashes.items()), values, asdict(self.options)])
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
