@@ -7,6 +7,7 @@ in test_gpu.py.
 
 from __future__ import annotations
 
+import math
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from autoregressive.decoding.generate import Generator, generate
 from autoregressive.decoding.sampling import SamplingOptions
 from autoregressive.models import attention
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.linear_cross_entropy import linear_cross_entropy
 from autoregressive.models.pad_heads import pad_heads
 from autoregressive.sample import sample_c2i_ddp
 from autoregressive.sample.pipeline import Pipeline
@@ -514,3 +516,15 @@ def test_samples_of_another_gpu_do_not_mix_in(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         fingerprints.append(pipeline.fingerprint(args, Way("bf16", "compiled")))
     assert fingerprints[0] == fingerprints[2] != fingerprints[1]
+
+
+def test_loss_is_made_in_few_chunks():
+    """32 images of 576 tokens at 16384 codes: each chunk adds to a gradient as large as itself."""
+    with fake_cuda(), Operations() as operations:
+        hidden = torch.zeros(32, 576, 64, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.zeros(16384, 64, device=CUDA, requires_grad=True)
+        targets = torch.zeros(32, 576, device=CUDA, dtype=torch.int64)
+        linear_cross_entropy(hidden, weight, targets)
+    sums = [seen for name, seen, _ in operations.all if name == "logsumexp"]
+    assert len(sums) == 3
+    assert max(math.prod(seen[0][0]) for seen in sums) <= 1 << 27
