@@ -18,9 +18,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,6 +40,7 @@ from autoregressive.train import watch
 from scripts.diagnosis.models import fill_from_names
 from tests.helpers import random_codes, same_tensors, small_config
 from utils.distributed import World
+from utils.parallel import shard
 
 CUDA = torch.device("cuda", 0)
 # operators that read values on the host, or whose result has as many elements as values say
@@ -528,3 +531,40 @@ def test_loss_is_made_in_few_chunks():
     sums = [seen for name, seen, _ in operations.all if name == "logsumexp"]
     assert len(sums) == 3
     assert max(math.prod(seen[0][0]) for seen in sums) <= 1 << 27
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[World]:
+    """Rank 0 of two whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield World(0, 2, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def sharded_gpt(world: World, mode: str, precision: str = "none", layers: int = 3) -> GPT:
+    model = GPT(small_config(n_layer=layers)).train()
+    model.init_weights()
+    return shard(world, model, model.layers, mode, precision)
+
+
+class Collectives(TorchDispatchMode):
+    """Lists collective operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode, gathers", [("fsdp", 7), ("sdp", 4)])
+def test_weights_outside_the_blocks_are_gathered_once(two_ranks, mode, gathers):
+    """Three blocks twice, or once; the rest was gathered again at the start of backward."""
+    model = sharded_gpt(two_ranks, mode)
+    for _ in range(2):
+        with Collectives() as collectives:
+            model(*random_codes(model.config))[0].backward()
+        assert len([name for name in collectives.names if "allgather" in name]) == gathers

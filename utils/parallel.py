@@ -76,7 +76,9 @@ def shard(
     options = dict(mesh=mesh, offload_policy=offload, reshard_after_forward=reshard)
     for block in blocks:
         fully_shard(block, mp_policy=inner, **options)
-    fully_shard(model, mp_policy=outer, **options)
+    # backward begins with what is outside the blocks: freed after forward, it would be gathered
+    # again at once
+    fully_shard(model, mp_policy=outer, **options | {"reshard_after_forward": False})
     for method in forward_methods:
         register_fsdp_forward_method(model, method)
     return model
