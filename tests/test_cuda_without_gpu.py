@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,6 +43,7 @@ from scripts.diagnosis.models import fill_from_names
 from tests.helpers import random_codes, same_tensors, small_config
 from utils.distributed import World
 from utils.parallel import shard
+from utils.precision import autocast
 
 CUDA = torch.device("cuda", 0)
 # operators that read values on the host, or whose result has as many elements as values say
@@ -568,3 +571,26 @@ def test_weights_outside_the_blocks_are_gathered_once(two_ranks, mode, gathers):
         with Collectives() as collectives:
             model(*random_codes(model.config))[0].backward()
         assert len([name for name in collectives.names if "allgather" in name]) == gathers
+
+
+def test_sharded_norms_are_as_under_autocast(two_ranks):
+    """They were gathered in bfloat16, and so rounded; matrices still are, names are as before."""
+    model = sharded_gpt(two_ranks, "fsdp", "bf16", layers=2)
+    assert set(model.state_dict()) == set(GPT(small_config()).state_dict())
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    seen = {}
+
+    def look(name: str, module: nn.Module, *_: Any) -> None:
+        seen[name] = module.weight.dtype, type(module.weight)
+
+    for name, module in model.named_modules():
+        if hasattr(module, "weight"):
+            module.register_forward_pre_hook(partial(look, name))
+    with autocast(torch.device("cpu"), "bf16"):
+        loss, _ = model(*random_codes(model.config))
+    loss.backward()
+    types = {name: dtype for name, (dtype, _) in seen.items()}
+    assert types["layers.1.attention_norm"] == types["layers.0.ffn_norm"] == torch.float32
+    assert types["layers.1.attention.wqkv"] == torch.bfloat16
+    assert all(kind is not DTensor for _, kind in seen.values())
+    assert all(isinstance(p.grad, DTensor) for p in model.parameters())
