@@ -38,9 +38,10 @@ from autoregressive.models.linear_cross_entropy import linear_cross_entropy
 from autoregressive.models.pad_heads import pad_heads
 from autoregressive.sample import sample_c2i_ddp
 from autoregressive.sample.pipeline import Pipeline
-from autoregressive.train import watch
+from autoregressive.train import extract_codes_c2i, watch
 from scripts.diagnosis.models import fill_from_names
 from tests.helpers import random_codes, same_tensors, small_config
+from tokenizer.vq_model import VQModel, make_vq_config
 from utils.distributed import World
 from utils.parallel import shard
 from utils.precision import autocast
@@ -594,3 +595,17 @@ def test_sharded_norms_are_as_under_autocast(two_ranks):
     assert types["layers.1.attention.wqkv"] == torch.bfloat16
     assert all(kind is not DTensor for _, kind in seen.values())
     assert all(isinstance(p.grad, DTensor) for p in model.parameters())
+
+
+def test_extraction_does_not_wait_for_each_batch():
+    """Several images a batch, whose codes stay on the device until their shard is whole."""
+    assert extract_codes_c2i.default_batch(CUDA) // 10 > 1
+    with torch.device("meta"):
+        vq = VQModel(make_vq_config("VQ-4", codebook_size=64)).eval()
+    args = Namespace(ten_crop=True, no_flip=False, image_size=8, precision="none", batch_size=80)
+    with fake_cuda(), Operations() as operations:
+        place(vq)
+        pixels = torch.zeros(8, 9, 9, 3, dtype=torch.uint8, device=CUDA)
+        codes = extract_codes_c2i.encode_crops(vq, vq.quantize.codebook(), pixels, args)
+        assert codes.device == CUDA and codes.shape == (8, 10, 4)
+    assert not operations.waits
