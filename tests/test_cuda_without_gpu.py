@@ -7,6 +7,7 @@ in test_gpu.py.
 
 from __future__ import annotations
 
+import inspect
 import math
 import threading
 from argparse import Namespace
@@ -41,6 +42,7 @@ from autoregressive.sample.pipeline import Pipeline
 from autoregressive.train import extract_codes_c2i, watch
 from scripts.diagnosis.models import fill_from_names
 from tests.helpers import random_codes, same_tensors, small_config
+from tokenizer import reconstruct_vq, train_vq
 from tokenizer.vq_model import VQModel, make_vq_config
 from utils.distributed import World
 from utils.parallel import shard
@@ -609,3 +611,31 @@ def test_extraction_does_not_wait_for_each_batch():
         codes = extract_codes_c2i.encode_crops(vq, vq.quantize.codebook(), pixels, args)
         assert codes.device == CUDA and codes.shape == (8, 10, 4)
     assert not operations.waits
+
+
+@pytest.fixture
+def tf32_flags() -> Iterator[None]:
+    """Let a test change what CUDA may round."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    yield
+    for backend, allowed in zip(backends, before, strict=True):
+        backend.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("precision, allowed", [("none", False), ("bf16", True)])
+def test_samples_in_float32_are_decoded_in_float32(tf32_flags, monkeypatch, precision, allowed):
+    """torch rounds factors of convolutions to TF32 unless told not to: so was --precision none."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not allowed)
+    names = ("vq", "gpt_name", "vq_name", "classes", "ways", "note", "hashes")
+    world = World(0, 1, torch.device("cpu"))
+    gpt = GPT(small_config()).eval()
+    pipeline = Pipeline(**dict.fromkeys(names), gpt=gpt, options=SamplingOptions(), world=world)
+    pipeline.make_generator(Way(precision, "eager"), 2, "none")
+    assert torch.backends.cudnn.allow_tf32 is allowed
+
+
+@pytest.mark.parametrize("script", [train_vq, reconstruct_vq, extract_codes_c2i])
+def test_scripts_with_convolutions_say_whether_tf32_is_allowed(script):
+    """Training of the tokenizer and its reconstructions in float32 were in TF32."""
+    assert "allow_tf32" in inspect.unwrap(script.main).__code__.co_names

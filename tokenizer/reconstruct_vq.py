@@ -40,6 +40,7 @@ from utils.options import (
     write_options,
 )
 from utils.performance import usable_cores
+from utils.precision import allow_tf32
 from utils.quality import codebook_usage, perplexity, psnr, ssim
 
 SHOWN = {
@@ -226,6 +227,7 @@ def main() -> None:
     args = parse_args()
     world = init_distributed()
     logger = create_logger(world)
+    allow_tf32(False)
     vq, name = load_tokenizer(args)
     vq.config.grid(args.image_size)  # raises if they do not fit
     lpips = open_lpips(args)

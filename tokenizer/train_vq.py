@@ -30,7 +30,7 @@ from utils.distributed import init_distributed
 from utils.options import resolve, run_main
 from utils.parallel import delay_sync, replicate
 from utils.performance import usable_cores
-from utils.precision import autocast, log_level, resolve_precision
+from utils.precision import allow_tf32, autocast, log_level, resolve_precision
 from utils.training.options import split_batch
 from utils.training.run import TrainingRun
 from utils.training.state import learning_rate, make_training_state
@@ -151,6 +151,7 @@ def main() -> None:
     device = world.device
     precision, precision_note = world.broadcast(resolve_precision(args.mixed_precision, device))
     args.mixed_precision = precision
+    allow_tf32(False)
     micro_batch = split_batch(args.global_batch_size, world.size, args.gradient_accumulation_steps)
     stop = StopSignal(world)
     check_options(args)

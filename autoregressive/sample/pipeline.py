@@ -237,6 +237,8 @@ class Pipeline:
 
     def make_generator(self, way: Way, batch: int, quantized: str) -> Generator:
         """Return a generator of ``batch`` images; the GPT may not be used afterwards."""
+        # of the tokenizer's convolutions, which are in float32
+        torch.backends.cudnn.allow_tf32 = way.precision != "none"
         gpt = place_for_decoding(self.gpt, way.dtype, self.world.device)
         if quantized != "none":
             quantize(gpt, quantized)

@@ -54,7 +54,7 @@ from utils.options import (
     write_options,
 )
 from utils.performance import usable_cores
-from utils.precision import autocast, log_level, resolve_precision
+from utils.precision import allow_tf32, autocast, log_level, resolve_precision
 
 Samples = list[tuple[str, int]]  # path and label of each image
 BATCH = 16  # crops
@@ -313,8 +313,7 @@ def main() -> None:
         reason = "none (float32), on every machine: bf16 would change some codes"
     else:
         args.precision, reason = resolve_precision(args.precision, world.device)
-    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    allow_tf32(args.precision == "tf32")
     listing = list_images(args.data_path)
     samples = listing.samples[:100] if args.debug else listing.samples
     vq, name = load_tokenizer(args)
