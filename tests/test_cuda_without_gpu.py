@@ -39,13 +39,13 @@ from autoregressive.models.linear_cross_entropy import linear_cross_entropy
 from autoregressive.models.pad_heads import pad_heads
 from autoregressive.sample import sample_c2i_ddp
 from autoregressive.sample.pipeline import Pipeline
-from autoregressive.train import extract_codes_c2i, watch
+from autoregressive.train import extract_codes_c2i, train_c2i, watch
 from scripts.diagnosis.models import fill_from_names
 from tests.helpers import random_codes, same_tensors, small_config
 from tokenizer import reconstruct_vq, train_vq
 from tokenizer.vq_model import VQModel, make_vq_config
 from utils.distributed import World
-from utils.parallel import shard
+from utils.parallel import fill, local, shard
 from utils.precision import autocast
 
 CUDA = torch.device("cuda", 0)
@@ -639,3 +639,42 @@ def test_samples_in_float32_are_decoded_in_float32(tf32_flags, monkeypatch, prec
 def test_scripts_with_convolutions_say_whether_tf32_is_allowed(script):
     """Training of the tokenizer and its reconstructions in float32 were in TF32."""
     assert "allow_tf32" in inspect.unwrap(script.main).__code__.co_names
+
+
+TRAINED = dict(image_size=64, downsample_size=16, gpt_model="GPT-T", vocab_size=19, num_classes=3)
+TRAINED |= dict(ar_token_num=4, spe_token_num=3, gpt_ckpt=None, code_path="codes")
+NO_RATES = ("class_dropout_prob", "token_dropout_p", "attn_dropout_p", "dropout_p")
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_no_rank_holds_a_whole_model_in_host_memory(two_ranks, mode):
+    """For a GPU: each rank made the whole model on the host, eight times 12 GB for GPT-3B."""
+    args = Namespace(**TRAINED, **dict.fromkeys(NO_RATES, 0.0), drop_path_rate=0.0)
+    torch.manual_seed(0)
+    model, weights, _ = train_c2i.make_model(args, None, CUDA)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    if mode == "fsdp":
+        shard(two_ranks, model, model.layers, mode, "none")
+    fill(model, weights, two_ranks.device)
+
+    reference = GPT(model.config)
+    torch.manual_seed(0)
+    expected = train_c2i.initial_weights(reference, {})
+    for (name, whole), parameter in zip(expected, model.parameters(), strict=True):
+        part = local(parameter)
+        assert parameter.requires_grad and torch.equal(part, whole[: len(part)]), name
+        assert len(part) == (len(whole) if mode == "ddp" else -(-len(whole) // 2)), name
+    loss, _ = model(*random_codes(model.config))
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_initial_weights_are_those_of_init_weights():
+    model = GPT(small_config())
+    torch.manual_seed(0)
+    model.init_weights()
+    torch.manual_seed(0)
+    weights = dict(train_c2i.initial_weights(model, {"norm.weight": torch.full((32,), 7.0)}))
+    assert weights.pop("norm.weight")[0] == 7
+    state = {k: v for k, v in model.state_dict().items() if k != "norm.weight"}
+    assert same_tensors(weights, state)

@@ -6,7 +6,7 @@ All that differs between them is in this file; a training loop has one module an
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.distributed import World
@@ -88,6 +88,28 @@ def shard(
     for method in forward_methods:
         register_fsdp_forward_method(model, method)
     return model
+
+
+def fill(
+    model: nn.Module,
+    weights: Iterable[tuple[str, Tensor]],
+    device: torch.device,
+    cpu_offload: bool = False,
+) -> None:
+    """Give the parameters of ``model``, on the meta device so far, their values on ``device``.
+
+    weights: (name, whole tensor) of every parameter, the same on all ranks, made one at a time:
+    sharded parameters keep this rank's part, so no rank ever holds all of them.
+    """
+    state = {}
+    for name, weight in weights:
+        parameter, value = model.get_parameter(name), weight.to(device)
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+            value = value.cpu() if cpu_offload else value
+        state[name] = value
+    model.load_state_dict(state, assign=True)
 
 
 def _make_mesh(world: World, mode: str, shard_size: int | None) -> DeviceMesh:

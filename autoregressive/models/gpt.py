@@ -280,12 +280,17 @@ class GPT(StepDecoder, nn.Module):
         ==================  =================
         """
         for name, parameter in self.named_parameters():
-            if name == "output.weight":
-                nn.init.zeros_(parameter)
-            elif "norm" in name:
-                nn.init.ones_(parameter)
-            else:
-                nn.init.normal_(parameter, std=0.02)
+            self.init_weight(name, parameter)
+
+    @staticmethod
+    def init_weight(name: str, weight: Tensor) -> None:
+        """Initialise the parameter ``name``, see ``init_weights``."""
+        if name == "output.weight":
+            nn.init.zeros_(weight)
+        elif "norm" in name:
+            nn.init.ones_(weight)
+        else:
+            nn.init.normal_(weight, std=0.02)
 
     def cast_weights(self, dtype: torch.dtype) -> GPT:
         """Cast the parameters to ``dtype`` for inference; the rotary table stays float32."""
