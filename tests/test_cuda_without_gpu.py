@@ -40,10 +40,12 @@ from autoregressive.models.pad_heads import pad_heads
 from autoregressive.sample import sample_c2i_ddp
 from autoregressive.sample.pipeline import Pipeline
 from autoregressive.train import extract_codes_c2i, train_c2i, watch
+from dataset.imagenet import to_model_range
 from scripts.diagnosis.models import fill_from_names
 from tests.helpers import random_codes, same_tensors, small_config
 from tokenizer import reconstruct_vq, train_vq
-from tokenizer.vq_model import VQModel, make_vq_config
+from tokenizer.layout import place_tokenizer
+from tokenizer.vq_model import AttnBlock, VQModel, make_vq_config
 from utils.distributed import World
 from utils.parallel import fill, local, shard
 from utils.precision import autocast
@@ -678,3 +680,36 @@ def test_initial_weights_are_those_of_init_weights():
     assert weights.pop("norm.weight")[0] == 7
     state = {k: v for k, v in model.state_dict().items() if k != "norm.weight"}
     assert same_tensors(weights, state)
+
+
+class Convolutions(TorchDispatchMode):
+    """Lists whether input and weight of each convolution are NCHW in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.contiguous: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "conv" in func._schema.name:
+            self.contiguous.append(all(x.is_contiguous() for x in args[:2]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_convolutions_of_the_tokenizer_lie_as_group_norm_does(monkeypatch):
+    """On CUDA it is NCHW whatever it gets: channels-last weights had two copies a convolution."""
+    with torch.device("meta"):
+        vq = VQModel(make_vq_config("VQ-4", codebook_size=64)).eval()
+    moves = []
+    monkeypatch.setattr(VQModel, "to", lambda self, *a, **k: moves.append(k) or self)
+    place_tokenizer(vq, CUDA)
+    place_tokenizer(vq, torch.device("cpu"))
+    formats = [move["memory_format"] for move in moves]
+    assert formats == [torch.contiguous_format, torch.channels_last]
+    with fake_cuda(), Convolutions() as convolutions, torch.no_grad():
+        place(vq)
+        pixels = torch.zeros(2, 8, 8, 3, dtype=torch.uint8, device=CUDA)
+        vq.decode_code(vq.encode(to_model_range(pixels, CUDA)))
+    # but for the 1x1 convolution after attention, whose channels come last
+    attentions = sum(isinstance(module, AttnBlock) for module in vq.modules())
+    assert len(convolutions.contiguous) > 20
+    assert convolutions.contiguous.count(False) == attentions

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from dataset.epochs import EpochOrder
 from dataset.imagenet import ImageFiles, RandomCrop, list_images, to_model_range
+from tokenizer.layout import place_tokenizer
 from tokenizer.load import load_vq
 from tokenizer.options import parse_args
 from tokenizer.vq_loss import Adversary, ReconstructionLoss
@@ -164,7 +165,7 @@ def main() -> None:
     model.config.grid(args.image_size)  # they fit
     # measured: on the CPU channels-last halves the speed of a bf16 training step
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    model.to(device, memory_format=memory_format).train()
+    place_tokenizer(model, device, memory_format, args.compile).train()
     if args.compile:
         model.compile()
     reconstruction_loss = ReconstructionLoss(args, device, memory_format)

@@ -25,6 +25,7 @@ from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import CFG_SCHEDULES, SamplingOptions
 from autoregressive.models.gpt import GPT, GPT_models
 from autoregressive.models.load import load_gpt, resolve_parallelism
+from tokenizer.layout import place_tokenizer
 from tokenizer.load import add_tokenizer_options, load_tokenizer, require_tokenizer
 from tokenizer.vq_model import VQModel
 from utils.distributed import World
@@ -296,7 +297,7 @@ def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
 
     pipeline = Pipeline(
         gpt=gpt,
-        vq=vq.to(world.device, memory_format=torch.channels_last),
+        vq=place_tokenizer(vq, world.device),
         gpt_name=gpt_name,
         vq_name=vq_name,
         options=options,

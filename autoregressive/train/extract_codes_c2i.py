@@ -38,6 +38,7 @@ from dataset.codes import (
     write_shard,
 )
 from dataset.imagenet import CenterCrop, ImageFiles, Unreadable, list_images, to_model_range
+from tokenizer.layout import place_tokenizer
 from tokenizer.load import add_tokenizer_options, load_tokenizer
 from tokenizer.vq_model import VQModel
 from utils.checkpoints.weights_file import state_sha256
@@ -330,7 +331,7 @@ def main() -> None:
         f"{plan.image_size}x{plan.image_size} -> {plan.grid[0]}x{plan.grid[1]} codes of {name}; "
         f"{missing} of {plan.num_shards} shards to make on {world.size} x {world.device}"
     )
-    vq = vq.to(world.device, memory_format=torch.channels_last)
+    vq = place_tokenizer(vq, world.device)
     make_all_shards(args, world, vq, plan, samples, logger)
     if not world.is_main:
         return
