@@ -1,5 +1,6 @@
 """What only a CUDA device can show; skipped without one."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,7 +82,12 @@ def test_a_training_step_never_waits_for_the_device(golden):
     file = golden("gpt_tiny_n4.npz")
     model = tiny_gpt(file).cuda().train()
     state, window = training_state(model), Window(("loss", "grad_norm"), torch.device("cuda"))
-    codes, cond = (torch.from_numpy(file[k]).long().pin_memory() for k in ("raster_tokens", "cond"))
+    # more than 3072 indices, as in a real step: the gradient of an embedding has a kernel for fewer
+    codes, cond = (
+        torch.from_numpy(np.tile(file[k], (32,) + (1,) * (file[k].ndim - 1))).long().pin_memory()
+        for k in ("raster_tokens", "cond")
+    )
+    assert codes.numel() > 3072
     for step in range(4):
         torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
         try:
