@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from autoregressive.decoding import sampling
 from autoregressive.decoding.generate import Generator, generate
 from autoregressive.decoding.sampling import (
     SamplingOptions,
@@ -46,6 +47,73 @@ def test_largest_uniform_draws_a_token_that_can_be_drawn():
     assert (totals < 1).any() and (totals == 1).any() and (totals > 1).any()
     drawn = sample(logits, torch.full((200, 10), 1 - 2**-24), SamplingOptions())
     assert drawn.max() < 300
+
+
+def parallel_cumsum(x: Tensor, dim: int = -1, *, block: int) -> Tensor:
+    """Cumulative sum as a GPU makes it: of blocks by doubling, plus the sum of the blocks before.
+
+    Also from run to run, there, another association: ``block`` stands for it.
+    """
+    assert dim == -1
+    size = x.shape[-1]
+    blocks = torch.nn.functional.pad(x, (0, -size % block)).unflatten(-1, (-1, block)).clone()
+    step = 1
+    while step < block:
+        blocks[..., step:] = blocks[..., step:] + blocks[..., :-step]
+        step *= 2
+    before = torch.zeros_like(blocks[..., 0, 0])
+    for i in range(blocks.shape[-2]):
+        last = blocks[..., i, -1].clone()
+        blocks[..., i, :] += before[..., None]
+        before = before + last
+    return blocks.flatten(-2)[..., :size]
+
+
+def draw_in_parallel(monkeypatch, block: int, exact: bool) -> tuple[Tensor, Tensor]:
+    """Tokens drawn where cumulative sums are ``parallel_cumsum``, and which are allowed: (B, t)."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(8, 2048, generator=generator)
+    allowed = logits >= logits.topk(200).values[:, -1:]
+    # uniform numbers about the sums at tokens that are cut off, where rounding decides
+    sums = parallel_cumsum(logits.masked_fill(~allowed, -torch.inf).softmax(-1), block=1024)
+    rises = sums.diff(dim=-1).masked_fill(allowed[:, 1:], 0.0)
+    places = rises.topk(20).indices  # (B, 20)
+    steps = (sums.gather(-1, places) * 2**24).round()[..., None] + torch.arange(-1, 2)
+    uniforms = (steps.flatten(1) / 2**24).clamp(0, 1 - 2**-24)  # (B, 60)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "sums_in_order", lambda device: not exact)
+        patch.setattr(Tensor, "cumsum", lambda x, dim: parallel_cumsum(x, dim, block=block))
+        logits = logits[:, None].expand(-1, uniforms.shape[1], -1)  # (B, 60, V)
+        drawn = sample(logits, uniforms, SamplingOptions(top_k=200))
+    return drawn, allowed.gather(-1, drawn)
+
+
+def test_no_token_of_probability_0_where_sums_are_made_in_parallel(monkeypatch):
+    """On CUDA a token that top-k had cut off could be drawn, and another one in the next run."""
+    runs = []
+    for block in (32, 256, 1024):
+        drawn, allowed = draw_in_parallel(monkeypatch, block, exact=True)
+        assert allowed.all()
+        runs.append(drawn)
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+    before = [draw_in_parallel(monkeypatch, block, exact=False) for block in (1024, 256)]
+    assert not before[0][1].all(), "such a sum shows the mistake"
+    assert not torch.equal(before[0][0], before[1][0]), "and that it depends on the order"
+
+
+def test_sums_of_whole_numbers_draw_what_those_in_order_do(monkeypatch):
+    """But for a uniform number at the very edge of a token; the largest one ends within."""
+    generator = torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn(20, 50, 301, generator=generator)
+    uniforms = torch.rand(20, 50, generator=generator)
+    uniforms[0] = 1 - 2**-24
+    uniforms[1] = 0.0
+    for options in (SamplingOptions(), SamplingOptions(top_k=9), SamplingOptions(top_p=0.8)):
+        in_order = sample(logits, uniforms, options)
+        with monkeypatch.context() as patch:
+            patch.setattr(sampling, "sums_in_order", lambda device: False)
+            drawn = sample(logits, uniforms, options)
+        assert (drawn == in_order).float().mean() > 0.999 and drawn.max() < 301
 
 
 @pytest.mark.parametrize("what", ["int8", "fp8"])

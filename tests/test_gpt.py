@@ -278,7 +278,7 @@ def test_attention_on_the_cpu_is_torchs(n, n_kv_head):
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
         inputs = [x.to(dtype).detach().clone().requires_grad_() for x in (q, k, v)]
-        y = attend(*inputs, mask, 0.0)
+        y = attend(*inputs, mask, 0.0, 8**-0.5)
         assert y.dtype == dtype
         (y.float() * weights).sum().backward()
         results[dtype] = [y.detach().float(), *(x.grad.float() for x in inputs)]

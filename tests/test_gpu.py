@@ -1,12 +1,16 @@
 """What only a CUDA device can show; skipped without one."""
 
+import numpy as np
 import pytest
 import torch
 
-from autoregressive.decoding.decoder import Way, make_decoder
+from autoregressive.decoding.decoder import Way, make_decoder, place_for_decoding
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import SamplingOptions
+from autoregressive.models.gpt import GPT
+from scripts.diagnosis.models import fill_from_names
 from scripts.diagnosis.models import golden_gpt as tiny_gpt
+from tests.helpers import small_config
 from utils.checkpoints.folder import read_sharded, save_sharded
 from utils.precision import autocast
 from utils.training.log import Window
@@ -34,6 +38,25 @@ def test_greedy_tokens_are_golden_on_cuda(golden, n, compiled):
     assert generator(cond.flip(0), uniforms).cpu().tolist() == expected[::-1]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("size", [dict(dim=200, n_head=2), dict(dim=128, n_head=2)], ids=str)
+def test_decoding_in_bf16_copies_no_cache(size, compiled):
+    """Heads of 100 channels, as GPT-3B's, and of 64: no attention kernel but flash, no padding."""
+    config = small_config(**size, grid_height=8, grid_width=8)
+    model = place_for_decoding(
+        fill_from_names(GPT(config)).eval(), torch.bfloat16, torch.device("cuda")
+    )
+    decoder = make_decoder(model, Way("bf16", "compiled" if compiled else "eager"), 16)
+    generator = Generator(decoder, model.order, SamplingOptions(cfg_scale=1.5), 2)
+    cond, uniforms = torch.tensor([0, 1]).cuda(), torch.rand(2, 64).cuda()
+    generator(cond, uniforms)
+    with torch.profiler.profile() as profile:
+        generator(cond, uniforms)
+    names = {event.key.lower() for event in profile.key_averages()}
+    assert not [name for name in names if "constant_pad_nd" in name or "cudnn" in name]
+    assert any("flash" in name for name in names)
+
+
 def test_compiled_bf16_training_step(golden):
     file = golden("gpt_tiny_n4.npz")
     model = tiny_gpt(file).cuda().train()
@@ -59,7 +82,12 @@ def test_a_training_step_never_waits_for_the_device(golden):
     file = golden("gpt_tiny_n4.npz")
     model = tiny_gpt(file).cuda().train()
     state, window = training_state(model), Window(("loss", "grad_norm"), torch.device("cuda"))
-    codes, cond = (torch.from_numpy(file[k]).long().pin_memory() for k in ("raster_tokens", "cond"))
+    # more than 3072 indices, as in a real step: the gradient of an embedding has a kernel for fewer
+    codes, cond = (
+        torch.from_numpy(np.tile(file[k], (32,) + (1,) * (file[k].ndim - 1))).long().pin_memory()
+        for k in ("raster_tokens", "cond")
+    )
+    assert codes.numel() > 3072
     for step in range(4):
         torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
         try:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dataset.imagenet import CenterCrop, ImageFiles, list_images, to_model_range
+from tokenizer.layout import place_tokenizer
 from tokenizer.load import add_tokenizer_options, load_tokenizer
 from tokenizer.vq_loss import find_vgg, load_lpips
 from tokenizer.vq_model import VQModel
@@ -40,6 +41,7 @@ from utils.options import (
     write_options,
 )
 from utils.performance import usable_cores
+from utils.precision import allow_tf32
 from utils.quality import codebook_usage, perplexity, psnr, ssim
 
 SHOWN = {
@@ -226,6 +228,7 @@ def main() -> None:
     args = parse_args()
     world = init_distributed()
     logger = create_logger(world)
+    allow_tf32(False)
     vq, name = load_tokenizer(args)
     vq.config.grid(args.image_size)  # raises if they do not fit
     lpips = open_lpips(args)
@@ -234,7 +237,7 @@ def main() -> None:
     else:
         lpips.to(world.device)
     prepare_folder(args.sample_dir, "--sample-dir")
-    vq.to(world.device, memory_format=torch.channels_last)
+    place_tokenizer(vq, world.device)
     name = f"{name}-{Path(args.vq_ckpt).stem}-size-{args.image_size}"
     r = Reconstructor(args, world, vq, lpips, name)
 

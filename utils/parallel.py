@@ -6,7 +6,7 @@ All that differs between them is in this file; a training loop has one module an
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.distributed import World
@@ -61,9 +61,10 @@ def shard(
 
     mode: ``fsdp`` gathers a block's weights anew for backward, ``sdp`` keeps them, ``hsdp`` shards
     within groups of ``shard_size`` ranks (default: those of one machine) and replicates over the
-    groups. precision: blocks are gathered in that type, so the same products see the same operands
-    as autocast's; embeddings and the output layer are gathered in float32. Gradients are summed in
-    ``grad_dtype``. ``forward_methods``: further methods, besides ``forward``, that use the weights.
+    groups. precision: matrices of blocks are gathered in that type, so the same products see the
+    same operands as autocast's; norms, embeddings and the output layer are gathered in float32.
+    Gradients are summed in ``grad_dtype``. ``forward_methods``: further methods, besides
+    ``forward``, that use the weights.
     """
     mesh = _make_mesh(world, mode, shard_size)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
@@ -74,12 +75,41 @@ def shard(
         param_dtype=dtype, reduce_dtype=grad_dtype, cast_forward_inputs=False
     )
     options = dict(mesh=mesh, offload_policy=offload, reshard_after_forward=reshard)
+    # norms' weights stay float32, as under autocast: they go with what is outside the blocks, whose
+    # group takes only parameters found in modules that no block has
+    vectors = [p for block in blocks for p in block.parameters() if p.ndim < 2]
     for block in blocks:
-        fully_shard(block, mp_policy=inner, **options)
-    fully_shard(model, mp_policy=outer, **options)
+        fully_shard(block, mp_policy=inner, ignored_params=set(vectors), **options)
+    model.vectors = nn.ParameterList(vectors)
+    # backward begins with what is outside the blocks: freed after forward, it would be gathered
+    # again at once
+    fully_shard(model, mp_policy=outer, **options | {"reshard_after_forward": False})
+    del model.vectors  # they keep their names in the blocks
     for method in forward_methods:
         register_fsdp_forward_method(model, method)
     return model
+
+
+def fill(
+    model: nn.Module,
+    weights: Iterable[tuple[str, Tensor]],
+    device: torch.device,
+    cpu_offload: bool = False,
+) -> None:
+    """Give the parameters of ``model``, on the meta device so far, their values on ``device``.
+
+    weights: (name, whole tensor) of every parameter, the same on all ranks, made one at a time:
+    sharded parameters keep this rank's part, so no rank ever holds all of them.
+    """
+    state = {}
+    for name, weight in weights:
+        parameter, value = model.get_parameter(name), weight.to(device)
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+            value = value.cpu() if cpu_offload else value
+        state[name] = value
+    model.load_state_dict(state, assign=True)
 
 
 def _make_mesh(world: World, mode: str, shard_size: int | None) -> DeviceMesh:

@@ -186,3 +186,12 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return an autocast context for ``precision`` of ``AUTOCAST_DTYPE``; off for float32 kinds."""
     dtype = AUTOCAST_DTYPE[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Allow CUDA to round the factors of float32 products and convolutions to TF32, or forbid it.
+
+    By default torch rounds those of convolutions, which a float32 that was asked for does not mean.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed

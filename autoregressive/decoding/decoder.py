@@ -22,7 +22,9 @@ from torch import Tensor
 from autoregressive.decoding.compiled import CompiledDecoder
 from autoregressive.decoding.cpu.build import cache_folder, load, unavailable_reason
 from autoregressive.decoding.cpu.decoder import CPUDecoder
+from autoregressive.models.attention import channel_multiple
 from autoregressive.models.gpt import GPT, GPTConfig
+from autoregressive.models.pad_heads import pad_heads
 from autoregressive.models.region_order import RegionOrder
 from utils.files import write_json
 from utils.precision import AUTOCAST_DTYPE, has_bfloat16, resolve_precision
@@ -81,8 +83,13 @@ class Way:
 Begun = Callable[[Way], bool]  # whether an interrupted run decodes in this way
 
 
+def place_for_decoding(model: GPT, dtype: torch.dtype, device: torch.device) -> GPT:
+    """Cast and move ``model`` in place for decoding; its heads get the width of fast kernels."""
+    return pad_heads(model.cast_weights(dtype), channel_multiple(device, dtype)).to(device)
+
+
 def make_decoder(model: GPT, way: Way, rows: int) -> Decoder:
-    """Return a decoder of ``model``, placed and cast to ``way.dtype``; ``kernels`` consume it.
+    """Return a decoder of ``model``, as ``place_for_decoding`` returns it; ``kernels`` consume it.
 
     rows: rows of the largest step, images times slots (twice with guidance).
     """

@@ -11,12 +11,19 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.decoding.decoder import Decoder
 from autoregressive.decoding.sampling import SamplingOptions, log_likelihood, sample
 from autoregressive.models.region_order import RegionOrder
 
 StepHook = Callable[[Tensor, int], None]
+# cuDNN, which torch prefers on an H100, makes a plan for each number of keys, hence for each step
+ATTENTION_KERNELS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 class Generator:
@@ -79,6 +86,7 @@ class Generator:
         known, keep = given or (None, None)
         return self._decode(cond, uniforms, known, keep, on_step)  # (B, T)
 
+    @sdpa_kernel(ATTENTION_KERNELS)
     def _decode(
         self,
         cond: Tensor,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WHOLE = 2.0**36  # a probability of 1 as a whole number, see ``cumulative``
 CFG_SCHEDULES = ("constant", "linear", "power-cosine")
 
 
@@ -83,6 +84,24 @@ def image_randomness(
     return labels, uniforms
 
 
+def sums_in_order(device: torch.device) -> bool:
+    """Return whether cumulative sums on ``device`` add one number after the other."""
+    return device.type == "cpu"
+
+
+def cumulative(probabilities: Tensor) -> tuple[Tensor, float]:
+    """Return cumulative sums (..., V) that never fall, and what stands for 1 in them.
+
+    Elsewhere than on a CPU sums are made in parallel, in an order that may change from run to run:
+    rounding then lets them fall, and rise where a probability is 0, so that such a token could be
+    drawn. There they are of whole multiples of 2^-36, int64, which have the same sums in any order.
+    """
+    if sums_in_order(probabilities.device):
+        return probabilities.cumsum(-1), 1.0  # (..., V)
+    whole = (probabilities * WHOLE).to(torch.int64)  # (..., V)
+    return whole.cumsum(-1), WHOLE  # (..., V)
+
+
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Set to -inf what top-k, then nucleus (top-p) filtering cut off; (..., V) -> (..., V).
 
@@ -94,10 +113,10 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         logits = logits.masked_fill(logits < kth, -torch.inf)  # (..., V)
     if top_p < 1.0:
         ranked, ranks = logits.sort(descending=True)  # (..., V)
-        total = ranked.softmax(-1).cumsum(-1)  # (..., V)
+        total, one = cumulative(ranked.softmax(-1))  # (..., V)
         before = F.pad(total[..., :-1], (1, 0))  # (..., V) of all more likely tokens
         cut = torch.zeros_like(logits, dtype=torch.bool)  # (..., V)
-        cut = cut.scatter(-1, ranks, before > top_p)  # (..., V)
+        cut = cut.scatter(-1, ranks, before > top_p * one)  # (..., V)
         logits = logits.masked_fill(cut, -torch.inf)  # (..., V)
     return logits
 
@@ -113,10 +132,13 @@ def sample(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor
     if options.temperature != 1.0:
         logits = logits / options.temperature  # (B, t, V)
     logits = filter_logits(logits, options.top_k, options.top_p)  # (B, t, V)
-    cdf = logits.softmax(-1).cumsum(-1)  # (B, t, V)
+    cdf, _ = cumulative(logits.softmax(-1))  # (B, t, V)
     # The last value y of cdf is 1 only up to rounding. u stays below it, so that the search ends
     # within the vocabulary: uniforms are at most 1 - 2^-24, and (1 - 2^-24) y rounds to below y.
-    u = uniforms[..., None] * cdf[..., -1:]  # (B, t, 1)
+    if cdf.dtype == torch.int64:  # products below 2^61
+        u = (uniforms[..., None] * 2.0**24).to(torch.int64) * cdf[..., -1:] >> 24  # (B, t, 1)
+    else:
+        u = uniforms[..., None] * cdf[..., -1:]  # (B, t, 1)
     return torch.searchsorted(cdf, u, right=True).squeeze(-1)  # (B, t)
 
 

@@ -24,17 +24,26 @@ class Dropout(nn.Dropout):
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016): zero a row's branch with probability ``rate``.
 
-    Branches that stay grow by 1 / (1 - rate).
+    Branches that stay grow by 1 / (1 - rate). ``enabled``: whether any block has a rate above 0;
+    compiled blocks then share one compilation, as they read their rate from a buffer.
     """
 
-    def __init__(self, rate: float):
+    def __init__(self, rate: float, enabled: bool):
         super().__init__()
-        self.rate = rate
+        self.rate, self.enabled = rate, enabled
+        # on the CPU also where parameters are on the meta device, so that it is never lost
+        self.register_buffer("kept", torch.tensor(1.0 - rate, device="cpu"), persistent=False)  # ()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, ...) -> (B, ...)."""
-        if not self.training or self.rate == 0:
+        if not self.training or not self.enabled:
+            return x
+        shape = (len(x), *(1,) * (x.ndim - 1))
+        if torch.compiler.is_compiling():
+            rows = torch.rand(shape, device=x.device) < self.kept  # (B, 1, ...)
+            return x * (rows / self.kept).to(x.dtype)  # (B, ...)
+        if self.rate == 0:
             return x
         kept = 1.0 - self.rate
-        rows = x.new_empty(len(x), *(1,) * (x.ndim - 1)).bernoulli_(kept)  # (B, 1, ...)
+        rows = x.new_empty(shape).bernoulli_(kept)  # (B, 1, ...)
         return x * rows.div_(kept)  # (B, ...)

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -150,6 +151,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.n_head, self.kv_heads = layer, config.n_head, config.kv_heads
         self.head_dim, self.dropout_p = config.head_dim, config.attn_dropout_p
+        self.scale = 1.0 / math.sqrt(config.head_dim)  # of the products, also of padded heads
         width = (config.n_head + 2 * config.kv_heads) * config.head_dim
         self.wqkv = nn.Linear(config.dim, width, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
@@ -170,7 +172,8 @@ class Attention(nn.Module):
         """Return the attention output (B, T, D), over the cache if there is one."""
         if cache is not None:
             k, v = cache.update(self.layer, start, k, v)  # (B, Hkv, start + T, hd)
-        y = attend(q, k, v, mask, self.dropout_p if self.training else 0.0)  # (B, H, T, hd)
+        dropout_p = self.dropout_p if self.training else 0.0
+        y = attend(q, k, v, mask, dropout_p, self.scale)  # (B, H, T, hd)
         return y.transpose(1, 2).flatten(2)  # (B, T, D)
 
     def output(self, y: Tensor) -> Tensor:
@@ -203,7 +206,8 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.recompute: Callable[..., Tensor] | None = None  # torch's checkpoint(), see GPT
         # the rate grows linearly with depth, from 0 at the first block
-        self.drop_path = DropPath(config.drop_path_rate * layer / max(config.n_layer - 1, 1))
+        rate = config.drop_path_rate * layer / max(config.n_layer - 1, 1)
+        self.drop_path = DropPath(rate, enabled=config.drop_path_rate > 0)
 
     def forward(
         self, x: Tensor, freqs_cis: Tensor, mask: Mask, cache: KVCache | None, start: int
@@ -276,12 +280,17 @@ class GPT(StepDecoder, nn.Module):
         ==================  =================
         """
         for name, parameter in self.named_parameters():
-            if name == "output.weight":
-                nn.init.zeros_(parameter)
-            elif "norm" in name:
-                nn.init.ones_(parameter)
-            else:
-                nn.init.normal_(parameter, std=0.02)
+            self.init_weight(name, parameter)
+
+    @staticmethod
+    def init_weight(name: str, weight: Tensor) -> None:
+        """Initialise the parameter ``name``, see ``init_weights``."""
+        if name == "output.weight":
+            nn.init.zeros_(weight)
+        elif "norm" in name:
+            nn.init.ones_(weight)
+        else:
+            nn.init.normal_(weight, std=0.02)
 
     def cast_weights(self, dtype: torch.dtype) -> GPT:
         """Cast the parameters to ``dtype`` for inference; the rotary table stays float32."""
@@ -353,9 +362,11 @@ class GPT(StepDecoder, nn.Module):
 
     def new_cache(self, batch: int) -> KVCache:
         """Return an empty cache for ``decode_step`` of at most ``batch`` rows."""
-        config, weight = self.config, self.tok_embeddings.weight
-        shape = (config.n_layer, batch, config.kv_heads, self.order.num_tokens, config.head_dim)
-        return KVCache(*shape, weight.device, weight.dtype)
+        config, dtype = self.config, self.tok_embeddings.weight.dtype
+        head_dim = self.layers[0].attention.head_dim  # padded, if heads are
+        shape = (config.n_layer, batch, config.kv_heads, self.order.num_tokens, head_dim)
+        # on the device of the buffers: FSDP keeps offloaded weights on the host between its calls
+        return KVCache(*shape, self.device, dtype)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Apply the output layer: (..., D) -> logits (..., V) of at least float32."""

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 CHUNK_ELEMENTS = 1 << 24  # logits that exist at a time: 64 MiB in float32
+# on CUDA 512 MiB, as each chunk reads and writes the gradient of the whole weight
+CUDA_CHUNK_ELEMENTS = 1 << 27
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +38,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if differentiate:
             d_hidden = torch.empty_like(hidden)  # (N, D)
             d_weight = torch.zeros_like(weight)  # (V, D)
-        rows = max(1, CHUNK_ELEMENTS // len(w))
+        elements = CUDA_CHUNK_ELEMENTS if h.is_cuda else CHUNK_ELEMENTS
+        rows = max(1, elements // len(w))
         for start in range(0, len(h), rows):
             part = slice(start, start + rows)
             logits = (h[part] @ w.T).to(losses.dtype)  # (c, V)

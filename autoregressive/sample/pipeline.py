@@ -12,11 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autoregressive.decoding.decoder import Way, choose_way, make_decoder, possible_ways
+from autoregressive.decoding.decoder import (
+    Way,
+    choose_way,
+    make_decoder,
+    place_for_decoding,
+    possible_ways,
+)
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import SamplingOptions
 from autoregressive.models.gpt import GPT
 from autoregressive.models.load import load_gpt, resolve_parallelism
+from tokenizer.layout import place_tokenizer
 from tokenizer.load import load_tokenizer, require_tokenizer
 from tokenizer.vq_model import VQModel
 from utils.distributed import World
@@ -73,7 +80,9 @@ class Pipeline:
         self, way: Way, batch: int, quantized: str, editing: bool = False
     ) -> Generator:
         """Return a generator of ``batch`` images; the GPT may not be used afterwards."""
-        gpt = self.gpt.cast_weights(way.dtype).to(self.world.device)
+        # of the tokenizer's convolutions, which are in float32
+        torch.backends.cudnn.allow_tf32 = way.precision != "none"
+        gpt = place_for_decoding(self.gpt, way.dtype, self.world.device)
         if quantized != "none":
             quantize(gpt, quantized)
         rows = (2 if self.guided else 1) * batch * gpt.order.n
@@ -85,8 +94,10 @@ class Pipeline:
         names: tuple[str, ...] = ("quantize", "gpt_ema", "image_size_eval", "per_proc_batch_size")
         names += ("num_fid_samples", "global_seed", "class_protocol")
         values = [getattr(args, n) for n in names]
-        # other kernels round otherwise
-        values += [way.precision, way.decoder, self.world.device.type, torch.__version__]
+        # other kernels round otherwise, and so does another kind of GPU
+        device = self.world.device
+        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        values += [way.precision, way.decoder, kind, torch.__version__]
         text = json.dumps([sorted(self.hashes.items()), values, asdict(self.options)])
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -128,7 +139,7 @@ def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
 
     pipeline = Pipeline(
         gpt=gpt,
-        vq=vq.to(world.device, memory_format=torch.channels_last),
+        vq=place_tokenizer(vq, world.device),
         gpt_name=gpt_name,
         vq_name=vq_name,
         options=options,

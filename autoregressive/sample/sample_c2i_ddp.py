@@ -13,7 +13,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -209,7 +209,7 @@ def make_chunks(
         return len(images)
 
     total = sum(len(file.images_of(c)) for c in chunks)
-    with ThreadPoolExecutor(1) as thread, progress(world, "sampling", total, unit="images") as bar:
+    with world.worker() as thread, progress(world, "sampling", total, unit="images") as bar:
         under_way: deque[Future] = deque()
         for chunk in chunks:
             indices = file.images_of(chunk)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dataset.codes import Codes, MixedCodes, open_codes
 from dataset.epochs import EpochOrder
+from tokenizer.layout import place_tokenizer
 from tokenizer.load import load_vq, require_tokenizer
 from tokenizer.vq_model import VQModel
 from utils.distributed import World
@@ -86,7 +87,7 @@ def open_tokenizer(args: Namespace, codes: Codes, world: World) -> VQModel | Non
     vq, _ = load_vq(args.vq_ckpt, None)
     sha256 = codes.meta.get("tokenizer_sha256")
     require_tokenizer(vq, sha256, args.vq_ckpt, f"--code-path {args.code_path}")
-    return vq.to(world.device)
+    return place_tokenizer(vq, world.device, elsewhere=torch.contiguous_format)
 
 
 class CodeBatches:

@@ -38,6 +38,7 @@ from dataset.codes import (
     write_shard,
 )
 from dataset.imagenet import CenterCrop, ImageFiles, Unreadable, list_images, to_model_range
+from tokenizer.layout import place_tokenizer
 from tokenizer.load import add_tokenizer_options, load_tokenizer
 from tokenizer.vq_model import VQModel
 from utils.checkpoints.weights_file import state_sha256
@@ -54,9 +55,11 @@ from utils.options import (
     write_options,
 )
 from utils.performance import usable_cores
-from utils.precision import autocast, log_level, resolve_precision
+from utils.precision import allow_tf32, autocast, log_level, resolve_precision
 
 Samples = list[tuple[str, int]]  # path and label of each image
+BATCH = 16  # crops
+CUDA_BATCH = 80  # of ten crops each, eight images
 
 
 def parse_args() -> Namespace:
@@ -103,7 +106,9 @@ def parse_args() -> Namespace:
         "in training: tf32 and bf16 are faster where a device has them, but change some codes",
     )
     work.add_argument(
-        "--batch-size", type=positive_int, default=16, help="crops per batch of a process"
+        "--batch-size",
+        type=positive_int,
+        help=f"crops per batch of a process (default: {CUDA_BATCH} on CUDA, else {BATCH})",
     )
     work.add_argument("--shard-size", type=positive_int, default=1024, help="images per shard file")
     work.add_argument(
@@ -132,6 +137,11 @@ def parse_args() -> Namespace:
     return parser.parse_args()
 
 
+def default_batch(device: torch.device) -> int:
+    """Return the crops per batch that keep ``device`` busy."""
+    return CUDA_BATCH if device.type == "cuda" else BATCH
+
+
 def make_plan(
     args: Namespace, samples: Samples, classes: list[str], vq: VQModel, name: str
 ) -> CodesPlan:
@@ -156,15 +166,19 @@ def make_plan(
 
 
 @torch.inference_mode()
-def encode_crops(vq: VQModel, codebook: Tensor, pixels: Tensor, args: Namespace) -> np.ndarray:
-    """Return codes (B, crops, tokens) of images (B, R, R, 3) uint8, in ``--batch-size`` crops."""
+def encode_crops(vq: VQModel, codebook: Tensor, pixels: Tensor, args: Namespace) -> Tensor:
+    """Return codes (B, crops, tokens) of images (B, R, R, 3) uint8, in ``--batch-size`` crops.
+
+    They are on the device, which may still be at work on them.
+    """
     device = codebook.device
     kinds = dict(ten_crop=args.ten_crop, flips=not args.no_flip)
-    crops = take_crops(pixels.to(device), args.image_size, **kinds)  # (B, K, S, S, 3)
+    pixels = pixels.to(device, non_blocking=True)  # (B, R, R, 3)
+    crops = take_crops(pixels, args.image_size, **kinds)  # (B, K, S, S, 3)
     with autocast(device, "bf16" if args.precision == "bf16" else "none"):
         parts = crops.flatten(0, 1).split(args.batch_size)  # (<=batch, S, S, 3) each
         codes = [vq.encode(to_model_range(part, device), codebook) for part in parts]
-    return torch.cat(codes).view(*crops.shape[:2], -1).cpu().numpy()  # (B, K, T)
+    return torch.cat(codes).view(*crops.shape[:2], -1)  # (B, K, T)
 
 
 class ShardBatches:
@@ -269,7 +283,8 @@ def make_shards(
         )
         encode = partial(encode_crops, vq, vq.quantize.codebook(), args=args)
         for shard, batches in groupby(loader, key=lambda batch: batch.first // plan.shard_size):
-            codes = [np.empty((0, len(plan.crops), plan.num_tokens), np.int64)]
+            none = torch.empty(0, len(plan.crops), plan.num_tokens, dtype=torch.int64)
+            codes = [none.to(world.device)]  # fetched once: a batch begins while one is computed
             labels, index, skipped = [], [], []
             for part in batches:
                 if fatal := [u for u in part.skipped if u.fatal or args.strict]:
@@ -281,7 +296,8 @@ def make_shards(
                 skipped += [(u.image, u.reason) for u in part.skipped]
                 claims.renew()
                 bar.update(len(part.images) + len(part.skipped))
-            joined = (np.concatenate(codes), np.concatenate(labels), np.concatenate(index))
+            joined_codes = torch.cat(codes).cpu().numpy()  # (images of the shard, K, T)
+            joined = (joined_codes, np.concatenate(labels), np.concatenate(index))
             write_shard(args.code_path, plan, shard, *joined, skipped)
             claims.release(shard)
 
@@ -291,13 +307,14 @@ def main() -> None:
     args = parse_args()
     world = init_distributed(connect=False)
     logger = create_logger(world)
+    if args.batch_size is None:
+        args.batch_size = default_batch(world.device)
     if args.precision == "auto":
         args.precision = "none"
         reason = "none (float32), on every machine: bf16 would change some codes"
     else:
         args.precision, reason = resolve_precision(args.precision, world.device)
-    torch.backends.cuda.matmul.allow_tf32 = args.precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    allow_tf32(args.precision == "tf32")
     listing = list_images(args.data_path)
     samples = listing.samples[:100] if args.debug else listing.samples
     vq, name = load_tokenizer(args)
@@ -314,7 +331,7 @@ def main() -> None:
         f"{plan.image_size}x{plan.image_size} -> {plan.grid[0]}x{plan.grid[1]} codes of {name}; "
         f"{missing} of {plan.num_shards} shards to make on {world.size} x {world.device}"
     )
-    vq = vq.to(world.device, memory_format=torch.channels_last)
+    vq = place_tokenizer(vq, world.device)
     make_all_shards(args, world, vq, plan, samples, logger)
     if not world.is_main:
         return

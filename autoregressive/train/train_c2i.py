@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from logging import Logger
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.load import load_gpt, resolve_parallelism
@@ -33,7 +34,7 @@ from dataset.codes import Codes
 from utils.distributed import World, init_distributed
 from utils.files import require_folder
 from utils.options import resolve, run_main
-from utils.parallel import delay_sync, replicate, shard
+from utils.parallel import delay_sync, fill, replicate, shard
 from utils.performance import peak_flops
 from utils.precision import autocast, log_level, resolve_precision
 from utils.training.options import split_batch
@@ -48,8 +49,13 @@ LOG_LINE = (
 )
 
 
-def make_model(args: Namespace, tokenizer_sha256: str | None) -> tuple[GPT, list[str]]:
+def make_model(
+    args: Namespace, tokenizer_sha256: str | None, device: torch.device
+) -> tuple[GPT, Iterable[tuple[str, Tensor]] | None, list[str]]:
     """Return a new model, or the weights of ``--gpt-ckpt``, and notes for the log.
+
+    For a GPU the model is on the meta device, and its weights come one at a time, to ``fill`` it
+    once it is sharded; on a CPU it has them, and they are None.
 
     The file must have learned codes of the same tokenizer. A class table for other classes, and
     special tokens that it lacks as LlamaGen's files do, are made anew; the notes say so.
@@ -69,10 +75,34 @@ def make_model(args: Namespace, tokenizer_sha256: str | None) -> tuple[GPT, list
         ffn_dropout_p=args.dropout_p,
         drop_path_rate=args.drop_path_rate,
     )
-    model = GPT(config)
-    model.init_weights()
+    with torch.device("cpu" if device.type == "cpu" else "meta"):
+        model = GPT(config)
+    if device.type == "cpu":
+        model.init_weights()
+    state, notes = pretrained_weights(args, config, tokenizer_sha256)
+    if device.type != "cpu":
+        return model, initial_weights(model, state), notes
+    model.load_state_dict(model.state_dict() | state)
+    return model, None, notes
+
+
+def initial_weights(model: GPT, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and value on the CPU of each parameter: of ``state``, else a new one."""
+    for name, parameter in model.named_parameters():
+        weight = state.get(name)
+        if weight is None:
+            weight = torch.empty(parameter.shape)
+            model.init_weight(name, weight)
+        yield name, weight
+
+
+def pretrained_weights(
+    args: Namespace, config: GPTConfig, tokenizer_sha256: str | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights of ``--gpt-ckpt`` that fit ``config``, and notes; see ``make_model``."""
     if args.gpt_ckpt is None:
-        return model, []
+        return {}, []
+    grid = config.grid_height
     pretrained, _, recorded = load_gpt(
         args.gpt_ckpt, (grid, grid), (grid, grid), args.gpt_model, None, None, args.vocab_size
     )
@@ -93,8 +123,7 @@ def make_model(args: Namespace, tokenizer_sha256: str | None) -> tuple[GPT, list
             f"{source} has {before.num_classes} classes, the codes have {config.num_classes}: the "
             "class table starts anew"
         )
-    model.load_state_dict(model.state_dict() | state)
-    return model, notes
+    return state, notes
 
 
 def check_options(args: Namespace, world: World) -> None:
@@ -115,8 +144,13 @@ def check_options(args: Namespace, world: World) -> None:
         raise ValueError("--shard-size needs --data-parallel hsdp")
 
 
-def parallelize(args: Namespace, model: GPT, world: World) -> nn.Module:
-    """Place ``model`` on the devices as the options say, and return what to call for a loss."""
+def parallelize(
+    args: Namespace, model: GPT, world: World, weights: Iterable[tuple[str, Tensor]] | None
+) -> nn.Module:
+    """Place ``model`` on the devices as the options say, and return what to call for a loss.
+
+    model, weights: see ``make_model``.
+    """
     on_cuda = world.device.type == "cuda"
     compiled = on_cuda if args.compile is None else args.compile
     torch.set_float32_matmul_precision("high" if args.mixed_precision == "tf32" else "highest")
@@ -131,8 +165,10 @@ def parallelize(args: Namespace, model: GPT, world: World) -> nn.Module:
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     grad_dtype = dtypes[args.grad_precision]
     if args.data_parallel == "ddp":
+        if weights is not None:
+            fill(model, weights, world.device)
         return replicate(world, model.to(world.device), grad_dtype)
-    return shard(
+    shard(
         world,
         model,
         model.layers,
@@ -143,6 +179,9 @@ def parallelize(args: Namespace, model: GPT, world: World) -> nn.Module:
         cpu_offload=args.cpu_offload,
         forward_methods=("decode_step",),
     )
+    if weights is not None:
+        fill(model, weights, world.device, args.cpu_offload)
+    return model
 
 
 def fixed_options(args: Namespace, model: GPT, codes: Codes) -> dict[str, Any]:
@@ -196,8 +235,8 @@ def main() -> None:
     # model, optimizer, and where an earlier run of the same command stopped
     check_options(args, world)
     torch.manual_seed(args.global_seed)
-    model, notes = make_model(args, codes.meta.get("tokenizer_sha256"))
-    forward = parallelize(args, model, world)
+    model, weights, notes = make_model(args, codes.meta.get("tokenizer_sha256"), device)
+    forward = parallelize(args, model, world, weights)
     state = make_training_state(model, args, world, args.ema, args.max_loss_spike)
     name = f"{args.gpt_model}-{args.ar_token_num}x-{args.image_size}"
     start = None if args.gpt_resume is None else require_folder(args.gpt_resume, "--gpt-resume")

@@ -36,18 +36,25 @@ def validate(
     ``val/loss`` over all tokens, ``val/loss_first`` over t1..tn, which are predicted one by one,
     and ``val/loss_rest`` over those predicted n at a time. Images that do not divide by the number
     of ranks are left out.
+
+    Compiled blocks run as they are written, as a compilation takes minutes in mid-run; those with
+    FlexAttention, which would hold all scores, stay compiled and get batches of one size.
     """
     images = min(images, len(codes))
     each = images // world.size
     sums = torch.zeros(model.order.num_tokens, device=world.device)  # (T,)
+    flex = model.block_mask is not None
     model.eval()
-    for start in range(0, each, batch):
-        mine = np.arange(start, min(start + batch, each)) + world.rank * each
-        x, y = codes.batch(mine * len(codes) // images, mine % codes.num_crops)  # (b, T), (b,)
-        inputs = (torch.from_numpy(a).to(world.device) for a in (x, y))
-        with autocast(world.device, precision):
-            _, losses = forward(*inputs)  # (b, T)
-        sums += losses.sum(0)
+    with torch.compiler.set_stance("default" if flex else "force_eager"):
+        for start in range(0, each, batch):
+            count = min(batch, each - start)
+            mine = np.arange(start, start + (batch if flex else count)).clip(max=each - 1)  # (b,)
+            mine += world.rank * each
+            x, y = codes.batch(mine * len(codes) // images, mine % codes.num_crops)  # (b, T), (b,)
+            inputs = (torch.from_numpy(a).to(world.device) for a in (x, y))
+            with autocast(world.device, precision):
+                _, losses = forward(*inputs)  # (b, T)
+            sums += losses[:count].sum(0)
     model.train()
     mean = world.mean(sums / each)  # (T,)
     n = model.order.n
@@ -61,7 +68,8 @@ def draw_samples(
 ) -> None:
     """Write a picture of 16 samples of evenly spaced classes, with the same randomness each time.
 
-    Sharded weights take every rank to generate; otherwise only rank 0 does.
+    Sharded weights take every rank to generate; otherwise only rank 0 does. Compiled blocks run as
+    they are written: each layer and many lengths would be compiled anew, in mid-run.
     """
     if not (sharded or world.is_main):
         return
@@ -71,7 +79,7 @@ def draw_samples(
     u = torch.from_numpy(uniforms).to(world.device)  # (b, T)
     options = SamplingOptions(cfg_scale=PICTURE_CFG_SCALE)
     model.eval()
-    with autocast(world.device, precision):
+    with autocast(world.device, precision), torch.compiler.set_stance("force_eager"):
         codes = generate(model, model.order, classes, u, options)  # (b, T)
     model.train()
     if world.is_main:

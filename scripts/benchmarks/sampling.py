@@ -34,7 +34,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autoregressive.decoding.decoder import Decoder, Way, choose_way, make_decoder, possible_ways
+from autoregressive.decoding.decoder import (
+    Decoder,
+    Way,
+    choose_way,
+    make_decoder,
+    place_for_decoding,
+    possible_ways,
+)
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import SamplingOptions
 from autoregressive.models import gpt
@@ -75,13 +82,13 @@ class PublishedCache:
         return keys, values  # (B, Hkv, T, hd)
 
 
-def published_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) -> Tensor:
+def published_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float, _: float) -> Tensor:
     """By torch's plain operators over copies of keys and values, made even where not needed."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, T, hd)
     return F.scaled_dot_product_attention(q, k, v, mask, p)  # (B, H, t, hd)
 
 
-def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) -> Tensor:
+def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float, _: float) -> Tensor:
     """By torch's fused attention, with a mask."""
     fused, grouped = F.scaled_dot_product_attention, q.shape[1] != k.shape[1]
     return fused(q, k, v, mask, p, enable_gqa=grouped)  # (B, H, t, hd)
@@ -205,7 +212,10 @@ def time_batches(case: Case, device: torch.device) -> tuple[dict[str, float | st
     model = random_model(case.gpt_model, case.n)
     ours = case.way not in ("published", "fused")
     way, decoder = way_of(model, case, device), None
-    model = model.cast_weights(way.dtype).to(device)
+    if ours:
+        model = place_for_decoding(model, way.dtype, device)
+    else:
+        model = model.cast_weights(way.dtype).to(device)
     if case.way in ("int8", "fp8"):
         quantize(model, case.way)
     if ours:

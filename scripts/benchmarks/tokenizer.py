@@ -34,6 +34,7 @@ from scripts.benchmarks.common import (
     write_results,
 )
 from tokenizer.discriminator import DISCRIMINATORS, make_discriminator
+from tokenizer.layout import place_tokenizer
 from tokenizer.vq_loss import Adversary, ReconstructionLoss, discriminator_hinge, generator_hinge
 from tokenizer.vq_model import VectorQuantizer, VQ_models, VQModel, make_vq_config
 from utils.distributed import World, init_distributed
@@ -113,7 +114,7 @@ def our_step(
     )
     options = Namespace(**options, weight_decay=0.05, beta1=0.9, beta2=0.95, max_skipped_steps=20)
     memory_format = torch.channels_last if world.device.type == "cuda" else torch.contiguous_format
-    model.to(memory_format=memory_format)
+    place_tokenizer(model, world.device, memory_format)
     supervised = ReconstructionLoss(options, world.device, memory_format)
     adversary = Adversary(options, world, memory_format)
     scaler = torch.amp.GradScaler(world.device.type, enabled=False)

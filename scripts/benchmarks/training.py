@@ -79,7 +79,7 @@ def our_batches(work: Path, batch: int, steps: int) -> Iterator[tuple[Tensor, Te
         yield pair
 
 
-def published_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float) -> Tensor:
+def published_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float, _: float) -> Tensor:
     """The fused attention of torch, in autocast's type."""
     return F.scaled_dot_product_attention(q, k, v, mask, p)  # (B, H, T, hd)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from autoregressive.decoding.compiled import CompiledDecoder
 from autoregressive.decoding.cpu.build import unavailable_reason
 from autoregressive.decoding.cpu.decoder import CPUDecoder
-from autoregressive.decoding.decoder import Decoder
+from autoregressive.decoding.decoder import Decoder, place_for_decoding
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import SamplingOptions, filter_logits
 from autoregressive.models.gpt import GPT
@@ -119,7 +119,7 @@ def check_stored(context: Context, way: str, precision: str) -> Result:
     """Compare logits of decoding with weights and cache in ``precision`` with float32's."""
     device = use_device(context)
     file = open_golden(context, "gpt_tiny_n4.npz")
-    model = golden_gpt(file).cast_weights(AUTOCAST_DTYPE[precision]).to(device)
+    model = place_for_decoding(golden_gpt(file), AUTOCAST_DTYPE[precision], device)
     found = agreement(make_decoder(model, way, 8), golden_gpt(file).to(device))
     error = found["logit error"]
     equal = f"{found['equal tokens']:.0%} of greedy tokens equal float32's"

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from autoregressive.decoding.decoder import make_decoder
+from autoregressive.decoding.decoder import make_decoder, place_for_decoding
 from scripts.benchmarks import sampling, training
 from scripts.benchmarks.common import read_bandwidth
 from scripts.diagnosis.check import BROKEN, OK, SLOW, Context, NotHere, Result, short
@@ -125,7 +125,7 @@ def check_agreement(context: Context) -> Result:
     case = replace(sampling_case(context, "compiled"), batch=1)
     model = sampling.random_model(case.gpt_model, case.n)
     way = sampling.way_of(model, case, device)
-    decoder = make_decoder(model.cast_weights(way.dtype).to(device), way, 2 * case.n)
+    decoder = make_decoder(place_for_decoding(model, way.dtype, device), way, 2 * case.n)
     reference = sampling.random_model(case.gpt_model, case.n).to(device)
     found = sampling.agreement(decoder, reference)
     error, equal = found["logit error"], found["equal tokens"]
