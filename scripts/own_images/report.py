@@ -99,7 +99,7 @@ def main() -> None:
     parser = make_parser(__doc__, example)
     text = "folder that scripts/own_images.sh wrote"
     parser.add_argument("--output", required=True, help=text)
-    text = "seconds that the run took, for the record"
+    text = "seconds that the run took, or its last part; for the record"
     parser.add_argument("--seconds", type=non_negative_int, help=text)
     args = parser.parse_args()
     path = require_file(Path(args.output) / "plan.json", "--output", "not of own_images.sh")
@@ -108,7 +108,9 @@ def main() -> None:
     measured = read_metrics(files)
     psnr = json.loads((ROOT / f"{files.reconstructions}.json").read_text())["psnr"]
     metrics = {name: found["metrics"] for name, found in measured.items()}
-    write_options(path.with_name("report.json"), args, plan=asdict(plan), psnr=psnr, **metrics)
+    record = path.with_name("report.json")
+    if not record.exists():  # a rerun of a finished run changes nothing
+        write_options(record, args, plan=asdict(plan), psnr=psnr, **metrics)
     print(
         f"\npictures\n  samples, a row per class                    {files.picture}\n"
         f"  held-out images beside their reconstruction  {files.reconstructions}.png"
