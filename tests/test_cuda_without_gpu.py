@@ -602,7 +602,7 @@ def test_sharded_norms_are_as_under_autocast(two_ranks):
 
 
 def test_extraction_does_not_wait_for_each_batch():
-    """Several images a batch, whose codes stay on the device until their shard is whole."""
+    """Several images per batch, whose codes stay on the device until their shard is whole."""
     assert extract_codes_c2i.default_batch(CUDA) // 10 > 1
     with torch.device("meta"):
         vq = VQModel(make_vq_config("VQ-4", codebook_size=64)).eval()

@@ -26,6 +26,12 @@ def to_uint8(images: Tensor, size: int | None = None) -> Tensor:
     return values.permute(0, 2, 3, 1).to(torch.uint8)  # (B, S, S, 3)
 
 
+def enlarge(cells: np.ndarray, size: int) -> np.ndarray:
+    """Repeat each value of a square grid (h, h) over its pixels: (size, size, 1)."""
+    side = size // len(cells)
+    return cells.repeat(side, 0).repeat(side, 1)[..., None]  # (S, S, 1)
+
+
 def save_png(path: str | Path, pixels: np.ndarray) -> None:
     """Write uint8 (H, W, 3) as PNG, atomically."""
     with atomic_path(path) as temporary:

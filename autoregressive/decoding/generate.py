@@ -102,7 +102,8 @@ class Generator:
         cache, tokens, labels = self.cache.first_rows(rows), self.tokens[:rows], self.labels[:rows]
         labels[:batch] = cond
         labels[batch:] = decoder.config.num_classes
-        self.kept_likelihood.zero_()
+        if self.editing:
+            self.kept_likelihood.zero_()
         for i, (start, stop) in enumerate(self.order.schedule):
             if guided and i == self.guided_steps:  # from here on the unconditional half rests
                 guided = False

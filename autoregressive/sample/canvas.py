@@ -12,6 +12,7 @@ from PIL import Image
 
 from dataset.augmentation import center_crop
 from dataset.imagenet import open_image
+from utils.images import enlarge
 
 GREY = 128  # of a larger canvas, before it is filled
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the image
@@ -77,8 +78,7 @@ def blend(original: np.ndarray, made: np.ndarray, anew: np.ndarray, feather: int
 
     feather: width in pixels over which, outside of the codes made anew, one turns into the other.
     """
-    side = original.shape[0] // anew.shape[0]
-    share = torch.from_numpy(anew.repeat(side, 0).repeat(side, 1)).float()[None]  # (1, S, S)
+    share = torch.from_numpy(enlarge(anew, len(original))).float().permute(2, 0, 1)  # (1, S, S)
     if feather:
         width = 2 * feather + 1
         grown = F.max_pool2d(share, width, stride=1, padding=feather)  # (1, S, S)

@@ -23,6 +23,12 @@ def class_names(pipeline: Pipeline) -> list[str]:
     return [info.label_name_to_description(n) if n in known else n for n in names or wnids]
 
 
+def class_labels(classes: list[int], names: list[str]) -> list[str]:
+    """Return "ID NAME" of each class, by its first synonym; ID alone where that is its name."""
+    first_names = [name.split(",")[0] for name in names]
+    return [f"{i} {first_names[i]}" if first_names[i] != str(i) else str(i) for i in classes]
+
+
 def find_classes(words: list[str], names: list[str]) -> list[int]:
     """Return the class ids that ``--classes`` lists, as ids or as names between commas.
 

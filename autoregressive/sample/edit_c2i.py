@@ -23,14 +23,14 @@ from torch import Tensor
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import image_randomness
 from autoregressive.sample.canvas import blend, mask_of_codes, open_canvas
-from autoregressive.sample.classes import class_names, find_classes
+from autoregressive.sample.classes import class_labels, class_names, find_classes
 from autoregressive.sample.options import add_model_options, add_sampling_options, parse_sampler
 from autoregressive.sample.pipeline import Pipeline, load_pipeline
 from autoregressive.sample.trace import GREY, Trace, write_trace
 from dataset.imagenet import to_model_range
 from utils.distributed import init_distributed
 from utils.files import prepare_folder, require_file
-from utils.images import labelled_rows, save_png, to_uint8
+from utils.images import enlarge, labelled_rows, save_png, to_uint8
 from utils.logger import progress
 from utils.options import (
     fraction,
@@ -112,9 +112,7 @@ class Edit:
 
     def covered(self) -> np.ndarray:
         """Return the image with grey codes where it is made anew: uint8 (S, S, 3)."""
-        side = len(self.pixels) // len(self.anew)
-        grey = self.anew.repeat(side, 0).repeat(side, 1)[..., None]  # (S, S, 1)
-        return np.where(grey, np.uint8(GREY), self.pixels)
+        return np.where(enlarge(self.anew, len(self.pixels)), np.uint8(GREY), self.pixels)
 
 
 @dataclass(frozen=True)
@@ -156,11 +154,11 @@ def complete(args: Namespace, pipeline: Pipeline, edit: Edit, label: int, row: i
     return Completions(images.reshape(*shape, *images.shape[1:]), likelihoods, frames)
 
 
-def write(args: Namespace, pipeline: Pipeline, edit: Edit, made: list[Completions]) -> None:
+def write(
+    args: Namespace, pipeline: Pipeline, edit: Edit, made: list[Completions], labels: list[str]
+) -> None:
     """Write results, sheet and record of all classes."""
     output = Path(args.output)
-    names = class_names(pipeline)
-    labels = [f"{label} {names[label].split(',')[0]}" for label in args.classes]
     results = np.concatenate([completions.results for completions in made])  # (R N, S, S, 3)
     paths = [output.with_stem(f"{output.stem}-{i}") for i in range(len(results))]
     paths = paths if len(results) > 1 else [output]
@@ -201,7 +199,8 @@ def main() -> None:
         require_file(args.mask, "--mask")
     world = init_distributed()
     pipeline = load_pipeline(args, world, compiled=False)
-    args.classes = find_classes(args.classes, class_names(pipeline))
+    names = class_names(pipeline)
+    args.classes = find_classes(args.classes, names)
     size = pipeline.image_size
     pixels, masked = open_canvas(
         args.image, size, args.mask, args.box or (), args.margins or (0, 0, 0, 0)
@@ -221,7 +220,7 @@ def main() -> None:
 
     classes = progress(world, "editing", len(args.classes), unit="classes", items=args.classes)
     made = [complete(args, pipeline, edit, label, row) for row, label in enumerate(classes)]
-    write(args, pipeline, edit, made)
+    write(args, pipeline, edit, made, class_labels(args.classes, names))
 
 
 if __name__ == "__main__":

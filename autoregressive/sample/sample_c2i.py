@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from autoregressive.decoding.sampling import image_randomness
-from autoregressive.sample.classes import class_names, find_classes
+from autoregressive.sample.classes import class_labels, class_names, find_classes
 from autoregressive.sample.options import (
     RETIRED_OPTIONS,
     add_model_options,
@@ -102,8 +102,7 @@ def main() -> None:
         rows.append(to_uint8(pipeline.decode(codes)).cpu().numpy())  # (b, S, S, 3)
         if trace:
             traces.append(trace.frames)
-    first_names = [name.split(",")[0] for name in names]
-    labels = [f"{i} {first_names[i]}" if first_names[i] != str(i) else str(i) for i in args.classes]
+    labels = class_labels(args.classes, names)
     save_png(output, labelled_rows(np.stack(rows), labels))
     write_options(output.with_suffix(".json"), args, class_names=labels, **pipeline.facts())
     print(f"{output}: a row each of {', '.join(labels)}")

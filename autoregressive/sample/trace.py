@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from autoregressive.sample.pipeline import Pipeline
-from utils.images import image_grid, save_gif, save_png, to_uint8
+from utils.images import enlarge, image_grid, save_gif, save_png, to_uint8
 
 GREY = 96  # of codes that are not decoded yet
 
@@ -30,9 +30,8 @@ class Trace:
             codes = tokens[:, order.inverse.to(tokens.device)]  # (B, T)
             pixels = to_uint8(self.pipeline.decode(codes)).cpu().numpy()  # (B, S, S, 3)
             there = (order.inverse < decoded).view(order.grid).numpy()  # (h, w)
-            side = pixels.shape[1] // order.grid[0]
-            there = there.repeat(side, 0).repeat(side, 1)[None, :, :, None]  # (1, S, S, 1)
-            self.frames.append(np.where(there, pixels, np.uint8(GREY)))
+            known = enlarge(there, pixels.shape[1])  # (S, S, 1)
+            self.frames.append(np.where(known, pixels, np.uint8(GREY)))
         self.step += 1
 
 

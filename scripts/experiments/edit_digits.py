@@ -24,7 +24,7 @@ from evaluations.c2i.classifier import load_classifier
 from scripts.benchmarks.common import write_results
 from tokenizer.load import load_vq
 from utils.distributed import init_distributed
-from utils.images import image_grid, save_png, to_uint8
+from utils.images import enlarge, image_grid, save_png, to_uint8
 from utils.logger import progress
 from utils.options import make_parser, positive_int, run_main
 
@@ -102,7 +102,8 @@ def measure(args: Namespace) -> dict[str, float]:
 
     results, columns = {}, []
     results["reconstructions"], pixels = share_read(codes)
-    columns += [pixels[:20], np.where(cover(hidden, pixels), np.uint8(128), pixels[:20])]
+    grey = enlarge(hidden, pixels.shape[1])  # (S, S, 1)
+    columns += [pixels[:20], np.where(grey, np.uint8(128), pixels[:20])]
     options = SamplingOptions(cfg_scale=args.cfg_scale)
     for candidates in args.candidates:
         generator = Generator(gpt, gpt.order, options, BATCH * candidates, editing=True)
@@ -119,12 +120,6 @@ def measure(args: Namespace) -> dict[str, float]:
     save_png(picture, image_grid(np.concatenate(columns), columns=20))
     print(f"{picture}: digits, what is kept, completions")
     return results
-
-
-def cover(hidden: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Return bool (1, S, S, 1), True where codes are hidden."""
-    side = pixels.shape[1] // len(hidden)
-    return hidden.repeat(side, 0).repeat(side, 1)[None, :, :, None]
 
 
 if __name__ == "__main__":

@@ -110,7 +110,10 @@ def main() -> None:
     metrics = {name: found["metrics"] for name, found in measured.items()}
     record = path.with_name("report.json")
     if not record.exists():  # a rerun of a finished run changes nothing
-        write_options(record, args, plan=asdict(plan), psnr=psnr, **metrics)
+        facts = asdict(plan)
+        for place in ("folder", "output"):  # of this machine alone
+            del facts["options"][place]
+        write_options(record, args, plan=facts, psnr=psnr, **metrics)
     print(
         f"\npictures\n  samples, a row per class                    {files.picture}\n"
         f"  held-out images beside their reconstruction  {files.reconstructions}.png"
