@@ -294,7 +294,7 @@ def test_attention_gets_what_a_fast_kernel_takes(monkeypatch, size):
         decoded = len(sdpa.calls)
         codes = torch.zeros(2, 16, dtype=torch.int64, device=CUDA)
         place(training)(codes, torch.zeros(2, dtype=torch.int64, device=CUDA))
-    assert decoded == 2 * len(model.order.schedule) and len(sdpa.calls) == decoded + 1
+    assert decoded == 2 * len(model.order.steps) and len(sdpa.calls) == decoded + 1
     assert not [name for name, *_ in operations if "pad" in name], "padded once, at load"
     # cuDNN would make a plan for each length; elsewhere it may be chosen
     assert [call.cudnn for call in sdpa.calls] == [False] * decoded + [True]

@@ -52,7 +52,7 @@ def test_kept_codes_are_kept_on_every_way(n, way, scale):
     assert not torch.equal(made[~keep], codes[~keep])
     steps = []
     again = generator(cond, uniforms, lambda tokens, stop: steps.append(stop), codes, keep)
-    assert torch.equal(made, again) and len(steps) == len(model.order.schedule)
+    assert torch.equal(made, again) and len(steps) == len(model.order.steps)
 
 
 @pytest.mark.parametrize("n", [1, 4])

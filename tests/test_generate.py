@@ -136,7 +136,7 @@ def greedy_without_cache(model: GPT, cond: Tensor, scale) -> Tensor:
     """
     codes = torch.zeros(len(cond), model.order.num_tokens, dtype=torch.long)
     null = torch.full_like(cond, model.config.num_classes)
-    for start, stop in model.order.schedule:
+    for start, stop, _, _ in model.order.steps:
         conditional, unconditional = model.logits(codes, cond), model.logits(codes, null)
         now = scale(start / model.order.num_tokens) if callable(scale) else scale
         logits = unconditional + now * (conditional - unconditional)
@@ -305,7 +305,7 @@ def test_the_unconditional_half_rests_once_guidance_is_over(monkeypatch):
     )
     options = SamplingOptions(cfg_scale=2.0, cfg_interval=20)
     generate(model, model.order, torch.tensor([0, 1]), torch.rand(2, 64), options)
-    decoded = [start for start, _ in model.order.schedule]
+    decoded = [step.first for step in model.order.steps]
     assert rows == [4 if d <= 20 else 2 for d in decoded]
 
 

@@ -82,7 +82,7 @@ def test_no_logit_depends_on_a_later_token(n_kv_head):
                 codes[:, order.permutation[s]] + 1
             ) % model.config.vocab_size
             differs = (model.logits(changed, cond) != before).any(-1).any(0)
-            later = order.steps > order.steps[s]
+            later = order.step_of_slot > order.step_of_slot[s]
             assert not differs[~later].any(), s
 
 

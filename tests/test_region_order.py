@@ -44,23 +44,23 @@ def test_permutation_matches_slow_version_and_inverts(grid, n):
 
 @pytest.mark.parametrize("n, calls", [(1, 576), (4, 147), (16, 51)])
 def test_forward_calls_of_the_paper(n, calls):
-    assert len(RegionOrder.build(24, n).schedule) == calls
+    assert len(RegionOrder.build(24, n).steps) == calls
 
 
 @pytest.mark.parametrize("grid, n", CUTS)
 def test_schedule_covers_every_slot_once_and_follows_the_steps(grid, n):
     order = RegionOrder.build(grid, n)
-    slots = [list(range(start, stop)) for start, stop in order.schedule]
+    slots = [list(range(start, stop)) for start, stop, _, _ in order.steps]
     assert sum(slots, []) == list(range(order.num_tokens))
     for step, group in enumerate(slots):
-        assert set(order.steps[group].tolist()) == {step}
+        assert set(order.step_of_slot[group].tolist()) == {step}
 
 
 @pytest.mark.parametrize("grid, n", CUTS)
 def test_decoding_needs_no_mask(grid, n):
     """What a slot may see is what is cached when its step runs: earlier steps and its own."""
     order = RegionOrder.build(grid, n)
-    for start, stop in order.schedule:
+    for start, stop, _, _ in order.steps:
         expected = torch.zeros(stop - start, order.num_tokens, dtype=torch.bool)
         expected[:, :stop] = True
         assert torch.equal(order.mask()[start:stop], expected)
@@ -75,7 +75,7 @@ def test_raster_order_is_causal():
 def test_attention_truth_table_n4_on_4x4():
     """Slots: class, t1..t4, 3 special, one group of 4 (the last of 16 tokens is no input)."""
     order = RegionOrder.build(4, 4)
-    assert order.steps.tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6]
+    assert order.step_of_slot.tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6]
     sees = ["".join("x" if v else "." for v in row) for row in order.mask().tolist()]
     assert sees[0] == "x" + "." * 15
     assert sees[3] == "xxxx" + "." * 12

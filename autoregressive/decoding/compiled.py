@@ -43,10 +43,12 @@ class CompiledDecoder(StepDecoder):
 
     def trunk(self, x: Tensor, start: int, cache: KVCache) -> Tensor:
         """Apply blocks and final norm to slots [start, start + t): (B, t, D) -> (B, t, D)."""
-        freqs_cis = self.model.freqs_cis[start : start + x.shape[1]]  # (t, hd/2, 2)
+        stop = start + x.shape[1]
+        freqs_cis = self.model.freqs_cis[start:stop]  # (t, hd/2, 2)
+        mask = self.model.window_mask(start, stop)
         for block in self.model.layers:
             q, k, v = self._before(block, x, freqs_cis)  # (B, H or Hkv, t, hd)
-            y = block.attention.attend(q, k, v, None, cache, start)  # (B, t, D)
+            y = block.attention.attend(q, k, v, mask, cache, start)  # (B, t, D)
             x = self._after(block, x, y)  # (B, t, D)
         return self.model.norm(x)  # (B, t, D)
 

@@ -50,10 +50,10 @@ class Decoder(Protocol):
         self,
         tokens: Tensor,
         cond: Tensor,
-        start: int,
-        stop: int,
+        first: int,
+        last: int,
         cache: Any,
-        cfg_scale: float | None,
+        cfg_scale: float | Tensor | None,
     ) -> Tensor:
         """See ``GPT.decode_step``."""
 
@@ -191,7 +191,7 @@ def time_step(model: GPT, way: Way, batch: int, guided: bool) -> float:
     layers = min(model.config.n_layer, -(-MEASURED_BYTES // layer_bytes))
     part = first_layers(model, layers).cast_weights(way.dtype)
     rows = 2 * batch if guided else batch
-    start, stop = model.order.schedule[len(model.order.schedule) // 2]
+    step = len(model.order.steps) // 2
     decoder = make_decoder(part, way, rows * model.order.n)
     tokens = torch.zeros(rows, model.order.num_tokens, dtype=torch.int64)  # (R, T)
     labels = torch.zeros(rows, dtype=torch.int64)  # (R,)
@@ -199,11 +199,11 @@ def time_step(model: GPT, way: Way, batch: int, guided: bool) -> float:
     cache.store.zero_()  # memory never written to would be read from one page
 
     scale = 1.5 if guided else None
-    decoder.decode_step(tokens, labels, start, stop, cache, scale)  # warm up
+    decoder.decode_step(tokens, labels, step, step + 1, cache, scale)  # warm up
     seconds: list[float] = []
     while not seconds or sum(seconds) < MEASURED_SECONDS:
         started = time.perf_counter()
-        decoder.decode_step(tokens, labels, start, stop, cache, scale)
+        decoder.decode_step(tokens, labels, step, step + 1, cache, scale)
         seconds.append(time.perf_counter() - started)
     return min(seconds)
 

@@ -1,4 +1,7 @@
-"""Logits -> tokens: sampling options, filters, and the draw by inverse CDF. Pure functions."""
+"""Logits -> tokens: sampling options, filters, and the draw by inverse CDF or Gumbel noise.
+
+Pure functions.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from torch import Tensor
 
 WHOLE = 2.0**36  # a probability of 1 as a whole number, see ``cumulative``
 CFG_SCHEDULES = ("constant", "linear", "power-cosine")
+TEMPERATURE_SCHEDULES = ("constant", "linear", "cosine")
+NOISES = ("uniform", "gumbel")
 
 
 @dataclass(frozen=True)
@@ -25,12 +30,22 @@ class SamplingOptions:
     temperature: float = 1.0  # 0: the most likely token
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
+    temperature_schedule: str = "constant"  # linear, cosine: from temperature to temperature_end
+    temperature_end: float = 1.0  # after the last token
+    noise: str = "uniform"  # one number per token; gumbel: one per token and code
 
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, (self.cfg_scale, self.temperature))):
             raise ValueError(
                 f"--cfg-scale {self.cfg_scale} and --temperature {self.temperature} must be finite"
             )
+        for option, value, choices in (
+            ("--cfg-schedule", self.cfg_schedule, CFG_SCHEDULES),
+            ("--temperature-schedule", self.temperature_schedule, TEMPERATURE_SCHEDULES),
+            ("--noise", self.noise, NOISES),
+        ):
+            if value not in choices:
+                raise ValueError(f"{option} {value} must be one of {', '.join(choices)}")
         if not 1.0 <= self.cfg_scale <= 1e3:
             raise ValueError(
                 f"--cfg-scale {self.cfg_scale} must be in [1, 1000] (1 is no guidance)"
@@ -39,16 +54,19 @@ class SamplingOptions:
             raise ValueError(
                 f"--cfg-interval {self.cfg_interval} must be a token count, or -1 for all tokens"
             )
-        if self.cfg_schedule not in CFG_SCHEDULES:
-            raise ValueError(
-                f"--cfg-schedule {self.cfg_schedule} must be one of {', '.join(CFG_SCHEDULES)}"
-            )
         if not 0.0 < self.cfg_power < math.inf:
             raise ValueError(f"--cfg-power {self.cfg_power} must be a finite number above 0")
         if self.temperature != 0.0 and not 1e-3 <= self.temperature <= 1e3:
             raise ValueError(
                 f"--temperature {self.temperature} must be 0 (greedy) or in [0.001, 1000]"
             )
+        if self.temperature_schedule != "constant":
+            if self.temperature == 0.0 or not 1e-3 <= self.temperature_end <= 1e3:
+                raise ValueError(
+                    f"--temperature-schedule {self.temperature_schedule} goes from --temperature "
+                    f"{self.temperature} to --temperature-end {self.temperature_end}; both must be "
+                    "in [0.001, 1000]"
+                )
         if self.top_k < 0:
             raise ValueError(f"--top-k {self.top_k} must not be negative (0 is off)")
         if not 0.0 < self.top_p <= 1.0:
@@ -70,18 +88,34 @@ class SamplingOptions:
         }[self.cfg_schedule]
         return 1.0 + (self.cfg_scale - 1.0) * share
 
+    def temperature_at(self, decoded: int, total: int) -> float:
+        """Return the temperature of a step after ``decoded`` of ``total`` tokens.
+
+        With progress p = decoded / total: T + (T_end - T) s, s = p or (1 - cos(pi p)) / 2.
+        """
+        progress = decoded / total
+        share = {
+            "constant": 0.0,
+            "linear": progress,
+            "cosine": (1.0 - math.cos(math.pi * progress)) / 2.0,
+        }[self.temperature_schedule]
+        return self.temperature + (self.temperature_end - self.temperature) * share
+
 
 def image_randomness(
-    seed: int, indices: range, num_classes: int, num_tokens: int
+    seed: int, indices: range, num_classes: int, num_tokens: int, noise: str = "uniform"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return random class ids (B,) int64 and uniforms (B, T) float32 in [0, 1) of ``indices``.
+    """Return random class ids (B,) int64 and random numbers (B, T) of ``indices``.
 
-    Each image's are a function of (seed, index) alone.
+    The numbers are those that ``sample`` takes for ``noise``: uniforms in [0, 1), float32, or keys
+    of Gumbel noise, int64. Each image's are a function of (seed, index) alone.
     """
     streams = [np.random.Generator(np.random.Philox(key=[seed, i])) for i in indices]
     labels = np.array([s.integers(num_classes) for s in streams], dtype=np.int64)
-    uniforms = np.stack([s.random(num_tokens, dtype=np.float32) for s in streams])
-    return labels, uniforms
+    if noise == "gumbel":
+        keys = [s.integers(-(2**63), 2**63, num_tokens, dtype=np.int64) for s in streams]
+        return labels, np.stack(keys)
+    return labels, np.stack([s.random(num_tokens, dtype=np.float32) for s in streams])
 
 
 def sums_in_order(device: torch.device) -> bool:
@@ -121,17 +155,33 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def sample(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
-    """Draw tokens by inverse CDF: the first token whose cumulative probability exceeds u.
+def sample(
+    logits: Tensor,
+    randomness: Tensor,
+    options: SamplingOptions,
+    temperature: float | Tensor | None = None,
+) -> Tensor:
+    """Draw tokens (B, t) int64 from logits (B, t, V); one of probability 0 is never drawn.
 
-    logits: (B, t, V); uniforms: (B, t) in [0, 1). Returns (B, t) int64. A token of probability 0 is
-    never drawn.
+    randomness: (B, t), see ``image_randomness``. temperature: instead of that of ``options``, one
+    or (t, 1).
     """
     if options.temperature == 0.0:
         return logits.argmax(-1)  # (B, t)
-    if options.temperature != 1.0:
-        logits = logits / options.temperature  # (B, t, V)
+    temperature = options.temperature if temperature is None else temperature
+    if isinstance(temperature, Tensor) or temperature != 1.0:
+        logits = logits / temperature  # (B, t, V)
     logits = filter_logits(logits, options.top_k, options.top_p)  # (B, t, V)
+    if options.noise == "gumbel":
+        return (logits + gumbel_noise(randomness, logits.shape[-1])).argmax(-1)  # (B, t)
+    return inverse_cdf(logits, randomness)  # (B, t)
+
+
+def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Return the first tokens whose cumulative probability exceeds u.
+
+    logits: (B, t, V); uniforms: (B, t) in [0, 1). Returns (B, t) int64.
+    """
     cdf, _ = cumulative(logits.softmax(-1))  # (B, t, V)
     # The last value y of cdf is 1 only up to rounding. u stays below it, so that the search ends
     # within the vocabulary: uniforms are at most 1 - 2^-24, and (1 - 2^-24) y rounds to below y.
@@ -140,6 +190,28 @@ def sample(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor
     else:
         u = uniforms[..., None] * cdf[..., -1:]  # (B, t, 1)
     return torch.searchsorted(cdf, u, right=True).squeeze(-1)  # (B, t)
+
+
+def gumbel_noise(keys: Tensor, codes: int) -> Tensor:
+    """Return standard Gumbel noise (..., V) float32 of keys (...) int64, for codes 0 to V - 1.
+
+    Each value is a function of its key and code alone, on every device up to rounding. The largest
+    of logits + noise is a draw from their softmax (Gumbel-max). Small changes of the logits seldom
+    change it, while the inverse CDF shifts all later codes.
+    """
+    code = torch.arange(codes, dtype=torch.int32, device=keys.device)  # (V,)
+    low, high = keys.to(torch.int32), (keys >> 32).to(torch.int32)  # (...) each
+    bits = _mix(_mix(code ^ low[..., None]) ^ high[..., None])  # (..., V)
+    # small uniforms, which decide, keep their precision: log1p, and 31 bits
+    uniform = ((bits & 0x7FFFFFFF).float() + 0.5) * 2.0**-31  # (..., V)
+    return uniform.neg_().log1p_().neg_().log_().neg_()  # (..., V)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Mix 32 bits, one to one: "lowbias32" of Ellis' hash prospector; int32 products wrap."""
+    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ (x >> 15 & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return x ^ (x >> 16 & 0xFFFF)
 
 
 def log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoregressive.models.region_order import RegionOrder
 
-def guide(hidden: Tensor, cfg_scale: float | None) -> Tensor:
+def guide(hidden: Tensor, cfg_scale: float | Tensor | None) -> Tensor:
     """Guide hidden states (B, t, D), a conditional and an unconditional half -> (B / 2, t, D).
 
-    uncond + cfg_scale (cond - uncond), computed in at least float32. The output layer is linear, so
-    this guides the logits at half its work. Without ``cfg_scale`` returns ``hidden``.
+    uncond + cfg_scale (cond - uncond), computed in at least float32; one scale or (t, 1). The
+    output layer is linear, so this guides the logits at half its work. Without ``cfg_scale``
+    returns ``hidden``.
     """
     if cfg_scale is None:
         return hidden
@@ -25,6 +27,7 @@ def guide(hidden: Tensor, cfg_scale: float | None) -> Tensor:
 class StepDecoder:
     """One decoding step by ``embed_slots``, ``trunk`` and ``head`` of a GPT or a faster decoder."""
 
+    order: RegionOrder
     embed_slots: Callable[[Tensor, Tensor, int, int], Tensor]
     trunk: Callable[..., Tensor]  # a GPT's takes a mask too
     head: Callable[[Tensor], Tensor]
@@ -33,18 +36,24 @@ class StepDecoder:
         self,
         tokens: Tensor,
         cond: Tensor,
-        start: int,
-        stop: int,
+        first: int,
+        last: int,
         cache: Any,
-        cfg_scale: float | None = None,
+        cfg_scale: float | Tensor | None = None,
     ) -> Tensor:
-        """Return logits (B, stop - start, V) of slots [start, stop), at least float32.
+        """Return logits (B, t, V) of the tokens that steps [first, last) predict, in float32 or
+        wider.
 
-        tokens: (B, T) region-ordered codes, read only where already decoded; cond: (B,). Steps must
-        come in the schedule's order with one cache of ``new_cache``. Every cached key is visible,
-        so there is no mask. With ``cfg_scale`` the rows are a conditional half and an unconditional
-        one, and logits are those of ``guide``, (B / 2, ...).
+        tokens: (B, T) region-ordered codes, read only where steps before ``last`` decode them; cond:
+        (B,). Steps must come in order with one cache of ``new_cache``, but may come again: keys and
+        values are then overwritten. Within one step every cached key is visible, so there is no
+        mask. With ``cfg_scale``, a number or (t, 1), the rows are a conditional half and an
+        unconditional one, and logits are those of ``guide``, (B / 2, ...).
         """
-        x = self.embed_slots(tokens, cond, start, stop)  # (B, t, D)
-        hidden = self.trunk(x, start, cache=cache)  # (B, t, D)
+        steps = self.order.steps
+        start, stop = steps[first].start, steps[last - 1].stop
+        x = self.embed_slots(tokens, cond, start, stop)  # (B, slots, D)
+        hidden = self.trunk(x, start, cache=cache)  # (B, slots, D)
+        if (predicting := self.order.predicting_among(first, last)) is not None:
+            hidden = hidden[:, predicting]  # (B, t, D)
         return self.head(guide(hidden, cfg_scale))  # (B or B / 2, t, V)

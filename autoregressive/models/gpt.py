@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from autoregressive.models.attention import DenseMask, KVCache, Mask, attend, query_chunks
 from autoregressive.models.decode_step import StepDecoder
 from autoregressive.models.dropout import Dropout, DropPath
+from autoregressive.models.embeddings import LabelEmbedder, SpecialTokens
 from autoregressive.models.linear_cross_entropy import linear_cross_entropy
 from autoregressive.models.region_order import RegionOrder
 
@@ -42,6 +43,7 @@ class GPTConfig:
     grid_height: int = 24
     grid_width: int = 24
     ar_token_num: int = 4  # n, tokens predicted at once; n - 1 special tokens
+    schedule: str = "region"  # tokens of each step, see schedules.py
     class_dropout_prob: float = 0.1
     token_dropout_p: float = 0.1
     attn_dropout_p: float = 0.1
@@ -91,36 +93,8 @@ GPT_models: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
-class LabelEmbedder(nn.Module):
-    """Class ids -> embeddings; the row after the last class is the null class of guidance."""
-
-    def __init__(self, num_classes: int, dim: int, dropout_prob: float):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, dim)
-        self.num_classes = num_classes
-        self.dropout_prob = dropout_prob
-
-    def forward(self, labels: Tensor) -> Tensor:
-        """(B,) int64 -> (B, D); in training labels become null with ``dropout_prob``."""
-        if self.training and self.dropout_prob > 0:
-            drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob  # (B,)
-            labels = torch.where(drop, self.num_classes, labels)  # (B,)
-        return self.embedding_table(labels)  # (B, D)
-
-
-class SpecialTokens(nn.Module):
-    """Holder of the n-1 learnable tokens that start parallel prediction (paper, section 3.3).
-
-    It exists for the name that the table has in checkpoints.
-    """
-
-    def __init__(self, count: int, dim: int):
-        super().__init__()
-        self.special_embeddings = nn.Embedding(count, dim)
-
-
 def rotary_table(positions: Tensor, head_dim: int, base: float) -> Tensor:
-    """Return cos and sin of each slot's 2-D rotary angles, (T, head_dim/2, 2) float32.
+    """Return cos and sin of each slot's 2-D rotary angles, (S, head_dim/2, 2) float32.
 
     The first half of the channel pairs turns with the row, the second with the column, by angle
     position * base^(-4 i / head_dim). Slots without a position (class and special tokens) get all
@@ -251,11 +225,12 @@ class GPT(StepDecoder, nn.Module):
         super().__init__()
         dim = config.dim
         self.config = config
-        self.order = RegionOrder.build((config.grid_height, config.grid_width), config.ar_token_num)
+        grid = config.grid_height, config.grid_width
+        self.order = RegionOrder.build(grid, config.ar_token_num, config.schedule)
         self.cls_embedding = LabelEmbedder(config.num_classes, dim, config.class_dropout_prob)
         self.tok_embeddings = nn.Embedding(config.vocab_size, dim)
-        if self.order.n > 1:
-            self.spe_tok_embeddings = SpecialTokens(self.order.n - 1, dim)
+        if self.order.num_special > 0:
+            self.spe_tok_embeddings = SpecialTokens(self.order.num_special, dim)
         self.tok_dropout = Dropout(config.token_dropout_p)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(dim, eps=config.norm_eps)
@@ -269,6 +244,7 @@ class GPT(StepDecoder, nn.Module):
             self.query_chunks = query_chunks(self.mask)
             self.register_buffer("permutation", self.order.permutation, persistent=False)
             self.register_buffer("inverse", self.order.inverse, persistent=False)
+            self.register_buffer("predicting", self.order.predicting, persistent=False)
 
     def init_weights(self) -> None:
         """Initialise for training.
@@ -315,14 +291,15 @@ class GPT(StepDecoder, nn.Module):
 
     def hidden(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """Return final hidden states (B, T, D) of whole region-ordered sequences (B, T)."""
-        x = self.embed_slots(tokens, cond, 0, self.order.num_tokens)  # (B, T, D)
+        x = self.embed_slots(tokens, cond, 0, self.order.num_slots)  # (B, S, D)
         dense = DenseMask(self.mask, self.query_chunks)
         mask = dense if self.block_mask is None else self.block_mask
-        return self.trunk(x, 0, mask)  # (B, T, D)
+        hidden = self.trunk(x, 0, mask)  # (B, S, D)
+        return hidden if hidden.shape[1] == tokens.shape[1] else hidden[:, self.predicting]
 
     def use_flex_attention(self, device: torch.device) -> None:
         """Train with FlexAttention: compiled blocks on CUDA, without attention dropout."""
-        steps, slots = self.order.steps.to(device), self.order.num_tokens
+        steps, slots = self.order.step_of_slot.to(device), self.order.num_slots
 
         def attends(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return steps[q] >= steps[k]  # RegionOrder.attends on the device
@@ -348,7 +325,7 @@ class GPT(StepDecoder, nn.Module):
         6 per token and weight of a matrix product (PaLM, arXiv 2204.02311, appendix B), and 12 D
         per layer and visible pair of slots in attention.
         """
-        config, slots = self.config, self.order.num_tokens
+        config, slots = self.config, self.order.num_slots
         wqkv = config.dim * (config.n_head + 2 * config.kv_heads) * config.head_dim
         block = wqkv + config.dim**2 + 3 * config.dim * config.ffn_dim
         weights = config.n_layer * block + config.dim * config.vocab_size
@@ -364,9 +341,15 @@ class GPT(StepDecoder, nn.Module):
         """Return an empty cache for ``decode_step`` of at most ``batch`` rows."""
         config, dtype = self.config, self.tok_embeddings.weight.dtype
         head_dim = self.layers[0].attention.head_dim  # padded, if heads are
-        shape = (config.n_layer, batch, config.kv_heads, self.order.num_tokens, head_dim)
+        shape = (config.n_layer, batch, config.kv_heads, self.order.num_slots, head_dim)
         # on the device of the buffers: FSDP keeps offloaded weights on the host between its calls
         return KVCache(*shape, self.device, dtype)
+
+    def window_mask(self, start: int, stop: int) -> DenseMask | None:
+        """Return the mask of decoding slots [start, stop), several steps; one step needs none."""
+        if self.order.seen[start] == stop:
+            return None
+        return DenseMask(self.mask[start:stop, :stop], ((0, stop - start, stop),))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Apply the output layer: (..., D) -> logits (..., V) of at least float32."""
@@ -393,7 +376,10 @@ class GPT(StepDecoder, nn.Module):
         self, x: Tensor, start: int, mask: Mask = None, cache: KVCache | None = None
     ) -> Tensor:
         """Apply blocks and final norm to slots [start, start + t): (B, t, D) -> (B, t, D)."""
-        freqs_cis = self.freqs_cis[start : start + x.shape[1]]  # (t, hd/2, 2)
+        stop = start + x.shape[1]
+        freqs_cis = self.freqs_cis[start:stop]  # (t, hd/2, 2)
+        if cache is not None and mask is None:
+            mask = self.window_mask(start, stop)
         x = self.tok_dropout(x)  # (B, t, D)
         for layer in self.layers:
             x = layer(x, freqs_cis, mask, cache, start)  # (B, t, D)

@@ -57,7 +57,7 @@ class Pipeline:
     def guided(self) -> bool:
         """Whether any step has guidance, which doubles the rows."""
         order = self.gpt.order
-        scales = (self.options.scale(start, order.num_tokens) for start, _ in order.schedule)
+        scales = (self.options.scale(step.first, order.num_tokens) for step in order.steps)
         return any(scale != 1.0 for scale in scales)
 
     def decode(self, codes: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def main() -> None:
         missing = file.missing()
         world.barrier()  # every rank has listed before any rank writes
         logger.info(
-            f"{pipeline.gpt_name}, n = {order.n}, {len(order.schedule)} forward calls a batch; "
+            f"{pipeline.gpt_name}, n = {order.n}, {len(order.steps)} forward calls a batch; "
             f"{len(missing)} of {file.num_chunks} batches of {args.per_proc_batch_size} to make on "
             f"{world.size} x {world.device}"
         )

@@ -17,7 +17,7 @@ class Trace:
     """Frames of a batch as it is decoded: images of the tokens so far, grey where unknown."""
 
     def __init__(self, pipeline: Pipeline, frames: int):
-        self.pipeline, steps = pipeline, len(pipeline.gpt.order.schedule)
+        self.pipeline, steps = pipeline, len(pipeline.gpt.order.steps)
         wanted = np.linspace(0, steps - 1, min(frames, steps)).round().astype(int)
         self.wanted = set(wanted.tolist())
         self.step = 0

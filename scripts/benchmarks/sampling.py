@@ -105,7 +105,7 @@ def published_generate(model: GPT, cond: Tensor) -> Tensor:
     mask[:, :slots, :slots] = model.mask
     cache = PublishedCache(model.config, 2 * batch, padded, model.output.weight.dtype, cond.device)
     tokens, probabilities = cond.new_zeros(2 * batch, slots), []  # (2B, T)
-    for start, stop in model.order.schedule:
+    for start, stop, _, _ in model.order.steps:
         x = model.embed_slots(tokens, labels, start, stop)  # (2B, t, D)
         logits = model.output(model.trunk(x, start, mask[:, None, start:stop], cache))  # (2B, t, V)
         conditional, unconditional = logits.chunk(2)  # (B, t, V)
@@ -167,8 +167,8 @@ def step_logits(decoder: Decoder, tokens: Tensor) -> Tensor:
     labels = torch.tensor([0, decoder.config.num_classes], device=decoder.device)  # (2,)
     both = tokens.expand(2, -1)  # (2, T)
     steps = [
-        decoder.decode_step(both, labels, *step, cache, CFG_SCALE)[0]
-        for step in decoder.order.schedule
+        decoder.decode_step(both, labels, i, i + 1, cache, CFG_SCALE)[0]
+        for i in range(len(decoder.order.steps))
     ]
     return torch.cat(steps).float()  # (T, V)
 
@@ -198,7 +198,7 @@ def work_of(model: GPT, batch: int, way: str) -> tuple[float, float]:
     block += config.dim**2 + 3 * config.dim * config.ffn_dim
     weights, head = config.n_layer * block, config.dim * config.vocab_size
     bytes_read, flops = 0, 0
-    for start, stop in order.schedule:
+    for start, stop, _, _ in order.steps:
         cached = config.n_layer * 2 * rows * config.kv_heads * stop * config.head_dim
         bytes_read += (1 if way in ("int8", "fp8") else size) * (weights + head) + size * cached
         attention = 4 * config.n_layer * rows * (stop - start) * stop * config.dim
@@ -230,7 +230,7 @@ def time_batches(case: Case, device: torch.device) -> tuple[dict[str, float | st
     best = fastest(lambda: sample(cond).cpu(), case.repeats)
     bytes_read, flops = work_of(model, batch, case.way)
     figures = {"decoder": str(way) if ours else case.way, "seconds": best, "first batch": first}
-    figures |= {"images/s": batch / best, "calls": len(model.order.schedule)}
+    figures |= {"images/s": batch / best, "calls": len(model.order.steps)}
     figures |= {
         "GB/s": bytes_read / best / 1e9,
         "TFLOP/s": flops / best / 1e12,

@@ -21,6 +21,7 @@ struct Model {
     const Layer* layers;
     const float *norm, *rotary;  // rotary: (slots, 2, channels), see rotate
     const uint32_t* head;        // panels
+    const int32_t* seen;         // of each slot, how many slots it attends to
     int32_t n_layer, dim, n_head, kv_heads, head_dim, ffn_dim, vocab_size, slots;
     float eps;
 };
@@ -183,8 +184,8 @@ class Decoder {
 #pragma omp barrier
     }
 
-    // Attention of one key-value head of one row: its new keys and values go into the cache, its queries attend to
-    // everything in it.
+    // Attention of one key-value head of one row: its new keys and values go into the cache, and each query attends to
+    // the slots that it sees.
     void attend(uint32_t* keys, int64_t head_stride, int row, int head, int t, int start) {
         const int hd = m.head_dim, channels = round_up(hd, LANES), group = m.n_head / m.kv_heads, stop = start + t;
         const int key_units = units_of<A>(hd), slot_units = units_of<A>(m.slots);
@@ -215,7 +216,7 @@ class Decoder {
         product<A>(all_keys, ceil_div(stop, LANES), key_units, &s.queries[0], query_stride, rows, &s.scores[0], length,
                    all_values);
         for (int q = 0; q < queries; q++)
-            s.sums[q] = softmax(&s.scores[(size_t)q * length], stop, used * PER_UNIT<A>,
+            s.sums[q] = softmax(&s.scores[(size_t)q * length], m.seen[start + q % t], used * PER_UNIT<A>,
                                 (XA*)&s.weights[(size_t)q * weight_stride]);
         product<A>(all_values, channels / LANES, used, &s.weights[0], weight_stride, rows, &s.mixed[0], channels,
                    {keys + head_stride, all_keys.stride});
@@ -250,9 +251,9 @@ class Decoder {
         }
     }
 
-    // weights (length) = e^(score - the largest), 0 from ``stop`` on; returns their sum
-    static float softmax(float* scores, int stop, int length, XA* weights) {
-        std::fill(scores + stop, scores + length, -INFINITY);
+    // weights (length) = e^(score - the largest), 0 from ``seen`` on; returns their sum
+    static float softmax(float* scores, int seen, int length, XA* weights) {
+        std::fill(scores + seen, scores + length, -INFINITY);
         vec tops = load(scores), sums = {};
         for (int j = WIDTH; j < length; j += WIDTH) tops = load(scores + j) > tops ? load(scores + j) : tops;
         float top = tops[0];

@@ -39,7 +39,7 @@ class _Layer(ctypes.Structure):
 
 class _Model(ctypes.Structure):
     _fields_ = [("layers", ctypes.POINTER(_Layer))]
-    _fields_ += _fields(ctypes.c_void_p, "norm rotary head")
+    _fields_ += _fields(ctypes.c_void_p, "norm rotary head seen")
     _fields_ += _fields(ctypes.c_int32, "n_layer dim n_head kv_heads")
     _fields_ += _fields(ctypes.c_int32, "head_dim ffn_dim vocab_size slots")
     _fields_ += [("eps", ctypes.c_float)]
@@ -95,11 +95,11 @@ def _gate_and_up(w1: Tensor, w3: Tensor) -> Tensor:
 
 
 def _rotary(freqs_cis: Tensor, head_dim: int) -> Tensor:
-    """Return (T, hd / 2, 2) as (T, 2, channels): cos, cos, ... and -sin, sin, ..., padded by 0."""
-    cos, sin = freqs_cis.unbind(-1)  # (T, hd / 2)
-    cosines, sines = torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)  # (T, hd / 2, 2)
-    turn = torch.stack([cosines, sines], 1).flatten(2)  # (T, 2, hd)
-    return F.pad(turn, (0, -head_dim % LANES)).contiguous()  # (T, 2, channels)
+    """Return (S, hd / 2, 2) as (S, 2, channels): cos, cos, ... and -sin, sin, ..., padded by 0."""
+    cos, sin = freqs_cis.unbind(-1)  # (S, hd / 2)
+    cosines, sines = torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)  # (S, hd / 2, 2)
+    turn = torch.stack([cosines, sines], 1).flatten(2)  # (S, 2, hd)
+    return F.pad(turn, (0, -head_dim % LANES)).contiguous()  # (S, 2, channels)
 
 
 class PackedCache:
@@ -151,11 +151,12 @@ class CPUDecoder(StepDecoder):
         layers = (_Layer * config.n_layer)(*(self._pack_block(block) for block in model.layers))
         norm, rotary = model.norm.weight.float(), _rotary(model.freqs_cis, config.head_dim)
         head = self._pack(model.output.weight, model.output)
-        self._kept += [norm, rotary]
+        seen = torch.tensor(self.order.seen, dtype=torch.int32)  # (S,)
+        self._kept += [norm, rotary, seen]
 
-        pointers = (norm.data_ptr(), rotary.data_ptr(), head.data_ptr())
+        pointers = (norm.data_ptr(), rotary.data_ptr(), head.data_ptr(), seen.data_ptr())
         shape = (config.n_layer, config.dim, config.n_head, config.kv_heads)
-        sizes = (config.head_dim, config.ffn_dim, config.vocab_size, self.order.num_tokens)
+        sizes = (config.head_dim, config.ffn_dim, config.vocab_size, self.order.num_slots)
         description = _Model(layers, *pointers, *shape, *sizes, config.norm_eps)
         library, kernels = load(), NAMES[self.dtype]
         assert not isinstance(library, str), library  # ``consume`` has asked
@@ -190,7 +191,7 @@ class CPUDecoder(StepDecoder):
 
     def new_cache(self, batch: int) -> PackedCache:
         """Return an empty cache for ``batch`` rows and all slots."""
-        config, slot_units = self.config, _units(self.order.num_tokens, self.dtype)
+        config, slot_units = self.config, _units(self.order.num_slots, self.dtype)
         slots = slot_units * UNIT_BYTES // self.dtype.itemsize
         keys = slots * _units(config.head_dim, self.dtype)
         values = slot_units * _round_up(config.head_dim, LANES)
@@ -202,7 +203,7 @@ class CPUDecoder(StepDecoder):
         """Apply blocks and final norm to slots from ``start``: (B, t, D) -> (B, t, D) float32."""
         batch, t, _ = x.shape
         store = cache.store
-        fits = start + t <= self.order.num_tokens and batch <= store.shape[1]
+        fits = start + t <= self.order.num_slots and batch <= store.shape[1]
         assert fits, "more slots or rows than the cache has"
         x = x.to(torch.float32, copy=True).contiguous()  # (B, t, D), overwritten by the kernels
         hidden = torch.empty_like(x)  # (B, t, D)
