@@ -12,6 +12,7 @@ from autoregressive.decoding.generate import Generator, generate
 from autoregressive.decoding.sampling import (
     SamplingOptions,
     filter_logits,
+    gumbel_noise,
     image_randomness,
     sample,
 )
@@ -136,7 +137,7 @@ def greedy_without_cache(model: GPT, cond: Tensor, scale) -> Tensor:
     """
     codes = torch.zeros(len(cond), model.order.num_tokens, dtype=torch.long)
     null = torch.full_like(cond, model.config.num_classes)
-    for start, stop, _, _ in model.order.steps:
+    for _, _, start, stop in model.order.steps:
         conditional, unconditional = model.logits(codes, cond), model.logits(codes, null)
         now = scale(start / model.order.num_tokens) if callable(scale) else scale
         logits = unconditional + now * (conditional - unconditional)
@@ -156,6 +157,18 @@ def test_cached_decoding_is_teacher_forced_argmax(n, grid, scale, n_kv_head):
     uniforms = torch.zeros(3, model.order.num_tokens)
     codes = generate(model, model.order, cond, uniforms, SamplingOptions(cfg_scale=scale, **GREEDY))
     assert torch.equal(codes, expected)
+
+
+@pytest.mark.parametrize("schedule", ["nested", "1x4,4x3,8x2,4x4,1x16", "16x4", "1x64"])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_other_schedules_decode_as_they_are_trained(schedule, scale):
+    config = small_config(ar_token_num=16, grid_height=8, grid_width=8, schedule=schedule)
+    model = fill_from_names(GPT(config)).double().eval()
+    cond = torch.tensor([0, 2, 1])
+    with torch.no_grad():
+        expected = greedy_without_cache(model, cond, scale)
+    options = SamplingOptions(cfg_scale=scale, **GREEDY)
+    assert torch.equal(generate(model, model.order, cond, torch.zeros(3, 64), options), expected)
 
 
 def test_training_after_generating():
@@ -334,3 +347,47 @@ def test_steps_are_told_as_they_come():
     assert [d for _, d in seen] == [1, 2, 3, 4, 8, 12, 16]
     for tokens, decoded in seen:
         assert torch.equal(tokens[:, :decoded], codes[:, model.order.permutation[:decoded]])
+
+
+def test_gumbel_noise_is_standard_and_a_function_of_key_and_code():
+    _, keys = image_randomness(1, range(40), 10, 64, "gumbel")
+    keys = torch.from_numpy(keys)
+    noise = gumbel_noise(keys, 500)  # (40, 64, 500)
+    assert torch.equal(gumbel_noise(keys[3:5, 7], 100), noise[3:5, 7, :100])
+    assert abs(noise.mean() - 0.57722) < 0.005 and abs(noise.var() - math.pi**2 / 6) < 0.01
+    sorted_cdf = torch.exp(-torch.exp(-noise.flatten().sort().values))  # uniform, if Gumbel
+    expected = (torch.arange(len(sorted_cdf)) + 0.5) / len(sorted_cdf)
+    assert (sorted_cdf - expected).abs().max() < 1.95 / math.sqrt(len(sorted_cdf))  # 0.1%, K-S
+    flat = noise.flatten(0, 1) - noise.mean()
+    correlation = (flat[:-1] * flat[1:]).mean(1) / flat.var()  # of neighbouring tokens
+    assert correlation.abs().max() < 5 / math.sqrt(500) and abs(correlation.mean()) < 0.005
+
+
+def test_gumbel_draws_follow_the_softmax():
+    logits = torch.randn(1, 1, 50, generator=torch.Generator().manual_seed(1)) * 2
+    logits[..., 7] = -torch.inf
+    _, keys = image_randomness(2, range(1), 10, 40000, "gumbel")
+    options = SamplingOptions(temperature=0.7, noise="gumbel")
+    drawn = sample(logits.expand(1, 40000, -1), torch.from_numpy(keys), options)
+    frequencies = drawn.flatten().bincount(minlength=50) / 40000
+    p = (logits / 0.7).softmax(-1).flatten()
+    assert ((frequencies - p).abs() < 4.5 * (p * (1 - p) / 40000).sqrt() + 1e-9).all()
+    assert frequencies[7] == 0
+
+
+@pytest.mark.parametrize("schedule, share", [("linear", 0.25), ("cosine", 0.14644661)])
+def test_temperature_schedules(schedule, share):
+    options = SamplingOptions(temperature=2.0, temperature_schedule=schedule, temperature_end=0.5)
+    assert [options.temperature_at(t, 64) for t in (0, 32, 64)] == pytest.approx([2, 1.25, 0.5])
+    assert options.temperature_at(16, 64) == pytest.approx(2 - 1.5 * share)
+    model = fill_from_names(GPT(small_config())).double().eval()
+    cond, uniforms = torch.tensor([0, 1]), torch.rand(2, 16)
+    codes = generate(model, model.order, cond, uniforms, options)
+    with torch.no_grad():
+        logits = model.logits(codes, cond)  # (2, T, V)
+    at = [step.first for step in model.order.steps for _ in range(step.first, step.end)]
+    temperatures = torch.tensor([options.temperature_at(t, 16) for t in at])[:, None]
+    expected = sample(logits / temperatures, uniforms, SamplingOptions())
+    assert torch.equal(codes[:, model.order.permutation], expected)
+    with pytest.raises(ValueError, match="--temperature-end 0.0; both must be in"):
+        SamplingOptions(temperature_schedule=schedule, temperature_end=0.0)

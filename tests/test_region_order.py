@@ -123,3 +123,88 @@ def test_parts_of_queries_hide_only_what_the_mask_hides(n, grid, size):
     for start, stop, seen in parts:
         assert not mask[start:stop, seen:].any()
         assert mask[start:stop, seen - 1].any()
+
+
+SCHEDULES = [
+    (8, 1, "region"), (8, 4, "region"), (24, 16, "region"), (24, 16, "nested"), (24, 64, "nested"),
+    (8, 8, "nested"), (8, 4, "nested"), (8, 16, "1x4,4x3,8x2,4x4,1x16"), (8, 4, "4x16"),
+    (8, 16, "2x8,16x3"), ((4, 6), 6, "3x2,2x3,6x2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("grid, n, schedule", SCHEDULES)
+def test_a_step_holds_the_tokens_of_the_step_before_and_special_ones(grid, n, schedule):
+    """Against a slow version, slot by slot; every token is predicted once, by the step that may."""
+    order = RegionOrder.build(grid, n, schedule)
+    slots, predicting, special, before = [], [], 0, [("class", 0)]
+    for step, (start, stop, first, end) in enumerate(order.steps):
+        assert start == len(slots)
+        held = list(before)
+        while len(held) < end - first:
+            held.append(("special", special))
+            special += 1
+        predicting += [start + i for i in range(end - first)]
+        slots += held
+        assert stop == len(slots) and set(order.seen[start:stop]) == {stop}
+        assert set(order.step_of_slot[start:stop].tolist()) == {step}
+        assert order.held(start, stop) == merged(held)
+        before = [("token", token) for token in range(first, end)]
+    assert order.held(0, len(slots)) == merged(slots)
+    assert order.num_slots == len(slots) and order.num_special == special
+    assert order.predicting.tolist() == predicting and len(predicting) == order.num_tokens
+    assert sorted(order.permutation.tolist()) == list(range(order.num_tokens))
+    for place, (kind, which) in zip(order.slot_positions.tolist(), slots, strict=True):
+        raster = order.permutation[which].item() if kind == "token" else None
+        assert place == ([-1, -1] if raster is None else list(divmod(raster, order.grid[1])))
+
+
+def merged(held):
+    """Neighbours of one kind as one slice."""
+    runs = []
+    for kind, which in held:
+        if runs and runs[-1][0] == kind and runs[-1][1].stop == which:
+            runs[-1] = (kind, slice(runs[-1][1].start, which + 1))
+        else:
+            runs.append((kind, slice(which, which + 1)))
+    return runs
+
+
+@pytest.mark.parametrize("n, steps", [(4, 147), (16, 42), (64, 18)])
+def test_nested_start_takes_fewer_steps_and_as_many_special_tokens(n, steps):
+    order = RegionOrder.build(24, n, "nested")
+    assert len(order.steps) == steps and order.num_special == n - 1
+    assert order.num_slots == order.num_tokens
+
+
+@pytest.mark.parametrize("grid, n, schedule", SCHEDULES)
+def test_tokens_of_a_step_are_in_different_regions(grid, n, schedule):
+    order = RegionOrder.build(grid, n, schedule)
+    (h, w), (rh, rw) = order.grid, order.regions
+    raster = order.permutation
+    region = raster // w // (h // rh) * rw + raster % w // (w // rw)  # (T,)
+    for step in order.steps:
+        assert len(set(region[step.first : step.end].tolist())) == step.end - step.first
+
+
+def test_nested_groups_are_spread_over_the_grid():
+    """Any quarter of a group of 16 has one region in each quadrant, as the first four do."""
+    order = RegionOrder.build(24, 16, "nested")
+    quadrant = order.permutation // 24 // 12 * 2 + order.permutation % 24 // 12  # (T,)
+    assert (quadrant.view(-1, 4).sort(1).values == torch.arange(4)).all()
+
+
+@pytest.mark.parametrize(
+    "schedule, message",
+    [
+        ("1x3,4x15", "63 tokens, but there are 64"),
+        ("1x4,8x1,4x13", "a step goes beyond token 8"),
+        ("nest", "expected region, nested, or sizes such as 1x4,4x35, not 'nest'"),
+        ("1x4,-4x15", "not '-4x15'"),
+        ("1x999999", "more than 64 tokens"),
+    ],
+)
+def test_schedules_that_do_not_fit_say_why(schedule, message):
+    with pytest.raises(ValueError, match=f"--schedule {schedule}: .*{message}"):
+        RegionOrder.build(8, 4, schedule)
+    with pytest.raises(ValueError, match="--schedule nested: n = 6 is not a multiple of 4"):
+        RegionOrder.build((4, 6), 6, "nested")

@@ -404,7 +404,7 @@ def test_released_checkpoints_sample_with_and_without_flags(work, tmp_path, n, k
     )
     options = ("--image-size", 32, "--num-fid-samples", 2, *flags)
     log = sample(work, tmp_path / "PAR-T.pt", tmp_path, *options).stdout
-    assert f"n = {n}, {n + 64 // n - 1} forward calls" in log
+    assert f"n = {n}, {n + 64 // n - 1} steps a batch" in log
     (npz,) = tmp_path.glob("GPT-T-PAR-T-size-32-size-24-VQ-4-*-seed-0.npz")
     assert np.load(npz)["arr_0"].shape == (2, 24, 24, 3)
 

@@ -126,32 +126,37 @@ def possible_ways(
 
 
 def choose_way(
-    model: GPT, ways: list[Way], batch: int, guided: bool, begun: Begun | None = None
+    model: GPT,
+    ways: list[Way],
+    batch: int,
+    guided: bool,
+    begun: Begun | None = None,
+    window: int = 1,
 ) -> tuple[Way, str]:
     """Return one of ``ways`` and a line that says why.
 
     That is the only way there is; otherwise the one that an interrupted run has ``begun`` with, so
     that it ends in the same images; otherwise the faster one on this CPU. model: float32 on the
-    CPU, left as it is. batch: images at a time.
+    CPU, left as it is. batch: images at a time. window: steps at a time, see ``Generator``.
     """
     if len(ways) == 1:
         return ways[0], f"decoding by {ways[0]}"
     for way in ways:
         if begun is not None and begun(way):
             return way, f"decoding by {way}, as the run began"
-    seconds, is_new = measured_seconds(model, ways, batch, guided)
+    seconds, is_new = measured_seconds(model, ways, batch, guided, window)
     best, other = sorted(ways, key=seconds.__getitem__)
     return best, (
-        f"decoding by {best}: {1e3 * seconds[best]:.3g} ms per step, by {other} "
+        f"decoding by {best}: {1e3 * seconds[best]:.3g} ms per forward call, by {other} "
         f"{1e3 * seconds[other]:.3g} (measured {'now' if is_new else 'before'} on this machine; "
         "--compile and --no-compile override it)"
     )
 
 
 def measured_seconds(
-    model: GPT, ways: list[Way], batch: int, guided: bool
+    model: GPT, ways: list[Way], batch: int, guided: bool, window: int = 1
 ) -> tuple[dict[Way, float], bool]:
-    """Return seconds per step of each of ``ways`` on this CPU, and whether they are new.
+    """Return seconds per forward call of each of ``ways`` on this CPU, and whether they are new.
 
     Kept beside the compiled kernels and measured again when kernels, processor, torch, model size,
     rows or precision change; not with the number of threads, so that one process or many on a
@@ -160,12 +165,12 @@ def measured_seconds(
     shape = {k: v for k, v in asdict(model.config).items() if "drop" not in k}
     kernels = load()
     build = "none" if isinstance(kernels, str) else kernels.key
-    facts = [build, torch.__version__, shape, batch, guided, [str(w) for w in ways]]
+    facts = [build, torch.__version__, shape, batch, guided, window, [str(w) for w in ways]]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path = cache_folder() / f"decoders-{key}.json"
     if (seconds := read_seconds(path, ways)) is not None:
         return seconds, False
-    seconds = {way: time_step(model, way, batch, guided) for way in ways}
+    seconds = {way: time_step(model, way, batch, guided, window) for way in ways}
     # another process may have measured at the same time
     if (earlier := read_seconds(path, ways)) is not None:
         return earlier, False
@@ -185,25 +190,26 @@ def read_seconds(path: Path, ways: list[Way]) -> dict[Way, float] | None:
 
 
 @torch.inference_mode()
-def time_step(model: GPT, way: Way, batch: int, guided: bool) -> float:
-    """Return the seconds of a middle step, by as many layers as fill ``MEASURED_BYTES``."""
+def time_step(model: GPT, way: Way, batch: int, guided: bool, window: int = 1) -> float:
+    """Return the seconds of a call in the middle, by as many layers as fill ``MEASURED_BYTES``."""
     layer_bytes = sum(p.numel() for p in model.layers[0].parameters()) * way.dtype.itemsize
     layers = min(model.config.n_layer, -(-MEASURED_BYTES // layer_bytes))
     part = first_layers(model, layers).cast_weights(way.dtype)
     rows = 2 * batch if guided else batch
-    step = len(model.order.steps) // 2
-    decoder = make_decoder(part, way, rows * model.order.n)
+    first = len(model.order.steps) // 2
+    last = min(first + window, len(model.order.steps))
+    decoder = make_decoder(part, way, rows * model.order.n * window)
     tokens = torch.zeros(rows, model.order.num_tokens, dtype=torch.int64)  # (R, T)
     labels = torch.zeros(rows, dtype=torch.int64)  # (R,)
     cache = decoder.new_cache(rows)
     cache.store.zero_()  # memory never written to would be read from one page
 
     scale = 1.5 if guided else None
-    decoder.decode_step(tokens, labels, step, step + 1, cache, scale)  # warm up
+    decoder.decode_step(tokens, labels, first, last, cache, scale)  # warm up
     seconds: list[float] = []
     while not seconds or sum(seconds) < MEASURED_SECONDS:
         started = time.perf_counter()
-        decoder.decode_step(tokens, labels, step, step + 1, cache, scale)
+        decoder.decode_step(tokens, labels, first, last, cache, scale)
         seconds.append(time.perf_counter() - started)
     return min(seconds)
 

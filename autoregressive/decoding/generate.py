@@ -50,7 +50,7 @@ class Generator:
         assert not getattr(decoder, "training", False), "call model.eval() before generating"
         self.decoder, self.order, self.options, self.batch = decoder, order, options, batch
         self.editing, self.window, self.calls = editing, window, 0
-        device, num_classes, num_tokens = decoder.device, decoder.config.num_classes, order.num_tokens
+        device, num_tokens = decoder.device, order.num_tokens
         self.inverse, self.permutation = order.inverse.to(device), order.permutation.to(device)
         self.kept_likelihood = torch.zeros(batch, device=device)  # (B,), see __call__
         decoded = [step.first for step in order.steps]
@@ -60,7 +60,8 @@ class Generator:
 
         rows = 2 * batch if self.guided_steps else batch
         self.tokens = torch.zeros(rows, num_tokens, dtype=torch.int64, device=device)  # (R, T)
-        self.labels = torch.full((rows,), num_classes, device=device)  # (R,), null past ``batch``
+        null = decoder.config.num_classes
+        self.labels = torch.full((rows,), null, device=device)  # (R,), null past ``batch``
         self.cache = decoder.new_cache(rows)
         self._decode_batch = self._decode
         if window == 1 and (capture := getattr(decoder, "capture", None)) is not None:
@@ -115,8 +116,8 @@ class Generator:
         labels[batch:] = decoder.config.num_classes
         if self.editing:
             self.kept_likelihood.zero_()
-        if self.window > 1:
-            tokens.zero_()  # the first draft
+        if self.window > 1:  # the first draft
+            tokens[:] = 0 if known is None else known.repeat(rows // batch, 1)  # (R, T)
         first = self.calls = 0
         while first < len(steps):
             last = min(first + self.window, len(steps))

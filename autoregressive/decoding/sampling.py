@@ -60,13 +60,12 @@ class SamplingOptions:
             raise ValueError(
                 f"--temperature {self.temperature} must be 0 (greedy) or in [0.001, 1000]"
             )
-        if self.temperature_schedule != "constant":
-            if self.temperature == 0.0 or not 1e-3 <= self.temperature_end <= 1e3:
-                raise ValueError(
-                    f"--temperature-schedule {self.temperature_schedule} goes from --temperature "
-                    f"{self.temperature} to --temperature-end {self.temperature_end}; both must be "
-                    "in [0.001, 1000]"
-                )
+        ends = self.temperature, self.temperature_end
+        if self.temperature_schedule != "constant" and not all(1e-3 <= t <= 1e3 for t in ends):
+            raise ValueError(
+                f"--temperature-schedule {self.temperature_schedule} goes from --temperature "
+                f"{ends[0]} to --temperature-end {ends[1]}; both must be in [0.001, 1000]"
+            )
         if self.top_k < 0:
             raise ValueError(f"--top-k {self.top_k} must not be negative (0 is off)")
         if not 0.0 < self.top_p <= 1.0:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from autoregressive.models.region_order import RegionOrder
 
+
 def guide(hidden: Tensor, cfg_scale: float | Tensor | None) -> Tensor:
     """Guide hidden states (B, t, D), a conditional and an unconditional half -> (B / 2, t, D).
 
@@ -21,6 +22,8 @@ def guide(hidden: Tensor, cfg_scale: float | Tensor | None) -> Tensor:
         return hidden
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # (B, t, D)
     conditional, unconditional = wide.chunk(2)  # (B / 2, t, D) each
+    if isinstance(cfg_scale, Tensor):
+        cfg_scale = cfg_scale.to(wide.dtype)  # (t, 1)
     return torch.lerp(unconditional, conditional, cfg_scale).to(hidden.dtype)  # (B / 2, t, D)
 
 
@@ -41,14 +44,13 @@ class StepDecoder:
         cache: Any,
         cfg_scale: float | Tensor | None = None,
     ) -> Tensor:
-        """Return logits (B, t, V) of the tokens that steps [first, last) predict, in float32 or
-        wider.
+        """Return logits (B, t, V) of the tokens that steps [first, last) predict.
 
-        tokens: (B, T) region-ordered codes, read only where steps before ``last`` decode them; cond:
-        (B,). Steps must come in order with one cache of ``new_cache``, but may come again: keys and
-        values are then overwritten. Within one step every cached key is visible, so there is no
-        mask. With ``cfg_scale``, a number or (t, 1), the rows are a conditional half and an
-        unconditional one, and logits are those of ``guide``, (B / 2, ...).
+        tokens: (B, T) region-ordered codes, of which those before step ``last - 1`` are read;
+        cond: (B,). Steps must come in order with one cache of ``new_cache``; those that come again
+        overwrite their keys and values. Within one step every cached key is visible, so there is
+        no mask. With ``cfg_scale``, a number or (t, 1), the rows are a conditional half and an
+        unconditional one, and logits are those of ``guide``, (B / 2, ...). At least float32.
         """
         steps = self.order.steps
         start, stop = steps[first].start, steps[last - 1].stop

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ class GPTConfig:
 
 # Parameters at vocabulary 16384, 1000 classes, n = 4 (T and S: vocabulary 256, 10 classes); FID is
 # the paper's table 1, ImageNet 256x256 with guidance. PAR-3B-16x: 2.88.
-GPT_models: dict[str, dict[str, int]] = {
+GPT_models: dict[str, dict[str, Any]] = {
     #                layers          width         heads             params    published FID, 4x
     "GPT-T":    dict(n_layer=6,  dim=128,  n_head=4),   #   1.6M
     "GPT-S":    dict(n_layer=6,  dim=288,  n_head=6),   #   6.1M

@@ -20,6 +20,7 @@ def load_gpt(
     default_grid: tuple[int, int] = (24, 24),
     gpt_model: str | None = None,
     ar_token_num: int | None = None,
+    schedule: str | None = None,
     num_classes: int | None = None,
     vocab_size: int | None = None,
     bare: bool = False,
@@ -51,6 +52,7 @@ def load_gpt(
         config, name = config_from_shapes(state, grid or default_grid, path)
     resolve("--gpt-model", gpt_model, name, source)
     resolve("--ar-token-num", ar_token_num, config.ar_token_num, source)
+    resolve("--schedule", schedule, config.schedule, source)
     resolve("--num-classes", num_classes, config.num_classes, source)
     resolve("a codebook of size", vocab_size, config.vocab_size, source)
     with torch.device("meta"):

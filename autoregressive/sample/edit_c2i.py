@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from autoregressive.decoding.generate import Generator
-from autoregressive.decoding.sampling import image_randomness
 from autoregressive.sample.canvas import blend, mask_of_codes, open_canvas
 from autoregressive.sample.classes import class_labels, class_names, find_classes
 from autoregressive.sample.options import add_model_options, add_sampling_options, parse_sampler
@@ -134,13 +133,11 @@ def complete(args: Namespace, pipeline: Pipeline, edit: Edit, label: int, row: i
     device, shape = pipeline.world.device, (args.images_per_class, args.candidates)
     count = args.images_per_class * args.candidates
     indices = range(row * count, (row + 1) * count)
-    num_classes, num_tokens = pipeline.gpt.config.num_classes, len(edit.codes)
-    _, uniforms = image_randomness(args.seed, indices, num_classes, num_tokens)
     keep = torch.from_numpy(~edit.anew).to(device).view(1, -1)  # (1, T)
     trace = Trace(pipeline, TRACE_FRAMES) if args.trace else None
     codes = edit.generator(
         torch.full((count,), label, device=device),  # (N K,)
-        torch.from_numpy(uniforms).to(device),  # (N K, T)
+        pipeline.randomness(args.seed, indices),  # (N K, T)
         trace,
         known=edit.codes.expand(count, -1),
         keep=keep.expand(count, -1),

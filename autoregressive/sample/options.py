@@ -6,12 +6,13 @@ import os
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 
-from autoregressive.decoding.sampling import CFG_SCHEDULES
+from autoregressive.decoding.sampling import CFG_SCHEDULES, NOISES, TEMPERATURE_SCHEDULES
 from autoregressive.models.gpt import GPT_models
 from tokenizer.load import add_tokenizer_options
 from utils.options import positive_int
 from utils.presets import PRESETS
 
+JACOBI_STEPS = 4
 RETIRED_OPTIONS = {
     "--gpt-type": (True, "every model here is class-conditional (c2i)"),
     "--cls-token-num": (True, "every model here has one class token"),
@@ -55,6 +56,9 @@ def add_model_options(parser: ArgumentParser) -> None:
         "--spe-token-num",
         type=int,
         help="number of special tokens: --ar-token-num minus 1, as in published command lines",
+    )
+    group.add_argument(
+        "--schedule", help="tokens predicted in each step (default: the checkpoint's)"
     )
     group.add_argument(
         "--num-classes", type=positive_int, help="number of classes (default: the checkpoint's)"
@@ -133,6 +137,19 @@ def add_sampling_options(
         help="softmax temperature; 0 takes the likeliest token",
     )
     group.add_argument(
+        "--temperature-schedule",
+        choices=TEMPERATURE_SCHEDULES,
+        default="constant",
+        help="temperature over the steps: constant, as published; linear and cosine go from "
+        "--temperature at the first token to --temperature-end after the last",
+    )
+    group.add_argument(
+        "--temperature-end",
+        type=float,
+        default=1.0,
+        help="last temperature of --temperature-schedule linear and cosine",
+    )
+    group.add_argument(
         "--top-k",
         type=int,
         default=top_k,
@@ -144,6 +161,23 @@ def add_sampling_options(
         default=1.0,
         help="draw from the fewest likeliest tokens with this total probability (nucleus "
         "sampling); 1: from all tokens",
+    )
+    group.add_argument(
+        "--jacobi",
+        type=positive_int,
+        nargs="?",
+        const=JACOBI_STEPS,
+        metavar="STEPS",
+        help="compute so many steps at once from drafts, again and again until they settle (Jacobi "
+        f"decoding; {JACOBI_STEPS} if no number is written): the same tokens in fewer forward "
+        "calls, which take longer each (default: step by step)",
+    )
+    group.add_argument(
+        "--noise",
+        choices=NOISES,
+        help="random numbers of a token. uniform: one, as published; gumbel: one per codebook "
+        "entry, with which Jacobi decoding settles sooner (default: gumbel with --jacobi, else "
+        "uniform; the images are others)",
     )
     group.add_argument(
         "--precision",

@@ -6,7 +6,7 @@ import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from autoregressive.decoding.decoder import (
     possible_ways,
 )
 from autoregressive.decoding.generate import Generator
-from autoregressive.decoding.sampling import SamplingOptions
+from autoregressive.decoding.sampling import SamplingOptions, image_randomness
 from autoregressive.models.gpt import GPT
 from autoregressive.models.load import load_gpt, resolve_parallelism
 from tokenizer.layout import place_tokenizer
@@ -42,6 +42,7 @@ class Pipeline:
     gpt_name: str
     vq_name: str
     options: SamplingOptions
+    window: int  # steps computed at once
     world: World
     hashes: dict[str, str]  # SHA-256 of both files
     classes: list[str] | None  # names, if the checkpoint has them
@@ -72,7 +73,7 @@ class Pipeline:
         """
         choice = self.ways[0], ""  # until rank 0 has chosen
         if self.world.is_main:
-            choice = choose_way(self.gpt, self.ways, batch, self.guided, begun)
+            choice = choose_way(self.gpt, self.ways, batch, self.guided, begun, self.window)
         way, reason = self.world.broadcast(choice)
         return way, f"{reason}; {self.note}" if self.note else reason
 
@@ -85,15 +86,23 @@ class Pipeline:
         gpt = place_for_decoding(self.gpt, way.dtype, self.world.device)
         if quantized != "none":
             quantize(gpt, quantized)
-        rows = (2 if self.guided else 1) * batch * gpt.order.n
+        rows = (2 if self.guided else 1) * batch * gpt.order.n * self.window
         decoder = make_decoder(gpt, way, rows)
-        return Generator(decoder, gpt.order, self.options, batch, editing)
+        return Generator(decoder, gpt.order, self.options, batch, editing, self.window)
+
+    def randomness(self, seed: int, indices: range) -> Tensor:
+        """Return the random numbers (b, T) of the tokens of images ``indices``, on the device."""
+        config, num_tokens = self.gpt.config, self.gpt.order.num_tokens
+        numbers = image_randomness(
+            seed, indices, config.num_classes, num_tokens, self.options.noise
+        )[1]
+        return torch.from_numpy(numbers).to(self.world.device)  # (b, T)
 
     def fingerprint(self, args: Namespace, way: Way) -> str:
         """Return a short hash of everything that the bytes of the samples depend on."""
         names: tuple[str, ...] = ("quantize", "gpt_ema", "image_size_eval", "per_proc_batch_size")
         names += ("num_fid_samples", "global_seed", "class_protocol")
-        values = [getattr(args, n) for n in names]
+        values = [getattr(args, n) for n in names] + [self.window]
         # other kernels round otherwise, and so does another kind of GPU
         device = self.world.device
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -110,6 +119,7 @@ class Pipeline:
             downsample_size=self.vq.config.downsample,
             ar_token_num=n,
             spe_token_num=n - 1,
+            schedule=self.gpt.config.schedule,
             num_classes=self.gpt.config.num_classes,
         )
 
@@ -125,8 +135,8 @@ def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
     Options that were left out are set in ``args`` to what the checkpoints record. ``compiled``:
     --compile's default on CUDA.
     """
-    guidance = (args.cfg_scale, args.cfg_interval, args.cfg_schedule, args.cfg_power)
-    options = SamplingOptions(*guidance, args.temperature, args.top_k, args.top_p)
+    args.noise = args.noise or ("gumbel" if args.jacobi else "uniform")
+    options = SamplingOptions(**{f.name: getattr(args, f.name) for f in fields(SamplingOptions)})
     files = find_files(args, world)
     if args.quantize != "none":
         quantization(args.quantize)  # torchao is there
@@ -143,6 +153,7 @@ def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
         gpt_name=gpt_name,
         vq_name=vq_name,
         options=options,
+        window=args.jacobi or 1,
         world=world,
         hashes={name: sha256_file(path) for name, path in files.items()},
         classes=checkpoint.get("classes"),
@@ -184,6 +195,7 @@ def load_gpt_for(args: Namespace, vq: VQModel) -> tuple[GPT, str, dict]:
         default_grid=(DEFAULT_IMAGE_SIZE // downsample,) * 2,
         gpt_model=args.gpt_model,
         ar_token_num=n,
+        schedule=args.schedule,
         num_classes=args.num_classes,
         vocab_size=vq.config.codebook_size,
         bare=args.from_fsdp,

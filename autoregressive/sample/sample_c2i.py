@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from autoregressive.decoding.sampling import image_randomness
 from autoregressive.sample.classes import class_labels, class_names, find_classes
 from autoregressive.sample.options import (
     RETIRED_OPTIONS,
@@ -90,22 +89,24 @@ def main() -> None:
     print(reason, file=sys.stderr)
     args.precision, args.compile = way.precision, way.compiled
     generator = pipeline.make_generator(way, args.images_per_class, args.quantize)
-    num_classes, num_tokens = pipeline.gpt.config.num_classes, pipeline.gpt.order.num_tokens
-    rows, traces = [], []
+    rows, traces, calls = [], [], []
     classes = progress(world, "sampling", len(args.classes), unit="classes", items=args.classes)
     for row, label in enumerate(classes):
         indices = range(row * args.images_per_class, (row + 1) * args.images_per_class)
-        _, uniforms = image_randomness(args.seed, indices, num_classes, num_tokens)
+        randomness = pipeline.randomness(args.seed, indices)  # (b, T)
         cond = torch.full((args.images_per_class,), label, device=world.device)  # (b,)
         trace = Trace(pipeline, args.trace_frames) if args.trace else None
-        codes = generator(cond, torch.from_numpy(uniforms).to(world.device), trace)  # (b, T)
+        codes = generator(cond, randomness, trace)  # (b, T)
+        calls.append(generator.calls)
         rows.append(to_uint8(pipeline.decode(codes)).cpu().numpy())  # (b, S, S, 3)
         if trace:
             traces.append(trace.frames)
     labels = class_labels(args.classes, names)
     save_png(output, labelled_rows(np.stack(rows), labels))
     write_options(output.with_suffix(".json"), args, class_names=labels, **pipeline.facts())
-    print(f"{output}: a row each of {', '.join(labels)}")
+    steps = len(pipeline.gpt.order.steps)
+    by_jacobi = f", in {np.mean(calls):.1f} forward calls, not {steps}" if args.jacobi else ""
+    print(f"{output}: a row each of {', '.join(labels)}{by_jacobi}")
     if args.trace:
         write_trace(output, traces, args.images_per_class)
 

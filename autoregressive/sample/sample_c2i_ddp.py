@@ -142,18 +142,20 @@ def main() -> None:
         missing = file.missing()
         world.barrier()  # every rank has listed before any rank writes
         logger.info(
-            f"{pipeline.gpt_name}, n = {order.n}, {len(order.steps)} forward calls a batch; "
+            f"{pipeline.gpt_name}, n = {order.n}, {len(order.steps)} steps a batch; "
             f"{len(missing)} of {file.num_chunks} batches of {args.per_proc_batch_size} to make on "
             f"{world.size} x {world.device}"
         )
         logger.info(reason)
         started = time.perf_counter()
-        make_chunks(args, world, pipeline, way, file, missing[world.rank :: world.size])
+        mine = missing[world.rank :: world.size]
+        calls = make_chunks(args, world, pipeline, way, file, mine)
         world.barrier()
         seconds = time.perf_counter() - started
         if world.is_main:
             made = sum(len(file.images_of(c)) for c in missing)
             speed = {"images": made, "seconds": seconds, "images_per_second": made / seconds}
+            speed["forward_calls_per_batch"] = calls
             facts = {"fingerprint": file.fingerprint, "speed": speed, **pipeline.facts()}
             write_options(npz.with_suffix(".json"), args, **facts)
             classes = pipeline.gpt.config.num_classes
@@ -162,7 +164,7 @@ def main() -> None:
             file.finish(np.concatenate(labels), bar)
             logger.info(
                 f"{args.num_fid_samples:,} images in {npz}; {made:,} made now, "
-                f"{made / seconds:.3g} images/s"
+                f"{made / seconds:.3g} images/s, {calls:.4g} forward calls a batch"
             )
     if world.is_main and args.png:
         write_pngs(npz, world)
@@ -190,13 +192,15 @@ def check_finished(npz: Path, fingerprint: str) -> None:
 
 def make_chunks(
     args: Namespace, world: World, pipeline: Pipeline, way: Way, file: SampleFile, chunks: list[int]
-) -> None:
-    """Generate and write ``chunks``; on CUDA one is written while the next is generated."""
+) -> float:
+    """Generate and write ``chunks``; on CUDA one is written while the next is generated.
+
+    Returns the mean number of forward calls of a chunk.
+    """
     if not chunks:
-        return
+        return 0.0
     generator = pipeline.make_generator(way, args.per_proc_batch_size, args.quantize)
-    num_classes, num_tokens = pipeline.gpt.config.num_classes, pipeline.gpt.order.num_tokens
-    device = world.device
+    num_classes, device = pipeline.gpt.config.num_classes, world.device
     stream = torch.cuda.Stream() if device.type == "cuda" else None
 
     def write(chunk: int, codes: Tensor, generated: torch.cuda.Event | None) -> int:
@@ -208,14 +212,14 @@ def make_chunks(
         file.write(chunk, images)
         return len(images)
 
-    total = sum(len(file.images_of(c)) for c in chunks)
+    total, calls = sum(len(file.images_of(c)) for c in chunks), 0
     with world.worker() as thread, progress(world, "sampling", total, unit="images") as bar:
         under_way: deque[Future] = deque()
         for chunk in chunks:
             indices = file.images_of(chunk)
-            _, uniforms = image_randomness(args.global_seed, indices, num_classes, num_tokens)
             cond = torch.from_numpy(class_ids(args, indices, num_classes)).to(device)  # (b,)
-            codes = generator(cond, torch.from_numpy(uniforms).to(device))  # (b, T)
+            codes = generator(cond, pipeline.randomness(args.global_seed, indices))  # (b, T)
+            calls += generator.calls
             generated = torch.cuda.current_stream().record_event() if stream else None
             under_way.append(thread.submit(write, chunk, codes, generated))
             # cores of a CPU are busy already: two things at once would only be in each other's way
@@ -223,6 +227,7 @@ def make_chunks(
                 bar.update(under_way.popleft().result())
         for written in under_way:
             bar.update(written.result())
+    return calls / len(chunks)
 
 
 def write_pngs(npz: Path, world: World) -> None:

@@ -17,22 +17,22 @@ class Trace:
     """Frames of a batch as it is decoded: images of the tokens so far, grey where unknown."""
 
     def __init__(self, pipeline: Pipeline, frames: int):
-        self.pipeline, steps = pipeline, len(pipeline.gpt.order.steps)
-        wanted = np.linspace(0, steps - 1, min(frames, steps)).round().astype(int)
-        self.wanted = set(wanted.tolist())
-        self.step = 0
+        self.pipeline, steps = pipeline, pipeline.gpt.order.steps
+        wanted = np.linspace(0, len(steps) - 1, min(frames, len(steps))).round().astype(int)
+        self.wanted = [steps[i].end for i in wanted]  # numbers of decoded tokens, least first
         self.frames: list[np.ndarray] = []  # (B, S, S, 3) each
 
     def __call__(self, tokens: Tensor, decoded: int) -> None:
         """Take a frame: region-ordered tokens (B, T), the first ``decoded`` are known."""
-        if self.step in self.wanted:
+        passed = [count for count in self.wanted if count <= decoded]  # several, by Jacobi
+        self.wanted = self.wanted[len(passed) :]
+        if passed:
             order = self.pipeline.gpt.order
             codes = tokens[:, order.inverse.to(tokens.device)]  # (B, T)
             pixels = to_uint8(self.pipeline.decode(codes)).cpu().numpy()  # (B, S, S, 3)
             there = (order.inverse < decoded).view(order.grid).numpy()  # (h, w)
             known = enlarge(there, pixels.shape[1])  # (S, S, 1)
-            self.frames.append(np.where(known, pixels, np.uint8(GREY)))
-        self.step += 1
+            self.frames += len(passed) * [np.where(known, pixels, np.uint8(GREY))]
 
 
 def write_trace(output: Path, traces: list[list[np.ndarray]], columns: int) -> None:

@@ -68,6 +68,7 @@ def make_model(
         grid_height=grid,
         grid_width=grid,
         ar_token_num=resolve_parallelism(args.ar_token_num, args.spe_token_num, (grid, grid)),
+        schedule=args.schedule,
         class_dropout_prob=args.class_dropout_prob,
         token_dropout_p=args.token_dropout_p,
         attn_dropout_p=args.attn_dropout_p,
@@ -104,7 +105,10 @@ def pretrained_weights(
         return {}, []
     grid = config.grid_height
     pretrained, _, recorded = load_gpt(
-        args.gpt_ckpt, (grid, grid), (grid, grid), args.gpt_model, None, None, args.vocab_size
+        args.gpt_ckpt,
+        grid=(grid, grid),
+        gpt_model=args.gpt_model,
+        vocab_size=args.vocab_size,
     )
     source, learned = f"--gpt-ckpt {args.gpt_ckpt}", recorded.get("tokenizer_sha256")
     if learned and tokenizer_sha256 and learned != tokenizer_sha256:
@@ -115,6 +119,8 @@ def pretrained_weights(
     before, notes, state = pretrained.config, [], pretrained.state_dict()
     if before.ar_token_num not in (1, config.ar_token_num):
         resolve("--ar-token-num", args.ar_token_num, before.ar_token_num, source)
+    elif before.ar_token_num != 1:
+        resolve("--schedule", args.schedule, before.schedule, source)
     if before.ar_token_num != config.ar_token_num:
         notes.append(f"{source} predicts one token at a time: special tokens start anew")
     if before.num_classes != config.num_classes:
@@ -189,7 +195,10 @@ def fixed_options(args: Namespace, model: GPT, codes: Codes) -> dict[str, Any]:
     fixed = ("epochs", "global_batch_size", "global_seed", "lr_schedule", "warmup_epochs")
     options = {k: getattr(args, k) for k in fixed} | {k: codes.meta.get(k) for k in CODES_FACTS}
     options["mix_weight"] = None if args.mix_code_path is None else args.mix_weight
-    options["config"] = asdict(model.config)
+    config = asdict(model.config)
+    if config["schedule"] == "region":  # not there in runs begun before there were others
+        del config["schedule"]
+    options["config"] = config
     return options | {"images": len(codes), "crops": codes.num_crops}
 
 
@@ -199,7 +208,8 @@ def log_header(
     """Log once what is trained, and where that differs from the paper."""
     parameters = sum(p.numel() for p in model.parameters())
     logger.info(
-        f"{args.gpt_model}: {parameters:,} parameters, n = {args.ar_token_num}; {len(codes):,} "
+        f"{args.gpt_model}: {parameters:,} parameters, n = {args.ar_token_num}, "
+        f"{len(model.order.steps)} steps an image; {len(codes):,} "
         f"images x {codes.num_crops} crops; {steps:,} steps of {args.global_batch_size} on "
         f"{world.size} x {world.device}, {args.data_parallel}, {args.mixed_precision}"
     )
@@ -239,6 +249,7 @@ def main() -> None:
     forward = parallelize(args, model, world, weights)
     state = make_training_state(model, args, world, args.ema, args.max_loss_spike)
     name = f"{args.gpt_model}-{args.ar_token_num}x-{args.image_size}"
+    name += "" if args.schedule == "region" else f"-{args.schedule}"
     start = None if args.gpt_resume is None else require_folder(args.gpt_resume, "--gpt-resume")
     fixed = fixed_options(args, model, codes)
     run = TrainingRun(args, world, name, state, fixed, total_steps, start)
