@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -88,6 +89,13 @@ class Pipeline:
         rows = (2 if self.guided else 1) * batch * gpt.order.n
         decoder = make_decoder(gpt, way, rows)
         return Generator(decoder, gpt.order, self.options, batch, editing)
+
+    def start_generator(self, args: Namespace, batch: int, editing: bool = False) -> Generator:
+        """Choose how to decode, report and record that, and return ``make_generator`` of it."""
+        way, reason = self.choose_way(batch)
+        print(reason, file=sys.stderr)
+        args.precision, args.compile = way.precision, way.compiled
+        return self.make_generator(way, batch, args.quantize, editing)
 
     def fingerprint(self, args: Namespace, way: Way) -> str:
         """Return a short hash of everything that the bytes of the samples depend on."""
