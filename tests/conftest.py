@@ -6,17 +6,22 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from scripts.diagnosis.models import fill_from_names
 from tests.helpers import VGG16, extract, open_golden, train
 from tokenizer.vq_model import VQModel, make_vq_config
+from utils.distributed import World
 from utils.precision import cpu_name
 
 # Test processes share the cores with each other (pytest -n 2) and with the programs they start.
@@ -76,6 +81,13 @@ def work(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def codes105(work) -> Path:
+    """Codes of the same images with crops in another range."""
+    extract(work, work / "codes105", "--crop-range", 1.05)
+    return work / "codes105"
+
+
+@pytest.fixture(scope="session")
 def vgg(tmp_path_factory) -> Path:
     """Random weights under the names of torchvision's VGG16, without the classifier."""
     path, channels, place = tmp_path_factory.mktemp("vgg") / "vgg16.pth", 3, 0
@@ -97,3 +109,33 @@ def vgg(tmp_path_factory) -> Path:
 def trained(work) -> Path:
     train(work, work / "gpt", "--ckpt-every", 4, "--ema")
     return work / "gpt" / "GPT-T-4x-32" / "checkpoints" / "0000015.pt"
+
+
+class CountingCompiler:
+    """A back-end of torch.compile that counts graphs and runs them as they are."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.graphs = 0
+        real = torch.compile
+        torch._dynamo.reset()
+        monkeypatch.setattr(torch, "compile", lambda *a, **k: real(*a, **k | {"backend": self}))
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Tensor]):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Count graphs; a step that torch would leave uncompiled raises."""
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield CountingCompiler(monkeypatch)
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[World]:
+    """Rank 0 of two whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield World(0, 2, torch.device("cpu"))
+    dist.destroy_process_group()

@@ -5,6 +5,7 @@ versions of formulas.
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import signal
@@ -12,17 +13,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
-from autoregressive.models.gpt import GPTConfig
+from autoregressive.models.gpt import GPT, GPTConfig
 from autoregressive.train import train_c2i
 from dataset.codes import CodesPlan, finish_codes, start_codes, write_shard
+from utils.checkpoints.folder import save_sharded
 from utils.options import run_main
 from utils.training.state import Ema, Guard, TrainingState, make_adamw
 
@@ -40,6 +45,7 @@ VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 5
 
 EXTRACT = ("bash", "scripts/autoregressive/extract_codes_c2i.sh")
 TRAIN = ("bash", "scripts/autoregressive/train_c2i.sh")
+SAMPLE = ("bash", "scripts/autoregressive/sample_c2i.sh")
 TRAIN_VQ = ("bash", "scripts/tokenizer/train_vq.sh")
 TRAIN_OPTIONS = (
     "--gpt-model", "GPT-T", "--epochs", 5, "--global-batch-size", 8, "--lr", 1e-3,
@@ -268,3 +274,55 @@ def slow_lpips(weights: Path, a: Tensor, b: Tensor) -> list[float]:
             place += 1
         place += 1
     return distance.tolist()
+
+
+def image_file(path: Path, width: int = 48, height: int = 32) -> tuple[Path, np.ndarray]:
+    """Write an image of noise; return its path and pixels (H, W, 3)."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path, pixels
+
+
+def trainable_gpt(**changes: Any) -> GPT:
+    """Return a GPT of ten compiled blocks in ``train()`` mode."""
+    model = GPT(small_config(n_layer=10, **changes)).train()
+    model.init_weights()
+    nn.init.normal_(model.output.weight)
+    for block in model.layers:
+        block.compile()
+    return model
+
+
+def train_steps(model: GPT, steps: int) -> None:
+    """Forward and backward of ``steps`` batches of random codes."""
+    for seed in range(steps):
+        torch.manual_seed(seed)
+        model(*random_codes(model.config))[0].backward()
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def shard_digests(codes: Path) -> list[str]:
+    """Return the hashes of the shards of a folder of codes, and assert that it has nothing else."""
+    assert not [p for p in (codes / "shards").iterdir() if p.suffix != ".npz"]
+    return [digest(p) for p in sorted((codes / "shards").iterdir())]
+
+
+def weights(cloud: Path, step: int, key: str = "model", name: str = GPT_RUN) -> dict[str, Tensor]:
+    """Return the weights (or ``ema``) that a run of the GPT in ``cloud`` exported at ``step``."""
+    return torch.load(cloud / name / "checkpoints" / f"{step:07d}.pt", weights_only=True)[key]
+
+
+def gpt_checkpoint(folder: Path) -> GPT:
+    """Write a training checkpoint of a small GPT, as a run does."""
+    model = GPT(small_config(ar_token_num=4))
+    model.init_weights()
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    save_sharded(folder, tensors, None).result()
+    facts = {"gpt_model": "GPT-S", "config": asdict(model.config), "steps": 7, "classes": ["a|b"]}
+    files = {p.name: p.stat().st_size for p in folder.iterdir()}
+    (folder / "meta.json").write_text(json.dumps(facts | {"files": files, "scalars": {}}))
+    return model

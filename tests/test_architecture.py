@@ -48,14 +48,32 @@ def test_imports_flow_one_way(path):
         )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.name)
+TESTS = sorted(p.relative_to(ROOT) for p in (ROOT / "tests").rglob("*.py") if p.stat().st_size)
+
+
+@pytest.mark.parametrize("path", TESTS, ids=str)
 def test_test_files_share_through_helpers_alone(path):
     imports = (
-        node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)
+        node
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, ast.ImportFrom)
     )
     names = {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
-    shared = ("tests.helpers", "tests.effects")
-    assert not [name for name in names if name.startswith("tests.") and not name.startswith(shared)]
+    shared = {"helpers", "effects", "fake_cuda"}
+    ours = [name.split(".") for name in names if name.startswith("tests.")]
+    assert not [name for name in ours if not shared & set(name)]
+
+
+MIRRORED = [
+    p.relative_to("tests") for p in TESTS if p.name.startswith("test_") and len(p.parts) > 2
+]
+
+
+@pytest.mark.parametrize("path", MIRRORED, ids=str)
+def test_test_files_mirror_the_tree(path):
+    """tests/X/test_y.py is of X/y.py, or of a script or folder X/y; others lie in tests/."""
+    name = path.stem.removeprefix("test_")
+    assert (ROOT / path.parent / name).is_dir() or list((ROOT / path.parent).glob(f"{name}.*"))
 
 
 def test_no_script_imports_another():

@@ -217,11 +217,6 @@ class Reconstructor:
         return figures
 
 
-def open_lpips(args: Namespace) -> nn.Module | None:
-    """Return LPIPS, or None without weights; ``ValueError`` if ``--vgg-weights`` does not exist."""
-    return load_lpips(args.vgg_weights) if find_vgg(args.vgg_weights) is not None else None
-
-
 @torch.inference_mode()
 def main() -> None:
     """Reconstruct every missing chunk, then finish metrics, picture and files."""
@@ -231,11 +226,11 @@ def main() -> None:
     allow_tf32(False)
     vq, name = load_tokenizer(args)
     vq.config.grid(args.image_size)  # raises if they do not fit
-    lpips = open_lpips(args)
-    if lpips is None:
-        logger.info("LPIPS is left out: no VGG16 weights (see --vgg-weights)")
+    lpips = None
+    if find_vgg(args.vgg_weights) is not None:
+        lpips = load_lpips(args.vgg_weights).to(world.device)
     else:
-        lpips.to(world.device)
+        logger.info("LPIPS is left out: no VGG16 weights (see --vgg-weights)")
     prepare_folder(args.sample_dir, "--sample-dir")
     place_tokenizer(vq, world.device)
     name = f"{name}-{Path(args.vq_ckpt).stem}-size-{args.image_size}"

@@ -91,20 +91,19 @@ def make_model(args: Namespace) -> VQModel:
     return model
 
 
-def list_all_images(args: Namespace) -> list[tuple[str, int]]:
-    """Return (path, label) of every image to train on."""
+def open_images(args: Namespace) -> ImageFiles:
+    """Return every image to train on, under random crops seeded by (image, epoch)."""
     samples = list_images(args.data_path).samples
     if args.data_face_path is not None:
-        samples = samples + list_images(args.data_face_path, "--data-face-path").samples
-    return samples
+        samples += list_images(args.data_face_path, "--data-face-path").samples
+    augment = RandomCrop(args.image_size, flip=not args.no_flip, seed=args.global_seed)
+    return ImageFiles(samples, augment)
 
 
 def make_loader(
-    args: Namespace, order: EpochOrder, steps: range, rank: int, size: int
+    args: Namespace, files: ImageFiles, order: EpochOrder, steps: range, rank: int, size: int
 ) -> DataLoader:
-    """Return a loader of one rank's images in ``steps``, seeded by epoch: (B, S, S, 3) uint8."""
-    augment = RandomCrop(args.image_size, flip=not args.no_flip, seed=args.global_seed)
-    files = ImageFiles(list_all_images(args), augment)
+    """Return a loader of one rank's images in ``steps``: (B, S, S, 3) uint8."""
     keys = order.rank_keys(steps.start, steps.stop, rank, size)
     workers = min(args.num_workers, usable_cores())
     return DataLoader(
@@ -156,7 +155,8 @@ def main() -> None:
     micro_batch = split_batch(args.global_batch_size, world.size, args.gradient_accumulation_steps)
     stop = StopSignal(world)
     check_options(args)
-    order = EpochOrder(len(list_all_images(args)), args.global_batch_size, args.global_seed)
+    files = open_images(args)
+    order = EpochOrder(len(files), args.global_batch_size, args.global_seed)
     total_steps = args.epochs * order.steps_per_epoch
 
     # models, losses, optimizers
@@ -178,7 +178,7 @@ def main() -> None:
     name, fixed = f"{args.vq_model}-{args.image_size}", fixed_options(args, model, order)
     run = TrainingRun(args, world, name, state, fixed, total_steps, start_folder(args))
     if run.first_step == 0 and args.codebook_init != "uniform":
-        first = make_loader(args, order, range(order.steps_per_epoch), 0, 1)
+        first = make_loader(args, files, order, range(order.steps_per_epoch), 0, 1)
         first_images = (pixels for pixels, _, _ in first)
         place_codebook(args, world, model, first_images, order.steps_per_epoch * order.batch)
         if state.ema:
@@ -193,7 +193,8 @@ def main() -> None:
     logger.log(log_level(args.mixed_precision, device), f"--mixed-precision {precision_note}")
     log_header(logger, args, model, adversary, order.length, total_steps)
     accumulation = args.gradient_accumulation_steps
-    loader = make_loader(args, order, range(run.first_step, run.last_step), world.rank, world.size)
+    steps = range(run.first_step, run.last_step)
+    loader = make_loader(args, files, order, steps, world.rank, world.size)
     with run:
         for step, (pixels, _, _) in run.steps(enumerate(loader, start=run.first_step)):
             # ------------------------------------------------------------ one training step

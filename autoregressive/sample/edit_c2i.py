@@ -209,10 +209,7 @@ def main() -> None:
         images = to_model_range(torch.from_numpy(pixels)[None], world.device)  # (1, 3, S, S)
         codes = pipeline.vq.encode(images).flatten()  # (T,)
     batch = args.images_per_class * args.candidates
-    way, reason = pipeline.choose_way(batch)
-    print(reason, file=sys.stderr)
-    args.precision, args.compile = way.precision, way.compiled
-    generator = pipeline.make_generator(way, batch, args.quantize, editing=True)
+    generator = pipeline.start_generator(args, batch, editing=True)
     edit = Edit(pixels, codes, anew, generator)
 
     classes = progress(world, "editing", len(args.classes), unit="classes", items=args.classes)

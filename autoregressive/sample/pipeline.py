@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -97,6 +98,13 @@ class Pipeline:
             seed, indices, config.num_classes, num_tokens, self.options.noise
         )[1]
         return torch.from_numpy(numbers).to(self.world.device)  # (b, T)
+
+    def start_generator(self, args: Namespace, batch: int, editing: bool = False) -> Generator:
+        """Choose how to decode, report and record that, and return ``make_generator`` of it."""
+        way, reason = self.choose_way(batch)
+        print(reason, file=sys.stderr)
+        args.precision, args.compile = way.precision, way.compiled
+        return self.make_generator(way, batch, args.quantize, editing)
 
     def fingerprint(self, args: Namespace, way: Way) -> str:
         """Return a short hash of everything that the bytes of the samples depend on."""

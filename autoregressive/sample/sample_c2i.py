@@ -85,10 +85,7 @@ def main() -> None:
     names = class_names(pipeline)
     args.classes = find_classes(args.classes, names)
     prepare_folder(output.parent, "--output")
-    way, reason = pipeline.choose_way(args.images_per_class)
-    print(reason, file=sys.stderr)
-    args.precision, args.compile = way.precision, way.compiled
-    generator = pipeline.make_generator(way, args.images_per_class, args.quantize)
+    generator = pipeline.start_generator(args, args.images_per_class)
     rows, traces, calls = [], [], []
     classes = progress(world, "sampling", len(args.classes), unit="classes", items=args.classes)
     for row, label in enumerate(classes):

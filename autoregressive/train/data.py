@@ -46,10 +46,13 @@ def describe_codes(args: Namespace, codes: Codes) -> None:
             f"{source} holds {codes.num_tokens} codes per crop, but --image-size {args.image_size} "
             f"/ --downsample-size {args.downsample_size} makes {grid}x{grid}"
         )
-    if codes.labels.max() >= args.num_classes:
-        raise ValueError(
-            f"{source} has label {codes.labels.max()}, but --num-classes is {args.num_classes}"
-        )
+    check_labels(args, codes, source)
+
+
+def check_labels(args: Namespace, codes: Codes, source: str) -> None:
+    """Raise ``ValueError`` if the codes of ``source`` have a label beyond ``--num-classes``."""
+    if (largest := codes.labels.max()) >= args.num_classes:
+        raise ValueError(f"{source} has label {largest}, but --num-classes is {args.num_classes}")
 
 
 def open_held_out(args: Namespace, codes: Codes, world: World) -> Codes | None:
@@ -67,11 +70,7 @@ def open_held_out(args: Namespace, codes: Codes, world: World) -> Codes | None:
             f"--val-code-path holds {held_out.num_tokens} codes per crop, "
             f"--code-path {codes.num_tokens}"
         )
-    if held_out.labels.max() >= args.num_classes:
-        raise ValueError(
-            f"--val-code-path has label {held_out.labels.max()}, but --num-classes "
-            f"is {args.num_classes}"
-        )
+    check_labels(args, held_out, "--val-code-path")
     if min(args.val_images, len(held_out)) < world.size:
         raise ValueError(
             f"--val-images {args.val_images}: take at least one for each of the "

@@ -15,9 +15,8 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dataset.imagenet import open_image
+from dataset.imagenet import IMG_EXTENSIONS, open_image
 from evaluations.c2i.metrics import Statistics
 from utils.files import require_file
 from utils.npz import Member, open_member, open_npz

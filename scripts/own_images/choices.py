@@ -180,6 +180,47 @@ def choose(
     return best
 
 
+class Costs(NamedTuple):
+    """Seconds per image on a machine, at one image size and with one tokenizer."""
+
+    read: float
+    tokenizer: float  # of its training, with reading; 0 where it is used as it is
+    encode: float
+    decode: float
+    gpt: float  # of the training of the smallest GPT
+
+    @property
+    def sample(self) -> float:
+        """Seconds to generate and decode one image."""
+        return 3 * self.gpt + self.decode
+
+
+def measure_costs(
+    images: Images,
+    machine: Speeds,
+    size: int,
+    vq: Tokenizer,
+    train_tokenizer: bool,
+    shape: tuple[int, int, int, float],
+) -> Costs:
+    """Return the costs of one image; shape: grid, codebook size, n and dropout of the GPT."""
+    read = images.seconds / machine.cores
+    tokenizer = machine.train_tokenizer(vq, size) + read if train_tokenizer else 0.0
+    encode, decode = machine.code(vq, size)
+    return Costs(read, tokenizer, encode, decode, machine.train_gpt("GPT-T", *shape))
+
+
+def metrics_network(
+    machine: Speeds, size: int, used: int, held: int, read: float, work: float, inception: bool
+) -> tuple[int, float]:
+    """Return the epochs of the classifier (0: Inception is there), and seconds with its use."""
+    if inception:
+        return 0, 3 * held * machine.inception(size)
+    epoch = used * machine.train_classifier(size)
+    epochs = max(2, min(60, int(0.05 * work / epoch)))
+    return epochs, epochs * epoch + used * read
+
+
 def fit(
     options: Options, images: Images, machine: Speeds, size: int, vq: Tokenizer, inception: bool
 ) -> Plan:
@@ -192,43 +233,37 @@ def fit(
     held, grid = sum(held_out(images.counts).values()), size // vq.downsample
     n = 4 if grid < 32 else 16
     dropout = DROPOUT if sum(images.counts.values()) < OVERFITTING else 0.0
+    shape = (grid, vq.codebook, n, dropout)  # of a GPT, as far as its cost depends on it
     budget, overhead = MARGIN * 60 * options.budget, machine.overhead()
     work = max(0.0, budget - overhead)
-    read = images.seconds / machine.cores
     share = TOKENIZER_SHARE if vq.path is None or options.finetune else 0.0
-    per_vq = machine.train_tokenizer(vq, size) + read if share else 0.0
-    encode, decode = machine.code(vq, size)
-    per_gpt = machine.train_gpt("GPT-T", grid, vq.codebook, n, dropout)
-
-    most, used = training_images(images, size, share * work, (1 - share) * work, per_vq, per_gpt)
+    cost = measure_costs(images, machine, size, vq, bool(share), shape)
+    most, used = training_images(images, size, share * work, (1 - share) * work, cost)
 
     # codes, samples, metrics
     crops = 2 if options.flip else 1
-    ten_crop = 5 * used * crops * encode <= 0.1 * work
-    per_sample = 3 * per_gpt + decode
-    samples = max(4, min(held, int(0.1 * work / per_sample)))
-    epochs, metrics = 0, 3 * held * machine.inception(size) if inception else 0.0
-    if not inception:
-        epoch = used * machine.train_classifier(size)
-        epochs = max(2, min(60, int(0.05 * work / epoch)))
-        metrics = epochs * epoch + used * read
+    ten_crop = 5 * used * crops * cost.encode <= 0.1 * work
+    samples = max(4, min(held, int(0.1 * work / cost.sample)))
+    classifier_epochs, network = metrics_network(
+        machine, size, used, held, cost.read, work, inception
+    )
     seconds = {
         "programs and planning": overhead,
         "tokenizer": 0.0,
-        "codes": used * ((5 if ten_crop else 1) * crops * encode + read),
+        "codes": used * ((5 if ten_crop else 1) * crops * cost.encode + cost.read),
         "GPT": 0.0,
-        "samples": 2 * samples * per_sample,  # as many again for the picture
-        "metrics": metrics + held * (encode + decode + 2 * read),
+        "samples": 2 * samples * cost.sample,  # as many again for the picture
+        "metrics": network + held * (cost.encode + cost.decode + 2 * cost.read),
     }
 
     # the two trainings
     rest = max(0.0, budget - sum(seconds.values()))
-    vq_epochs = epochs_within(share * rest, used * per_vq) if share else 0
-    seconds["tokenizer"] = vq_epochs * used * per_vq
+    vq_epochs = epochs_within(share * rest, used * cost.tokenizer) if share else 0
+    seconds["tokenizer"] = vq_epochs * used * cost.tokenizer
     rest = max(0.0, rest - seconds["tokenizer"])
-    gpt, per_gpt = choose_gpt(machine, used, rest, per_gpt, (grid, vq.codebook, n, dropout))
-    gpt_epochs = epochs_within(rest, used * per_gpt)
-    seconds["GPT"] = gpt_epochs * used * per_gpt
+    gpt, per_image = choose_gpt(machine, used, rest, cost.gpt, shape)
+    gpt_epochs = epochs_within(rest, used * per_image)
+    seconds["GPT"] = gpt_epochs * used * per_image
 
     return Plan(
         options=options,
@@ -248,22 +283,22 @@ def fit(
         gpt_batch=batch_size(gpt_epochs * used / 3000, machine.gpt_batch, used),
         dropout=dropout,
         samples=samples,
-        classifier_epochs=epochs,
-        read=read / per_vq if share else 0.0,
+        classifier_epochs=classifier_epochs,
+        read=cost.read / cost.tokenizer if share else 0.0,
         seconds=seconds,
     )
 
 
 def training_images(
-    images: Images, size: int, for_vq: float, for_gpt: float, per_vq: float, per_gpt: float
+    images: Images, size: int, for_tokenizer: float, for_gpt: float, cost: Costs
 ) -> tuple[int, int]:
     """Return how many images are trained on, per class at most and in all.
 
     At most so many that three quarters of the seconds go once through the tokenizer and four times
     through the GPT, and that the classifier's training images fit in memory.
     """
-    limits = [0.75 * for_gpt / per_gpt / 4, CLASSIFIER_BYTES / (3 * size * size)]
-    limits += [0.75 * for_vq / per_vq] if per_vq else []
+    limits = [0.75 * for_gpt / cost.gpt / 4, CLASSIFIER_BYTES / (3 * size * size)]
+    limits += [0.75 * for_tokenizer / cost.tokenizer] if cost.tokenizer else []
     most = max(2, int(min(limits) / len(images.counts)))
     held = held_out(images.counts)
     return most, sum(min(n - 2 * held[c], most) for c, n in images.counts.items())

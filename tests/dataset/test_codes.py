@@ -1,0 +1,229 @@
+"""Cached codes: shards, readers of both layouts, damage."""
+
+import json
+import os
+import resource
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from dataset.codes import (
+    CodesPlan,
+    MixedCodes,
+    finish_codes,
+    open_codes,
+    shard_damage,
+    shard_path,
+    start_codes,
+    write_shard,
+)
+from tests.helpers import make_plan, write_all
+
+
+@pytest.mark.parametrize("codebook_size", [70, 100_000])
+def test_round_trip_and_gather(tmp_path, codebook_size):
+    plan = make_plan(codebook_size=codebook_size)
+    codes, labels = write_all(tmp_path, plan)
+    reader = open_codes(tmp_path)
+    assert (len(reader), reader.num_crops, reader.num_tokens, reader.num_classes) == (10, 2, 4, 3)
+    assert np.array_equal(reader.labels, labels)
+    images, crops = np.array([9, 0, 4, 3, 9, 7]), np.array([1, 0, 1, 1, 0, 0])
+    assert np.array_equal(reader.gather(images, crops), codes[images, crops])
+    loaded, batch_labels = reader.batch(images, crops)
+    assert np.array_equal(loaded, codes[images, crops]) and np.array_equal(
+        batch_labels, labels[images]
+    )
+
+
+def test_shards_are_small_and_plain(tmp_path):
+    """Two bytes a code, and any numpy reads them."""
+    codes, _ = write_all(tmp_path, make_plan())
+    with np.load(shard_path(tmp_path, 1), allow_pickle=False) as shard:
+        assert shard["codes"].dtype == np.uint16
+        assert np.array_equal(shard["codes"], codes[4:8])
+        assert shard["index"].tolist() == [4, 5, 6, 7]
+
+
+def test_published_layout_reads_the_same(tmp_path):
+    ours, published = tmp_path / "ours", tmp_path / "published"
+    codes, labels = write_all(ours, make_plan())
+    for kind, values in (("codes", codes[:, None]), ("labels", labels[:, None])):
+        (published / f"imagenet384_{kind}").mkdir(parents=True)
+        for i, value in enumerate(values):
+            np.save(published / f"imagenet384_{kind}" / f"{i}.npy", value)
+    images, crops = np.array([9, 0, 4]), np.array([1, 0, 1])
+    assert np.array_equal(
+        open_codes(published).gather(images, crops), open_codes(ours).gather(images, crops)
+    )
+    assert np.array_equal(open_codes(published).labels, labels)
+
+
+def test_another_plan_in_the_same_folder_is_refused(tmp_path):
+    start_codes(tmp_path, make_plan())
+    start_codes(tmp_path, make_plan())
+    with pytest.raises(ValueError, match="tokenizer_sha256: t there, other now"):
+        start_codes(tmp_path, make_plan(tokenizer_sha256="other"))
+
+
+def test_unfinished_empty_and_missing_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        open_codes(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no codes"):
+        open_codes(tmp_path)
+    start_codes(tmp_path, make_plan())
+    with pytest.raises(ValueError, match="is not complete"):
+        open_codes(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "wrong shape", "compressed"])
+def test_damaged_shard_is_named(tmp_path, damage):
+    write_all(tmp_path, make_plan())
+    path = shard_path(tmp_path, 1)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-40])
+    elif damage == "missing":
+        path.unlink()
+    elif damage == "wrong shape":
+        np.savez(
+            path,
+            codes=np.zeros((3, 2, 4), np.uint16),
+            labels=np.zeros(3, int),
+            index=np.zeros(3, int),
+        )
+    else:
+        np.savez_compressed(
+            path,
+            codes=np.zeros((4, 2, 4), np.uint16),
+            labels=np.zeros(4, int),
+            index=np.zeros(4, int),
+        )
+    with pytest.raises(ValueError, match=r"00001\.npz"):
+        open_codes(tmp_path)
+
+
+def test_meta_cannot_lead_out_of_the_folder(tmp_path):
+    """A shard's name in meta.json is taken as a name, never as a path."""
+    write_all(tmp_path / "codes", make_plan())
+    (tmp_path / "outside.npz").write_bytes(shard_path(tmp_path / "codes", 1).read_bytes())
+    meta = json.loads((tmp_path / "codes" / "meta.json").read_text())
+    meta["shards"][1]["file"] = "../../outside.npz"
+    (tmp_path / "codes" / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="codes/shards/outside.npz is missing"):
+        open_codes(tmp_path / "codes")
+
+
+def test_threads_may_share_a_reader(tmp_path):
+    codes, _ = write_all(tmp_path, make_plan(num_images=64))
+    reader, rng = open_codes(tmp_path), np.random.default_rng(1)
+    requests = [(rng.integers(64, size=50), rng.integers(2, size=50)) for _ in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        for (images, crops), got in zip(
+            requests, pool.map(lambda r: reader.gather(*r), requests), strict=True
+        ):
+            assert np.array_equal(got, codes[images, crops])
+
+
+def test_more_shards_than_open_files(tmp_path):
+    """numpy.memmap keeps a descriptor per map: ImageNet's 1,252 shards exceed a limit of 1,024."""
+    codes, _ = write_all(tmp_path, make_plan(num_images=200, shard_size=1))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # other tests of this process may have files open
+    highest = max(int(name) for name in os.listdir("/dev/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 60, before[1]))
+    try:
+        reader = open_codes(tmp_path)
+        assert np.array_equal(reader.gather(np.arange(200), np.zeros(200, int)), codes[:, 0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_every_kind_of_damage_is_seen(tmp_path):
+    plan = make_plan()
+    codes, labels = write_all(tmp_path, plan)
+    path = shard_path(tmp_path, 1)
+    good = path.read_bytes()
+    assert shard_damage(tmp_path, plan, 1) is None
+    for place in range(
+        0, len(good), 97
+    ):  # one flipped bit anywhere that matters is seen; headers may not matter
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        if shard_damage(tmp_path, plan, 1) is None:
+            with np.load(path, allow_pickle=False) as arrays:
+                assert np.array_equal(arrays["codes"], codes[4:8]) and np.array_equal(
+                    arrays["labels"], labels[4:8]
+                )
+    path.write_bytes(good[:-10])
+    assert shard_damage(tmp_path, plan, 1)
+    write_shard(tmp_path, plan, 1, codes[4:7], labels[4:7], np.arange(4, 7))
+    assert "each of its images once" in shard_damage(tmp_path, plan, 1)
+    write_shard(tmp_path, plan, 1, codes[4:7], labels[4:7], np.arange(4, 7), [(7, "unreadable")])
+    assert shard_damage(tmp_path, plan, 1) is None
+
+
+def test_skipped_images_never_misalign(tmp_path):
+    """Images 2, 3 and all of shard 1 are unreadable: the others keep their codes and labels."""
+    plan = make_plan()
+    rng = np.random.default_rng(0)
+    codes, labels = rng.integers(0, 70, (10, 2, 4)), np.arange(10) % 3
+    start_codes(tmp_path, plan)
+    for shard, good in enumerate([[0, 1], [], [8, 9]]):
+        bad = [(i, f"reason {i}") for i in plan.shard_images(shard) if i not in good]
+        good = np.array(good, np.int64)
+        write_shard(tmp_path, plan, shard, codes[good], labels[good], good, bad)
+    meta = finish_codes(tmp_path, plan, [f"image {i}" for i in range(10)])
+    assert (meta["num_coded_images"], meta["num_skipped_images"]) == (4, 6)
+    skipped = json.loads((tmp_path / "skipped.json").read_text())
+    assert skipped[0] == {"index": 2, "path": "image 2", "reason": "reason 2"}
+    reader = open_codes(tmp_path)
+    assert np.array_equal(reader.gather(np.arange(4), np.ones(4, int)), codes[[0, 1, 8, 9], 1])
+    assert reader.labels.tolist() == labels[[0, 1, 8, 9]].tolist()
+
+
+def test_mixed_sets(tmp_path):
+    first, labels = write_all(tmp_path / "a", make_plan())
+    plan = make_plan(crops=["x", "y", "z"], crop_range=1.05)
+    second = np.random.default_rng(5).integers(0, 70, (10, 3, 4))
+    start_codes(tmp_path / "b", plan)
+    for shard in range(plan.num_shards):
+        index = np.array(plan.shard_images(shard))
+        write_shard(tmp_path / "b", plan, shard, second[index], labels[index], index)
+    finish_codes(tmp_path / "b", plan, [""] * 10)
+    mixed = MixedCodes(open_codes(tmp_path / "a"), open_codes(tmp_path / "b"), weight=0.25)
+    images, crops = np.array([0, 5, 5, 9, 2]), np.array([1, 2, 0, 4, 3])
+    expected = np.concatenate([first, second], axis=1)[images, crops]
+    assert np.array_equal(mixed.gather(images, crops), expected)
+    assert mixed.crop_weights == pytest.approx([0.375, 0.375, 0.25 / 3, 0.25 / 3, 0.25 / 3])
+    write_all(tmp_path / "c", make_plan(tokenizer_sha256="other"))
+    with pytest.raises(ValueError, match="--mix-code-path: its tokenizer_sha256 differs"):
+        MixedCodes(open_codes(tmp_path / "a"), open_codes(tmp_path / "c"), 0.5)
+    write_all(tmp_path / "d", make_plan(num_images=9))
+    with pytest.raises(ValueError, match="other images"):
+        MixedCodes(open_codes(tmp_path / "a"), open_codes(tmp_path / "d"), 0.5)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "not json"])
+def test_damaged_meta_is_named(tmp_path, content):
+    write_all(tmp_path, make_plan())
+    (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(ValueError, match=r"meta\.json is"):
+        open_codes(tmp_path)
+
+
+def test_two_plans_at_once_and_one_wins(tmp_path):
+    plans = [make_plan(tokenizer_sha256=str(i)) for i in range(8)]
+
+    def start(plan: CodesPlan) -> bool:
+        try:
+            start_codes(tmp_path, plan)
+        except ValueError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(start, plans))
+    assert sum(won) == 1
+    assert json.loads((tmp_path / "plan.json").read_text())["tokenizer_sha256"] == str(
+        won.index(True)
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
