@@ -22,6 +22,7 @@ from autoregressive.models.load import load_gpt
 from dataset.codes import open_codes
 from evaluations.c2i.classifier import load_classifier
 from scripts.benchmarks.common import write_results
+from scripts.experiments.common import newest
 from tokenizer.load import load_vq
 from utils.distributed import init_distributed
 from utils.images import enlarge, image_grid, save_png, to_uint8
@@ -30,14 +31,6 @@ from utils.options import make_parser, positive_int, run_main
 
 BATCH = 50
 HALVES = {"left": np.s_[:, :4], "right": np.s_[:, 4:], "top": np.s_[:4], "bottom": np.s_[4:]}
-
-
-def newest(folder: Path, pattern: str) -> Path:
-    """Return the last file of ``pattern``; ``ValueError`` if there is none."""
-    found = sorted(folder.glob(pattern))
-    if not found:
-        raise ValueError(f"--quickstart: {folder} holds no {pattern}; run scripts/quickstart.sh")
-    return found[-1]
 
 
 def complete(

@@ -8,7 +8,6 @@ others. Run scripts/quickstart.sh first. Finished runs are not made again.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -20,9 +19,9 @@ import numpy as np
 
 from autoregressive.models.region_order import RegionOrder
 from dataset.codes import CodesPlan, finish_codes, open_codes, start_codes, write_shard
+from scripts.experiments.common import ROOT, extract, newest, run
 from utils.options import make_parser, run_main
 
-ROOT = Path(__file__).resolve().parents[2]
 CURVES = ROOT / "scripts" / "diagnosis" / "curves"
 KEPT = ("step", "loss", "grad_norm", "skipped", "val/loss", "val/loss_first", "val/loss_rest")
 STEPS, BATCH, N = 600, 16, 4
@@ -52,24 +51,6 @@ MISTAKES: dict[str, tuple[Callable | None, int | None, tuple[object, ...]]] = {
     "learning rate too high": (None, None, ("--lr", 0.1, "--max-loss-spike", 0)),
     "learning rate too low": (None, None, ("--lr", 2e-6)),
 }
-
-
-def run(*command: object) -> None:
-    """Run a command line from the repository's root and print it."""
-    words = [str(word) for word in command]
-    print("+", " ".join(words), flush=True)
-    subprocess.run(words, cwd=ROOT, check=True)
-
-
-def extract(vq: Path, images: Path, output: Path) -> Path:
-    """Extract codes of five crops, unless that is done; return their folder."""
-    if not (output / "meta.json").exists():
-        run(
-            *("bash", "scripts/autoregressive/extract_codes_c2i.sh", "--vq-ckpt", vq),
-            *("--data-path", images, "--code-path", output, "--image-size", 32, "--ten-crop"),
-            *("--no-flip", "--batch-size", 100, "--num-workers", 0),
-        )
-    return output
 
 
 def change_codes(source: Path, output: Path, change: Callable | None, images: int | None) -> Path:
@@ -148,13 +129,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     quickstart, output = Path(args.quickstart).resolve(), Path(args.output).resolve()
-    found = sorted(quickstart.glob("tokenizer/*/checkpoints/*.pt"))
-    if not found:
-        raise ValueError(
-            f"--quickstart: {quickstart} holds no tokenizer; run scripts/quickstart.sh"
-        )
+    vq = newest(quickstart, "tokenizer/*/checkpoints/*.pt")
     for name in args.names:
-        make_curve(name, quickstart, output, found[-1])
+        make_curve(name, quickstart, output, vq)
 
 
 if __name__ == "__main__":
