@@ -222,7 +222,7 @@ def time_batches(case: Case, device: torch.device) -> tuple[dict[str, float | st
         decoder = make_decoder(model, way, 2 * batch * case.n)
         generator = Generator(decoder, model.order, SamplingOptions(cfg_scale=CFG_SCALE), batch)
         uniforms = torch.rand(batch, model.order.num_tokens, device=device)  # (B, T)
-        sample = partial(generator, uniforms=uniforms)
+        sample = partial(generator, randomness=uniforms)
     else:
         sample = make_published(model, case.way == "fused")
     cond = torch.arange(batch, device=device)
