@@ -1,7 +1,7 @@
-"""Sample and evaluate a checkpoint at several guidance scales; plot FID and Inception Score, report
-the best scale.
+"""Sample and evaluate a checkpoint at several values of a sampling option, such as the guidance
+scale; plot FID and Inception Score, report the best value.
 
-Samples go to OUTPUT/cfg-SCALE/, metrics to OUTPUT/sweep.json and sweep.md, the plot to
+Samples go to OUTPUT/NAME-VALUE/, metrics to OUTPUT/sweep.json and sweep.md, the plot to
 OUTPUT/sweep.png. The same command continues an interrupted sweep.
 """
 
@@ -26,15 +26,16 @@ from utils.files import atomic_path, prepare_folder
 from utils.options import make_parser, run_main, write_options
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = {"cfg-scale": "cfg"}  # names of folders that are shorter than the option
 
 
 def main() -> None:
-    """Sample and evaluate at each scale, write metrics and plot."""
+    """Sample and evaluate at each value, write metrics and plot."""
     args = parse_args()
     if not Path(args.reference).exists():
         raise ValueError(f"REF: {args.reference} does not exist")
     output = prepare_folder(args.output, "--output")
-    scales = sorted(set(args.cfg_scales))
+    option, values = swept(args)
     evaluate = [
         "bash",
         ROOT / "scripts/launch.sh",
@@ -42,8 +43,9 @@ def main() -> None:
         Path(args.reference).resolve(),
     ]
     results = []
-    for scale in scales:
-        samples = sample(scale, output / f"cfg-{scale}", shlex.split(args.sample)).resolve()
+    for value in values:
+        folder = output / f"{FOLDERS.get(option, option)}-{value}"
+        samples = sample(option, value, folder, shlex.split(args.sample)).resolve()
         numbers = samples.with_suffix(".metrics.json")
         call(
             [*evaluate, samples, *shlex.split(args.evaluate or ""), "--output", numbers],
@@ -53,12 +55,12 @@ def main() -> None:
     metrics = [r["metrics"] for r in results]
     with atomic_path(output / "sweep.md") as temporary:
         temporary.write_text(markdown(results))
-    write_options(output / "sweep.json", args, scales=scales, metrics=metrics)
-    plot(scales, metrics, output / "sweep.png")
-    best = min(range(len(scales)), key=lambda i: metrics[i]["fid"])
+    write_options(output / "sweep.json", args, option=option, values=values, metrics=metrics)
+    plot(option, values, metrics, output / "sweep.png")
+    best = min(range(len(values)), key=lambda i: metrics[i]["fid"])
     print((output / "sweep.md").read_text(), end="")
     print(
-        f"best FID {metrics[best]['fid']:.4f} at --cfg-scale {scales[best]}; plot: "
+        f"best FID {metrics[best]['fid']:.4f} at --{option} {values[best]}; plot: "
         f"{output / 'sweep.png'}"
     )
 
@@ -74,8 +76,14 @@ def parse_args() -> Namespace:
     parser.add_argument(
         "reference", metavar="REF", help="reference for the evaluator: .npz or folder of images"
     )
-    parser.add_argument(
-        "--cfg-scales", type=float, nargs="+", required=True, help="guidance scales to evaluate"
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--cfg-scales", type=float, nargs="+", help="guidance scales to evaluate")
+    what.add_argument(
+        "--vary",
+        nargs="+",
+        metavar=("OPTION", "VALUE"),
+        help="any other option of sample_c2i.sh, without dashes, and its values, such as: "
+        "temperature-end 0.7 0.85 1, or cfg-schedule constant linear",
     )
     parser.add_argument(
         "--sample",
@@ -90,12 +98,31 @@ def parse_args() -> Namespace:
     return parser.parse_args()
 
 
-def sample(scale: float, folder: Path, options: list[str]) -> Path:
-    """Return the .npz of samples at ``scale``; a finished one of an earlier sweep is kept."""
+def swept(args: Namespace) -> tuple[str, list[str]]:
+    """Return the option that is swept and its values: numbers in order, or words as written."""
+    if args.cfg_scales:
+        return "cfg-scale", [str(scale) for scale in sorted(set(args.cfg_scales))]
+    option, *words = args.vary
+    if option.startswith("-") or not words:
+        raise ValueError(f"--vary {' '.join(args.vary)}: expected an option's name, then values")
+    words = list(dict.fromkeys(words))
+    return option, words if numbers(words) is None else sorted(words, key=float)
+
+
+def numbers(words: list[str]) -> list[float] | None:
+    """Return ``words`` as numbers, None if one is no number."""
+    try:
+        return [float(word) for word in words]
+    except ValueError:
+        return None
+
+
+def sample(option: str, value: str, folder: Path, options: list[str]) -> Path:
+    """Return the .npz of samples at ``value``; a finished one of an earlier sweep is kept."""
     script = ROOT / "scripts/autoregressive/sample_c2i.sh"
     call(
-        ["bash", script, *options, "--cfg-scale", scale, "--sample-dir", folder],
-        f"sampling at --cfg-scale {scale}",
+        ["bash", script, *options, f"--{option}", value, "--sample-dir", folder],
+        f"sampling at --{option} {value}",
     )
     files = list(folder.glob("*.npz"))
     if len(files) != 1:
@@ -113,18 +140,23 @@ def call(words: list[object], what: str) -> None:
         raise ValueError(f"the {what} failed with status {done.returncode}, see above")
 
 
-def plot(scales: list[float], metrics: list[dict[str, float]], path: Path) -> None:
-    """Plot FID (left axis) and Inception Score (right axis) against the CFG scale, as a PNG."""
+def plot(
+    option: str,
+    values: list[str],
+    metrics: list[dict[str, float]],
+    path: Path,
+) -> None:
+    """Plot FID (left axis) and Inception Score (right axis) against the values, as a PNG."""
     figure, left = pyplot.subplots(figsize=(6, 4), layout="constrained")
     right = left.twinx()
     for axis, name, title, style in (
         (left, "fid", "FID", "C0o-"),
         (right, "inception_score", "Inception Score", "C1s--"),
     ):
-        axis.plot(scales, [m[name] for m in metrics], style, label=title)
+        axis.plot(numbers(values) or values, [m[name] for m in metrics], style, label=title)
         axis.set_ylabel(title, color=style[:2])
         axis.tick_params(axis="y", labelcolor=style[:2])
-    left.set_xlabel("guidance scale")
+    left.set_xlabel(f"--{option}")
     left.grid(alpha=0.3)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

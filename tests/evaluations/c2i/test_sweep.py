@@ -1,4 +1,4 @@
-"""The sweep over guidance scales."""
+"""The sweep over guidance scales, or any other option."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def swept(sets, monkeypatch):
             monkeypatch.setattr(sys, "argv", words[2:])
             evaluator.main()
             return
-        scale = float(words[words.index("--cfg-scale") + 1])
+        option = next(w for w in words if w in ("--cfg-scale", "--temperature-end", "--noise"))
+        value = words[words.index(option) + 1]
+        scale = {"uniform": 2.0, "gumbel": 1.0}.get(value) or float(value)
         folder = Path(words[words.index("--sample-dir") + 1])
         assert words[2:4] == ["--gpt-ckpt", "my gpt.pt"]
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,13 +52,24 @@ def test_a_sweep_names_the_best_scale(sets, swept, capsys):
     swept("--cfg-scales", "2.55", "1", "1.7")
     assert "best FID" in capsys.readouterr().out.splitlines()[-1]
     written = json.loads((sets / "out" / "sweep.json").read_text())
-    assert written["scales"] == [1.0, 1.7, 2.55]
+    assert (written["option"], written["values"]) == ("cfg-scale", ["1.0", "1.7", "2.55"])
     fids = [m["fid"] for m in written["metrics"]]
     assert fids == sorted(fids, reverse=True)
     assert len((sets / "out" / "sweep.md").read_text().splitlines()) == 5
     picture = np.asarray(Image.open(sets / "out" / "sweep.png").convert("RGB"))
     assert picture.shape == (600, 900, 3)
     assert ((picture == (31, 119, 180)).all(-1)).sum() > 300  # a line in the first colour
+
+
+def test_any_option_can_be_swept(sets, swept, capsys):
+    swept("--vary", "temperature-end", "2", "10", "1.5", "2")
+    assert "at --temperature-end 10;" in capsys.readouterr().out.splitlines()[-1]
+    written = json.loads((sets / "out" / "sweep.json").read_text())
+    assert written["values"] == ["1.5", "2", "10"]  # in numerical order, as written
+    swept("--vary", "noise", "uniform", "gumbel")
+    assert "at --noise uniform;" in capsys.readouterr().out.splitlines()[-1]
+    with pytest.raises(ValueError, match="--vary noise: expected an option's name, then values"):
+        swept("--vary", "noise")
 
 
 def test_a_failed_step_ends_the_sweep(sets):
