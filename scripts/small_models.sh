@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Train the CIFAR-10 models of pretrained_models/small: bash scripts/small_models.sh CIFAR10/train [OUTPUT]
+# CIFAR10/train has a folder per class with 5,000 images each, of which the last 500 are held out. Hours on a CPU; the
+# same command goes on where it stopped, and finished steps are not done again.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements-dev.txt
+
+[ -d "${1:-}" ] || { echo "error: first argument: a folder with CIFAR-10's training images, a folder per class" >&2 && exit 2; }
+IMAGES=$1 OUT=${2:-results/small}
+VQ=$OUT/tokenizer/VQ-4-32/checkpoints/0005624.pt
+
+[ -e "$OUT/images/held-out/truck" ] || python scripts/small_models/split.py --data-path "$IMAGES" --output "$OUT/images"
+[ -e "$VQ" ] || bash scripts/tokenizer/train_vq.sh --data-path "$OUT/images/train" --cloud-save-path "$OUT/tokenizer" \
+    --no-local-save --vq-model VQ-4 --codebook-size 1024 --codebook-init kmeans --image-size 32 --epochs 4 --global-batch-size 32 \
+    --lr 1e-3 --lr-schedule cosine --perceptual-weight 0 --revive-dead-codes 100 --disc-start 4501 --disc-adaptive-weight \
+    --ckpt-every 200 --keep-last 1 --num-workers 1
+[ -e "$OUT/codes/meta.json" ] || bash scripts/autoregressive/extract_codes_c2i.sh --vq-ckpt "$VQ" \
+    --data-path "$OUT/images/train" --code-path "$OUT/codes" --ten-crop --crop-range 1.1 --image-size 32 --batch-size 100 \
+    --num-workers 1
+[ -e "$OUT/codes-held-out/meta.json" ] || bash scripts/autoregressive/extract_codes_c2i.sh --vq-ckpt "$VQ" \
+    --data-path "$OUT/images/held-out" --code-path "$OUT/codes-held-out" --ten-crop --crop-range 1.1 --image-size 32 \
+    --batch-size 100 --num-workers 1
+for n in 4 1; do
+    bash scripts/autoregressive/train_c2i.sh --cloud-save-path "$OUT/gpt" --no-local-save --code-path "$OUT/codes" \
+        --val-code-path "$OUT/codes-held-out" --val-images 1000 --val-every 2000 --ar-token-num $n --spe-token-num $((n - 1)) \
+        --image-size 32 --gpt-model GPT-T --epochs 24 --warmup-epochs 1 --global-batch-size 32 --lr 2e-3 --dropout-p 0 \
+        --attn-dropout-p 0 --token-dropout-p 0 --ema --ckpt-every 1000 --keep-last 1
+done
