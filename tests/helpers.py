@@ -88,27 +88,36 @@ def run_command(
     return done
 
 
+def extract_words(work: Path, codes: Path) -> tuple[object, ...]:
+    """Return the options for codes of the images in ``work``: ten crops each, five images per
+    shard.
+    """
+    return (
+        "--vq-ckpt", work / "vq.pt", "--data-path", work / "images", "--code-path", codes,
+        "--image-size", 32, "--ten-crop", "--shard-size", 5,
+    )  # fmt: skip
+
+
 def extract(
     work: Path, codes: Path, *options: object, nproc: int = 1
 ) -> subprocess.CompletedProcess:
-    """Extract the codes of the images in ``work``, ten crops each, five images per shard."""
-    base = (
-        "--vq-ckpt", work / "vq.pt", "--data-path", work / "images", "--code-path", codes,
-        "--image-size", 32,
+    """Extract codes by the command line, see ``extract_words``."""
+    words = (*EXTRACT, *extract_words(work, codes), "--num-workers", 1, *options)
+    return run_command(*words, nproc=nproc)
+
+
+def train_words(work: Path, cloud: Path) -> tuple[object, ...]:
+    """Return the options for training GPT-T on the codes in ``work``."""
+    return (
+        "--cloud-save-path", cloud, "--no-local-save", "--code-path", work / "codes",
+        "--spe-token-num", 3, "--ar-token-num", 4, "--mixed-precision", "none", "--log-every", 1,
+        *TRAIN_OPTIONS,
     )  # fmt: skip
-    return run_command(
-        *EXTRACT, *base, "--ten-crop", "--shard-size", 5, "--num-workers", 1, *options, nproc=nproc
-    )
 
 
 def train(work: Path, cloud: Path, *options: object, **run_options) -> subprocess.CompletedProcess:
-    """Train GPT-T on the codes in ``work``, in a process of its own."""
-    base = (
-        "--cloud-save-path", cloud, "--no-local-save", "--code-path", work / "codes",
-        "--spe-token-num", 3,
-    )  # fmt: skip
-    base += ("--ar-token-num", 4, "--mixed-precision", "none", "--log-every", 1, *TRAIN_OPTIONS)
-    return run_command(*TRAIN, *base, *options, **run_options)
+    """Train by the command line, see ``train_words``."""
+    return run_command(*TRAIN, *train_words(work, cloud), *options, **run_options)
 
 
 def start(command: list[object], **environment: str) -> subprocess.Popen:
@@ -148,12 +157,15 @@ def newest(folder: Path) -> int:
 
 
 def quietly(capfd, monkeypatch, *options: object, main=train_c2i.main) -> str:
-    """Run ``main`` in this process, starting one takes long; return what it printed."""
+    """Run ``main`` in this process, starting one takes long; return what it printed.
+
+    If it ends early, its exit status is 2, as after every mistake of a user.
+    """
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
     try:
         run_main(main)
-    except SystemExit:
-        pass
+    except SystemExit as end:
+        assert end.code == 2
     finally:
         signal.set_wakeup_fd(-1)  # the run's socket is closed by now
         for number in (signal.SIGTERM, signal.SIGUSR1):

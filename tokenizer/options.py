@@ -16,6 +16,7 @@ from utils.options import (
     positive_int,
 )
 from utils.training.options import add_optimizer_options, add_output_options, add_precision_option
+from utils.training.state import LR_SCHEDULES
 
 
 def parse_args(description: str) -> Namespace:
@@ -175,7 +176,7 @@ def parse_args(description: str) -> Namespace:
     training.add_argument("--lr", type=non_negative_float, default=1e-4, help="learning rate")
     training.add_argument(
         "--lr-schedule",
-        choices=["constant", "cosine"],
+        choices=LR_SCHEDULES,
         default="constant",
         help="learning rate over the steps; cosine ends at 0",
     )

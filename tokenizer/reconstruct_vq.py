@@ -7,7 +7,6 @@ interrupted or not, gives the same files and metrics.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import sys
@@ -31,7 +30,7 @@ from utils.distributed import World, init_distributed
 from utils.files import atomic_path, prepare_folder
 from utils.images import image_grid, save_png, to_uint8
 from utils.logger import create_logger, progress
-from utils.npz import SampleFile
+from utils.npz import SampleFile, short_hash
 from utils.options import (
     add_retired,
     make_parser,
@@ -129,8 +128,7 @@ class Reconstructor:
         args = self.args
         sizes = [args.image_size, args.image_size_eval, args.per_proc_batch_size]
         options = [*sizes, self.lpips is not None]
-        text = json.dumps([state_sha256(self.vq.weights()), options, self.samples])
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+        return short_hash([state_sha256(self.vq.weights()), options, self.samples])
 
     def finished(self) -> list[bool]:
         """Return which files are finished; ``ValueError`` for other options or weights."""

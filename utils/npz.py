@@ -13,7 +13,9 @@ writes whole pages and could overwrite a neighbour's images.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import lzma
 import math
 import os
@@ -170,6 +172,11 @@ def map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
         size = os.path.getsize(member.path)
         whole = torch.from_file(member.path, shared=False, size=size, dtype=torch.uint8).numpy()
     return np.frombuffer(whole, member.dtype, math.prod(member.shape), start).reshape(member.shape)
+
+
+def short_hash(facts: object) -> str:
+    """Return eight hex digits of the SHA-256 of ``facts`` as JSON: a fingerprint of a set."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
 
 
 class SampleFile:

@@ -23,7 +23,12 @@ from torch import Tensor
 from autoregressive.decoding.generate import Generator
 from autoregressive.sample.canvas import blend, mask_of_codes, open_canvas
 from autoregressive.sample.classes import class_labels, class_names, find_classes
-from autoregressive.sample.options import add_model_options, add_sampling_options, parse_sampler
+from autoregressive.sample.options import (
+    add_model_options,
+    add_sampling_options,
+    parse_sampler,
+    picture_path,
+)
 from autoregressive.sample.pipeline import Pipeline, load_pipeline
 from autoregressive.sample.trace import GREY, Trace, write_trace
 from dataset.imagenet import to_model_range
@@ -189,8 +194,7 @@ def write(
 def main() -> None:
     """Encode the image, complete it for each class, write."""
     args = parse_args()
-    if not args.output.endswith(".png"):
-        raise ValueError(f"--output {args.output}: the picture's name must end in .png")
+    output = picture_path(args.output)
     require_file(args.image, "--image")
     if args.mask is not None:
         require_file(args.mask, "--mask")
@@ -203,7 +207,7 @@ def main() -> None:
         args.image, size, args.mask, args.box or (), args.margins or (0, 0, 0, 0)
     )
     anew = codes_anew(args, masked, pipeline)  # (h, w)
-    prepare_folder(Path(args.output).parent, "--output")
+    prepare_folder(output.parent, "--output")
 
     with torch.inference_mode():
         images = to_model_range(torch.from_numpy(pixels)[None], world.device)  # (1, 3, S, S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from pathlib import Path
 
 from autoregressive.decoding.sampling import CFG_SCHEDULES, NOISES, TEMPERATURE_SCHEDULES
 from autoregressive.models.gpt import GPT_models
@@ -72,6 +73,13 @@ def add_model_options(parser: ArgumentParser) -> None:
         "--downsample-size", type=positive_int, help="pixels per code (default: the tokenizer's)"
     )
     add_tokenizer_options(group, required=False)
+
+
+def picture_path(output: str) -> Path:
+    """Return ``--output`` as a path; ``ValueError`` unless it ends in .png."""
+    if Path(output).suffix != ".png":
+        raise ValueError(f"--output {output}: the picture's name must end in .png")
+    return Path(output)
 
 
 def parse_sampler(parser: ArgumentParser) -> Namespace:

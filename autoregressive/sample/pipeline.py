@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -30,6 +28,7 @@ from tokenizer.vq_model import VQModel
 from utils.distributed import World
 from utils.files import sha256_file
 from utils.hub import fetch_released, weights_path
+from utils.npz import short_hash
 
 DEFAULT_IMAGE_SIZE = 384  # of the released models
 
@@ -115,8 +114,7 @@ class Pipeline:
         device = self.world.device
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         values += [way.precision, way.decoder, kind, torch.__version__]
-        text = json.dumps([sorted(self.hashes.items()), values, asdict(self.options)])
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+        return short_hash([sorted(self.hashes.items()), values, asdict(self.options)])
 
     def resolved_options(self) -> dict[str, object]:
         """Return the GPT's options as the checkpoints record them."""

@@ -17,6 +17,7 @@ from autoregressive.sample.options import (
     add_model_options,
     add_sampling_options,
     parse_sampler,
+    picture_path,
 )
 from autoregressive.sample.pipeline import load_pipeline
 from autoregressive.sample.trace import Trace, write_trace
@@ -73,9 +74,7 @@ def parse_args() -> Namespace:
 def main() -> None:
     """Generate class by class and write the picture."""
     args = parse_args()
-    output = Path(args.output)
-    if output.suffix != ".png":
-        raise ValueError(f"--output {output}: the picture's name must end in .png")
+    output = picture_path(args.output)
     world = init_distributed()
     if args.trace and args.compile and world.device.type == "cuda":
         raise ValueError(

@@ -11,6 +11,7 @@ from utils.options import add_retired, fraction, make_parser, non_negative_float
 from utils.parallel import DATA_PARALLEL
 from utils.precision import AUTOCAST_DTYPE
 from utils.training.options import add_optimizer_options, add_output_options, add_precision_option
+from utils.training.state import LR_SCHEDULES
 
 
 def parse_args(description: str) -> Namespace:
@@ -112,7 +113,7 @@ def parse_args(description: str) -> Namespace:
     training.add_argument("--lr", type=non_negative_float, help="peak learning rate (recipe)")
     training.add_argument(
         "--lr-schedule",
-        choices=["constant", "cosine"],
+        choices=LR_SCHEDULES,
         help="learning rate after the warm-up; cosine ends at 0 (recipe)",
     )
     training.add_argument(

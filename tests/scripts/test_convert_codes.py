@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from tests.helpers import run_command, shard_digests
+from scripts import convert_codes
+from tests.helpers import quietly, shard_digests
 
 
-def test_published_layout_converts_to_the_same_shards(work, tmp_path):
+def test_published_layout_converts_to_the_same_shards(work, tmp_path, capfd, monkeypatch):
     from dataset.codes import open_codes
 
     codes = open_codes(work / "codes")
@@ -17,10 +18,10 @@ def test_published_layout_converts_to_the_same_shards(work, tmp_path):
             codes.gather(np.full(10, i), np.arange(10))[None],
         )
         np.save(tmp_path / f"old/imagenet32_labels/{i}.npy", codes.labels[i : i + 1])
-    options = ("--vq-ckpt", work / "vq.pt", "--shard-size", 5)
-    command = ("python3", "scripts/convert_codes.py", "--code-path", tmp_path / "old", *options)
-    run_command(*command, "--output", tmp_path / "new")
+    options = ("--code-path", tmp_path / "old", "--vq-ckpt", work / "vq.pt", "--shard-size", 5)
+    main = convert_codes.main
+    quietly(capfd, monkeypatch, *options, "--output", tmp_path / "new", main=main)
     assert shard_digests(tmp_path / "new") == shard_digests(work / "codes")
     other = ("--output", tmp_path / "other", "--image-size", 384)
-    done = run_command(*command, *other, check=False)
-    assert done.returncode == 2 and "holds 8x8 codes, which VQ-4 makes of 32 pixels" in done.stderr
+    log = quietly(capfd, monkeypatch, *options, *other, main=main)
+    assert "error: " in log and "holds 8x8 codes, which VQ-4 makes of 32 pixels" in log

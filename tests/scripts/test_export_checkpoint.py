@@ -2,15 +2,13 @@
 
 from autoregressive.models.load import load_gpt
 from scripts import export_checkpoint as export_script
-from tests.helpers import gpt_checkpoint, quietly, run_command, same_tensors, weights
+from tests.helpers import gpt_checkpoint, quietly, same_tensors, weights
 
 
-def test_exported_safetensors_loads_with_its_config(work, trained, tmp_path):
+def test_exported_safetensors_loads_with_its_config(trained, tmp_path, capfd, monkeypatch):
     folder, output = trained.parent / "0000015", tmp_path / "a.safetensors"
-    run_command(
-        "python3", "scripts/export_checkpoint.py", "--checkpoint", folder, "--output", output,
-        "--ema",
-    )  # fmt: skip
+    options = ("--checkpoint", folder, "--output", output, "--ema")
+    quietly(capfd, monkeypatch, *options, main=export_script.main)
     model, name, facts = load_gpt(output, (8, 8))
     assert (name, model.config.ar_token_num, facts["steps"]) == ("GPT-T", 4, 15)
     assert same_tensors(model.state_dict(), weights(trained.parents[2], 15, "ema"))

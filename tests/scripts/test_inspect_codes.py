@@ -4,15 +4,16 @@ import json
 
 from PIL import Image
 
-from tests.helpers import run_command
+from scripts import inspect_codes
+from tests.helpers import quietly
 
 
-def test_inspection_tells_counts_and_draws(work, tmp_path):
+def test_inspection_tells_counts_and_draws(work, tmp_path, capfd, monkeypatch):
     options = (
         "--code-path", work / "codes", "--vq-ckpt", work / "vq.pt", "--rows", 3,
         "--output", tmp_path / "a.png",
     )  # fmt: skip
-    text = run_command("python3", "scripts/inspect_codes.py", *options).stdout
+    text = quietly(capfd, monkeypatch, *options, main=inspect_codes.main)
     assert "24 images x 10 crops of 32x32 as 8x8 codes of VQ-4" in text
     assert "3, 8 to 8 images each" in text
     counts = json.loads((tmp_path / "a.json").read_text())

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from autoregressive.models.gpt import GPT_models
 from autoregressive.train import extract_codes_c2i
 from tests.helpers import GPT_RUN as NAME
 from tests.helpers import NO_DROPOUT, TRAIN_OPTIONS, curve, quietly, run_command
@@ -20,6 +21,8 @@ CPU = torch.device("cpu")
 EMULATED = (
     "none (float32): this CPU computes in bfloat16 only by emulation, or slower than in float32"
 )
+# many processors compute in bf16 and fp16 by emulation, a hundred times slower
+TINY = dict(n_layer=1, dim=32, n_head=1)
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -185,6 +188,7 @@ def train_words(work: Path, cloud: Path, *options: object) -> list[object]:
 
 
 def test_training_says_and_records_what_it_takes(work, machine, monkeypatch, capfd, tmp_path):
+    monkeypatch.setitem(GPT_models, "GPT-T", TINY)
     machine("avx2", "AVX2")
     log = quietly(capfd, monkeypatch, *train_words(work, tmp_path / "a", "--epochs", 1))
     assert f"--mixed-precision {EMULATED}" in log
@@ -218,6 +222,7 @@ def test_extraction_is_in_float32_on_every_machine(work, machine, monkeypatch, c
 
 def test_a_run_goes_on_in_another_precision(work, monkeypatch, capfd, tmp_path):
     """As on another machine: 3 steps of each from the last checkpoint; losses near float32's."""
+    monkeypatch.setitem(GPT_models, "GPT-T", TINY)
     quietly(capfd, monkeypatch, *train_words(work, tmp_path / "one", "--mixed-precision", "none"))
     cloud, checkpoints = tmp_path / "changing", tmp_path / "changing" / NAME / "checkpoints"
     for i, name in enumerate(("bf16", "fp16", "bf16", "none", "bf16")):

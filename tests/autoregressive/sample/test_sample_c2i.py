@@ -3,32 +3,28 @@
 import numpy as np
 from PIL import Image
 
-from tests.helpers import run_command
+from autoregressive.sample import sample_c2i
+from tests.helpers import quietly
 
 
-def test_grid_picture(work, trained, tmp_path):
+def test_grid_picture(work, trained, tmp_path, capfd, monkeypatch):
     options = (
         "--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--classes", 0, 2,
         "--images-per-class", 3,
     )  # fmt: skip
-    run_command(
-        "python3", "autoregressive/sample/sample_c2i.py", *options,
-        "--output", tmp_path / "grid.png",
-    )  # fmt: skip
+    options += ("--output", tmp_path / "grid.png")
+    quietly(capfd, monkeypatch, *options, main=sample_c2i.main)
     assert Image.open(tmp_path / "grid.png").size == (3 * 34 + 2, 2 * (16 + 34 + 2))
 
 
-def test_trace_fills_the_image_in(work, trained, tmp_path):
+def test_trace_fills_the_image_in(work, trained, tmp_path, capfd, monkeypatch):
     """19 steps at n = 4, 64 codes: the schedule's codes are drawn after k steps, others grey."""
     options = (
         "--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--classes", "bee, 2",
         "--images-per-class", 2,
     )  # fmt: skip
     options += ("--output", tmp_path / "a.png", "--trace", "--precision", "none", "--top-k", 0)
-    assert (
-        "1 bee, 2 cat"
-        in run_command("python3", "autoregressive/sample/sample_c2i.py", *options).stdout
-    )
+    assert "1 bee, 2 cat" in quietly(capfd, monkeypatch, *options, main=sample_c2i.main)
     movie = Image.open(tmp_path / "a.gif")
     assert movie.n_frames == 19 and movie.size == (2 * 34 + 2, 2 * 34 + 2)
     grey = []

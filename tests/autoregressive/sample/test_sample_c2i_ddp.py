@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -19,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from autoregressive.decoding.cpu import build
 from autoregressive.decoding.decoder import Way
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.sample import sample_c2i_ddp
@@ -29,16 +31,28 @@ from tokenizer.vq_model import VQModel, make_vq_config
 from utils.distributed import World
 
 
-def sample(work: Path, gpt: Path, folder: Path, *options: object, nproc: int = 1):
-    base = (
+def sample_words(work: Path, gpt: Path, folder: Path) -> tuple[object, ...]:
+    """Return the options for 22 samples of 24 x 24 pixels in six batches."""
+    return (
         "--vq-ckpt", work / "vq.pt", "--gpt-ckpt", gpt, "--sample-dir", folder,
-        "--image-size-eval", 24,
+        "--image-size-eval", 24, "--num-fid-samples", 22, "--per-proc-batch-size", 4,
+        "--precision", "none", "--cfg-scale", 1.5,
     )  # fmt: skip
-    base += (
-        "--num-fid-samples", 22, "--per-proc-batch-size", 4, "--precision", "none",
-        "--cfg-scale", 1.5,
-    )  # fmt: skip
-    return run_command(*SAMPLE, *base, *options, nproc=nproc)
+
+
+def sample(work: Path, gpt: Path, folder: Path, *options: object, nproc: int = 1):
+    return run_command(*SAMPLE, *sample_words(work, gpt, folder), *options, nproc=nproc)
+
+
+@pytest.fixture
+def sample_here(work, capfd, monkeypatch):
+    """``sample_here(gpt, folder, *options)``: as ``sample``, in this process; what it printed."""
+
+    def run(gpt: Path, folder: Path, *options: object) -> str:
+        words = (*sample_words(work, gpt, folder), *options)
+        return quietly(capfd, monkeypatch, *words, main=sample_c2i_ddp.main)
+
+    return run
 
 
 SAMPLE_NAME = "GPT-T-0000015-size-32-size-24-VQ-4-topk-0-topp-1.0-temperature-1.0-cfg-1.5-seed-0"
@@ -62,15 +76,7 @@ def test_samples_have_the_published_form(sampled):
 
 
 def test_two_processes_and_a_kill_give_the_same_bytes(work, trained, sampled, tmp_path):
-    command = [
-        "bash", "scripts/autoregressive/sample_c2i.sh", "--vq-ckpt", str(work / "vq.pt"),
-        "--gpt-ckpt",
-    ]  # fmt: skip
-    command += [
-        str(trained), "--sample-dir", str(tmp_path), "--image-size-eval", "24",
-        "--num-fid-samples", "22",
-    ]  # fmt: skip
-    command += ["--per-proc-batch-size", "4", "--precision", "none", "--cfg-scale", "1.5"]
+    command = [*SAMPLE, *sample_words(work, trained, tmp_path)]
     process = start(command)
     deadline = time.time() + 120
     while not any(sum(p.read_bytes()) >= 2 for p in tmp_path.glob("*.done")):
@@ -87,42 +93,33 @@ def test_two_processes_and_a_kill_give_the_same_bytes(work, trained, sampled, tm
 
 @pytest.mark.skipif(shutil.which("taskset") is None, reason="taskset is not installed")
 def test_one_core_gives_the_same_bytes(work, trained, sampled, tmp_path):
-    base = (
-        "--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--sample-dir", tmp_path,
-        "--image-size-eval", 24,
-    )  # fmt: skip
-    base += (
-        "--num-fid-samples", 22, "--per-proc-batch-size", 4, "--precision", "none",
-        "--cfg-scale", 1.5,
-    )  # fmt: skip
-    run_command("taskset", "-c", min(os.sched_getaffinity(0)), *SAMPLE, *base)
+    one_core = ("taskset", "-c", min(os.sched_getaffinity(0)))
+    run_command(*one_core, *SAMPLE, *sample_words(work, trained, tmp_path))
     assert digest(tmp_path / f"{SAMPLE_NAME}.npz") == digest(sampled)
 
 
-def test_sampling_without_a_compiler_is_said(work, trained, sampled, tmp_path, monkeypatch):
+@pytest.fixture
+def no_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert (
-        "slower than our kernels, which cannot be had: no C++ compiler"
-        in sample(work, trained, tmp_path).stdout
-    )
+    build.load.cache_clear()
+    yield
+    build.load.cache_clear()
+
+
+def test_sampling_without_a_compiler_is_said(trained, sampled, sample_here, no_compiler, tmp_path):
+    log = sample_here(trained, tmp_path)
+    assert "slower than our kernels, which cannot be had: no C++ compiler" in log
     assert not json.loads((tmp_path / f"{SAMPLE_NAME}.json").read_text())["options"]["compile"]
     with np.load(sampled) as by_kernels, np.load(tmp_path / f"{SAMPLE_NAME}.npz") as by_torch:
         assert (by_kernels["arr_0"] == by_torch["arr_0"]).mean() > 0.99
-    base = (
-        "--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--sample-dir", tmp_path / "none",
-        "--compile",
-    )  # fmt: skip
-    refused = run_command(*SAMPLE, *base, check=False)
-    assert (
-        refused.returncode == 2
-        and "--compile: no kernels for decoding on this CPU" in refused.stderr
-    )
+    refused = sample_here(trained, tmp_path / "none", "--compile")
+    assert "error: --compile: no kernels for decoding on this CPU" in refused
 
 
-def test_pngs_are_the_images(work, trained, sampled, tmp_path):
-    sample(work, trained, tmp_path, "--png")
+def test_pngs_are_the_images(trained, sample_here, tmp_path):
+    sample_here(trained, tmp_path, "--png")
     pngs = sorted((tmp_path / SAMPLE_NAME).iterdir())
-    with np.load(sampled, allow_pickle=False) as npz:
+    with np.load(tmp_path / f"{SAMPLE_NAME}.npz", allow_pickle=False) as npz:
         assert np.array_equal(np.stack([np.asarray(Image.open(p)) for p in pngs]), npz["arr_0"])
 
 
@@ -138,7 +135,7 @@ def test_balanced_classes_take_turns(work, trained, sampled, tmp_path):
 
 @pytest.mark.parametrize("n", [1, 16])
 @pytest.mark.parametrize("key", ["model", None])
-def test_released_checkpoints_sample_with_and_without_flags(work, tmp_path, n, key):
+def test_released_checkpoints_sample_with_and_without_flags(sample_here, tmp_path, n, key):
     """A released file has no config of ours: size, n and classes are read off its weights."""
     config = GPTConfig(**GPT_models["GPT-T"], vocab_size=64, num_classes=3, ar_token_num=n)
     state = fill_from_names(GPT(config)).state_dict()
@@ -151,7 +148,7 @@ def test_released_checkpoints_sample_with_and_without_flags(work, tmp_path, n, k
         else ("--from-fsdp",)
     )
     options = ("--image-size", 32, "--num-fid-samples", 2, *flags)
-    log = sample(work, tmp_path / "PAR-T.pt", tmp_path, *options).stdout
+    log = sample_here(tmp_path / "PAR-T.pt", tmp_path, *options)
     assert f"n = {n}, {n + 64 // n - 1} steps a batch" in log
     (npz,) = tmp_path.glob("GPT-T-PAR-T-size-32-size-24-VQ-4-*-seed-0.npz")
     assert np.load(npz)["arr_0"].shape == (2, 24, 24, 3)
@@ -185,16 +182,13 @@ def test_jacobi_decoding_makes_the_same_file(work, tmp_path, capfd, monkeypatch)
     assert "--schedule region, but" in said and "PAR-T.pt has nested" in said
 
 
-def test_samples_of_other_options_are_not_taken_for_these(work, trained, sampled):
+def test_samples_of_other_options_are_not_taken_for_these(trained, sampled, sample_here):
     """The published name leaves out the number of images: more must not be answered by fewer."""
-    again = sample(work, trained, sampled.parent)
-    assert "is there already, made with these options" in again.stdout
+    again = sample_here(trained, sampled.parent)
+    assert "is there already, made with these options" in again
     before = digest(sampled)
-    done = run_command(
-        *SAMPLE, "--vq-ckpt", work / "vq.pt", "--gpt-ckpt", trained, "--sample-dir", sampled.parent,
-        "--image-size-eval", 24, "--num-fid-samples", 30, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2 and "made with other options or weights" in done.stderr
+    log = sample_here(trained, sampled.parent, "--num-fid-samples", 30)
+    assert "error: " in log and "made with other options or weights" in log
     assert digest(sampled) == before
 
 
@@ -220,28 +214,25 @@ def test_a_mistake_is_said_whichever_process_meets_it(nproc, environment, prefix
     assert f"{prefix}: --gpt-ckpt: nowhere.pt does not exist in" in done.stderr
 
 
-def test_moving_average_of_weights_can_be_sampled(work, trained, sampled, tmp_path):
+def test_moving_average_of_weights_can_be_sampled(work, trained, sampled, sample_here, tmp_path):
     sample(work, trained, tmp_path, "--gpt-ema")
     assert digest(tmp_path / f"{SAMPLE_NAME}.npz") != digest(sampled)
     state = torch.load(trained, weights_only=True)
     torch.save({"model": state["model"]}, tmp_path / "plain.pt")
     options = ("--image-size", 32, "--gpt-ema")
-    with pytest.raises(AssertionError, match="--gpt-ema: .*plain.pt holds no moving average"):
-        sample(work, tmp_path / "plain.pt", tmp_path, *options)
+    log = sample_here(tmp_path / "plain.pt", tmp_path, *options)
+    assert re.search("error: --gpt-ema: .*plain.pt holds no moving average", log)
 
 
-def test_samples_of_another_tokenizer_are_refused(work, trained, tmp_path):
+def test_samples_of_another_tokenizer_are_refused(trained, sample_here, tmp_path):
     """A tokenizer of the right shape whose codes the GPT has not learned."""
     other = VQModel(make_vq_config("VQ-4", codebook_size=64))
     torch.save(
         {"model": other.state_dict(), "vq_model": "VQ-4", "config": asdict(other.config)},
         tmp_path / "vq.pt",
     )
-    done = run_command(*SAMPLE, "--vq-ckpt", tmp_path / "vq.pt", "--gpt-ckpt", trained, check=False)
-    assert (
-        done.returncode == 2
-        and "is not the tokenizer that made the codes of --gpt-ckpt" in done.stderr
-    )
+    log = sample_here(trained, tmp_path, "--vq-ckpt", tmp_path / "vq.pt")
+    assert "error: " in log and "is not the tokenizer that made the codes of --gpt-ckpt" in log
 
 
 class Stream:
