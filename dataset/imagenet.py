@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from utils.files import require_folder
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Read an image file of any mode as upright 8-bit RGB.
+def open_image(path: str | Path | BinaryIO) -> Image.Image:
+    """Read an image file, by its path or opened, of any mode as upright 8-bit RGB.
 
     Raises ``ValueError`` with the path if the file is not a readable image. An ``OSError`` of the
     disk or network is passed on: the image itself may be intact.

@@ -37,12 +37,18 @@ def main() -> None:
         action="store_true",
         help="export the moving average instead of the weights themselves",
     )
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="round the weights to bfloat16, half the bytes; not for a tokenizer, whose codes a "
+        "GPT has learned from",
+    )
     args = parser.parse_args()
     checkpoint = require_folder(args.checkpoint, "--checkpoint")
     if args.hub:
-        export_to_hub_form(checkpoint, Path(args.hub), args.ema)
+        export_to_hub_form(checkpoint, Path(args.hub), args.ema, args.bf16)
     else:
-        export_checkpoint(checkpoint, Path(args.output), args.ema)
+        export_checkpoint(checkpoint, Path(args.output), args.ema, args.bf16)
     print(f"wrote {args.hub or args.output}")
 
 

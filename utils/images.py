@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,10 +33,17 @@ def enlarge(cells: np.ndarray, size: int) -> np.ndarray:
     return cells.repeat(side, 0).repeat(side, 1)[..., None]  # (S, S, 1)
 
 
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Return uint8 (H, W, 3) or (H, W) as the content of a PNG file."""
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, format="PNG")
+    return content.getvalue()
+
+
 def save_png(path: str | Path, pixels: np.ndarray) -> None:
     """Write uint8 (H, W, 3) as PNG, atomically."""
     with atomic_path(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
+        temporary.write_bytes(encode_png(pixels))
 
 
 def image_grid(pixels: np.ndarray, columns: int, padding: int = 2) -> np.ndarray:
@@ -64,11 +72,18 @@ def labelled_rows(pixels: np.ndarray, labels: Sequence[str], padding: int = 2) -
     return np.concatenate(rows)
 
 
-def save_gif(path: str | Path, frames: Sequence[np.ndarray], milliseconds: int = 80) -> None:
-    """Write uint8 frames (H, W, 3) atomically as an endless animation resting on the last."""
+def encode_gif(frames: Sequence[np.ndarray], milliseconds: int = 80) -> bytes:
+    """Return uint8 frames (H, W, 3) as an endless animation that rests on the last."""
     first, *others = (Image.fromarray(f) for f in frames)
     durations = [milliseconds] * len(others) + [2000]
+    content = io.BytesIO()
+    first.save(
+        content, format="GIF", save_all=True, append_images=others, duration=durations, loop=0
+    )
+    return content.getvalue()
+
+
+def save_gif(path: str | Path, frames: Sequence[np.ndarray]) -> None:
+    """Write ``encode_gif`` of frames atomically."""
     with atomic_path(path) as temporary:
-        first.save(
-            temporary, format="GIF", save_all=True, append_images=others, duration=durations, loop=0
-        )
+        temporary.write_bytes(encode_gif(frames))

@@ -70,6 +70,41 @@ PRESETS: dict[str, Preset] = {
     "LlamaGen-XXL":   Preset(LLAMAGEN, "c2i_XXL_384.pt",  "GPT-XXL", 1,  384, 1.75,  2.34),
     "LlamaGen-3B":    Preset(LLAMAGEN, "c2i_3B_384.pt",   "GPT-3B",  1,  384, 1.65,  2.18),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SmallPreset:
+    """A small model trained here, whose weights are in the repository: made for playing."""
+
+    gpt: str  # folder in pretrained_models/small
+    tokenizer: str
+    gpt_model: str
+    n: int
+    image_size: int
+    cfg_scale: float
+    top_p: float
+
+    def options(self) -> dict[str, Any]:
+        """Return the samplers' options for it."""
+        small = PRETRAINED_MODELS / "small"
+        return dict(
+            gpt_ckpt=_shown(small / self.gpt),
+            vq_ckpt=_shown(small / self.tokenizer),
+            gpt_model=self.gpt_model,
+            ar_token_num=self.n,
+            image_size=self.image_size,
+            image_size_eval=self.image_size,
+            cfg_scale=self.cfg_scale,
+            temperature=1.0,
+            top_k=0,
+            top_p=self.top_p,
+        )
+
+
+SMALL_PRESETS: dict[str, SmallPreset] = {
+    "digits-4x": SmallPreset("digits-4x", "digits-tokenizer", "GPT-T", 4, 32, 2.5, 0.6),
+    "digits-1x": SmallPreset("digits-1x", "digits-tokenizer", "GPT-T", 1, 32, 2.5, 0.6),
+}
 # file name -> repository
 RELEASED_FILES = {p.file: p.repo for p in PRESETS.values()} | {TOKENIZER: LLAMAGEN}
 

@@ -12,6 +12,7 @@ moves past it. The tokens are those of decoding step by step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,15 +110,11 @@ class Generator:
         """Decode one batch; all arguments in region order."""
         decoder, steps, batch = self.decoder, self.order.steps, len(cond)
         guided = self.guided_steps > 0
-        rows = 2 * batch if guided else batch
-        # conditional rows first; the unconditional half repeats their tokens
-        cache, tokens, labels = self.cache.first_rows(rows), self.tokens[:rows], self.labels[:rows]
-        labels[:batch] = cond
-        labels[batch:] = decoder.config.num_classes
+        cache, tokens, labels = self._rows(cond)
         if self.editing:
             self.kept_likelihood.zero_()
         if self.window > 1:  # the first draft
-            tokens[:] = 0 if known is None else known.repeat(rows // batch, 1)  # (R, T)
+            tokens[:] = 0 if known is None else known.repeat(len(tokens) // batch, 1)  # (R, T)
         first = self.calls = 0
         while first < len(steps):
             last = min(first + self.window, len(steps))
@@ -144,6 +141,28 @@ class Generator:
             if on_step is not None:
                 on_step(tokens[:batch], steps[first - 1].end)
         return tokens[:batch, self.inverse]  # (B, T)
+
+    @torch.inference_mode()
+    def logits(self, cond: Tensor, codes: Tensor) -> Tensor:
+        """Return the logits (B, T, V), guided, that raster codes (B, T) of classes (B,) would be
+        drawn from, each after those before it: all steps in one call. Both in region order.
+        """
+        cache, tokens, labels = self._rows(cond)
+        tokens[:] = codes[:, self.permutation].repeat(len(tokens) // len(cond), 1)  # (R, T)
+        steps = len(self.order.steps)
+        scale = self._each(self.scales, 0, steps) if self.guided_steps else None
+        return self.decoder.decode_step(tokens, labels, 0, steps, cache, scale)  # (B, T, V)
+
+    def _rows(self, cond: Tensor) -> tuple[Any, Tensor, Tensor]:
+        """Return cache, tokens (R, T) and labels (R,) of classes (B,): B conditional rows first,
+        then, with guidance, as many unconditional ones, which repeat their tokens.
+        """
+        batch = len(cond)
+        rows = 2 * batch if self.guided_steps else batch
+        cache, tokens, labels = self.cache.first_rows(rows), self.tokens[:rows], self.labels[:rows]
+        labels[:batch] = cond
+        labels[batch:] = self.decoder.config.num_classes
+        return cache, tokens, labels
 
     def _each(self, values: Sequence[float], first: int, last: int) -> float | Tensor:
         """Return the value of steps [first, last): one if all are equal, else (t, 1), by token."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,9 +20,9 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the ima
 
 
 def open_canvas(
-    image_path: str | Path,
+    image_path: str | Path | BinaryIO,
     size: int,
-    mask_path: str | Path | None = None,
+    mask_path: str | Path | BinaryIO | None = None,
     boxes: Sequence[Box] = (),
     margins: Box = (0, 0, 0, 0),
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from autoregressive.decoding.generate import Generator
-from autoregressive.sample.canvas import blend, mask_of_codes, open_canvas
+from autoregressive.sample.canvas import mask_of_codes, open_canvas
 from autoregressive.sample.classes import class_labels, class_names, find_classes
+from autoregressive.sample.edit import Completions, Edit, complete, encode
 from autoregressive.sample.options import (
     add_model_options,
     add_sampling_options,
@@ -30,11 +27,10 @@ from autoregressive.sample.options import (
     picture_path,
 )
 from autoregressive.sample.pipeline import Pipeline, load_pipeline
-from autoregressive.sample.trace import GREY, Trace, write_trace
-from dataset.imagenet import to_model_range
+from autoregressive.sample.trace import Trace, write_trace
 from utils.distributed import init_distributed
 from utils.files import prepare_folder, require_file
-from utils.images import enlarge, labelled_rows, save_png, to_uint8
+from utils.images import labelled_rows, save_png
 from utils.logger import progress
 from utils.options import (
     fraction,
@@ -105,57 +101,6 @@ def codes_anew(args: Namespace, masked: np.ndarray, pipeline: Pipeline) -> np.nd
     return anew
 
 
-@dataclass(frozen=True)
-class Edit:
-    """What is edited, the same for every class."""
-
-    pixels: np.ndarray  # uint8 (S, S, 3), the image
-    codes: Tensor  # int64 (T,), the image's, raster order
-    anew: np.ndarray  # bool (h, w), codes to make anew
-    generator: Generator
-
-    def covered(self) -> np.ndarray:
-        """Return the image with grey codes where it is made anew: uint8 (S, S, 3)."""
-        return np.where(enlarge(self.anew, len(self.pixels)), np.uint8(GREY), self.pixels)
-
-
-@dataclass(frozen=True)
-class Completions:
-    """N results of one class, each chosen among K candidates."""
-
-    candidates: np.ndarray  # uint8 (N, K, S, S, 3)
-    likelihoods: np.ndarray  # float32 (N, K), log, of the kept codes
-    frames: list[np.ndarray]  # of --trace
-
-    @property
-    def results(self) -> np.ndarray:
-        """The likeliest of each result's candidates: uint8 (N, S, S, 3)."""
-        return self.candidates[np.arange(len(self.candidates)), self.likelihoods.argmax(1)]
-
-
-def complete(args: Namespace, pipeline: Pipeline, edit: Edit, label: int, row: int) -> Completions:
-    """Make the completions of one class; ``row`` is its place on the command line."""
-    device, shape = pipeline.world.device, (args.images_per_class, args.candidates)
-    count = args.images_per_class * args.candidates
-    indices = range(row * count, (row + 1) * count)
-    keep = torch.from_numpy(~edit.anew).to(device).view(1, -1)  # (1, T)
-    trace = Trace(pipeline, TRACE_FRAMES) if args.trace else None
-    codes = edit.generator(
-        torch.full((count,), label, device=device),  # (N K,)
-        pipeline.randomness(args.seed, indices),  # (N K, T)
-        trace,
-        known=edit.codes.expand(count, -1),
-        keep=keep.expand(count, -1),
-    )  # (N K, T)
-
-    images = to_uint8(pipeline.decode(codes)).cpu().numpy()  # (N K, S, S, 3)
-    if args.kept_pixels == "own":
-        images = np.stack([blend(edit.pixels, i, edit.anew, args.feather) for i in images])
-    likelihoods = edit.generator.kept_likelihood[:count].view(shape).cpu().numpy()  # (N, K)
-    frames = trace.frames if trace else []
-    return Completions(images.reshape(*shape, *images.shape[1:]), likelihoods, frames)
-
-
 def write(
     args: Namespace, pipeline: Pipeline, edit: Edit, made: list[Completions], labels: list[str]
 ) -> None:
@@ -186,9 +131,6 @@ def write(
         f"{', '.join(map(str, paths))}: {edit.anew.sum()} of {edit.anew.size} codes made anew, "
         f"kept pixels are {kept}; all in {sheet}"
     )
-    if args.trace:
-        columns = args.images_per_class * args.candidates
-        write_trace(output, [completions.frames for completions in made], columns)
 
 
 def main() -> None:
@@ -209,16 +151,21 @@ def main() -> None:
     anew = codes_anew(args, masked, pipeline)  # (h, w)
     prepare_folder(output.parent, "--output")
 
-    with torch.inference_mode():
-        images = to_model_range(torch.from_numpy(pixels)[None], world.device)  # (1, 3, S, S)
-        codes = pipeline.vq.encode(images).flatten()  # (T,)
     batch = args.images_per_class * args.candidates
     generator = pipeline.start_generator(args, batch, editing=True)
-    edit = Edit(pixels, codes, anew, generator)
+    edit = Edit(pixels, encode(pipeline, pixels), anew, generator)
 
     classes = progress(world, "editing", len(args.classes), unit="classes", items=args.classes)
-    made = [complete(args, pipeline, edit, label, row) for row, label in enumerate(classes)]
+    made, traces = [], []
+    feather = args.feather if args.kept_pixels == "own" else None
+    for row, label in enumerate(classes):
+        randomness = pipeline.randomness(args.seed, range(row * batch, (row + 1) * batch))
+        trace = Trace(pipeline, TRACE_FRAMES) if args.trace else None
+        made.append(complete(pipeline, edit, label, randomness, args.candidates, feather, trace))
+        traces.append(trace.frames if trace else [])
     write(args, pipeline, edit, made, class_labels(args.classes, names))
+    if args.trace:
+        write_trace(output, traces, columns=batch)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from autoregressive.decoding.sampling import CFG_SCHEDULES, NOISES, TEMPERATURE_SCHEDULES
 from autoregressive.models.gpt import GPT_models
 from tokenizer.load import add_tokenizer_options
 from utils.options import positive_int
-from utils.presets import PRESETS
+from utils.presets import PRESETS, SMALL_PRESETS, Preset, SmallPreset
 
 JACOBI_STEPS = 4
 RETIRED_OPTIONS = {
@@ -27,9 +28,10 @@ def add_model_options(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--model",
-        choices=list(PRESETS),
+        choices=[*PRESETS, *SMALL_PRESETS],
         help="a released model, with the files in pretrained_models/ and the options of its "
-        "published samples; options written beside it win",
+        "published samples, or one of the small models of this repository; options written beside "
+        "it win",
     )
     group.add_argument(
         "--download",
@@ -82,25 +84,26 @@ def picture_path(output: str) -> Path:
     return Path(output)
 
 
-def parse_sampler(parser: ArgumentParser) -> Namespace:
-    """Parse a sampler's command line, with the options of ``--model`` as defaults; options written
-    beside it are reported.
+def parse_sampler(parser: ArgumentParser, words: Sequence[str] | None = None) -> Namespace:
+    """Parse a sampler's command line (None: this program's), with the options of ``--model`` as
+    defaults; options written beside it are reported.
     """
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--model")
-    model = finder.parse_known_args()[0].model
-    preset = PRESETS[model].options() if model in PRESETS else {}
+    model = finder.parse_known_args(words)[0].model
+    presets: dict[str, Preset | SmallPreset] = {**PRESETS, **SMALL_PRESETS}
+    preset = presets[model].options() if model in presets else {}
 
     known = {action.dest for action in parser._actions}  # argparse has no public list
     parser.set_defaults(**{name: preset[name] for name in preset.keys() & known})
-    args = parser.parse_args()
+    args = parser.parse_args(words)
 
     written = [
         f"{name} {value}"
         for name, value in vars(args).items()
         if name in preset and value != preset[name]
     ]
-    if written and os.environ.get("RANK", "0") == "0":
+    if written and model in PRESETS and os.environ.get("RANK", "0") == "0":
         print(f"--model {model}, but not as published: {', '.join(written)}", file=sys.stderr)
     return args
 

@@ -13,6 +13,17 @@ from utils.images import enlarge, image_grid, save_gif, save_png, to_uint8
 GREY = 96  # of codes that are not decoded yet
 
 
+def frame(pipeline: Pipeline, tokens: Tensor, decoded: int) -> np.ndarray:
+    """Return images uint8 (B, S, S, 3) of region-ordered tokens (B, T), grey but for the first
+    ``decoded``.
+    """
+    order = pipeline.gpt.order
+    codes = tokens[:, order.inverse.to(tokens.device)]  # (B, T)
+    pixels = to_uint8(pipeline.decode(codes)).cpu().numpy()  # (B, S, S, 3)
+    there = (order.inverse < decoded).view(order.grid).numpy()  # (h, w)
+    return np.where(enlarge(there, pixels.shape[1]), pixels, np.uint8(GREY))
+
+
 class Trace:
     """Frames of a batch as it is decoded: images of the tokens so far, grey where unknown."""
 
@@ -27,12 +38,7 @@ class Trace:
         passed = [count for count in self.wanted if count <= decoded]  # several, by Jacobi
         self.wanted = self.wanted[len(passed) :]
         if passed:
-            order = self.pipeline.gpt.order
-            codes = tokens[:, order.inverse.to(tokens.device)]  # (B, T)
-            pixels = to_uint8(self.pipeline.decode(codes)).cpu().numpy()  # (B, S, S, 3)
-            there = (order.inverse < decoded).view(order.grid).numpy()  # (h, w)
-            known = enlarge(there, pixels.shape[1])  # (S, S, 1)
-            self.frames += len(passed) * [np.where(known, pixels, np.uint8(GREY))]
+            self.frames += len(passed) * [frame(self.pipeline, tokens, decoded)]
 
 
 def write_trace(output: Path, traces: list[list[np.ndarray]], columns: int) -> None:

@@ -120,16 +120,18 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         torch.save(checkpoint, temporary)
 
 
-def export_checkpoint(folder: Path, output: Path, ema: bool | None = None) -> None:
+def export_checkpoint(
+    folder: Path, output: Path, ema: bool | None = None, bf16: bool = False
+) -> None:
     """Write a training checkpoint's weights as ``.pt`` (published format) or ``.safetensors``.
 
     ``ema``: True takes the moving average as the weights, False leaves it out, None keeps both
-    (``.pt`` only; the average, if there is one, under ``ema``). Config and other facts go along.
-    ``ValueError`` says what does not fit.
+    (``.pt`` only; the average, if there is one, under ``ema``). ``bf16``: round the weights to
+    bfloat16. Config and other facts go along. ``ValueError`` says what does not fit.
     """
     if output.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"--output {output} must end in .pt or .safetensors")
-    weights, facts = _read_export(folder, ema)
+    weights, facts = _read_export(folder, ema, bf16)
     averages = read_sharded(folder, "ema.") if ema is None else {}
     try:
         if output.suffix == ".safetensors":
@@ -144,13 +146,13 @@ def export_checkpoint(folder: Path, output: Path, ema: bool | None = None) -> No
         ) from error
 
 
-def export_to_hub_form(folder: Path, output: Path, ema: bool = False) -> None:
+def export_to_hub_form(folder: Path, output: Path, ema: bool = False, bf16: bool = False) -> None:
     """Write a training checkpoint as a folder that huggingface.co and ``--gpt-ckpt`` /
     ``--vq-ckpt`` take: config.json, model.safetensors and a model card, README.md.
 
-    ``ValueError`` says what does not fit.
+    ``ema``, ``bf16`` as for ``export_checkpoint``. ``ValueError`` says what does not fit.
     """
-    weights, facts = _read_export(folder, ema)
+    weights, facts = _read_export(folder, ema, bf16)
     try:
         output.mkdir(parents=True, exist_ok=True)
         _save_safetensors(weights, facts, output / WEIGHTS_FILE)
@@ -206,12 +208,16 @@ how they were measured.
 """
 
 
-def _read_export(folder: Path, ema: bool | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_export(
+    folder: Path, ema: bool | None, bf16: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the weights of a training checkpoint, or their moving average, and its facts."""
     facts = {k: v for k, v in read_meta(folder).items() if k not in ("files", "scalars")}
     weights = read_sharded(folder, "ema." if ema else "model.")
     if not weights:
         raise ValueError(f"--ema: {folder} holds no moving average; train with --ema to keep one")
+    if bf16:
+        weights = {k: v.bfloat16() if v.is_floating_point() else v for k, v in weights.items()}
     return weights, facts
 
 

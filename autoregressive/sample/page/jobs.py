@@ -38,17 +38,14 @@ class Job:
 
     def watch(self) -> Iterator[Event]:
         """Yield all events, those to come as well, until the job is finished."""
-        seen = 0
-        while True:
+        seen, finished = 0, False
+        while not finished:
             with self.changed:
-                self.changed.wait_for(lambda: len(self.events) > seen or self.finished, timeout=15)
+                if len(self.events) == seen and not self.finished:
+                    self.changed.wait(timeout=15)
                 events, finished = self.events[seen:], self.finished
             seen += len(events)
-            yield from events
-            if finished:
-                return
-            if not events:
-                yield {"event": "waiting"}  # tells whether the other side is still there
+            yield from events or [{"event": "waiting"}]  # whoever has left is noticed by it
 
     def run(self) -> None:
         """Do the work; what goes wrong is the last event."""

@@ -14,7 +14,7 @@ GET  /api/files/NAME/F   a file that the job made
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -38,8 +38,8 @@ class PageServer(ThreadingHTTPServer):
     def __init__(
         self,
         address: tuple[str, int],
-        looks: dict[str, Callable[[dict[str, str]], Any]],
-        works: dict[str, Callable[[dict[str, Any]], Callable[[Job], None]]],
+        looks: Mapping[str, Callable[[dict[str, str]], Any]],
+        works: Mapping[str, Callable[[dict[str, Any]], Callable[[Job], None]]],
     ):
         super().__init__(address, Handler)
         self.looks, self.works, self.jobs = looks, works, Jobs()
@@ -92,7 +92,8 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.read(int(length))
             self._fail("there is no such page", 404)
         else:
-            self._try(lambda body=self.rfile.read(int(length)): self._queue(body))
+            body = self.rfile.read(int(length))
+            self._try(lambda: self._queue(body))
 
     def _queue(self, body: bytes) -> None:
         try:

@@ -41,6 +41,6 @@ def test_trace_fills_the_image_in(work, trained, tmp_path, capfd, monkeypatch):
     assert strip.shape == (36, 8 * 34 + 2, 3)
     last, grid = strip[2:34, -34:-2], np.asarray(Image.open(tmp_path / "a.png"))
     assert np.array_equal(last, grid[16 + 2 : 16 + 34, 2:34])
-    by_jacobi = run_command("python3", "autoregressive/sample/sample_c2i.py", *options, "--jacobi")
-    assert "forward calls, not 19" in by_jacobi.stdout
+    said = quietly(capfd, monkeypatch, *options, "--jacobi", main=sample_c2i.main)
+    assert "forward calls, not 19" in said
     assert 1 < Image.open(tmp_path / "a.gif").n_frames <= 19

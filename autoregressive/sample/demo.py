@@ -1,0 +1,81 @@
+"""A page to play with: images that fill in step by step, editing, and the order they are made in.
+
+It needs nothing but this repository: the small models in pretrained_models/small are trained, and
+the page asks nothing of any other host. Open the printed address in a browser; Ctrl-C ends it.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from autoregressive.sample.page.orders import describe_order
+from autoregressive.sample.page.server import PageServer
+from autoregressive.sample.page.studio import Model, Studio, load_model
+from utils.distributed import init_distributed
+from utils.options import make_parser, non_negative_int, run_main
+from utils.presets import PRESETS, SMALL_PRESETS
+
+
+def parse_args() -> Namespace:
+    """Parse the command line."""
+    parser = make_parser(__doc__, "python3 autoregressive/sample/demo.py")
+    models = parser.add_argument_group("models (default: all small ones)")
+    models.add_argument(
+        "--model",
+        nargs="+",
+        choices=[*SMALL_PRESETS, *PRESETS],
+        help="models by name; a released one needs its files in pretrained_models/",
+    )
+    models.add_argument("--gpt-ckpt", help="a GPT checkpoint of yours, with --vq-ckpt")
+    models.add_argument("--vq-ckpt", help="the tokenizer of --gpt-ckpt")
+    models.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch missing released files from huggingface.co",
+    )
+    address = parser.add_argument_group("address")
+    address.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; there is no password"
+    )
+    address.add_argument("--port", type=non_negative_int, default=7860, help="0: one that is free")
+    args = parser.parse_args()
+    if (args.gpt_ckpt is None) != (args.vq_ckpt is None):
+        raise ValueError("--gpt-ckpt and --vq-ckpt: both are needed, or neither")
+    return args
+
+
+def load_models(args: Namespace) -> list[Model]:
+    """Load what the command line names."""
+    world = init_distributed()
+    names = args.model or ([] if args.gpt_ckpt else list(SMALL_PRESETS))
+    download = ["--download"] if args.download else []
+    models = [load_model(name, ["--model", name, *download], world) for name in names]
+    if args.gpt_ckpt:
+        words = ["--gpt-ckpt", args.gpt_ckpt, "--vq-ckpt", args.vq_ckpt]
+        models.append(load_model(Path(args.gpt_ckpt).stem, words, world))
+    return models
+
+
+def main() -> None:
+    """Load the models and serve the page until it is interrupted."""
+    args = parse_args()
+    studio = Studio(load_models(args))
+    looks = {"/api/models": studio.list_models, "/api/order": describe_order}
+    works = {"/api/generate": studio.generate, "/api/edit": studio.edit}
+    try:
+        server = PageServer((args.host, args.port), looks, works)
+    except OSError as error:
+        raise ValueError(f"--host {args.host} --port {args.port}: {error.strerror}") from error
+    print(f"{server.url}   ({', '.join(studio.models)})", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_main(main)
