@@ -21,16 +21,20 @@ GPT=$Q/gpt/GPT-T-4x-32/checkpoints/0001500.pt
 SAMPLES=$Q/samples/GPT-T-0001500-size-32-size-32-VQ-4-topk-0-topp-0.6-temperature-1.0-cfg-2.5-seed-0.npz
 started=$SECONDS
 
+step "0/9 a first picture, by the small models of this repository" $Q/first.png \
+    python autoregressive/sample/sample_c2i.py --model digits-4x --classes 0 1 2 3 4 5 6 7 8 9 --images-per-class 8 \
+    --output $Q/first.png
+echo "digits of a model trained before: $Q/first.png; what follows trains one from nothing"
 step "1/9 digits: 400 of each class to train on, 100 held out" $Q/digits/test/9/499.png \
     python scripts/quickstart/digits.py --output $Q/digits
-step "2/9 tokenizer: 32x32 images <-> 8x8 codes; the first picture comes after it" $VQ \
+step "2/9 tokenizer: 32x32 images <-> 8x8 codes; pictures come after it" $VQ \
     bash scripts/tokenizer/train_vq.sh --data-path $Q/digits/train --cloud-save-path $Q/tokenizer --no-local-save \
     --vq-model VQ-4 --codebook-size 128 --image-size 32 --no-flip --epochs 1 --global-batch-size 8 --lr 2e-3 \
     --lr-schedule cosine --perceptual-weight 0 --disc-weight 0 --num-workers 1
 step "3/9 reconstructions of held-out digits" $Q/reconstructions/VQ-4-0000500-size-32.npz \
     bash scripts/tokenizer/reconstruction_vq.sh --data-path $Q/digits/test --vq-ckpt $VQ \
     --image-size 32 --image-size-eval 32 --sample-dir $Q/reconstructions --num-workers 0
-echo "first picture, images beside reconstructions: $Q/reconstructions/VQ-4-0000500-size-32.png"
+echo "images beside reconstructions: $Q/reconstructions/VQ-4-0000500-size-32.png"
 step "4/9 codes of five crops of each digit" $Q/codes/meta.json \
     bash scripts/autoregressive/extract_codes_c2i.sh --vq-ckpt $VQ --data-path $Q/digits/train --code-path $Q/codes \
     --ten-crop --crop-range 1.1 --image-size 32 --no-flip --batch-size 100 --num-workers 1
