@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from dataset.augmentation import center_crop, random_crop
 from utils.files import require_folder
 
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+LOOKED_AT = 20  # images, see ``say_if_enlarged``
 
 
 def open_image(path: str | Path | BinaryIO) -> Image.Image:
@@ -65,6 +68,20 @@ def list_images(root: str | Path, option: str = "--data-path") -> Listing:
     if not samples:
         raise ValueError(f"{option}: no images in the class folders of {root}")
     return Listing(classes, samples)
+
+
+def say_if_enlarged(samples: list[tuple[str, int]], size: int, logger: logging.Logger) -> None:
+    """Warn if some of the images, of a few that are looked at, are smaller than ``size``."""
+    sides = []
+    for path, _ in samples[:: max(1, len(samples) // LOOKED_AT)]:
+        with contextlib.suppress(OSError), Image.open(path) as image:  # of its header alone
+            sides.append(min(image.size))
+    if sides and min(sides) < size:
+        small = sum(side < size for side in sides)
+        logger.warning(
+            f"{small} of {len(sides)} images looked at are smaller than {size} pixels (the "
+            f"smallest {min(sides)}) and are enlarged"
+        )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from utils.checkpoints.weights_file import (
 )
 from utils.options import positive_int, resolve
 
+PUBLISHED_SIZE = 256  # pixels: of the published commands
+
 
 def require_tokenizer(vq: VQModel, sha256: str | None, path: str | Path, source: str) -> None:
     """Raise ``ValueError`` unless ``vq``, read from ``path``, made the codes of ``source``.
@@ -63,6 +65,9 @@ def load_vq(
         model = VQModel(config)
     state = find_state_dict(checkpoint, ("ema", "model", "state_dict"), path)
     load_strictly(model, state, path, f"the tokenizer {name}")
+    run = checkpoint.get("run")
+    size = run.get("image_size") if isinstance(run, dict) else None
+    model.trained_size = size if type(size) is int and size > 0 else None
     return model.eval().requires_grad_(False), name
 
 
@@ -95,3 +100,8 @@ def load_tokenizer(args: Namespace) -> tuple[VQModel, str]:
     args.vq_model, args.codebook_size = name, vq.config.codebook_size
     args.codebook_embed_dim = vq.config.codebook_embed_dim
     return vq, name
+
+
+def resolve_image_size(written: int | None, vq: VQModel) -> int:
+    """Return the side of images for ``vq``: as written, else as trained, else 256, as published."""
+    return written or vq.trained_size or PUBLISHED_SIZE

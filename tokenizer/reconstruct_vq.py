@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dataset.imagenet import CenterCrop, ImageFiles, list_images, to_model_range
+from dataset.imagenet import CenterCrop, ImageFiles, list_images, say_if_enlarged, to_model_range
 from tokenizer.layout import place_tokenizer
-from tokenizer.load import add_tokenizer_options, load_tokenizer
+from tokenizer.load import add_tokenizer_options, load_tokenizer, resolve_image_size
 from tokenizer.vq_loss import find_vgg, load_lpips
 from tokenizer.vq_model import VQModel
 from utils.checkpoints.weights_file import state_sha256
@@ -64,13 +64,15 @@ def parse_args() -> Namespace:
     )
     add_tokenizer_options(parser.add_argument_group("tokenizer"), required=False)
     parser.add_argument(
-        "--image-size", type=positive_int, default=256, help="side of the centre crop, pixels"
+        "--image-size",
+        type=positive_int,
+        help="side of the centre crop, pixels (default: that of the tokenizer's training, if the "
+        "file has it, else 256)",
     )
     parser.add_argument(
         "--image-size-eval",
         type=positive_int,
-        default=256,
-        help="side of the written images, pixels",
+        help="side of the written images, pixels (default: likewise)",
     )
     parser.add_argument("--sample-dir", default="reconstructions", help="folder to write to")
     parser.add_argument(
@@ -223,6 +225,8 @@ def main() -> None:
     logger = create_logger(world)
     allow_tf32(False)
     vq, name = load_tokenizer(args)
+    args.image_size = resolve_image_size(args.image_size, vq)
+    args.image_size_eval = resolve_image_size(args.image_size_eval, vq)
     vq.config.grid(args.image_size)  # raises if they do not fit
     lpips = None
     if find_vgg(args.vgg_weights) is not None:
@@ -233,6 +237,8 @@ def main() -> None:
     place_tokenizer(vq, world.device)
     name = f"{name}-{Path(args.vq_ckpt).stem}-size-{args.image_size}"
     r = Reconstructor(args, world, vq, lpips, name)
+    if world.is_main:
+        say_if_enlarged(r.samples, args.image_size, logger)
 
     finished = r.finished()
     world.barrier()  # every rank has looked before any file gets its name

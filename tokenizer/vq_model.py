@@ -338,6 +338,8 @@ class VectorQuantizer(nn.Module):
 class VQModel(nn.Module):
     """The tokenizer: ``encode`` to codes, ``decode_code`` back to images."""
 
+    trained_size: int | None = None  # side of the images it learned from, pixels, where it is known
+
     def __init__(self, config: VQConfig):
         super().__init__()
         self.config = config
@@ -348,11 +350,8 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, 1)
 
     def init_weights(self) -> None:
-        """Initialise for training: convolutions keep torch's default.
-
-        ========  =======================================================
-        codebook  uniform in +-1/V, rows of unit length when l2-normalised
-        ========  =======================================================
+        """Initialise for training: convolutions keep torch's default; the codebook is uniform in
+        +-1/V, with rows of unit length when l2-normalised.
         """
         bound = 1.0 / self.config.codebook_size
         nn.init.uniform_(self.quantize.embedding.weight, -bound, bound)

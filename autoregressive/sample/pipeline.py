@@ -23,7 +23,7 @@ from autoregressive.decoding.sampling import SamplingOptions, image_randomness
 from autoregressive.models.gpt import GPT
 from autoregressive.models.load import load_gpt, resolve_parallelism
 from tokenizer.layout import place_tokenizer
-from tokenizer.load import load_tokenizer, require_tokenizer
+from tokenizer.load import PUBLISHED_SIZE, load_tokenizer, require_tokenizer
 from tokenizer.vq_model import VQModel
 from utils.distributed import World
 from utils.files import sha256_file
@@ -167,6 +167,9 @@ def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
         note=note,
     )
     vars(args).update(pipeline.resolved_options())
+    if getattr(args, "image_size_eval", 0) is None:
+        trained_here = "config" in checkpoint
+        args.image_size_eval = pipeline.image_size if trained_here else PUBLISHED_SIZE
     return pipeline
 
 

@@ -37,9 +37,16 @@ from dataset.codes import (
     start_codes,
     write_shard,
 )
-from dataset.imagenet import CenterCrop, ImageFiles, Unreadable, list_images, to_model_range
+from dataset.imagenet import (
+    CenterCrop,
+    ImageFiles,
+    Unreadable,
+    list_images,
+    say_if_enlarged,
+    to_model_range,
+)
 from tokenizer.layout import place_tokenizer
-from tokenizer.load import add_tokenizer_options, load_tokenizer
+from tokenizer.load import add_tokenizer_options, load_tokenizer, resolve_image_size
 from tokenizer.vq_model import VQModel
 from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import World, init_distributed
@@ -78,7 +85,10 @@ def parse_args() -> Namespace:
         "--code-path", required=True, help="folder to write codes to; a rerun makes what is missing"
     )
     data.add_argument(
-        "--image-size", type=positive_int, default=256, help="side of the crops, pixels"
+        "--image-size",
+        type=positive_int,
+        help="side of the crops, pixels (default: that of the tokenizer's training, if the file "
+        "has it, else 256)",
     )
     data.add_argument(
         "--ten-crop",
@@ -318,6 +328,7 @@ def main() -> None:
     listing = list_images(args.data_path)
     samples = listing.samples[:100] if args.debug else listing.samples
     vq, name = load_tokenizer(args)
+    args.image_size = resolve_image_size(args.image_size, vq)
     plan = make_plan(args, samples, listing.classes, vq, name)
     prepare_folder(args.code_path, "--code-path")
     start_codes(args.code_path, plan)
@@ -331,6 +342,8 @@ def main() -> None:
         f"{plan.image_size}x{plan.image_size} -> {plan.grid[0]}x{plan.grid[1]} codes of {name}; "
         f"{missing} of {plan.num_shards} shards to make on {world.size} x {world.device}"
     )
+    if world.is_main:
+        say_if_enlarged(samples, plan.image_size, logger)
     vq = place_tokenizer(vq, world.device)
     make_all_shards(args, world, vq, plan, samples, logger)
     if not world.is_main:

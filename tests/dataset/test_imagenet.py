@@ -66,3 +66,19 @@ def test_listing_is_sorted_by_class_and_names_what_is_missing(tmp_path):
         list_images(tmp_path / "empty")
     with pytest.raises(ValueError, match="--data-path: .*nowhere does not exist"):
         list_images(tmp_path / "nowhere")
+
+
+def test_enlarging_is_said(tmp_path, caplog):
+    (tmp_path / "a").mkdir()
+    for i, side in enumerate((32, 40, 64)):
+        Image.new("RGB", (side, 70)).save(tmp_path / "a" / f"{i}.png")
+    (tmp_path / "a" / "3.png").write_text("no image")
+    samples, logger = list_images(tmp_path).samples, logging.getLogger("enlarged")
+    with caplog.at_level("WARNING", "enlarged"):
+        say_if_enlarged(samples, 32, logger)
+        assert not caplog.messages
+        say_if_enlarged(samples, 48, logger)
+    (message,) = caplog.messages
+    assert message.startswith(
+        "2 of 3 images looked at are smaller than 48 pixels (the smallest 32)"
+    )
