@@ -1,10 +1,12 @@
 """Image files of every mode become upright 8-bit RGB."""
 
+import logging
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.imagenet import list_images, open_image
+from dataset.imagenet import list_images, open_image, say_if_enlarged
 
 GREY = np.tile(np.linspace(0, 255, 16, dtype=np.uint8), (16, 1))
 
