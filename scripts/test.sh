@@ -5,4 +5,5 @@ set -x
 python -m ruff check .
 python -m ruff format --check .
 python -m mypy
-python -m pytest -n 2 --dist loadfile "$@"
+# files in the order of the tree: the longest, which trains the GPT, begins early
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

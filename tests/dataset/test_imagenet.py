@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from dataset.imagenet import list_images, open_image, say_if_enlarged
 
@@ -84,3 +85,20 @@ def test_enlarging_is_said(tmp_path, caplog):
     assert message.startswith(
         "2 of 3 images looked at are smaller than 48 pixels (the smallest 32)"
     )
+
+
+def test_listing_is_torchvisions(tmp_path):
+    """Sub-folders, links, endings in capitals, other files, an empty class, a hidden folder."""
+    for name in (
+        *("b/1.png", "b/.hidden.png", "b/2.JPEG", "b/10.webp", "b/notes.txt", "b/old.png.bak"),
+        *("a b/x/z.tif", "a b/x.ppm", "a b/B/1.bmp", "A/1.jpg", ".cache/1.png", "loose.png"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "c").symlink_to(tmp_path / "b")
+    (tmp_path / "A" / "link").symlink_to(tmp_path / "a b")
+    for root in (tmp_path, str(tmp_path), f"{tmp_path}/"):
+        expected = ImageFolder(str(root), allow_empty=True)
+        assert list_images(root) == (expected.classes, expected.samples)
+    assert len(expected.samples) == 16
