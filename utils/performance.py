@@ -58,6 +58,24 @@ def measured_flops(device: torch.device, dtype: torch.dtype, width: int | None =
     return 2 * width**3 / min(seconds)
 
 
+class Ceiling:
+    """Operations per second that a device can reach, for the share that a program reaches.
+
+    A figure that was measured while others used the machine is too low: a share above 1 has it
+    measured again.
+    """
+
+    def __init__(self, device: torch.device, precision: str):
+        self.flops, self.source = peak_flops(device, precision)
+        self._measure = (device, precision)
+
+    def share(self, flops: float) -> float:
+        """Return the share of the ceiling that ``flops`` per second are, at most 1."""
+        if flops > self.flops:
+            self.flops = max(flops, peak_flops(*self._measure)[0])
+        return flops / self.flops
+
+
 def usable_cores() -> int:
     """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

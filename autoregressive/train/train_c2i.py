@@ -35,7 +35,7 @@ from utils.distributed import World, init_distributed
 from utils.files import require_folder
 from utils.options import resolve, run_main
 from utils.parallel import delay_sync, fill, replicate, shard
-from utils.performance import peak_flops
+from utils.performance import Ceiling
 from utils.precision import autocast, log_level, resolve_precision
 from utils.training.options import split_batch
 from utils.training.run import TrainingRun, prefetch
@@ -203,7 +203,13 @@ def fixed_options(args: Namespace, model: GPT, codes: Codes) -> dict[str, Any]:
 
 
 def log_header(
-    logger: Logger, args: Namespace, world: World, model: GPT, codes: Codes, steps: int, peak: str
+    logger: Logger,
+    args: Namespace,
+    world: World,
+    model: GPT,
+    codes: Codes,
+    steps: int,
+    ceiling: Ceiling,
 ) -> None:
     """Log once what is trained, and where that differs from the paper."""
     parameters = sum(p.numel() for p in model.parameters())
@@ -213,7 +219,10 @@ def log_header(
         f"images x {codes.num_crops} crops; {steps:,} steps of {args.global_batch_size} on "
         f"{world.size} x {world.device}, {args.data_parallel}, {args.mixed_precision}"
     )
-    logger.info(peak)
+    logger.info(
+        f"FLOP utilisation (MFU) is of {ceiling.flops / 1e12:.3g} TFLOP/s per process "
+        f"({ceiling.source})"
+    )
     if changed := differences(args):
         logger.info(f"recipe: {changed}")
     if args.warmup_epochs > args.epochs:
@@ -258,8 +267,7 @@ def main() -> None:
 
     logger = run.open(stop, ("loss", "grad_norm"), config=facts["config"])
     logger.log(log_level(precision, device), f"--mixed-precision {precision_note}")
-    peak, peak_source = peak_flops(device, precision)
-    ceiling = f"FLOP utilisation (MFU) is of {peak / 1e12:.3g} TFLOP/s per process ({peak_source})"
+    ceiling = Ceiling(device, precision)
     log_header(logger, args, world, model, codes, total_steps, ceiling)
     for note in notes:
         logger.info(note)
@@ -288,7 +296,8 @@ def main() -> None:
             if run.log_due:
                 figures = run.read(lr)
                 figures["tokens/s"] = figures["images/s"] * codes.num_tokens
-                figures["mfu"] = figures["images/s"] * model.flops_per_image() / (peak * world.size)
+                done = figures["images/s"] * model.flops_per_image()
+                figures["mfu"] = ceiling.share(done / world.size)
                 figures["epoch"] = run.done / steps_per_epoch
                 run.log(LOG_LINE, figures)
             with run.paused():

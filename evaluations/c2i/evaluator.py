@@ -42,8 +42,15 @@ from evaluations.c2i.metrics import (
     precision_recall,
     require_labels,
 )
-from evaluations.c2i.options import check_outputs, output_paths, parse_args
+from evaluations.c2i.options import (
+    beside_others,
+    check_outputs,
+    evaluation_settings,
+    output_paths,
+    parse_args,
+)
 from evaluations.c2i.report import (
+    OWN_NAMES,
     as_text,
     compare_with_preset,
     describe_distances,
@@ -103,9 +110,9 @@ def main() -> None:
     read_samples = any(samples.count for samples in sets)
     stored = reference.pool is not None and reference.spatial is not None
     read_reference = reference.count > 0 and (read_samples or not stored)
-    network, network_file = None, None
+    network, network_file, own = None, None, None
     if read_samples or read_reference:
-        network, network_file = load_network(args, world)
+        network, network_file, own = load_network(args, world)
     for samples in sets:
         check_files(reference, samples, network, args, world)
     if args.compile and network is not None:
@@ -126,11 +133,14 @@ def main() -> None:
 
     inputs = Inputs(args, world, network, dino, reference, measured, dino_measured)
     results = []
-    for samples, (text, output) in zip(sets, outputs, strict=True):
-        result = evaluate(inputs, samples)
+    settings = evaluation_settings(args, reference, network_file)
+    for samples, paths in zip(sets, outputs, strict=True):
+        result = evaluate(inputs, samples, own)
         if result is None:
             continue
+        result["evaluation"] = settings
         results.append(result)
+        text, output = beside_others(*paths, settings, args)
         write_text(result, text)
         if not args.feature_network:
             for line in compare_with_preset(result, reference.path):
@@ -164,16 +174,21 @@ def choose_world(name: str | None) -> World:
         ) from error
 
 
-def load_network(args: Namespace, world: World) -> tuple[FeatureNetwork, dict[str, str]]:
-    """Return the feature network on its device, and the path and hash of its file."""
+def load_network(
+    args: Namespace, world: World
+) -> tuple[FeatureNetwork, dict[str, str], dict[str, Any] | None]:
+    """Return the feature network on its device, path and hash of its file, and, of a network of
+    one's own, what its file says of it.
+    """
+    own = None
     if args.feature_network:
         path = require_file(args.feature_network, "--feature-network")
-        network = load_classifier(path, "--feature-network")[0]
+        network, own = load_classifier(path, "--feature-network")
     else:
         path = find_weights(args.inception_weights, PRETRAINED_MODELS, args.allow_unknown_weights)
         network = load_inception(path)
     say(world, f"feature network: {path} on {world.device}")
-    return network.to(world.device), {"path": str(path), "sha256": sha256_file(path)}
+    return network.to(world.device), {"path": str(path), "sha256": sha256_file(path)}, own
 
 
 def check_options(reference: ImageSet, samples: ImageSet, args: Namespace) -> None:
@@ -249,10 +264,15 @@ def first_features(
     return network(batch[:1].to(world.device))
 
 
-def evaluate(inputs: Inputs, samples: ImageSet) -> dict[str, Any] | None:
-    """Return all metrics of one sample set and the settings behind them; None on ranks above 0."""
+def evaluate(
+    inputs: Inputs, samples: ImageSet, own: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Return all metrics of one sample set and the settings behind them; None on ranks above 0.
+
+    own: see ``load_network``.
+    """
     args, world = inputs.args, inputs.world
-    warnings = warnings_before(inputs.reference, samples)
+    warnings = warnings_before(inputs.reference, samples, own)
     for line in warnings if world.is_main else []:
         print(line, file=sys.stderr)
 
@@ -276,6 +296,8 @@ def evaluate(inputs: Inputs, samples: ImageSet) -> dict[str, Any] | None:
     if dino is not None:
         statistics = (*dino_measured.pool, *inputs.dino_reference.pool)
         metrics["fd_dinov2"] = frechet_distance(*statistics, args.frechet)
+    if own is not None:
+        metrics = {OWN_NAMES.get(name, name): value for name, value in metrics.items()}
     return {
         "samples": str(samples.path),
         "sample_images": samples.count,

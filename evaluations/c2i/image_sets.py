@@ -72,14 +72,17 @@ class ImageArchive:
 
 @dataclass(frozen=True)
 class ImageFolderSet:
-    """A folder of images of one size, as ``ImageArchive``; by name, 2.png before 10.png."""
+    """A folder of images of one size, as ``ImageArchive``; by name, 2.png before 10.png.
+
+    If all images are in folders of classes, labels are the places of these among their names.
+    """
 
     path: Path
     shape: tuple[int, int, int, int]
     files: tuple[Path, ...]
+    labels: np.ndarray | None
     pool: None = None
     spatial: None = None
-    labels: None = None
 
     @property
     def count(self) -> int:
@@ -122,7 +125,11 @@ def open_images(path: str | Path, name: str) -> ImageSet:
     if not files:
         raise ValueError(f"{name}: no images in {path}")
     height, width, channels = np.array(open_image(files[0])).shape
-    return ImageFolderSet(Path(path), (len(files), height, width, channels), files)
+    folders = [file.relative_to(path).parts[0] for file in files if file.parent != Path(path)]
+    labels = None
+    if len(folders) == len(files):
+        labels = np.unique(folders, return_inverse=True)[1]  # (N,)
+    return ImageFolderSet(Path(path), (len(files), height, width, channels), files, labels)
 
 
 def open_archive(path: str | Path, name: str) -> ImageArchive:

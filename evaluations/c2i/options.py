@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from evaluations.c2i.image_sets import ImageSet
 from utils.files import prepare_folder
+from utils.npz import short_hash
 from utils.options import make_parser, positive_int
 
 
@@ -129,3 +134,35 @@ def check_outputs(outputs: list[Path], args: Namespace) -> None:
                 f"{path} would be written over: it is an input or another output; give another name"
             )
         taken.add(path.resolve())
+
+
+def evaluation_settings(
+    args: Namespace, reference: ImageSet, network_file: dict[str, str] | None
+) -> dict[str, Any]:
+    """Return what the metrics depend on beside the samples."""
+    return {
+        "reference": str(reference.path.resolve()),
+        "network": network_file and network_file["sha256"],
+        "distances": "float32" if args.exact_distances else "float16",
+        "square root": args.frechet,
+        "torch": torch.__version__,
+    }
+
+
+def beside_others(
+    text: Path, output: Path, settings: dict[str, Any], args: Namespace
+) -> tuple[Path, Path]:
+    """Return paths for a result of these ``settings``: those given, unless metrics with other
+    settings stand there, which are kept; then names with a hash of the settings in them.
+    """
+    try:
+        before = json.loads(output.read_text()).get("evaluation")
+    except FileNotFoundError:
+        return text, output
+    except (OSError, ValueError, AttributeError):
+        before = None
+    if before == settings or args.output:
+        return text, output
+    token = short_hash(settings)
+    print(f"note: {output} was made with other settings and is kept")
+    return text.with_suffix(f".{token}.txt"), output.with_suffix(f".{token}.json")

@@ -23,9 +23,19 @@ PUBLISHED_SETTINGS = {
     "quantize": "none",
     "precision": "bf16",
 }
+# metrics by a network of the user's own have names of their own: only Inception's are FID and IS
+OWN_NAMES = {
+    "inception_score": "class_score",
+    "fid": "frechet_distance",
+    "fid_low": "frechet_low",
+    "fid_high": "frechet_high",
+    "class_fid": "class_frechet",
+}
 TITLES = {
     "inception_score": "Inception Score",
+    "class_score": "Class score",
     "fid": "FID",
+    "frechet_distance": "Frechet distance",
     "sfid": "sFID",
     "precision": "Precision",
     "recall": "Recall",
@@ -36,6 +46,9 @@ TITLES = {
     "fid_low": "FID 95% low",
     "fid_high": "FID 95% high",
     "class_fid": "Mean FID per class",
+    "frechet_low": "Frechet distance 95% low",
+    "frechet_high": "Frechet distance 95% high",
+    "class_frechet": "Mean Frechet distance per class",
     "psnr": "PSNR",
     "ssim": "SSIM",
 }
@@ -51,12 +64,17 @@ SETTINGS = (
 )
 
 
-def warnings_before(reference: ImageSet, samples: ImageSet) -> list[str]:
-    """Return warnings and notes that need only the files' headers and labels."""
-    lines = []
+def warnings_before(
+    reference: ImageSet, samples: ImageSet, own: dict[str, Any] | None = None
+) -> list[str]:
+    """Return warnings and notes that need only the files' headers and labels.
+
+    own: what the file of a network of one's own says of it.
+    """
+    lines = [] if own is None else [describe_own_network(own)]
     if not samples.count:
         lines.append(f"note: {samples.path} holds statistics alone: only FID and sFID")
-    elif samples.count < PUBLISHED_SAMPLES:
+    elif samples.count < PUBLISHED_SAMPLES and own is None:
         lines.append(
             f"warning: {samples.count:,} sample images; published figures use "
             f"{PUBLISHED_SAMPLES:,}, and fewer raise FID"
@@ -76,6 +94,18 @@ def warnings_before(reference: ImageSet, samples: ImageSet) -> list[str]:
             "images in file order and will be too low"
         )
     return lines
+
+
+def describe_own_network(facts: dict[str, Any]) -> str:
+    """Return a line on how far the features of a classifier of one's own can be trusted."""
+    text = "features of your own network: Frechet distance and class score, not FID and IS, "
+    text += "comparable only between runs with this file and reference"
+    accuracy, classes = facts.get("test_accuracy"), len(facts.get("classes") or ())
+    if not isinstance(accuracy, float) or not classes:
+        return f"warning: {text}; its accuracy on held-out images is not recorded"
+    if accuracy < max(0.5, 2 / classes):
+        return f"warning: {text}; it reads only {accuracy:.1%} of held-out images right: too weak"
+    return f"note: {text}; it reads {accuracy:.1%} of held-out images right"
 
 
 def warnings_after(samples: ImageSet, features: ImageFeatures) -> list[str]:
@@ -154,6 +184,15 @@ def differences_from_published(result: dict[str, Any], reference: Path, name: st
     return causes
 
 
+def evaluated_with(evaluation: dict[str, Any]) -> str:
+    """Return the settings that make a number, in one line: reference, network, distances."""
+    return ", ".join(
+        f"{name} {Path(value).name if name == 'reference' else str(value)[:16]}"
+        for name, value in evaluation.items()
+        if value is not None
+    )
+
+
 def as_text(metrics: dict[str, float]) -> str:
     """Return one line ``title: value`` per metric, as the published evaluator prints them."""
     return "".join(
@@ -164,15 +203,14 @@ def as_text(metrics: dict[str, float]) -> str:
 def markdown(results: list[dict[str, Any]]) -> str:
     """Return a table with one row per set of samples: name, number of images, metrics, settings."""
     names = [n for n in TITLES if any(n in r["metrics"] for r in results)]
-    rows = [["Samples", "Images", *(TITLES[n] for n in names), "Settings"]]
-    rows.append(["---"] + ["---:"] * (len(names) + 1) + ["---"])
+    rows = [["Samples", "Images", *(TITLES[n] for n in names), "Settings", "Evaluated with"]]
+    rows.append(["---"] + ["---:"] * (len(names) + 1) + ["---", "---"])
     for result in results:
         numbers = [f"{result['metrics'][n]:.4f}" if n in result["metrics"] else "" for n in names]
         options = result["made_with"] or {}
         settings = ", ".join(f"{k} {options[k]}" for k in SETTINGS if k in options)
-        rows.append(
-            [Path(result["samples"]).name, f"{result['sample_images']:,}", *numbers, settings]
-        )
+        first = [Path(result["samples"]).name, f"{result['sample_images']:,}"]
+        rows.append([*first, *numbers, settings, evaluated_with(result.get("evaluation") or {})])
     return "".join(
         "| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |\n" for row in rows
     )

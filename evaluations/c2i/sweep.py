@@ -21,7 +21,7 @@ import matplotlib
 matplotlib.use("Agg")  # draws to files and needs no display
 from matplotlib import pyplot
 
-from evaluations.c2i.report import markdown
+from evaluations.c2i.report import OWN_NAMES, TITLES, markdown
 from utils.files import atomic_path, prepare_folder
 from utils.options import make_parser, run_main, write_options
 
@@ -57,11 +57,12 @@ def main() -> None:
         temporary.write_text(markdown(results))
     write_options(output / "sweep.json", args, option=option, values=values, metrics=metrics)
     plot(option, values, metrics, output / "sweep.png")
-    best = min(range(len(values)), key=lambda i: metrics[i]["fid"])
+    distance = "fid" if "fid" in metrics[0] else OWN_NAMES["fid"]
+    best = min(range(len(values)), key=lambda i: metrics[i][distance])
     print((output / "sweep.md").read_text(), end="")
     print(
-        f"best FID {metrics[best]['fid']:.4f} at --{option} {values[best]}; plot: "
-        f"{output / 'sweep.png'}"
+        f"best {TITLES[distance]} {metrics[best][distance]:.4f} at --{option} {values[best]}; "
+        f"plot: {output / 'sweep.png'}"
     )
 
 
@@ -149,10 +150,9 @@ def plot(
     """Plot FID (left axis) and Inception Score (right axis) against the values, as a PNG."""
     figure, left = pyplot.subplots(figsize=(6, 4), layout="constrained")
     right = left.twinx()
-    for axis, name, title, style in (
-        (left, "fid", "FID", "C0o-"),
-        (right, "inception_score", "Inception Score", "C1s--"),
-    ):
+    for axis, name, style in ((left, "fid", "C0o-"), (right, "inception_score", "C1s--")):
+        name = name if name in metrics[0] else OWN_NAMES[name]
+        title = TITLES[name]
         axis.plot(numbers(values) or values, [m[name] for m in metrics], style, label=title)
         axis.set_ylabel(title, color=style[:2])
         axis.tick_params(axis="y", labelcolor=style[:2])

@@ -69,7 +69,7 @@ def measure(args: Namespace, label: str, seed: int) -> dict[str, float]:
     return {
         "steps": len(RegionOrder.build(GRID, n, schedule).steps),
         "held-out loss": last_value(trained, "val/loss"),
-        "Frechet distance": numbers["fid"],
+        "Frechet distance": numbers["frechet_distance"],
     }
 
 

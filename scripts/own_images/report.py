@@ -16,14 +16,16 @@ from scripts.own_images.commands import Files, draw, q, train_gpt
 from utils.files import require_file
 from utils.options import make_parser, non_negative_int, run_main, write_options
 
-# name in a .metrics.json -> title with Inception, title with a classifier, meaning
+# name in a .metrics.json -> title, meaning
 MEANING = {
-    "fid": ("FID", "Frechet distance *", "distance from the reference; lower is better"),
-    "sfid": ("sFID", "", "the same, of layouts; lower is better"),
-    "precision": ("Precision", "Precision", "share that looks like some reference image"),
-    "recall": ("Recall", "Recall", "share of the reference that is covered: variety"),
-    "inception_score": ("Inception Score", "Score *", "clear and varied classes; higher is better"),
-    "class_accuracy": ("", "Class accuracy", "share that the classifier takes for its class"),
+    "fid": ("FID", "distance from the reference; lower is better"),
+    "frechet_distance": ("Frechet distance *", "distance from the reference; lower is better"),
+    "sfid": ("sFID", "the same, of layouts; lower is better"),
+    "precision": ("Precision", "share that looks like some reference image"),
+    "recall": ("Recall", "share of the reference that is covered: variety"),
+    "inception_score": ("Inception Score", "clear and varied classes; higher is better"),
+    "class_score": ("Class score *", "clear and varied classes; higher is better"),
+    "class_accuracy": ("Class accuracy", "share that the classifier takes for its class"),
 }
 
 
@@ -43,9 +45,8 @@ def metrics_table(plan: Plan, measured: dict[str, dict], psnr: float) -> list[st
     columns = list(measured.values())
     images = "".join(f"{column['sample_images']:12,}" for column in columns)
     lines = [f"{'':20}{'samples':>12}{'decoded':>12}{'real':>12}", f"{'images':20}{images}"]
-    for key, (with_inception, with_classifier, meaning) in MEANING.items():
-        title = with_classifier if own else with_inception
-        if title and all(key in column["metrics"] for column in columns):
+    for key, (title, meaning) in MEANING.items():
+        if all(key in column["metrics"] for column in columns):
             numbers = "".join(f"{column['metrics'][key]:12.3f}" for column in columns)
             lines.append(f"{title:20}{numbers}   {meaning}")
     lines.append(f"{'PSNR, dB':20}{'':12}{psnr:12.2f}{'':12}   how exactly decoded pixels are kept")

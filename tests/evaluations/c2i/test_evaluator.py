@@ -15,7 +15,7 @@ from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier, save_c
 from evaluations.c2i.metrics import mean_and_covariance
 from tests.helpers import recipe_state, run_command
 
-FIVE = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
+FIVE = ["Class score", "Frechet distance", "sFID", "Precision", "Recall"]
 
 
 def numbers(text: str) -> dict[str, float]:
@@ -72,15 +72,15 @@ def test_reports_to_screen_text_and_json(sets, evaluate):
     out = evaluate(sets, "--output", "out/figures.json").out
     text = (sets / "sam.txt").read_text()
     assert list(numbers(text)) == [
-        "Inception Score",
-        "FID",
+        "Class score",
+        "Frechet distance",
         "Precision",
         "Recall",
         "Class accuracy",
     ]  # no sFID
     assert text in out
     written = json.loads((sets / "out" / "figures.json").read_text())
-    assert written["metrics"]["fid"] == numbers(text)["FID"]
+    assert written["metrics"]["frechet_distance"] == numbers(text)["Frechet distance"]
     assert (written["reference_images"], written["sample_images"]) == (30, 25)
     assert written["distances"] == "float16, as in the TensorFlow evaluator"
     assert len(written["network"]["sha256"]) == 64
@@ -89,7 +89,7 @@ def test_reports_to_screen_text_and_json(sets, evaluate):
 def test_a_set_against_itself_is_perfect(sets, evaluate):
     evaluate(sets, ref="sam.npz")
     found = numbers((sets / "sam.txt").read_text())
-    assert found["FID"] == pytest.approx(0, abs=1e-9)
+    assert found["Frechet distance"] == pytest.approx(0, abs=1e-9)
     assert (found["Precision"], found["Recall"]) == (1, 1)
 
 
@@ -139,27 +139,60 @@ def test_statistics_alone_give_fid_and_sfid_without_a_network(sets, evaluate):
     assert "sam.npz holds statistics alone" in err
 
 
+def taken(sets) -> str:
+    """Text of the metrics of sam.npz, which are then not there any more."""
+    (sets / "sam.metrics.json").unlink()
+    text = (sets / "sam.txt").read_text()
+    (sets / "sam.txt").unlink()
+    return text
+
+
+def test_other_settings_do_not_write_over_what_is_there(sets, evaluate):
+    evaluate(sets)
+    before = [(sets / name).read_bytes() for name in ("sam.txt", "sam.metrics.json")]
+    evaluate(sets)  # the same settings: written again
+    out = evaluate(sets, "--exact-distances").out
+    assert "sam.metrics.json was made with other settings and is kept" in out
+    assert [(sets / name).read_bytes()[:40] for name in ("sam.txt",)] == [before[0][:40]]
+    (other,) = sets.glob("sam.metrics.*.json")
+    assert json.loads(other.read_text())["evaluation"]["distances"] == "float32"
+    assert len(list(sets.glob("sam.*.txt"))) == 1
+
+
+@pytest.mark.parametrize(
+    "accuracy, said",
+    [(None, "warning: .*is not recorded"), (0.2, "warning: .*too weak"), (0.97, "note: .*97.0%")],
+)
+def test_features_of_ones_own_are_called_so(sets, evaluate, accuracy, said):
+    facts = {} if accuracy is None else {"test_accuracy": accuracy}
+    network = SmallClassifier(ClassifierConfig(8, 3))
+    save_classifier(sets / "net.pt", network, ["a", "b", "c"], **facts)
+    result = evaluate(sets)
+    assert re.search(f"{said}", result.err)
+    assert "FID" not in result.out and "Inception Score" not in result.out
+
+
 def test_reference_statistics_are_used_instead_of_its_images(sets, evaluate):
     statistics = stored(1)
     np.savez(sets / "stats.npz", **statistics)
     np.savez(sets / "both.npz", arr_0=np.load(sets / "ref.npz")["arr_0"], **statistics)
     evaluate(sets)
-    computed = numbers((sets / "sam.txt").read_text())
+    computed = numbers(taken(sets))
     err = evaluate(sets, ref="stats.npz").err
-    alone = numbers((sets / "sam.txt").read_text())
+    alone = numbers(taken(sets))
     assert "stats.npz holds statistics alone: no Precision" in err
-    assert list(alone) == ["Inception Score", "FID", "Class accuracy"]
+    assert list(alone) == ["Class score", "Frechet distance", "Class accuracy"]
     evaluate(sets, ref="both.npz")
     both = numbers((sets / "sam.txt").read_text())
-    assert both == {**computed, "FID": alone["FID"]}
-    assert both["FID"] != pytest.approx(computed["FID"], rel=0.01)
+    assert both == {**computed, "Frechet distance": alone["Frechet distance"]}
+    assert both["Frechet distance"] != pytest.approx(computed["Frechet distance"], rel=0.01)
 
 
 def test_sample_statistics_are_used_instead_of_its_images(sets, evaluate):
     np.savez(sets / "sam.npz", arr_0=np.load(sets / "sam.npz")["arr_0"], **stored(1))
     np.savez(sets / "same.npz", **stored(1))
     evaluate(sets, ref="same.npz")
-    assert numbers((sets / "sam.txt").read_text())["FID"] == pytest.approx(0, abs=1e-9)
+    assert numbers((sets / "sam.txt").read_text())["Frechet distance"] == pytest.approx(0, abs=1e-9)
 
 
 def test_statistics_of_another_network_are_refused(sets, evaluate):
@@ -197,9 +230,14 @@ def test_several_sets_are_the_single_ones_and_a_table(sets, evaluate):
         for line in (sets / "table.md").read_text().splitlines()
     ]
     assert [row[0] for row in table] == ["Samples", "---", "sam.npz", "more.npz"]
-    fid = table[0].index("FID")
-    assert float(table[2][fid]) == pytest.approx(numbers(single["sam"])["FID"], abs=1e-4)
-    assert table[2][-1] == "gpt_model GPT-B, cfg_scale 1.75"
+    fid = table[0].index("Frechet distance")
+    assert float(table[2][fid]) == pytest.approx(
+        numbers(single["sam"])["Frechet distance"], abs=1e-4
+    )
+    assert table[2][-2] == "gpt_model GPT-B, cfg_scale 1.75"
+    sha256 = json.loads((sets / "sam.metrics.json").read_text())["network"]["sha256"]
+    settings = f"reference ref.npz, network {sha256[:16]}, distances float16"
+    assert table[2][-1].startswith(settings) and f"torch {torch.__version__}" in table[2][-1]
     assert json.loads((sets / "sam.metrics.json").read_text())["made_with"]["cfg_scale"] == 1.75
     with pytest.raises(ValueError, match="--output names one file"):
         evaluate(sets, "--output", "x.json", network=("more.npz", "--feature-network", "net.pt"))
@@ -270,26 +308,28 @@ def test_further_numbers_are_asked_for_and_written(sets, evaluate):
         np.savez(sets / f"{name}.npz", arr_0=images, labels=np.arange(25) % 3)
     save_classifier(sets / "net.pt", SmallClassifier(ClassifierConfig(12, 3)), ["a", "b", "c"])
     evaluate(sets)
-    plain = numbers((sets / "sam.txt").read_text())
+    plain = numbers(taken(sets))
     evaluate(sets, "--kid", "--class-fid", "--bootstrap", 5, "--paired", "--frechet", "sqrtm")
     found = numbers((sets / "sam.txt").read_text())
     assert found.keys() - plain.keys() == {
         *(
             "KID",
             "KID standard deviation",
-            "FID 95% low",
-            "FID 95% high",
-            "Mean FID per class",
+            "Frechet distance 95% low",
+            "Frechet distance 95% high",
+            "Mean Frechet distance per class",
             "PSNR",
             "SSIM",
         )
     }
     # 25 images: the square root is not exact
-    assert found["FID"] == pytest.approx(plain["FID"], rel=1e-3)
+    assert found["Frechet distance"] == pytest.approx(plain["Frechet distance"], rel=1e-3)
     written = json.loads((sets / "sam.metrics.json").read_text())
     assert set(written["fid_of_class"]) == {"0", "1", "2"}
     assert (
-        written["metrics"]["fid_low"] < written["metrics"]["fid"] < written["metrics"]["fid_high"]
+        written["metrics"]["frechet_low"]
+        < written["metrics"]["frechet_distance"]
+        < written["metrics"]["frechet_high"]
     )
     assert found["PSNR"] == pytest.approx(7.75, abs=0.3)  # independent uniform pixels: 255^2 / 6
 

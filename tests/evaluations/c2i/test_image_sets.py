@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from evaluations.c2i import image_sets, report
-from evaluations.c2i.image_sets import open_archive
+from evaluations.c2i.image_sets import open_archive, open_images
 
 
 def test_images_are_read_one_batch_at_a_time(sets, monkeypatch):
@@ -171,3 +171,12 @@ def test_a_zip_bomb_is_not_unpacked(sets, evaluate, monkeypatch):
     np.savez_compressed(sets / "sam.npz", mu=np.zeros(5000), sigma=np.zeros((5000, 5000)))
     with pytest.raises(ValueError, match="sigma would take 200,000,000 bytes of memory"):
         evaluate(sets)
+
+
+def test_a_class_folder_has_its_labels(tmp_path):
+    for name in ("b/1.png", "a/2.png", "a/10.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert open_images(tmp_path, "REF").labels.tolist() == [0, 0, 1]
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    assert open_images(tmp_path, "REF").labels is None

@@ -50,10 +50,10 @@ def swept(sets, monkeypatch):
 def test_a_sweep_names_the_best_scale(sets, swept, capsys):
     """The reference is noise up to 255: 2.55 comes closest."""
     swept("--cfg-scales", "2.55", "1", "1.7")
-    assert "best FID" in capsys.readouterr().out.splitlines()[-1]
+    assert "best Frechet distance" in capsys.readouterr().out.splitlines()[-1]
     written = json.loads((sets / "out" / "sweep.json").read_text())
     assert (written["option"], written["values"]) == ("cfg-scale", ["1.0", "1.7", "2.55"])
-    fids = [m["fid"] for m in written["metrics"]]
+    fids = [m["frechet_distance"] for m in written["metrics"]]
     assert fids == sorted(fids, reverse=True)
     assert len((sets / "out" / "sweep.md").read_text().splitlines()) == 5
     picture = np.asarray(Image.open(sets / "out" / "sweep.png").convert("RGB"))
