@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 
 from autoregressive.sample.pipeline import Pipeline
@@ -54,7 +55,9 @@ def find_name(name: str, names: list[str]) -> int:
     exact = [i for i, s in enumerate(synonyms) if name.lower() in s]
     found = exact or [i for i, n in enumerate(names) if name.lower() in n.lower()]
     if not found:
-        raise ValueError(f"--classes {name}: the checkpoint has no class of this name")
+        near = difflib.get_close_matches(name.lower(), sum(synonyms, []), n=3)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise ValueError(f"--classes {name}: the checkpoint has no class of this name{hint}")
     if len(found) > 1:
         raise ValueError(
             f"--classes {name}: which of {', '.join(f'{i} ({names[i]})' for i in found[:5])}?"

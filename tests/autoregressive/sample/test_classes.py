@@ -33,6 +33,7 @@ def test_classes_are_found_by_id_and_name(words, expected):
         (["5"], "--classes 5: the checkpoint has classes 0 to 4"),
         (["retriever"], r"which of 1 \(golden retriever\), 3 \(flat-coated retriever\)\?"),
         (["unicorn"], "--classes unicorn: the checkpoint has no class of this name"),
+        (["golden retreiver"], "no class of this name; near it: golden retriever"),
         (["-1"], "--classes -1: the checkpoint has no class"),
         ([""], "--classes names no class"),
     ],
