@@ -1,0 +1,369 @@
+"""The acceptance run: everything that only a GPU can show, in one command and under 9 minutes.
+
+The tests that need a GPU, then sampling, training, the tokenizer and the evaluator, timed by the
+functions of scripts/benchmarks. Each part has a process and a time of its own, and what one leaves
+of it goes to the next. Each figure is kept when it is made: a part that fails or runs out of time
+costs its other figures alone. The same command again measures what is missing.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoregressive.models import gpt
+from scripts.benchmarks import codes, evaluator, sampling, training
+from scripts.benchmarks.common import describe_run
+from scripts.diagnosis.acceptance_tables import TABLES, add_ratios, as_tables
+from scripts.diagnosis.check import (
+    BROKEN,
+    OK,
+    ROOT,
+    Check,
+    Context,
+    Result,
+    call_apart,
+    reason_of,
+    run_apart,
+)
+from utils.distributed import init_distributed
+from utils.files import prepare_folder, write_json
+
+ACCEPTANCE_MINUTES = 8.5  # starting and reporting come on top
+FOLDERS = {"gpu": "scripts/benchmarks/results", "rehearsal": "results/rehearsal"}
+WAYS = ("compiled", "published-compiled", "published")  # of sampling; the first is ours
+TRAINED = (
+    "ours, compiled, attention dropout",
+    "ours, compiled, flex",
+    "ours, compiled, flex, full",
+    "ours, compiled, flex, selective",
+)
+N = 4  # tokens predicted at once in training
+FAILURES = ("failed", "error")  # outcomes of tests
+DEVICES = {True: "cuda:0", False: "cpu"}
+
+Row = dict[str, Any]  # a case and its figures, or ``error``
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: on a GPU as released models are, in a rehearsal as small as can be."""
+
+    sampled: dict[tuple[str, int], float]  # size and n -> seconds
+    batches: tuple[int, ...]
+    trained: dict[str, tuple[int, float]]  # size -> images per step, seconds
+    ways: tuple[str, ...]  # of training
+    precision: str
+    steps: int
+    tokenizer: tuple[str, int, int]  # name, side of images, images
+    tokenizer_precisions: tuple[str, ...]
+    evaluator_batch: int
+    tests: str  # what pytest runs
+
+
+# the most wanted first; together with 95 s of tests and 55 of networks 500 s
+GPU = Sizes(
+    sampled={
+        ("GPT-3B", 4): 60.0,
+        ("GPT-XL", 4): 50.0,
+        ("GPT-3B", 16): 35.0,
+        ("GPT-XL", 16): 30.0,
+        ("GPT-B", 4): 25.0,
+        ("GPT-B", 16): 20.0,
+    },
+    batches=(1, 64, 32),
+    trained={"GPT-XL": (16, 45.0), "GPT-3B": (4, 50.0), "GPT-L": (32, 35.0)},
+    ways=TRAINED,
+    precision="bf16",
+    steps=5,
+    tokenizer=("VQ-16", 384, 16),
+    tokenizer_precisions=("bf16", "tf32", "none"),
+    evaluator_batch=64,
+    tests="test_gpu.py",
+)
+REHEARSAL = Sizes(
+    sampled={("GPT-T", 64): 120.0},
+    batches=(1,),
+    trained={"GPT-T": (1, 120.0)},
+    ways=("ours, compiled, attention dropout", "ours, compiled, full"),
+    precision="none",
+    steps=1,
+    tokenizer=("VQ-4", 32, 1),
+    tokenizer_precisions=("none",),
+    evaluator_batch=1,
+    tests="test_gpu.py",
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Cases that one process measures, the most wanted first."""
+
+    name: str
+    table: str  # the JSON of its rows is gpu-``table``.json
+    cases: tuple[Row, ...]
+    measure: Callable[[Row, Path], Row]  # a case, and a folder to write to -> its figures
+    seconds: float
+
+
+def list_parts(sizes: Sizes) -> list[Part]:
+    """Return the parts of the run in order: tests, then by what is asked for most."""
+    sampled = []
+    for (size, n), seconds in sizes.sampled.items():
+        shape = {"gpt_model": size, "n": n, "precision": sizes.precision}
+        # ours for every batch, then one image by every way: the figures that the paper has
+        pairs = [(b, WAYS[0]) for b in sizes.batches]
+        pairs += [(sizes.batches[0], way) for way in WAYS[1:]]
+        pairs += itertools.product(sizes.batches[1:], WAYS[1:])
+        cases = tuple(shape | {"batch": batch, "way": way} for batch, way in pairs)
+        sampled.append(Part(f"Sampling, {size}, n = {n}", "sampling", cases, sample, seconds))
+    trained = []
+    for size, (batch, seconds) in sizes.trained.items():
+        shape = {"gpt_model": size, "batch": batch, "precision": sizes.precision}
+        cases = tuple(shape | {"way": way, "steps": sizes.steps} for way in sizes.ways)
+        trained.append(Part(f"Training, {size}", "training", cases, train, seconds))
+    name, side, images = sizes.tokenizer
+    coded = {"network": name, "image_size": side, "images": images}
+    precisions = tuple(coded | {"precision": p} for p in sizes.tokenizer_precisions)
+    inception = ({"network": "Inception", "batch": sizes.evaluator_batch},)
+    tests = ({"tests": sizes.tests},)
+    mixed = [p for pair in itertools.zip_longest(sampled, trained) for p in pair if p is not None]
+    return [
+        Part("Tests on the device", "tests", tests, run_tests, 95.0),
+        *mixed[:4],
+        Part("Tokenizer", "networks", precisions, code, 35.0),
+        Part("Evaluator", "networks", inception, evaluate, 20.0),
+        *mixed[4:],
+    ]
+
+
+def sample(case: Row, _: Path) -> Row:
+    """Time one batch sampled with guidance, without image decoding, by one way."""
+    device = init_distributed().device
+    attend = gpt.attend
+    shape = [case[k] for k in ("gpt_model", "n", "batch", "precision", "way")]
+    # a batch of the published way takes long, and once is enough after the first case
+    repeats = 0 if case["way"] == "published" and case["batch"] > 1 else 1
+    try:
+        figures, _ = sampling.time_batches(sampling.Case(*shape, repeats), device)
+    finally:
+        gpt.attend = attend
+    figures["MBU"], figures["MFU"] = (
+        figures[k] / figures[f"ceiling {k}"] for k in ("GB/s", "TFLOP/s")
+    )
+    return figures
+
+
+def train(case: Row, work: Path) -> Row:
+    """Time training steps by one way; half the batch, and so on, where memory does not suffice."""
+    shape = {k: case[k] for k in ("gpt_model", "precision", "way", "steps")}
+    batch = case["batch"]
+    while True:
+        folder = work / f"{batch}"
+        if not folder.exists():
+            folder.mkdir()
+            training.write_codes(folder, batch * (case["steps"] + 5))
+        try:
+            figures = training.measure(Namespace(**shape, ar_token_num=N, batch=batch), folder)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
+        else:
+            return figures | {"images per step": batch, "images/s": batch / figures["seconds"]}
+        clear()
+
+
+def code(case: Row, _: Path) -> Row:
+    """Time extraction and decoding of images by the tokenizer."""
+    shape = [case[k] for k in ("network", "image_size", "images", "precision")]
+    return codes.network_rates(*shape, init_distributed().device)
+
+
+def evaluate(case: Row, _: Path) -> Row:
+    """Time the evaluator's network."""
+    args = Namespace(batch_size=case["batch"], repeats=3, compile=False)
+    rates = evaluator.network_figures(args, init_distributed().device)
+    return {f"{way} images/s": rate for way, rate in rates.items()}
+
+
+def run_tests(case: Row, work: Path) -> Row:
+    """Run the tests that need a GPU in a process of their own; each outcome is in the figures."""
+    given = Path(case["tests"])
+    files = sorted((ROOT / "tests").rglob(given.name)) or [given]
+    log = work / "pytest.txt"
+    words = [sys.executable, "-m", "pytest", "-o", "addopts=", "-v", "--tb=short", "-p"]
+    words += ["no:cacheprovider", *map(str, files)]
+    with log.open("w") as output:
+        done = subprocess.run(words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    print(log.read_text())
+    outcomes = outcomes_of(log.read_text())
+    if not outcomes:
+        raise RuntimeError(f"pytest ended with status {done.returncode}: {last_line(log)}")
+    return outcomes
+
+
+def outcomes_of(text: str) -> Row:
+    """Return the outcome of each test in what ``pytest -v`` prints, and their counts."""
+    lines = re.findall(r"^\S*::(\S+?(?:\[.*\])?) (PASSED|FAILED|ERROR|SKIPPED)\b", text, re.M)
+    outcomes = {name: outcome.lower() for name, outcome in lines}
+    counts = {k: list(outcomes.values()).count(k) for k in set(outcomes.values())}
+    return counts | {"outcomes": outcomes} if outcomes else {}
+
+
+def last_line(path: Path) -> str:
+    return ([line for line in path.read_text().splitlines() if line.strip()] or ["no output"])[-1]
+
+
+def clear() -> None:
+    """Free what an earlier case has left: memory of the device, compiled code."""
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
+        torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def run_cases(context: Context, part: Part, cases: list[Row], rows: Path) -> Result:
+    """Measure ``cases`` one after the other, and append a line to ``rows`` for each at once."""
+    for case in cases:
+        started = time.perf_counter()
+        try:
+            row = case | part.measure(case, context.work)
+        except Exception as error:  # the next case may work
+            traceback.print_exc()  # to the log
+            row = case | {"error": reason_of(error)}
+        row["took"] = round(time.perf_counter() - started, 1)
+        with rows.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+        clear()
+    return Result(OK, "")
+
+
+def is_of(row: Row, case: Row) -> bool:
+    """Return whether ``row`` holds figures of ``case``."""
+    return "error" not in row and all(row.get(k) == v for k, v in case.items())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows that a part has written so far."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError):  # of a part that was killed as it wrote
+            rows.append(json.loads(line))
+    return rows
+
+
+class Records:
+    """The rows of each table, kept in a JSON that the tables of the benchmarks' page come from."""
+
+    def __init__(self, folder: Path, run: Row):
+        self.folder, self.run = folder, run
+        self.tables: dict[str, list[Row]] = {}
+
+    def path(self, table: str) -> Path:
+        """Return the file of a table."""
+        return self.folder / f"gpu-{table}.json"
+
+    def rows(self, table: str) -> list[Row]:
+        """Return the rows of a table: at first those of an earlier run of the same code here."""
+        if table not in self.tables:
+            self.tables[table] = []
+            if self.path(table).exists():
+                record = json.loads(self.path(table).read_text())
+                if all(record.get(k) == self.run[k] for k in ("device", "git")):
+                    self.tables[table] = [r for r in record["results"] if "error" not in r]
+        return self.tables[table]
+
+    def add(self, table: str, rows: list[Row], options: Row) -> None:
+        """Add rows and write the table."""
+        self.rows(table).extend(rows)
+        if table == "sampling":
+            add_ratios([row for row in self.rows(table) if "error" not in row])
+        results = {"options": options, "results": self.rows(table)}
+        write_json(self.path(table), results | self.run)
+
+
+def run_part(
+    part: Part, records: Records, device: str, options: Row, until: float
+) -> tuple[bool, list[str]]:
+    """Run a part until ``until`` (of ``time.monotonic``), and record what it has measured.
+
+    Returns whether nothing failed, and lines for the screen.
+    """
+    before = records.rows(part.table)
+    missing = [case for case in part.cases if not any(is_of(row, case) for row in before)]
+    if not missing:
+        return True, [f"{part.name}: all measured before"]
+    with tempfile.TemporaryDirectory(prefix="par-accept-", ignore_cleanup_errors=True) as work:
+        rows = Path(work) / "rows.jsonl"
+        measure = partial(run_cases, part=part, cases=missing, rows=rows)
+        check = Check("", part.name, measure, "", device, limit=math.inf)
+        context = Context(Namespace(**options), ROOT / "tests" / "golden", Path(work), device)
+        result = run_apart(check, context, until - time.monotonic())
+        made = read_rows(rows)
+    records.add(part.table, made, options)
+    measured = sum("error" not in row for row in made)
+    lines = [f"{part.name}: {measured} of {len(missing)} cases in {result.seconds:.0f} s"]
+    lines += [f"failed: {words_of(row)}: {row['error']}" for row in made if "error" in row]
+    for row in made:
+        outcomes = row.get("outcomes", {}).items()
+        lines += [f"failed: {name}" for name, outcome in outcomes if outcome in FAILURES]
+    if result.status != OK:
+        lines.append(f"{result.status}: {result.detail}")
+    failed = result.status == BROKEN or any(line.startswith("failed") for line in lines)
+    return not failed, lines
+
+
+def words_of(row: Row) -> str:
+    """Return the case of a row in words."""
+    return ", ".join(f"{v}" for k, v in row.items() if k not in ("error", "took"))
+
+
+def accept(options: Namespace) -> bool:
+    """Run all parts, write tables; return whether nothing failed (what had no time is no failure).
+
+    ``options.acceptance``: ``gpu`` or ``rehearsal``, as small as can be and on any device.
+    """
+    started = time.monotonic()
+    rehearsal = options.acceptance == "rehearsal"
+    folder = Path(options.output or FOLDERS[options.acceptance])
+    prepare_folder(folder, "--output")
+    on_gpu = call_apart(torch.cuda.is_available, (), 60)
+    if not (on_gpu or rehearsal):
+        raise ValueError("--acceptance gpu: torch finds no GPU; --acceptance rehearsal needs none")
+    run = call_apart(describe_run, (), 60)
+    records, parts = Records(folder, run), list_parts(REHEARSAL if rehearsal else GPU)
+    seconds = 60 * (options.minutes or ACCEPTANCE_MINUTES)
+    machine = f"{run['device']}, commit {run['git']}"
+    print(f"{machine}: {len(parts)} parts in {seconds:.0f} s", flush=True)
+    fine, planned, total = True, started, sum(part.seconds for part in parts)
+    for number, part in enumerate(parts, 1):
+        planned += seconds * part.seconds / total  # one that ends earlier leaves time to the next
+        went_well, lines = run_part(part, records, DEVICES[on_gpu], vars(options), planned)
+        fine = fine and went_well
+        print(f"[{number:2}/{len(parts)}] " + "\n        ".join(lines), flush=True)
+    tables = as_tables({name: records.rows(name) for name in TABLES})
+    page = folder / "gpu-acceptance.md"
+    page.write_text(f"# Acceptance run\n\n{machine}\n\n{tables}\n")
+    taken = time.monotonic() - started
+    print(f"\n{tables}\n\n{taken:.0f} s; the tables are in {page}, their figures beside it")
+    return fine
