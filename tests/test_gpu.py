@@ -10,7 +10,9 @@ import torch
 from autoregressive.decoding.decoder import Way, make_decoder, place_for_decoding
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import SamplingOptions
+from autoregressive.models.causal_attention import make_causal_mask
 from autoregressive.models.gpt import GPT
+from autoregressive.train import kernels
 from scripts.diagnosis import resume
 from scripts.diagnosis.check import OK, Check, run_apart
 from scripts.diagnosis.check import Context as CheckContext
@@ -108,22 +110,26 @@ def gradients(model: GPT, codes, cond) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("heads", HEADS, ids=["64", "100"])
 @pytest.mark.parametrize("n", [4, 16])
-def test_flex_attention_trains_like_the_dense_mask_over_all_slots(heads, n):
-    """T = 576 in bf16: loss and gradient of compiled blocks, each way against the other."""
+def test_attention_kernels_train_like_the_dense_mask_over_all_slots(heads, n):
+    """T = 576 in bf16: loss and gradient of compiled blocks, each way against the mask."""
     rates = ("class_dropout_prob", "token_dropout_p", "attn_dropout_p", "resid_dropout_p")
     no_dropout = dict.fromkeys((*rates, "ffn_dropout_p"), 0.0)
     config = small_config(**heads, **REAL, ar_token_num=n, **no_dropout)
     codes, cond = (x.cuda() for x in random_codes(config, 4))
     found = []
-    for flex in (False, True):
+    for kind in ("dense", "flash", "flex"):
         model = fill_from_names(GPT(config)).cuda().train()
-        if flex:
+        if kind == "flex":
             model.use_flex_attention(torch.device("cuda"))
+        if kind == "flash":
+            assert kernels.unavailable_reason(model, "bf16", torch.device("cuda")) is None
+            model.block_mask = make_causal_mask(model.order.mask()).to(torch.device("cuda"))
         for block in model.layers:
             block.compile()
         found.append(gradients(model, codes, cond))
-    for ours, expected in zip(*found, strict=True):
-        assert (ours - expected).norm() <= 8e-2 * expected.norm() + 1e-6
+    for expected, *others in zip(*found, strict=True):
+        for ours in others:
+            assert (ours - expected).norm() <= 8e-2 * expected.norm() + 1e-6
 
 
 def test_compiled_bf16_training_step(golden):
@@ -171,14 +177,16 @@ def test_a_training_step_never_waits_for_the_device(golden):
     assert window.read(1)["loss"] > 0
 
 
-@pytest.mark.parametrize("flex", [False, True])
-def test_a_real_step_never_waits_for_the_device(flex):
+@pytest.mark.parametrize("kind", ["dense", "flash", "flex"])
+def test_a_real_step_never_waits_for_the_device(kind):
     """32 images of 576 codes, compiled blocks, with and without attention dropout."""
-    device, rate = torch.device("cuda"), 0.0 if flex else 0.1
+    device, rate = torch.device("cuda"), 0.0 if kind == "flex" else 0.1
     model = GPT(small_config(dim=128, n_head=2, **REAL, attn_dropout_p=rate)).cuda().train()
     model.init_weights()
-    if flex:
+    if kind == "flex":
         model.use_flex_attention(device)
+    if kind == "flash":
+        model.block_mask = make_causal_mask(model.order.mask()).to(device)
     for block in model.layers:
         block.compile()
     state = training_state(model)

@@ -10,6 +10,7 @@ from torch import nn
 
 from autoregressive.decoding.generate import generate
 from autoregressive.decoding.sampling import SamplingOptions, image_randomness
+from autoregressive.models.causal_attention import CausalMask
 from autoregressive.models.gpt import GPT
 from dataset.codes import Codes
 from tokenizer.vq_model import VQModel
@@ -43,7 +44,7 @@ def validate(
     images = min(images, len(codes))
     each = images // world.size
     sums = torch.zeros(model.order.num_tokens, device=world.device)  # (T,)
-    flex = model.block_mask is not None
+    flex = not isinstance(model.block_mask, CausalMask | None)
     model.eval()
     with torch.compiler.set_stance("default" if flex else "force_eager"):
         for start in range(0, each, batch):

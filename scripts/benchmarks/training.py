@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from autoregressive.models import gpt
+from autoregressive.models.causal_attention import make_causal_mask
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from scripts.benchmarks.common import (
     KEPT_MEMORY,
@@ -115,6 +116,8 @@ def our_step(model: GPT, precision: str, way: str) -> Callable[[Tensor, Tensor],
     model.recompute_activations(next((w for w in ("selective", "full") if w in way), "none"))
     if "flex" in way:
         model.use_flex_attention(device)
+    if "flash" in way:
+        model.block_mask = make_causal_mask(model.order.mask()).to(device)
     if "compiled" in way:
         for block in model.layers:
             block.compile()
@@ -135,8 +138,8 @@ def our_step(model: GPT, precision: str, way: str) -> Callable[[Tensor, Tensor],
 def measure(args: Namespace, work: Path) -> dict[str, float]:
     """Time ``args.way`` over ``args.steps`` steps after a warm-up, on codes in ``work``.
 
-    way: ``published``, or ``ours`` with any of the words ``compiled``, ``flex``, ``attention
-    dropout``, and ``selective`` or ``full``, which activations are computed again.
+    way: ``published``, or ``ours`` with any of the words ``compiled``, ``flash`` or ``flex``,
+    ``attention dropout``, and ``selective`` or ``full``, which activations are computed again.
     """
     device = init_distributed().device
     torch.manual_seed(0)
@@ -199,6 +202,7 @@ def main() -> None:
     ways = ["published, default malloc", "published", "ours", "ours, compiled"]
     if torch.cuda.is_available():
         ways += ["ours, compiled, flex", "ours, compiled, attention dropout"]
+        ways += ["ours, compiled, flash, attention dropout"]
     results: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="par-training-") as work:
         write_codes(Path(work), args.batch * (args.steps + 5))

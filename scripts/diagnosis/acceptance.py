@@ -50,6 +50,7 @@ ACCEPTANCE_MINUTES = 8.5  # starting and reporting come on top
 FOLDERS = {"gpu": "scripts/benchmarks/results", "rehearsal": "results/rehearsal"}
 WAYS = ("compiled", "published-compiled", "published")  # of sampling; the first is ours
 TRAINED = (
+    "ours, compiled, flash, attention dropout",
     "ours, compiled, attention dropout",
     "ours, compiled, flex",
     "ours, compiled, flex, full",
