@@ -367,9 +367,11 @@ def compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("interval, graphs", [(-1, 4), (20, 6)])
+@pytest.mark.parametrize("interval, graphs", [(-1, 8), (20, 11)])
 def test_graphs_of_a_whole_schedule(compiler, interval, graphs):
-    """For all layers and steps: before and after attention, of 1 and n slots; rows once more."""
+    """For all layers and steps: first, between two attentions, last, and sampling, each of 1 and n
+    slots; all but sampling once more for fewer rows.
+    """
     model = GPT(small_config(n_layer=10, grid_height=8, grid_width=8)).eval()
     model.init_weights()
     options = SamplingOptions(cfg_scale=1.5, cfg_interval=interval)

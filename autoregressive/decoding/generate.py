@@ -43,6 +43,7 @@ class Generator:
     ):
         assert not getattr(decoder, "training", False), "call model.eval() before generating"
         self.decoder, self.order, self.options, self.batch = decoder, order, options, batch
+        self.sample = getattr(decoder, "sample", sample)
         device, num_classes, slots = decoder.device, decoder.config.num_classes, order.num_tokens
         self.inverse, self.permutation = order.inverse.to(device), order.permutation.to(device)
         self.editing = editing
@@ -110,7 +111,7 @@ class Generator:
                 cache, tokens, labels = cache.first_rows(batch), tokens[:batch], labels[:batch]
             scale = self.scales[i] if guided else None
             logits = decoder.decode_step(tokens, labels, start, stop, cache, scale)  # (B, t, V)
-            drawn = sample(logits, uniforms[:, start:stop], self.options)  # (B, t)
+            drawn = self.sample(logits, uniforms[:, start:stop], self.options)  # (B, t)
             if known is not None and keep is not None:
                 given, kept = known[:, start:stop], keep[:, start:stop]  # (B, t) each
                 likely = log_likelihood(logits, given).where(kept, 0.0)  # (B, t)

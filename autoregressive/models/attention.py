@@ -36,6 +36,10 @@ class KVCache:
         view.store = self.store[:, :, :batch]  # (L, 2, batch, Hkv, T, hd)
         return view
 
+    def slots(self, layer: int, start: int, stop: int) -> Tensor:
+        """Return a view of the keys and values of slots [start, stop): (2, B, Hkv, t, hd)."""
+        return self.store[layer, :, :, :, start:stop]
+
     def update(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, Hkv, t, hd) from slot ``start``; return views of all filled slots."""
         stop = start + k.shape[2]

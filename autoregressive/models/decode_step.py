@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def guide(hidden: Tensor, cfg_scale: float | None) -> Tensor:
+def guide(hidden: Tensor, cfg_scale: float | Tensor | None) -> Tensor:
     """Guide hidden states (B, t, D), a conditional and an unconditional half -> (B / 2, t, D).
 
     uncond + cfg_scale (cond - uncond), computed in at least float32. The output layer is linear, so
