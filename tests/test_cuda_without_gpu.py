@@ -498,6 +498,8 @@ def test_images_are_written_by_a_thread_on_the_device_of_the_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(Stream, "devices", [])
+    pinned: list[Tensor] = []  # from other memory a copy waits until the GPU has nothing to do
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self) or self)
     codes = torch.zeros(2, 16, dtype=torch.int64)
     pipeline = Namespace(
         gpt=GPT(small_config()),
@@ -510,7 +512,7 @@ def test_images_are_written_by_a_thread_on_the_device_of_the_rank(monkeypatch):
     with fake_cuda():
         world = World(3, 4, device)
         sample_c2i_ddp.make_chunks(args, world, pipeline, Way("bf16", "eager"), file, [0, 1, 2])
-    assert Stream.devices == [3, 3, 3]
+    assert Stream.devices == [3, 3, 3] and len(pinned) == 6
 
 
 def test_samples_of_another_gpu_do_not_mix_in(monkeypatch):

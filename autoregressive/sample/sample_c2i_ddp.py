@@ -214,8 +214,9 @@ def make_chunks(
         for chunk in chunks:
             indices = file.images_of(chunk)
             _, uniforms = image_randomness(args.global_seed, indices, num_classes, num_tokens)
-            cond = torch.from_numpy(class_ids(args, indices, num_classes)).to(device)  # (b,)
-            codes = generator(cond, torch.from_numpy(uniforms).to(device))  # (b, T)
+            labels = class_ids(args, indices, num_classes)
+            inputs = (to_device(x, device) for x in (labels, uniforms))  # (b,), (b, T)
+            codes = generator(*inputs)  # (b, T)
             generated = torch.cuda.current_stream().record_event() if stream else None
             under_way.append(thread.submit(write, chunk, codes, generated))
             # cores of a CPU are busy already: two things at once would only be in each other's way
@@ -223,6 +224,14 @@ def make_chunks(
                 bar.update(under_way.popleft().result())
         for written in under_way:
             bar.update(written.result())
+
+
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """Return an array as a tensor on ``device``; a GPU that is at work is not waited for."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def write_pngs(npz: Path, world: World) -> None:
