@@ -54,10 +54,11 @@ def start_attention(block: TransformerBlock, x: Tensor, freqs_cis: Tensor, place
     heads, kv_heads = attention.n_head, attention.kv_heads
     qkv = attention.wqkv(block.attention_norm(x))  # (B, t, (H + 2 Hkv) hd)
     qkv = qkv.unflatten(-1, (-1, attention.head_dim))  # (B, t, H + 2 Hkv, hd)
-    qk, v = qkv.split([heads + kv_heads, kv_heads], dim=2)  # (B, t, H + Hkv or Hkv, hd)
-    q, k = apply_rotary(qk, freqs_cis).split([heads, kv_heads], dim=2)  # (B, t, H or Hkv, hd)
-    place.copy_(torch.stack([k, v]).transpose(2, 3))  # (2, B, Hkv, t, hd)
-    return q.transpose(1, 2)  # (B, H, t, hd)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)  # (B, t, H or Hkv, hd)
+    # in these words torch's compiler makes two kernels: of the queries, and of what the cache gets
+    place[0].copy_(apply_rotary(k, freqs_cis).transpose(1, 2))  # (B, Hkv, t, hd)
+    place[1].copy_(v.transpose(1, 2))  # (B, Hkv, t, hd)
+    return apply_rotary(q, freqs_cis).transpose(1, 2)  # (B, H, t, hd)
 
 
 def finish_block(block: TransformerBlock, x: Tensor, y: Tensor, gates: Tensor | None) -> Tensor:
