@@ -1,6 +1,7 @@
 """The acceptance run of a GPU, rehearsed: it keeps what it has, whatever one of its parts does."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -11,31 +12,31 @@ import pytest
 import torch
 
 from scripts.diagnosis import acceptance
-from scripts.diagnosis.acceptance import GPU, REHEARSAL, Part, accept, list_parts
+from scripts.diagnosis.acceptance import GPU, REHEARSAL, Job, Part, accept, list_parts
 from scripts.diagnosis.acceptance_tables import sampling_table
 from scripts.diagnosis.check import run_here
 
 CASES = tuple({"case": i} for i in range(3))
 
 
-def measures(case, work):
-    assert work.is_dir()
+def measures(case, job):
+    assert job.work.is_dir() and job.until > time.monotonic()
     return {"figure": 2.0 * case["case"]}
 
 
-def fails_once(case, work):
+def fails_once(case, job):
     if case["case"] == 1:
         raise RuntimeError("out of order\nat length")
     return {"figure": 1.0}
 
 
-def crashes(case, work):
+def crashes(case, job):
     if case["case"] == 2:
         os.kill(os.getpid(), signal.SIGSEGV)
     return {"figure": 1.0}
 
 
-def hangs(case, work):
+def hangs(case, job):
     time.sleep(60 if case["case"] == 1 else 0)
     return {"figure": 1.0}
 
@@ -50,6 +51,7 @@ def rows_of(tmp_path: Path, table: str) -> list[dict]:
     assert record.keys() == {"options", "results", "device", "threads", "git"}
     for row in record["results"]:
         assert row.pop("took") >= 0
+        assert row.pop("log", "Traceback").startswith("Traceback")
     return record["results"]
 
 
@@ -130,18 +132,28 @@ def test_less_memory_halves_the_batch(monkeypatch, tmp_path):
     monkeypatch.setattr(acceptance.training, "measure", step)
     monkeypatch.setattr(acceptance.training, "write_codes", lambda folder, count: None)
     case = dict(gpt_model="GPT-T", precision="none", way="ours", steps=1, batch=8)
-    figures = acceptance.train(case, tmp_path)
+    figures = acceptance.train(case, Job(tmp_path, math.inf))
     assert seen == [8, 4, 2] and figures["images per step"] == 2 and figures["images/s"] == 4
 
 
+@pytest.mark.slow
 def test_outcomes_of_tests_are_read(tmp_path):
-    """Also of a run that was cut short; one that fails is a failure of the part."""
+    """Also of a run that time cut short, which the next one takes up again."""
     test = tmp_path / "test_outcomes.py"
-    test.write_text("def test_good(): pass\ndef test_bad(): assert False\n")
-    outcomes = acceptance.run_tests({"tests": str(test)}, tmp_path)
-    assert outcomes == {
+    test.write_text(
+        "import time\ndef test_good(): pass\ndef test_bad(): assert 1 == 2\n"
+        "def test_long(): time.sleep(60)\n"
+    )
+    job = Job(tmp_path, time.monotonic() + acceptance.MARGIN + 3)
+    row = acceptance.run_tests({"tests": str(test)}, job)
+    assert row == {
         "passed": 1, "failed": 1, "outcomes": {"test_good": "passed", "test_bad": "failed"},
+        "unfinished": True,
     }  # fmt: skip
+    assert not acceptance.is_of(row | {"tests": "a"}, {"tests": "a"})
+    test.write_text("def test_bad(): assert 1 == 2\n")
+    row = acceptance.run_tests({"tests": str(test)}, Job(tmp_path, time.monotonic() + 60))
+    assert row["failed"] == 1 and "assert 1 == 2" in row["failures"] and "unfinished" not in row
     text = "tests/a.py::test_one[{'a': 2}-True] PASSED [ 50%]\ntests/a.py::test_two "
     assert acceptance.outcomes_of(text)["outcomes"] == {"test_one[{'a': 2}-True]": "passed"}
 

@@ -12,6 +12,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -57,6 +58,8 @@ TRAINED = (
     "ours, compiled, flex, selective",
 )
 N = 4  # tokens predicted at once in training
+LOG = 8000  # characters of what a failure printed
+MARGIN = 3.0  # seconds to write down what tests have shown
 FAILURES = ("failed", "error")  # outcomes of tests
 DEVICES = {True: "cuda:0", False: "cpu"}
 
@@ -114,13 +117,21 @@ REHEARSAL = Sizes(
 
 
 @dataclass(frozen=True)
+class Job:
+    """What the process of a part has."""
+
+    work: Path  # a folder of its own
+    until: float  # of ``time.monotonic``, which is the same in all processes: it is ended then
+
+
+@dataclass(frozen=True)
 class Part:
     """Cases that one process measures, the most wanted first."""
 
     name: str
     table: str  # the JSON of its rows is gpu-``table``.json
     cases: tuple[Row, ...]
-    measure: Callable[[Row, Path], Row]  # a case, and a folder to write to -> its figures
+    measure: Callable[[Row, Job], Row]  # a case -> its figures
     seconds: float
 
 
@@ -155,7 +166,7 @@ def list_parts(sizes: Sizes) -> list[Part]:
     ]
 
 
-def sample(case: Row, _: Path) -> Row:
+def sample(case: Row, _: Job) -> Row:
     """Time one batch sampled with guidance, without image decoding, by one way."""
     device = init_distributed().device
     attend = gpt.attend
@@ -172,12 +183,12 @@ def sample(case: Row, _: Path) -> Row:
     return figures
 
 
-def train(case: Row, work: Path) -> Row:
+def train(case: Row, job: Job) -> Row:
     """Time training steps by one way; half the batch, and so on, where memory does not suffice."""
     shape = {k: case[k] for k in ("gpt_model", "precision", "way", "steps")}
     batch = case["batch"]
     while True:
-        folder = work / f"{batch}"
+        folder = job.work / f"{batch}"
         if not folder.exists():
             folder.mkdir()
             training.write_codes(folder, batch * (case["steps"] + 5))
@@ -192,41 +203,51 @@ def train(case: Row, work: Path) -> Row:
         clear()
 
 
-def code(case: Row, _: Path) -> Row:
+def code(case: Row, _: Job) -> Row:
     """Time extraction and decoding of images by the tokenizer."""
     shape = [case[k] for k in ("network", "image_size", "images", "precision")]
     return codes.network_rates(*shape, init_distributed().device)
 
 
-def evaluate(case: Row, _: Path) -> Row:
+def evaluate(case: Row, _: Job) -> Row:
     """Time the evaluator's network."""
     args = Namespace(batch_size=case["batch"], repeats=3, compile=False)
     rates = evaluator.network_figures(args, init_distributed().device)
     return {f"{way} images/s": rate for way, rate in rates.items()}
 
 
-def run_tests(case: Row, work: Path) -> Row:
-    """Run the tests that need a GPU in a process of their own; each outcome is in the figures."""
+def run_tests(case: Row, job: Job) -> Row:
+    """Run the tests that need a GPU in a process of their own; each outcome is in the figures.
+
+    Those that have ended when time is out count; ``unfinished`` is true then.
+    """
     given = Path(case["tests"])
     files = sorted((ROOT / "tests").rglob(given.name)) or [given]
-    log = work / "pytest.txt"
+    log = job.work / "pytest.txt"
     words = [sys.executable, "-m", "pytest", "-o", "addopts=", "-v", "--tb=short", "-p"]
     words += ["no:cacheprovider", *map(str, files)]
+    seconds, environment = job.until - time.monotonic() - MARGIN, {"PYTHONUNBUFFERED": "1"}
     with log.open("w") as output:
-        done = subprocess.run(words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-    print(log.read_text())
+        to_log = dict(cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            subprocess.run(words, timeout=seconds, env=os.environ | environment, **to_log)
+            ended = {}
+        except subprocess.TimeoutExpired:
+            ended = {"unfinished": True}
     outcomes = outcomes_of(log.read_text())
     if not outcomes:
-        raise RuntimeError(f"pytest ended with status {done.returncode}: {last_line(log)}")
-    return outcomes
+        raise RuntimeError(f"pytest ran no test: {last_line(log)}")
+    return outcomes | ended
 
 
 def outcomes_of(text: str) -> Row:
-    """Return the outcome of each test in what ``pytest -v`` prints, and their counts."""
+    """Return the outcome of each test in what ``pytest -v`` prints, counts, and what failed."""
     lines = re.findall(r"^\S*::(\S+?(?:\[.*\])?) (PASSED|FAILED|ERROR|SKIPPED)\b", text, re.M)
     outcomes = {name: outcome.lower() for name, outcome in lines}
     counts = {k: list(outcomes.values()).count(k) for k in set(outcomes.values())}
-    return counts | {"outcomes": outcomes} if outcomes else {}
+    reasons = re.search(r"^=+ (FAILURES|ERRORS) =.*", text, re.M | re.S)
+    failures = {"failures": reasons[0][-LOG:]} if reasons else {}
+    return counts | {"outcomes": outcomes} | failures if outcomes else {}
 
 
 def last_line(path: Path) -> str:
@@ -243,15 +264,14 @@ def clear() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def run_cases(context: Context, part: Part, cases: list[Row], rows: Path) -> Result:
+def run_cases(_: Context, part: Part, cases: list[Row], rows: Path, job: Job) -> Result:
     """Measure ``cases`` one after the other, and append a line to ``rows`` for each at once."""
     for case in cases:
         started = time.perf_counter()
         try:
-            row = case | part.measure(case, context.work)
+            row = case | part.measure(case, job)
         except Exception as error:  # the next case may work
-            traceback.print_exc()  # to the log
-            row = case | {"error": reason_of(error)}
+            row = case | {"error": reason_of(error), "log": traceback.format_exc()[-LOG:]}
         row["took"] = round(time.perf_counter() - started, 1)
         with rows.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
@@ -261,7 +281,12 @@ def run_cases(context: Context, part: Part, cases: list[Row], rows: Path) -> Res
 
 def is_of(row: Row, case: Row) -> bool:
     """Return whether ``row`` holds figures of ``case``."""
-    return "error" not in row and all(row.get(k) == v for k, v in case.items())
+    return is_whole(row) and all(row.get(k) == v for k, v in case.items())
+
+
+def is_whole(row: Row) -> bool:
+    """Return whether a row needs no second try."""
+    return "error" not in row and "unfinished" not in row
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -291,7 +316,7 @@ class Records:
             if self.path(table).exists():
                 record = json.loads(self.path(table).read_text())
                 if all(record.get(k) == self.run[k] for k in ("device", "git")):
-                    self.tables[table] = [r for r in record["results"] if "error" not in r]
+                    self.tables[table] = list(filter(is_whole, record["results"]))
         return self.tables[table]
 
     def add(self, table: str, rows: list[Row], options: Row) -> None:
@@ -315,8 +340,8 @@ def run_part(
     if not missing:
         return True, [f"{part.name}: all measured before"]
     with tempfile.TemporaryDirectory(prefix="par-accept-", ignore_cleanup_errors=True) as work:
-        rows = Path(work) / "rows.jsonl"
-        measure = partial(run_cases, part=part, cases=missing, rows=rows)
+        rows, job = Path(work) / "rows.jsonl", Job(Path(work), until)
+        measure = partial(run_cases, part=part, cases=missing, rows=rows, job=job)
         check = Check("", part.name, measure, "", device, limit=math.inf)
         context = Context(Namespace(**options), ROOT / "tests" / "golden", Path(work), device)
         result = run_apart(check, context, until - time.monotonic())
@@ -336,7 +361,7 @@ def run_part(
 
 def words_of(row: Row) -> str:
     """Return the case of a row in words."""
-    return ", ".join(f"{v}" for k, v in row.items() if k not in ("error", "took"))
+    return ", ".join(f"{v}" for k, v in row.items() if k not in ("error", "took", "log"))
 
 
 def accept(options: Namespace) -> bool:

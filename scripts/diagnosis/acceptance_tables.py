@@ -24,7 +24,9 @@ def as_tables(records: dict[str, Rows]) -> str:
         rows = [row for row in every if "error" not in row]
         failed = [row for row in every if "error" in row]
         lines = [f"## {title}", ""] + (table(rows) if rows else ["Nothing was measured."])
-        lines += [f"- failed: {row}" for row in failed]
+        for row in failed:
+            case = ", ".join(str(v) for k, v in row.items() if k not in ("error", "took", "log"))
+            lines.append(f"- failed: {case}: {row['error']}")
         sections.append("\n".join(lines))
     return "\n\n".join(sections)
 
