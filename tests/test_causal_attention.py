@@ -4,6 +4,7 @@ from argparse import Namespace
 from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from autoregressive.models.attention import attend
 from autoregressive.models.causal_attention import CausalMask, make_causal_mask
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.region_order import RegionOrder
-from autoregressive.train import kernels
+from autoregressive.train import kernels, watch
 from tests.helpers import random_codes, small_config
+from utils.distributed import World
 
 SCALE = 0.3
 
@@ -209,3 +211,31 @@ def test_it_compiles_to_one_graph(emulated, recompute):
         model(*random_codes(model.config))[0].backward()
     torch._dynamo.reset()
     assert counter.frame_count == 1
+
+
+class HeldOut:
+    num_crops = 1
+
+    def __init__(self, codes: np.ndarray, labels: np.ndarray):
+        self.codes, self.labels = codes, labels
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def batch(self, images: np.ndarray, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.codes[images], self.labels[images]
+
+
+def test_validation_takes_the_mask():
+    """Uncompiled, the pairs of a step would take much memory; training goes on with them."""
+    model, used = GPT(small_config()).train(), []
+    model.init_weights()
+    model.block_mask = mask = make_causal_mask(model.order.mask())
+    held_out = HeldOut(*(x.numpy() for x in random_codes(model.config, 4)))
+
+    def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        used.append(model.block_mask)
+        return model(x, y)
+
+    losses = watch.validate(forward, model, held_out, 4, 2, World(0, 1, CPU), "none")
+    assert used == [None, None] and model.block_mask is mask and losses["val/loss"] > 0

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autoregressive.models.gpt import GPT
 from autoregressive.train.train_c2i import initial_weights
 from tests.helpers import random_codes, small_config
+from utils import performance
 from utils.distributed import World
 from utils.parallel import fill, local, shard
 
@@ -115,3 +116,11 @@ def test_ranks_wait_on_their_own_gpu(monkeypatch):
     for device in (torch.device("cuda", 3), torch.device("cpu")):
         World(3, 4, device).barrier()
     assert seen == [[3], None]
+
+
+@pytest.mark.parametrize("ranks, asked, workers", [(1, 24, 16), (8, 24, 2), (32, 24, 1), (8, 0, 0)])
+def test_ranks_of_a_machine_share_its_cores(monkeypatch, ranks, asked, workers):
+    """Each of eight took 16 processes to read images."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(performance, "usable_cores", lambda: 16)
+    assert performance.worker_count(asked) == workers
