@@ -13,7 +13,7 @@ import torch
 
 from scripts.diagnosis import acceptance
 from scripts.diagnosis.acceptance import GPU, REHEARSAL, Job, Part, accept, list_parts
-from scripts.diagnosis.acceptance_tables import sampling_table
+from scripts.diagnosis.acceptance_tables import add_ratios, sampling_table
 from scripts.diagnosis.check import run_here
 
 CASES = tuple({"case": i} for i in range(3))
@@ -48,7 +48,7 @@ def options(tmp_path, **changes):
 
 def rows_of(tmp_path: Path, table: str) -> list[dict]:
     record = json.loads((tmp_path / "results" / f"gpu-{table}.json").read_text())
-    assert record.keys() == {"options", "results", "device", "threads", "git"}
+    assert record.keys() == {"options", "results", "device", "threads", "git", "code"}
     for row in record["results"]:
         assert row.pop("took") >= 0
         assert row.pop("log", "Traceback").startswith("Traceback")
@@ -97,10 +97,12 @@ def test_a_part_that_hangs_is_ended_in_time_for_the_next(monkeypatch, tmp_path, 
 
 
 def test_figures_of_other_code_or_another_device_are_measured_again(tmp_path):
-    records = acceptance.Records(tmp_path, {"device": "a", "git": "b"})
+    records = acceptance.Records(tmp_path, {"device": "a", "code": "b"})
     records.add("training", [{"case": 1}], {})
-    for run, kept in (({"device": "a", "git": "b"}, 1), ({"device": "a", "git": "c"}, 0)):
+    for device, code, kept in (("a", "b", 1), ("a", "c", 0), ("b", "b", 0)):
+        run = {"device": device, "code": code}
         assert len(acceptance.Records(tmp_path, run).rows("training")) == kept
+    assert acceptance.hash_of_code() == acceptance.hash_of_code()
 
 
 def test_the_run_on_a_gpu_is_what_was_asked_for():
@@ -161,7 +163,7 @@ def test_outcomes_of_tests_are_read(tmp_path):
 def test_the_table_of_sampling_has_a_line_per_case():
     shape = {"gpt_model": "GPT-B", "n": 4, "batch": 1}
     rows = [shape | {"way": w, "seconds": s} for w, s in (("compiled", 0.5), ("published", 2.0))]
-    acceptance.add_ratios(rows)
+    add_ratios(rows)
     assert rows[0]["over published"] == 4.0 and "over published-compiled" not in rows[0]
     lines = sampling_table(rows)
     assert lines[2] == "| GPT-B | 4 | 1 | 2 |  | 0.5 | 4.00x |  |  |  |  |  |" and len(lines) == 3

@@ -21,18 +21,17 @@ import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from autoregressive.models import gpt
 from scripts.benchmarks import codes, evaluator, sampling, training
 from scripts.benchmarks.common import describe_run
-from scripts.diagnosis.acceptance_tables import TABLES, add_ratios, as_tables
+from scripts.diagnosis.acceptance_records import Records, Row, hash_of_code, is_of, read_rows
+from scripts.diagnosis.acceptance_tables import TABLES, as_tables
 from scripts.diagnosis.check import (
     BROKEN,
     OK,
@@ -45,7 +44,7 @@ from scripts.diagnosis.check import (
     run_apart,
 )
 from utils.distributed import init_distributed
-from utils.files import prepare_folder, write_json
+from utils.files import prepare_folder
 
 ACCEPTANCE_MINUTES = 8.5  # starting and reporting come on top
 FOLDERS = {"gpu": "scripts/benchmarks/results", "rehearsal": "results/rehearsal"}
@@ -62,8 +61,6 @@ LOG = 8000  # characters of what a failure printed
 MARGIN = 3.0  # seconds to write down what tests have shown
 FAILURES = ("failed", "error")  # outcomes of tests
 DEVICES = {True: "cuda:0", False: "cpu"}
-
-Row = dict[str, Any]  # a case and its figures, or ``error``
 
 
 @dataclass(frozen=True)
@@ -279,55 +276,6 @@ def run_cases(_: Context, part: Part, cases: list[Row], rows: Path, job: Job) ->
     return Result(OK, "")
 
 
-def is_of(row: Row, case: Row) -> bool:
-    """Return whether ``row`` holds figures of ``case``."""
-    return is_whole(row) and all(row.get(k) == v for k, v in case.items())
-
-
-def is_whole(row: Row) -> bool:
-    """Return whether a row needs no second try."""
-    return "error" not in row and "unfinished" not in row
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows that a part has written so far."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(ValueError):  # of a part that was killed as it wrote
-            rows.append(json.loads(line))
-    return rows
-
-
-class Records:
-    """The rows of each table, kept in a JSON that the tables of the benchmarks' page come from."""
-
-    def __init__(self, folder: Path, run: Row):
-        self.folder, self.run = folder, run
-        self.tables: dict[str, list[Row]] = {}
-
-    def path(self, table: str) -> Path:
-        """Return the file of a table."""
-        return self.folder / f"gpu-{table}.json"
-
-    def rows(self, table: str) -> list[Row]:
-        """Return the rows of a table: at first those of an earlier run of the same code here."""
-        if table not in self.tables:
-            self.tables[table] = []
-            if self.path(table).exists():
-                record = json.loads(self.path(table).read_text())
-                if all(record.get(k) == self.run[k] for k in ("device", "git")):
-                    self.tables[table] = list(filter(is_whole, record["results"]))
-        return self.tables[table]
-
-    def add(self, table: str, rows: list[Row], options: Row) -> None:
-        """Add rows and write the table."""
-        self.rows(table).extend(rows)
-        if table == "sampling":
-            add_ratios([row for row in self.rows(table) if "error" not in row])
-        results = {"options": options, "results": self.rows(table)}
-        write_json(self.path(table), results | self.run)
-
-
 def run_part(
     part: Part, records: Records, device: str, options: Row, until: float
 ) -> tuple[bool, list[str]]:
@@ -376,7 +324,7 @@ def accept(options: Namespace) -> bool:
     on_gpu = call_apart(torch.cuda.is_available, (), 60)
     if not (on_gpu or rehearsal):
         raise ValueError("--acceptance gpu: torch finds no GPU; --acceptance rehearsal needs none")
-    run = call_apart(describe_run, (), 60)
+    run = call_apart(describe_run, (), 60) | {"code": hash_of_code()}
     records, parts = Records(folder, run), list_parts(REHEARSAL if rehearsal else GPU)
     seconds = 60 * (options.minutes or ACCEPTANCE_MINUTES)
     machine = f"{run['device']}, commit {run['git']}"
