@@ -9,7 +9,7 @@ import torch
 
 from autoregressive.decoding.decoder import Way, make_decoder, place_for_decoding
 from autoregressive.decoding.generate import Generator
-from autoregressive.decoding.sampling import SamplingOptions
+from autoregressive.decoding.sampling import SamplingOptions, sample
 from autoregressive.models.causal_attention import make_causal_mask
 from autoregressive.models.gpt import GPT
 from autoregressive.train import kernels
@@ -99,6 +99,20 @@ def test_a_replayed_graph_makes_the_tokens_of_its_kernels(heads, n):
         logits.append(torch.cat(steps, dim=1).float())  # (2, T, V)
     ours, expected = logits
     assert (ours - expected).norm() < 4e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 50}, {"top_k": 50, "top_p": 0.9}], ids=str)
+def test_the_compiled_draw_is_the_draw(options):
+    """One function on a GPU: the same tokens but for rounding, and none that top-k cuts off."""
+    logits, uniforms = 4 * torch.randn(64, 4, 16384).cuda(), torch.rand(64, 4).cuda()
+    options = SamplingOptions(**options)
+    draw = torch.compile(sample, dynamic=False)
+    found, again = (draw(logits, uniforms, options) for _ in range(2))
+    assert torch.equal(found, again)
+    assert (found == sample(logits, uniforms, options)).float().mean() > 0.98
+    if options.top_k:
+        least = logits.topk(50).values[..., -1]  # (64, 4)
+        assert (logits.gather(-1, found[..., None])[..., 0] >= least).all()
 
 
 def gradients(model: GPT, codes, cond) -> list[torch.Tensor]:
