@@ -16,7 +16,9 @@ from autoregressive.models.causal_attention import CausalMask, make_causal_mask
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.region_order import RegionOrder
 from autoregressive.train import kernels, watch
-from tests.helpers import random_codes, small_config
+from scripts.diagnosis import golden
+from scripts.diagnosis.check import BROKEN, OK, Check, Context, run_here
+from tests.helpers import GOLDEN, ROOT, random_codes, small_config
 from utils.distributed import World
 
 SCALE = 0.3
@@ -239,3 +241,13 @@ def test_validation_takes_the_mask():
 
     losses = watch.validate(forward, model, held_out, 4, 2, World(0, 1, CPU), "none")
     assert used == [None, None] and model.block_mask is mask and losses["val/loss"] > 0
+
+
+def test_the_doctor_finds_a_wrong_kernel(emulated, monkeypatch):
+    """Loss and gradient against the published code's, where a GPU would be."""
+    function = partial(golden.check_training, precision="bf16", attention="flash")
+    check, context = Check("", "", function, "advice"), Context(Namespace(), GOLDEN[1], ROOT)
+    assert run_here(check, context).status == OK
+    wrong = lambda *a, **k: tuple(2 * x for x in backward(*a, **k))  # noqa: E731
+    monkeypatch.setattr(causal_attention, "backward_kernel", wrong)
+    assert run_here(check, context).status == BROKEN
