@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from torch._inductor.utils import run_and_get_code
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -199,20 +198,3 @@ def test_flagship_schedules_are_cut_where_graphs_grow_too_large():
     for layers, fewest in ((24, 147), (48, 70)):
         decoder.args[0].config = small_config(n_layer=layers)
         assert fewest <= decoder() <= compiled.GRAPH_NODES / (9 * layers)
-
-
-@pytest.mark.slow
-def test_kernels_per_layer():
-    """Those that torch's compiler makes on a CPU: between two attentions four products and four."""
-    torch._dynamo.reset()
-    model = make_model(dim=64, vocab_size=64, ar_token_num=1)
-    generator = Generator(CompiledDecoder(model), model.order, OPTIONS, 2)
-    inputs = (torch.tensor([0, 1]), torch.rand(2, 16))
-    codes, sources = run_and_get_code(generator, *inputs)
-    kernel = r"^ +(?:cpp_fused\w*|extern_kernels\.\w+|torch\.ops\.[\w.]+)\("
-    counts = [len(re.findall(kernel, source.split("def call")[1], re.M)) for source in sources]
-    assert len(counts) == 4 and all(
-        count <= limit for count, limit in zip(counts, [3, 8, 7, 6], strict=True)
-    )
-    assert torch.equal(codes, generate(model, model.order, *inputs, OPTIONS))
-    torch._dynamo.reset()

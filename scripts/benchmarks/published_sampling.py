@@ -85,12 +85,12 @@ def published_block(
     x: Tensor,
     freqs_cis: Tensor,
     visible: Tensor,
-    cache: Tensor,
+    keys: Tensor,
+    values: Tensor,
     slots: Tensor,
 ) -> Tensor:
-    """One block: x (R, t, D) of ``slots`` (t,) -> (R, t, D); cache: (2, R, Hkv, Tp, hd)."""
+    """One block: x (R, t, D) of ``slots`` (t,) -> (R, t, D); keys, values: (R, Hkv, Tp, hd)."""
     q, k, v = block.before_attention(x, freqs_cis)  # (R, H or Hkv, t, hd)
-    keys, values = cache.unbind()  # (R, Hkv, Tp, hd) each
     keys[:, :, slots] = k  # (R, Hkv, t, hd)
     values[:, :, slots] = v  # (R, Hkv, t, hd)
     y = published_attend(q, keys, values, visible, 0.0, 0.0)  # (R, H, t, hd)
@@ -102,18 +102,23 @@ class CompiledTrunk:
 
     def __init__(self, model: GPT, rows: int):
         self.model, self.mask = model, published_mask(model, rows)  # (R, Tp, Tp)
-        dtype = model.output.weight.dtype
-        cache = PublishedCache(model.config, rows, self.mask.shape[1], dtype, model.device)
-        self.store = cache.store  # (L, 2, R, Hkv, Tp, hd)
+        config, padded = model.config, self.mask.shape[1]
+        shape = (rows, config.kv_heads, padded, config.head_dim)
+        # apart, as the published code has them: torch's compiler would copy parts of one tensor
+        self.caches = [[x.new_zeros(shape) for _ in range(2)] for x in self.weights()]
         self.block = torch.compile(published_block, dynamic=False)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+
+    def weights(self) -> list[Tensor]:
+        """Return a weight of each layer, for type and device."""
+        return [block.attention.wo.weight for block in self.model.layers]
 
     def run(self, x: Tensor, slots: Tensor) -> Tensor:
         """x (R, t, D) of ``slots`` (t,) -> (R, t, D)."""
         freqs_cis = self.model.freqs_cis[slots]  # (t, hd/2, 2)
         visible = self.mask[:, slots][:, None]  # (R, 1, t, Tp)
-        for block, cache in zip(self.model.layers, self.store, strict=True):
-            x = self.block(block, x, freqs_cis, visible, cache, slots)  # (R, t, D)
+        for block, cache in zip(self.model.layers, self.caches, strict=True):
+            x = self.block(block, x, freqs_cis, visible, *cache, slots)  # (R, t, D)
         return self.model.norm(x)  # (R, t, D)
 
     def __call__(self, x: Tensor, start: int) -> Tensor:
@@ -153,6 +158,8 @@ def make_published(model: GPT, way: str, cfg_scale: float) -> Callable[[Tensor],
     gpt.attend = fused_attend if way == "fused" else published_attend
     fast = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION] if way == "fused" else []
     use_published_norm(model)
+    if model.device.type == "cuda":  # torch was not yet computing plain attention in float32
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     trunks: dict[int, CompiledTrunk] = {}
 
     def decode(cond: Tensor) -> Tensor:
