@@ -33,6 +33,7 @@ try:  # none of this is promised to stay
     from torch._inductor.graph import GraphLowering
     from torch._inductor.runtime.hints import DeviceProperties
     from torch._inductor.virtualized import V
+    from torch.utils import _triton
     from triton.backends.compiler import GPUTarget
 except ImportError as error:
     pytest.skip(f"another torch: {error}", allow_module_level=True)
@@ -81,7 +82,8 @@ def h100(fake, monkeypatch) -> Iterator[None]:
     )
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
     yield
-    DeviceProperties.create.cache_clear()
+    for remembered in (DeviceProperties.create, _triton.has_triton):
+        remembered.cache_clear()  # what later tests would believe
 
 
 class Holder(nn.Module):
