@@ -18,8 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 try:
     from autoregressive.models.gpt import GPT_models
+    from scripts.diagnosis.acceptance import ACCEPTANCE_MINUTES, FOLDERS, accept
     from scripts.diagnosis.curves import describe_run
-    from scripts.diagnosis.examination import FULL_MINUTES, FULL_N, QUICK_MINUTES, QUICK_N, examine
+    from scripts.diagnosis.examination import (
+        DEFAULT_OUTPUT,
+        FULL_MINUTES,
+        FULL_N,
+        QUICK_MINUTES,
+        QUICK_N,
+        examine,
+    )
     from utils.options import make_parser, non_negative_float, positive_int, run_main
 except ImportError as error:  # the one thing that no check could report
     python = Path(__file__).resolve().parents[1] / ".venv" / "bin" / "python"
@@ -35,12 +43,21 @@ def make_doctor_parser() -> ArgumentParser:
     parser.add_argument(
         "--minutes",
         type=non_negative_float,
-        help=f"time for all checks (default: {FULL_MINUTES}; with --quick {QUICK_MINUTES})",
+        help=f"time for all checks (default: {FULL_MINUTES}; with --quick {QUICK_MINUTES}; with "
+        f"--acceptance {ACCEPTANCE_MINUTES})",
+    )
+    parser.add_argument(
+        "--acceptance",
+        choices=list(FOLDERS),
+        help="gpu: run the tests that need a GPU and measure sampling, training, tokenizer and "
+        "evaluator there, for the tables of scripts/benchmarks; the same command again measures "
+        "what is missing. rehearsal: the same, as small as can be, on any machine",
     )
     parser.add_argument(
         "--output",
-        default="results/doctor",
-        help="folder for doctor.md and doctor.json, or a path that .md and .json are added to",
+        help="folder for doctor.md and doctor.json, or a path that .md and .json are added to "
+        f"(default: {DEFAULT_OUTPUT}); with --acceptance folder for JSON files and a page of "
+        f"tables (default: {FOLDERS['gpu']}, of a rehearsal {FOLDERS['rehearsal']})",
     )
     speed = parser.add_argument_group("what to measure")
     speed.add_argument(
@@ -77,7 +94,7 @@ def main() -> None:
     options = make_doctor_parser().parse_args()
     if options.run is not None:
         print(describe_run(options.run))
-    elif not examine(options):
+    elif not (accept if options.acceptance else examine)(options):
         sys.exit(1)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from autoregressive.decoding.compiled import CompiledDecoder
 from autoregressive.decoding.decoder import Decoder, place_for_decoding
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import SamplingOptions
@@ -91,6 +92,19 @@ def test_decoding_stays_on_the_device_and_repeats_itself(n, options):
     model = bare_gpt(ar_token_num=n)
     with fake_cuda():
         first, second = decode_twice(place(model), options)
+    assert first == second and len(first) > 100
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_the_compiled_decoder_repeats_itself_too(monkeypatch, n):
+    """What its functions compute, uncompiled, once the CFG scale is on the device."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(CompiledDecoder, "capture", lambda self, decode, *_: decode)
+    model = bare_gpt(ar_token_num=n)
+    with fake_cuda():
+        decoder = CompiledDecoder(place(model))
+        decoder.scale_of(1.5)
+        first, second = decode_twice(decoder, OPTIONS["guided for a while"])
     assert first == second and len(first) > 100
 
 

@@ -1,16 +1,24 @@
 """What only a CUDA device can show; skipped without one."""
 
+import sys
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from autoregressive.decoding.decoder import Way, make_decoder, place_for_decoding
 from autoregressive.decoding.generate import Generator
-from autoregressive.decoding.sampling import SamplingOptions
+from autoregressive.decoding.sampling import SamplingOptions, sample
+from autoregressive.models.causal_attention import make_causal_mask
 from autoregressive.models.gpt import GPT
+from autoregressive.train import kernels
+from scripts.diagnosis import resume
+from scripts.diagnosis.check import OK, Check, run_apart
+from scripts.diagnosis.check import Context as CheckContext
 from scripts.diagnosis.models import fill_from_names
 from scripts.diagnosis.models import golden_gpt as tiny_gpt
-from tests.helpers import small_config
+from tests.helpers import ROOT, kill, newest, random_codes, small_config, start, wait_for
 from utils.checkpoints.folder import read_sharded, save_sharded
 from utils.precision import autocast
 from utils.training.log import Window
@@ -55,6 +63,88 @@ def test_decoding_in_bf16_copies_no_cache(size, compiled):
     names = {event.key.lower() for event in profile.key_averages()}
     assert not [name for name in names if "constant_pad_nd" in name or "cudnn" in name]
     assert any("flash" in name for name in names)
+
+
+# heads of 64 channels, as most sizes have, and of 100, as GPT-3B's, over all slots of a 384 image
+REAL = dict(grid_height=24, grid_width=24, vocab_size=1024)
+HEADS = [dict(dim=128, n_head=2), dict(dim=200, n_head=2)]
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=["64", "100"])
+@pytest.mark.parametrize("n", [1, 4, 16])
+def test_a_replayed_graph_makes_the_tokens_of_its_kernels(heads, n):
+    """T = 576 in bf16: tokens of the graph are those of the same kernels launched one by one.
+
+    At n = 1 the schedule is too long for one graph. Logits are near those of float32.
+    """
+    config = small_config(**heads, **REAL, ar_token_num=n)
+    model = fill_from_names(GPT(config)).eval()
+    reference = fill_from_names(GPT(config)).eval().cuda()
+    placed = place_for_decoding(model, torch.bfloat16, torch.device("cuda"))
+    decoder = make_decoder(placed, Way("bf16", "compiled"), 4 * n)
+    generator = Generator(decoder, model.order, SamplingOptions(cfg_scale=1.5), 2)
+    cond, uniforms = torch.tensor([0, 1]).cuda(), torch.rand(2, 576).cuda()
+    codes = generator(cond, uniforms)
+    with torch.inference_mode():
+        assert torch.equal(codes, generator._decode(cond, uniforms))
+    assert torch.equal(codes, generator(cond, uniforms)) and codes.unique().numel() > 100
+
+    logits = []
+    for each in (decoder, reference):
+        cache, tokens = each.new_cache(2), codes[:, model.order.permutation]  # (2, T)
+        with torch.inference_mode():
+            steps = [
+                each.decode_step(tokens, cond, i, i + 1, cache, None)
+                for i in range(len(model.order.steps))
+            ]
+        logits.append(torch.cat(steps, dim=1).float())  # (2, T, V)
+    ours, expected = logits
+    assert (ours - expected).norm() < 4e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 50}, {"top_k": 50, "top_p": 0.9}], ids=str)
+def test_the_compiled_draw_is_the_draw(options):
+    """One function on a GPU: the same tokens but for rounding, and none that top-k cuts off."""
+    logits, uniforms = 4 * torch.randn(64, 4, 16384).cuda(), torch.rand(64, 4).cuda()
+    options = SamplingOptions(**options)
+    draw = torch.compile(sample, dynamic=False)
+    found, again = (draw(logits, uniforms, options) for _ in range(2))
+    assert torch.equal(found, again)
+    assert (found == sample(logits, uniforms, options)).float().mean() > 0.98
+    if options.top_k:
+        least = logits.topk(50).values[..., -1]  # (64, 4)
+        assert (logits.gather(-1, found[..., None])[..., 0] >= least).all()
+
+
+def gradients(model: GPT, codes, cond) -> list[torch.Tensor]:
+    with autocast(torch.device("cuda"), "bf16"):
+        loss, _ = model(codes, cond)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=["64", "100"])
+@pytest.mark.parametrize("n", [4, 16])
+def test_attention_kernels_train_like_the_dense_mask_over_all_slots(heads, n):
+    """T = 576 in bf16: loss and gradient of compiled blocks, each way against the mask."""
+    rates = ("class_dropout_prob", "token_dropout_p", "attn_dropout_p", "resid_dropout_p")
+    no_dropout = dict.fromkeys((*rates, "ffn_dropout_p"), 0.0)
+    config = small_config(**heads, **REAL, ar_token_num=n, **no_dropout)
+    codes, cond = (x.cuda() for x in random_codes(config, 4))
+    found = []
+    for kind in ("dense", "flash", "flex"):
+        model = fill_from_names(GPT(config)).cuda().train()
+        if kind == "flex":
+            model.use_flex_attention(torch.device("cuda"))
+        if kind == "flash":
+            assert kernels.unavailable_reason(model, "bf16", torch.device("cuda")) is None
+            model.block_mask = make_causal_mask(model.order.mask()).to(torch.device("cuda"))
+        for block in model.layers:
+            block.compile()
+        found.append(gradients(model, codes, cond))
+    for expected, *others in zip(*found, strict=True):
+        for ours in others:
+            assert (ours - expected).norm() <= 8e-2 * expected.norm() + 1e-6
 
 
 def test_compiled_bf16_training_step(golden):
@@ -102,6 +192,34 @@ def test_a_training_step_never_waits_for_the_device(golden):
     assert window.read(1)["loss"] > 0
 
 
+@pytest.mark.parametrize("kind", ["dense", "flash", "flex"])
+def test_a_real_step_never_waits_for_the_device(kind):
+    """32 images of 576 codes, compiled blocks, with and without attention dropout."""
+    device, rate = torch.device("cuda"), 0.0 if kind == "flex" else 0.1
+    model = GPT(small_config(dim=128, n_head=2, **REAL, attn_dropout_p=rate)).cuda().train()
+    model.init_weights()
+    if kind == "flex":
+        model.use_flex_attention(device)
+    if kind == "flash":
+        model.block_mask = make_causal_mask(model.order.mask()).to(device)
+    for block in model.layers:
+        block.compile()
+    state = training_state(model)
+    codes, cond = (x.pin_memory() for x in random_codes(model.config, 32))
+    losses = []
+    for step in range(6):
+        torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")
+        try:
+            with autocast(device, "bf16"):
+                loss, _ = model(codes.cuda(non_blocking=True), cond.cuda(non_blocking=True))
+            loss.backward()
+            state.update(step, loss.detach(), state.gradient_norm(), 1.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        losses.append(loss.detach())
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize("n", [1, 4])
 def test_flex_attention_trains_like_the_dense_mask(golden, n):
     """Compiled FlexAttention against the dense mask in float32: loss and every gradient."""
@@ -133,3 +251,29 @@ def test_a_checkpoint_keeps_what_was_when_it_was_taken(tmp_path, golden):
             parameter.zero_()
     future.result()
     assert all(torch.equal(read_sharded(tmp_path / "a", k)[""], v) for k, v in before.items())
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
+    """SIGKILL in mid-run; losses after it are those of a run that nothing stopped."""
+    resume.write_codes(tmp_path / "codes")
+    script = ROOT / "autoregressive" / "train" / "train_c2i.py"
+
+    def begin(name: str):
+        words = [sys.executable, script, "--code-path", tmp_path / "codes", *resume.OPTIONS]
+        words += ["--cloud-save-path", tmp_path / name, *resume.NO_DROPOUT]
+        return start(words, CUDA_VISIBLE_DEVICES="0")
+
+    assert begin("whole").wait() == 0
+    killed, folder = begin("killed"), tmp_path / "killed" / resume.RUN / "checkpoints"
+    wait_for(lambda: newest(folder) > 0, killed)
+    kill(killed)
+    assert begin("killed").wait() == 0
+    assert resume.loss_difference(tmp_path, "whole", "killed") <= resume.ROUNDING
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_processes_of_nccl_shard_a_model(tmp_path):
+    """FSDP over two GPUs goes on from a checkpoint of one, with the same losses."""
+    check = Check("", "", partial(resume.check_sharded, processes=2), "", "cuda:0", 120)
+    result = run_apart(check, CheckContext(None, ROOT, tmp_path), 120)
+    assert result.status == OK, result.detail

@@ -43,7 +43,7 @@ def parse_args(description: str) -> Namespace:
         "--num-workers",
         type=non_negative_int,
         default=16,
-        help="processes that read images, at most one per core",
+        help="processes that read images, at most the share of cores of a rank",
     )
     model = parser.add_argument_group("model")
     model.add_argument(

@@ -39,7 +39,7 @@ from utils.options import (
     run_main,
     write_options,
 )
-from utils.performance import usable_cores
+from utils.performance import worker_count
 from utils.precision import allow_tf32
 from utils.quality import codebook_usage, perplexity, psnr, ssim
 
@@ -82,7 +82,7 @@ def parse_args() -> Namespace:
         "--num-workers",
         type=non_negative_int,
         default=4,
-        help="image-decoding processes, at most one per core",
+        help="image-decoding processes, at most the share of cores of a rank",
     )
     parser.add_argument(
         "--vgg-weights",
@@ -148,7 +148,7 @@ class Reconstructor:
     def make(self, chunks: list[int]) -> None:
         """Reconstruct, measure, write ``chunks``; scores first, as images are not made again."""
         keys = [[(i, 0) for i in self.files[0].images_of(chunk)] for chunk in chunks]
-        workers = min(self.args.num_workers, usable_cores())
+        workers = worker_count(self.args.num_workers)
         loader = DataLoader(self.images, batch_sampler=keys, num_workers=workers)
         batches = progress(self.world, "reconstructing", len(chunks), unit="batches", items=loader)
         for chunk, (pixels, labels, _) in zip(chunks, batches, strict=True):

@@ -30,7 +30,7 @@ from utils.checkpoints.folder import read_sharded
 from utils.distributed import init_distributed
 from utils.options import resolve, run_main
 from utils.parallel import delay_sync, replicate
-from utils.performance import usable_cores
+from utils.performance import worker_count
 from utils.precision import allow_tf32, autocast, log_level, resolve_precision
 from utils.training.options import split_batch
 from utils.training.run import TrainingRun
@@ -105,7 +105,7 @@ def make_loader(
 ) -> DataLoader:
     """Return a loader of one rank's images in ``steps``: (B, S, S, 3) uint8."""
     keys = order.rank_keys(steps.start, steps.stop, rank, size)
-    workers = min(args.num_workers, usable_cores())
+    workers = worker_count(args.num_workers)
     return DataLoader(
         files, batch_sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available()
     )

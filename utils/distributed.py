@@ -42,8 +42,9 @@ class World:
 
     def barrier(self) -> None:
         """Wait for every rank."""
-        if self.size > 1:
-            dist.barrier()
+        if self.size > 1:  # NCCL's is a sum on a GPU, and torch would guess which
+            on_gpu = self.device.type == "cuda"
+            dist.barrier(device_ids=[self.device.index] if on_gpu else None)
 
     def mean(self, x: Tensor) -> Tensor:
         """Return the average of ``x`` over the ranks, a new tensor."""

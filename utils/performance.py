@@ -81,6 +81,15 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def worker_count(asked: int) -> int:
+    """Return the worker processes that this rank may start: ``asked``, at most its share of cores.
+
+    The ranks of a machine share its cores, as torchrun tells by LOCAL_WORLD_SIZE.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(asked, max(1, usable_cores() // ranks))
+
+
 def processor_name() -> str:
     """Return the processor's name, with the one that ``PAR_CPU`` declares."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -36,7 +36,7 @@ MEASURED_SECONDS = 0.3  # per way, at least one step
 class Decoder(Protocol):
     """Makes logits step by step over a cache of its own kind. A GPT in ``eval()`` mode is one.
 
-    A decoder may also have ``capture``, see ``CompiledDecoder``.
+    A decoder may also have ``capture`` and ``sample``, see ``CompiledDecoder``.
     """
 
     config: GPTConfig

@@ -50,6 +50,7 @@ class Generator:
     ):
         assert not getattr(decoder, "training", False), "call model.eval() before generating"
         self.decoder, self.order, self.options, self.batch = decoder, order, options, batch
+        self.sample = getattr(decoder, "sample", sample)
         self.editing, self.window, self.calls = editing, window, 0
         device, num_tokens = decoder.device, order.num_tokens
         self.inverse, self.permutation = order.inverse.to(device), order.permutation.to(device)
@@ -125,7 +126,7 @@ class Generator:
             temperature = self._each(self.temperatures, first, last)
             logits = decoder.decode_step(tokens, labels, first, last, cache, scale)  # (B, t, V)
             now = slice(steps[first].first, steps[last - 1].end)
-            drawn = sample(logits, randomness[:, now], self.options, temperature)  # (B, t)
+            drawn = self.sample(logits, randomness[:, now], self.options, temperature)  # (B, t)
             if known is not None and keep is not None:
                 drawn = known[:, now].where(keep[:, now], drawn)  # (B, t)
             settled = last

@@ -1,4 +1,4 @@
-"""Attention of the GPT: the key-value cache, the two kinds of mask, and the ways to compute it."""
+"""Attention of the GPT: the key-value cache, the kinds of mask, and the ways to compute it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from autoregressive.models.causal_attention import CausalMask, attend_causal
 
 
 class KVCache:
@@ -33,6 +35,10 @@ class KVCache:
         view = copy.copy(self)
         view.store = self.store[:, :, :batch]  # (L, 2, batch, Hkv, T, hd)
         return view
+
+    def slots(self, layer: int, start: int, stop: int) -> Tensor:
+        """Return a view of the keys and values of slots [start, stop): (2, B, Hkv, t, hd)."""
+        return self.store[layer, :, :, :, start:stop]
 
     def update(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, Hkv, t, hd) from slot ``start``; return views of all filled slots."""
@@ -66,7 +72,7 @@ def query_chunks(visible: Tensor, size: int = 192) -> tuple[tuple[int, int, int]
     return tuple(chunks)
 
 
-Mask: TypeAlias = DenseMask | BlockMask | None  # None: all keys are visible
+Mask: TypeAlias = DenseMask | BlockMask | CausalMask | None  # None: all keys are visible
 
 
 def channel_multiple(device: torch.device, dtype: torch.dtype) -> int:
@@ -83,10 +89,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout_p: float, scale:
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):  # pads in its kernel
         return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
-    if mask is not None and q.device.type == "cpu":
+    if isinstance(mask, DenseMask) and q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
             return attend_on_cpu(q, k, v, mask, dropout_p, scale, grouped)  # (B, H, Tq, hd)
-    visible = None if mask is None else mask.visible
+    visible = mask.visible if isinstance(mask, DenseMask) else mask
     return attend_fused(q, k, v, visible, dropout_p, scale, grouped)  # (B, H, Tq, hd)
 
 
@@ -94,7 +100,7 @@ def attend_fused(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    visible: Tensor | None,
+    visible: Tensor | CausalMask | None,
     dropout_p: float,
     scale: float,
     grouped: bool,
@@ -103,7 +109,10 @@ def attend_fused(
     channels = q.shape[-1]
     if more := -channels % channel_multiple(q.device, q.dtype):
         q, k, v = (F.pad(x, (0, more)) for x in (q, k, v))  # zeros, which change nothing
-    y = sdpa(q, k, v, visible, dropout_p, scale=scale, enable_gqa=grouped)  # (B, H, Tq, hd or more)
+    if isinstance(visible, CausalMask):
+        y = attend_causal(q, k, v, visible, dropout_p, scale)  # (B, H, Tq, hd or more)
+    else:
+        y = sdpa(q, k, v, visible, dropout_p, scale=scale, enable_gqa=grouped)  # likewise
     return y[..., :channels] if more else y  # (B, H, Tq, hd)
 
 

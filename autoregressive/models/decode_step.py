@@ -23,7 +23,7 @@ def guide(hidden: Tensor, cfg_scale: float | Tensor | None) -> Tensor:
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # (B, t, D)
     conditional, unconditional = wide.chunk(2)  # (B / 2, t, D) each
     if isinstance(cfg_scale, Tensor):
-        cfg_scale = cfg_scale.to(wide.dtype)  # (t, 1)
+        cfg_scale = cfg_scale.to(wide.dtype)  # () or (t, 1)
     return torch.lerp(unconditional, conditional, cfg_scale).to(hidden.dtype)  # (B / 2, t, D)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from autoregressive.models.attention import DenseMask, KVCache, Mask, attend, query_chunks
@@ -236,7 +236,7 @@ class GPT(StepDecoder, nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(dim, eps=config.norm_eps)
         self.output = nn.Linear(dim, config.vocab_size, bias=False)
-        self.block_mask: BlockMask | None = None
+        self.block_mask: Mask = None  # in place of the dense one
         # built on the CPU also where parameters are on the meta device, so that they are never lost
         with torch.device("cpu"):
             freqs_cis = rotary_table(self.order.slot_positions, config.head_dim, config.rope_base)

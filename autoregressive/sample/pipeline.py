@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,7 +97,7 @@ class Pipeline:
         numbers = image_randomness(
             seed, indices, config.num_classes, num_tokens, self.options.noise
         )[1]
-        return torch.from_numpy(numbers).to(self.world.device)  # (b, T)
+        return to_device(numbers, self.world.device)  # (b, T)
 
     def start_generator(self, args: Namespace, batch: int, editing: bool = False) -> Generator:
         """Choose how to decode, report and record that, and return ``make_generator`` of it."""
@@ -133,6 +134,14 @@ class Pipeline:
         """Return hashes and configs of the checkpoints, for the record beside the samples."""
         configs = {"gpt_config": asdict(self.gpt.config), "vq_config": asdict(self.vq.config)}
         return {"sha256": self.hashes, **configs}
+
+
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """Return an array as a tensor on ``device``; a GPU that is at work is not waited for."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:

@@ -31,7 +31,7 @@ from autoregressive.sample.options import (
     add_sampling_options,
     parse_sampler,
 )
-from autoregressive.sample.pipeline import Pipeline, load_pipeline
+from autoregressive.sample.pipeline import Pipeline, load_pipeline, to_device
 from utils.distributed import World, init_distributed
 from utils.files import prepare_folder
 from utils.images import save_png, to_uint8
@@ -219,7 +219,7 @@ def make_chunks(
         under_way: deque[Future] = deque()
         for chunk in chunks:
             indices = file.images_of(chunk)
-            cond = torch.from_numpy(class_ids(args, indices, num_classes)).to(device)  # (b,)
+            cond = to_device(class_ids(args, indices, num_classes), device)  # (b,)
             codes = generator(cond, pipeline.randomness(args.global_seed, indices))  # (b, T)
             calls += generator.calls
             generated = torch.cuda.current_stream().record_event() if stream else None

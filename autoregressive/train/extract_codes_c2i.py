@@ -61,7 +61,7 @@ from utils.options import (
     run_main,
     write_options,
 )
-from utils.performance import usable_cores
+from utils.performance import worker_count
 from utils.precision import allow_tf32, autocast, log_level, resolve_precision
 
 Samples = list[tuple[str, int]]  # path and label of each image
@@ -135,7 +135,7 @@ def parse_args() -> Namespace:
         "--num-workers",
         type=non_negative_int,
         default=24,
-        help="processes that read images, at most one per core",
+        help="processes that read images, at most the share of cores of a rank",
     )
     add_retired(
         parser,
@@ -288,7 +288,7 @@ def make_shards(
             ImageFiles(samples, CenterCrop(resized), tolerant=True),
             batch_sampler=ShardBatches(plan, claims, shards, batch, bar),
             collate_fn=collate,
-            num_workers=min(args.num_workers, usable_cores()),
+            num_workers=worker_count(args.num_workers),
             pin_memory=world.device.type == "cuda",
         )
         encode = partial(encode_crops, vq, vq.quantize.codebook(), args=args)

@@ -155,10 +155,11 @@ def parse_args(description: str) -> Namespace:
     )
     speed.add_argument(
         "--attention",
-        choices=["auto", "dense", "flex"],
+        choices=["auto", "dense", "flash", "flex"],
         default="auto",
-        help="attention in training. dense: with a dense mask; flex: FlexAttention, which "
-        "skips masked keys but needs CUDA and no attention dropout; auto: flex where possible "
+        help="attention in training. dense: with a dense mask; flash: flash attention, which skips "
+        "masked keys and has dropout but needs CUDA and 16 bits; flex: FlexAttention, which skips "
+        "masked keys but needs CUDA and no attention dropout; auto: flex or flash where possible "
         "and compiled, else dense",
     )
     speed.add_argument(

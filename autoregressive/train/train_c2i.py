@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor, nn
 
+from autoregressive.models.causal_attention import make_causal_mask
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.load import load_gpt, resolve_parallelism
 from autoregressive.train.data import (
@@ -27,6 +28,7 @@ from autoregressive.train.data import (
     open_tokenizer,
     open_training_codes,
 )
+from autoregressive.train.kernels import choose_attention
 from autoregressive.train.options import parse_args
 from autoregressive.train.recipe import differences
 from autoregressive.train.watch import draw_samples, validate
@@ -36,7 +38,7 @@ from utils.files import require_folder
 from utils.options import resolve, run_main
 from utils.parallel import delay_sync, fill, replicate, shard
 from utils.performance import Ceiling
-from utils.precision import autocast, log_level, resolve_precision
+from utils.precision import AUTOCAST_DTYPE, autocast, log_level, resolve_precision
 from utils.training.options import split_batch
 from utils.training.run import TrainingRun, prefetch
 from utils.training.state import learning_rate, make_training_state
@@ -138,8 +140,12 @@ def check_options(args: Namespace, world: World) -> None:
         raise ValueError(
             f"--attention flex has no dropout, but --attn-dropout-p is {args.attn_dropout_p}"
         )
-    if args.attention == "flex" and world.device.type != "cuda":
-        raise ValueError(f"--attention flex trains on CUDA, not on {world.device.type}")
+    if args.attention in ("flex", "flash") and world.device.type != "cuda":
+        raise ValueError(f"--attention {args.attention} trains on CUDA, not on {world.device.type}")
+    if args.attention == "flash" and AUTOCAST_DTYPE[args.mixed_precision] is None:
+        raise ValueError(
+            f"--attention flash is of 16 bits, but --mixed-precision is {args.mixed_precision}"
+        )
     if args.data_parallel == "ddp" and args.cpu_offload:
         raise ValueError("--cpu-offload needs --data-parallel fsdp, hsdp or sdp")
     if args.cpu_offload and world.device.type != "cuda":
@@ -155,16 +161,17 @@ def parallelize(
 ) -> nn.Module:
     """Place ``model`` on the devices as the options say, and return what to call for a loss.
 
-    model, weights: see ``make_model``.
+    model, weights: see ``make_model``. ``--attention`` as ``choose_attention`` returns it.
     """
     on_cuda = world.device.type == "cuda"
     compiled = on_cuda if args.compile is None else args.compile
     torch.set_float32_matmul_precision("high" if args.mixed_precision == "tf32" else "highest")
     model.train()
     model.recompute_activations(args.activation_checkpointing)
-    automatic = args.attention == "auto" and compiled and on_cuda and args.attn_dropout_p == 0
-    if args.attention == "flex" or automatic:
+    if args.attention == "flex":
         model.use_flex_attention(world.device)
+    elif args.attention == "flash":
+        model.block_mask = make_causal_mask(model.order.mask()).to(world.device)
     if compiled:
         for block in model.layers:
             block.compile()
@@ -255,6 +262,7 @@ def main() -> None:
     check_options(args, world)
     torch.manual_seed(args.global_seed)
     model, weights, notes = make_model(args, codes.meta.get("tokenizer_sha256"), device)
+    args.attention, kernel_note = world.broadcast(choose_attention(args, model, device))
     forward = parallelize(args, model, world, weights)
     state = make_training_state(model, args, world, args.ema, args.max_loss_spike)
     name = f"{args.gpt_model}-{args.ar_token_num}x-{args.image_size}"
@@ -269,7 +277,7 @@ def main() -> None:
     logger.log(log_level(precision, device), f"--mixed-precision {precision_note}")
     ceiling = Ceiling(device, precision)
     log_header(logger, args, world, model, codes, total_steps, ceiling)
-    for note in notes:
+    for note in (*notes, *([kernel_note] if kernel_note else [])):
         logger.info(note)
     steps = range(run.first_step, run.last_step)
     with run:

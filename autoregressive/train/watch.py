@@ -10,6 +10,7 @@ from torch import nn
 
 from autoregressive.decoding.generate import generate
 from autoregressive.decoding.sampling import SamplingOptions, image_randomness
+from autoregressive.models.causal_attention import CausalMask
 from autoregressive.models.gpt import GPT
 from dataset.codes import Codes
 from tokenizer.vq_model import VQModel
@@ -43,6 +44,9 @@ def validate(
     images = min(images, len(codes))
     each = images // world.size
     sums = torch.zeros(model.order.num_tokens, device=world.device)  # (T,)
+    kept = model.block_mask
+    if isinstance(kept, CausalMask):  # its pairs are few kernels only when they are compiled
+        model.block_mask = None
     flex = model.block_mask is not None
     model.eval()
     with torch.compiler.set_stance("default" if flex else "force_eager"):
@@ -56,6 +60,7 @@ def validate(
                 _, losses = forward(*inputs)  # (b, T)
             sums += losses[:count].sum(0)
     model.train()
+    model.block_mask = kept
     mean = world.mean(sums / each)  # (T,)
     n = model.order.n
     parts = {"val/loss": mean, "val/loss_first": mean[:n], "val/loss_rest": mean[n:]}

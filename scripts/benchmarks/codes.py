@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+from autoregressive.train.extract_codes_c2i import default_batch, encode_crops
 from dataset.augmentation import center_crop, crop_names, take_crops
 from dataset.codes import CodesPlan, finish_codes, open_codes, start_codes, write_shard
 from dataset.imagenet import list_images, open_image, to_model_range
@@ -38,9 +39,11 @@ from scripts.benchmarks.common import (
     write_published_codes,
     write_results,
 )
+from tokenizer.layout import place_tokenizer
 from tokenizer.vq_model import VQModel, make_vq_config
 from utils.options import make_parser, positive_int, run_main
 from utils.performance import usable_cores
+from utils.precision import allow_tf32, autocast
 
 CPU = torch.device("cpu")
 
@@ -143,6 +146,38 @@ def measure_ceiling(size: int) -> dict[str, float]:
         "matmul GFLOP/s": ceiling,
     }
     return result | {f"share of {e.key}": e.self_cpu_time_total / total for e in events[:5]}
+
+
+@torch.inference_mode()
+def network_rates(
+    vq_model: str, size: int, images: int, precision: str, device: torch.device
+) -> dict[str, float]:
+    """Return images per second of extraction (ten crops each) and of decoding, without files.
+
+    precision: none, tf32 or bf16, of the products.
+    """
+    torch.manual_seed(0)
+    vq = VQModel(make_vq_config(vq_model)).eval()
+    vq.init_weights()
+    place_tokenizer(vq, device)
+    allow_tf32(precision == "tf32")
+    codebook, side = vq.quantize.codebook(), int(size * 1.1)
+    pixels = torch.randint(0, 256, (images, side, side, 3), dtype=torch.uint8)  # (B, R, R, 3)
+    args = Namespace(ten_crop=True, no_flip=False, image_size=size, precision=precision)
+    args.batch_size = default_batch(device)
+    codes = encode_crops(vq, codebook, pixels, args)  # (B, 10, T)
+    grids = codes[:, 0].unflatten(1, (vq.config.grid(size),) * 2)  # (B, h, w)
+
+    def decode() -> Tensor:
+        with autocast(device, "bf16" if precision == "bf16" else "none"):
+            return vq.decode_code(grids)  # (B, 3, S, S)
+
+    decode()
+    extraction = fastest(lambda: encode_crops(vq, codebook, pixels, args).cpu(), 2)
+    return {
+        "extracted images/s": images / extraction,
+        "decoded images/s": images / fastest(decode, 2),
+    }
 
 
 def drop_page_cache(folder: Path) -> None:

@@ -96,8 +96,13 @@ def write_figures(work: str, figures: dict[str, Any]) -> None:
 
 def write_results(args: Namespace, results: object) -> None:
     """Write ``results`` to ``args.output`` as JSON, with the options and the machine."""
-    machine = {"device": device_name(), "threads": torch.get_num_threads(), "git": git_revision()}
-    write_json(args.output, {"options": vars(args), "results": results, **machine})
+    write_json(args.output, {"options": vars(args), "results": results, **describe_run()})
+
+
+def describe_run() -> dict[str, Any]:
+    """Return what figures depend on besides options: the device, its threads, the commit."""
+    threads = torch.get_num_threads()
+    return {"device": device_name(), "threads": threads, "git": git_revision()}
 
 
 def add_output_options(parser: ArgumentParser, output: str, work: str = SUPPRESS) -> None:

@@ -5,8 +5,11 @@ read at every step, every step's probabilities kept, softmax and multinomial ove
 vocabulary, guidance on logits; keys and values copied in every layer (repeat_interleave in
 LlamaGen's gpt.py) and attention by torch's plain operators, to which the published loop confines
 it (sdp_kernel in its generate.py, commit 5a50452). Fused: that without the copies and with
-torch's fused attention. Ours: Generator, eager by torch's operators, compiled by our kernels on a
-CPU, by torch.compile and one CUDA graph on CUDA. Random weights, guidance on, no image decoding.
+torch's fused attention. Published-compiled: the published arithmetic through torch.compile, block
+by block, each step replayed as a CUDA graph; the published code compiles the whole step in
+"reduce-overhead" mode, which makes nearly the same kernels but takes minutes per size. Ours:
+Generator, eager by torch's operators, compiled by our kernels on a CPU, by torch.compile and one
+CUDA graph on CUDA. Random weights, guidance on, no image decoding.
 For all of ours but eager float32 also the share of greedy tokens equal to those of eager float32
 after the same tokens, and the difference of the logits. "compiled" is what the samplers do by
 default, so where a measurement finds torch's operators faster it is eager. A device that emulates
@@ -21,7 +24,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -30,9 +32,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.decoding.decoder import (
     Decoder,
@@ -44,7 +44,6 @@ from autoregressive.decoding.decoder import (
 )
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import SamplingOptions
-from autoregressive.models import gpt
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.sample.pipeline import quantize
 from scripts.benchmarks.common import (
@@ -54,88 +53,27 @@ from scripts.benchmarks.common import (
     figures_of,
     read_bandwidth,
     seconds,
-    use_published_norm,
     write_figures,
     write_results,
 )
+from scripts.benchmarks.published_sampling import make_published
 from utils.distributed import init_distributed
 from utils.options import make_parser, positive_int, run_main
 from utils.performance import peak_flops, peak_memory
 from utils.precision import has_bfloat16, is_emulated
 
 CFG_SCALE = 1.5
+PUBLISHED = ("published", "fused", "published-compiled")  # ways that are not ours
 
 
-class PublishedCache:
-    """Keys and values over the whole padded length, whatever is filled of it."""
-
-    def __init__(
-        self, config: GPTConfig, batch: int, slots: int, dtype: torch.dtype, device: torch.device
-    ):
-        shape = (config.n_layer, 2, batch, config.kv_heads, slots, config.head_dim)
-        self.store = torch.zeros(shape, dtype=dtype, device=device)  # (L, 2, B, Hkv, T, hd)
-
-    def update(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.store[layer]  # (B, Hkv, T, hd)
-        keys[:, :, start : start + k.shape[2]] = k
-        values[:, :, start : start + k.shape[2]] = v
-        return keys, values  # (B, Hkv, T, hd)
-
-
-def published_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float, _: float) -> Tensor:
-    """By torch's plain operators over copies of keys and values, made even where not needed."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, T, hd)
-    return F.scaled_dot_product_attention(q, k, v, mask, p)  # (B, H, t, hd)
-
-
-def fused_attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float, _: float) -> Tensor:
-    """By torch's fused attention, with a mask."""
-    fused, grouped = F.scaled_dot_product_attention, q.shape[1] != k.shape[1]
-    return fused(q, k, v, mask, p, enable_gqa=grouped)  # (B, H, t, hd)
-
-
-@torch.inference_mode()
-def published_generate(model: GPT, cond: Tensor) -> Tensor:
-    """Codes (B, T) in region order by the published procedure."""
-    batch, slots = len(cond), model.order.num_tokens
-    padded = -(-slots // 8) * 8
-    labels = torch.cat([cond, torch.full_like(cond, model.config.num_classes)])  # (2B,)
-    shape = (2 * batch, padded, padded)
-    mask = torch.zeros(shape, dtype=torch.bool, device=cond.device)  # (2B, Tp, Tp)
-    mask[:, :slots, :slots] = model.mask
-    cache = PublishedCache(model.config, 2 * batch, padded, model.output.weight.dtype, cond.device)
-    tokens, probabilities = cond.new_zeros(2 * batch, slots), []  # (2B, T)
-    for start, stop, _, _ in model.order.steps:
-        x = model.embed_slots(tokens, labels, start, stop)  # (2B, t, D)
-        logits = model.output(model.trunk(x, start, mask[:, None, start:stop], cache))  # (2B, t, V)
-        conditional, unconditional = logits.chunk(2)  # (B, t, V)
-        logits = unconditional + (conditional - unconditional) * CFG_SCALE  # (B, t, V)
-        probabilities.append(logits.float().softmax(-1))  # (B, t, V)
-        drawn = torch.multinomial(probabilities[-1].flatten(0, 1), 1).view(batch, -1)  # (B, t)
-        tokens[:, start:stop] = drawn.repeat(2, 1)  # (2B, t)
-    return tokens[:batch]  # (B, T)
-
-
-def random_model(gpt_model: str, n: int) -> GPT:
-    """The same weights at every call, float32, on the CPU."""
+def random_model(gpt_model: str, n: int, device: torch.device | str = "cpu") -> GPT:
+    """The same weights at every call, float32, made on ``device``, where a GPU is quicker."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**GPT_models[gpt_model], ar_token_num=n))
+    with torch.device(device):
+        model = GPT(GPTConfig(**GPT_models[gpt_model], ar_token_num=n))
     model.init_weights()
     nn.init.normal_(model.output.weight, std=0.02)
-    return model.eval()
-
-
-def make_published(model: GPT, fused: bool) -> Callable[[Tensor], Tensor]:
-    """The model with the published norm, decoded so; ``fused``: with torch's fused attention."""
-    gpt.attend = fused_attend if fused else published_attend
-    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION] if fused else []
-    use_published_norm(model)
-
-    def decode(cond: Tensor) -> Tensor:
-        with sdpa_kernel([*backends, SDPBackend.MATH]):
-            return published_generate(model, cond)
-
-    return decode
+    return model.to(device).eval()
 
 
 @dataclass(frozen=True)
@@ -207,10 +145,13 @@ def work_of(model: GPT, batch: int, way: str) -> tuple[float, float]:
 
 
 def time_batches(case: Case, device: torch.device) -> tuple[dict[str, float | str], Decoder | None]:
-    """Time one way, the best of ``case.repeats`` batches after a warm-up: figures, our decoder."""
+    """Time one way, the best of ``case.repeats`` batches after a warm-up: figures, our decoder.
+
+    With no repeats the first batch is what counts, for ways that compile nothing.
+    """
     batch = case.batch
-    model = random_model(case.gpt_model, case.n)
-    ours = case.way not in ("published", "fused")
+    model = random_model(case.gpt_model, case.n, device)
+    ours = case.way not in PUBLISHED
     way, decoder = way_of(model, case, device), None
     if ours:
         model = place_for_decoding(model, way.dtype, device)
@@ -224,10 +165,10 @@ def time_batches(case: Case, device: torch.device) -> tuple[dict[str, float | st
         uniforms = torch.rand(batch, model.order.num_tokens, device=device)  # (B, T)
         sample = partial(generator, randomness=uniforms)
     else:
-        sample = make_published(model, case.way == "fused")
+        sample = make_published(model, case.way, CFG_SCALE)
     cond = torch.arange(batch, device=device)
     first = seconds(lambda: sample(cond).cpu())
-    best = fastest(lambda: sample(cond).cpu(), case.repeats)
+    best = fastest(lambda: sample(cond).cpu(), case.repeats) if case.repeats else first
     bytes_read, flops = work_of(model, batch, case.way)
     figures = {"decoder": str(way) if ours else case.way, "seconds": best, "first batch": first}
     figures |= {"images/s": batch / best, "calls": len(model.order.steps)}
@@ -279,7 +220,7 @@ def main() -> None:
     ways = ["published", "eager", "compiled"]
     parser.add_argument(
         "--ways",
-        choices=[*ways, "fused", "int8", "fp8"],
+        choices=[*ways, "fused", "published-compiled", "int8", "fp8"],
         nargs="+",
         default=ways,
         help="what to measure; fused is published but for its attention, int8 and fp8 need torchao",

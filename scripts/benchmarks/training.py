@@ -3,9 +3,10 @@ memory in one run.
 
 Published: mask repeated over the batch, whole logits in float32, RMSNorm written out, attention in
 autocast's type, one .npy of codes and one of labels an image through a DataLoader. Ours:
-train_c2i.py's step, eager and compiled, on CUDA also with FlexAttention. Dropout is on except
-attention's, as in the published code. Each way runs in a process of its own, all of them under the
-allocator settings of scripts/launch.sh; "default malloc" is the published way without.
+train_c2i.py's step, eager and compiled, on CUDA also with FlexAttention, and with the paper's
+attention dropout, which excludes FlexAttention. Dropout is on; attention's is on only in ways that
+name it, as the published code has none. Each way runs in a process of its own, all of them under
+the allocator settings of scripts/launch.sh; "default malloc" is the published way without.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from autoregressive.models import gpt
+from autoregressive.models.causal_attention import make_causal_mask
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from scripts.benchmarks.common import (
     KEPT_MEMORY,
@@ -109,10 +111,13 @@ def published_step(model: GPT, precision: str) -> Callable[[Tensor, Tensor], Ten
 
 
 def our_step(model: GPT, precision: str, way: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The step of train_c2i.py on one process."""
+    """The step of train_c2i.py on one process; ``way``: words of its options, see ``measure``."""
     device = model.mask.device
+    model.recompute_activations(next((w for w in ("selective", "full") if w in way), "none"))
     if "flex" in way:
         model.use_flex_attention(device)
+    if "flash" in way:
+        model.block_mask = make_causal_mask(model.order.mask()).to(device)
     if "compiled" in way:
         for block in model.layers:
             block.compile()
@@ -131,13 +136,19 @@ def our_step(model: GPT, precision: str, way: str) -> Callable[[Tensor, Tensor],
 
 
 def measure(args: Namespace, work: Path) -> dict[str, float]:
-    """Time ``args.way`` over ``args.steps`` steps after a warm-up, on codes in ``work``."""
+    """Time ``args.way`` over ``args.steps`` steps after a warm-up, on codes in ``work``.
+
+    way: ``published``, or ``ours`` with any of the words ``compiled``, ``flash`` or ``flex``,
+    ``attention dropout``, and ``selective`` or ``full``, which activations are computed again.
+    """
     device = init_distributed().device
     torch.manual_seed(0)
+    dropout = 0.1 if "attention dropout" in args.way else 0.0
     config = GPTConfig(
-        **GPT_models[args.gpt_model], ar_token_num=args.ar_token_num, attn_dropout_p=0.0
+        **GPT_models[args.gpt_model], ar_token_num=args.ar_token_num, attn_dropout_p=dropout
     )
-    model = GPT(config)
+    with torch.device(device):  # a GPU makes large models sooner
+        model = GPT(config)
     model.init_weights()
     model.to(device).train()
     published = args.way.startswith("published")
@@ -189,7 +200,9 @@ def main() -> None:
         return
     args.precision = precisions(args)
     ways = ["published, default malloc", "published", "ours", "ours, compiled"]
-    ways += ["ours, compiled, flex"] if torch.cuda.is_available() else []
+    if torch.cuda.is_available():
+        ways += ["ours, compiled, flex", "ours, compiled, attention dropout"]
+        ways += ["ours, compiled, flash, attention dropout"]
     results: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="par-training-") as work:
         write_codes(Path(work), args.batch * (args.steps + 5))

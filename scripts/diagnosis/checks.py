@@ -93,10 +93,12 @@ def golden_checks(device: str) -> list[Check]:
         checks.append(check("Training step, torch.compile", compiled, no_compile, **compiling))
     if kind == "cuda":
         graph = partial(greedy, way="compiled", sizes=(4,))
-        flex, dense = partial(compiled, flex=True), "train with --attention dense, or update torch"
+        flex, dense = partial(compiled, attention="flex"), "train with --attention dense"
+        flash = partial(step, precision="bf16", attention="flash")
         checks += [
             check("Greedy decoding, torch.compile in a CUDA graph", graph, no_compile, limit=100),
             check("Training step, FlexAttention", flex, dense, **compiling),
+            check("Training step, flash attention, bfloat16 autocast", flash, dense),
         ]
     return checks
 

@@ -31,6 +31,7 @@ from utils.files import prepare_folder
 from utils.performance import usable_cores
 
 QUICK_MINUTES, FULL_MINUTES = 1.85, 8.5  # importing and reporting come on top
+DEFAULT_OUTPUT = "results/doctor"
 QUICK_N, FULL_N = 16, 4  # tokens predicted at once
 
 
@@ -77,7 +78,7 @@ def examine(options: Namespace) -> bool:
     Nothing is well if a check is broken; what is slow does not count.
     """
     started = time.monotonic()
-    prefix = report_prefix(options.output)
+    prefix = report_prefix(options.output or DEFAULT_OUTPUT)
     prepare_folder(prefix.parent, "--output")
     options.ar_token_num = options.ar_token_num or (QUICK_N if options.quick else FULL_N)
     minutes = options.minutes or (QUICK_MINUTES if options.quick else FULL_MINUTES)

@@ -17,13 +17,14 @@ from autoregressive.decoding.cpu.decoder import CPUDecoder
 from autoregressive.decoding.decoder import Decoder, place_for_decoding
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import SamplingOptions, filter_logits
+from autoregressive.models.causal_attention import make_causal_mask
 from autoregressive.models.gpt import GPT
 from scripts.benchmarks.sampling import agreement
 from scripts.diagnosis.check import BROKEN, OK, Context, NotHere, Result, short
 from scripts.diagnosis.models import fill_from_names, golden_gpt
 from tokenizer.vq_model import VQModel, make_vq_config
 from utils.images import to_uint8
-from utils.precision import AUTOCAST_DTYPE, autocast, is_emulated
+from utils.precision import AUTOCAST_DTYPE, autocast, has_bfloat16, is_emulated
 
 FORWARD, GREEDY = (1, 4, 9, 16), (4, 9, 16)  # tokens predicted at once in the files
 SCALES = (1.0, 1.75)  # guidance, of which 1 is none
@@ -139,16 +140,23 @@ def gradient(model: GPT, codes: Tensor, cond: Tensor, precision: str) -> tuple[f
 
 
 def check_training(
-    context: Context, precision: str, compiled: bool = False, flex: bool = False
+    context: Context, precision: str, compiled: bool = False, attention: str = "dense"
 ) -> Result:
-    """Compare a step's loss with the published code's, and its gradient with plain float32's."""
+    """Compare a step's loss with the published code's, and its gradient with plain float32's.
+
+    attention: as ``--attention`` of the trainer, which dense, flash and flex are.
+    """
     device = use_device(context)
     file = open_golden(context, "gpt_tiny_n4.npz")
     codes, cond = inputs(file, device)
     model = golden_gpt(file).to(device)
     _, expected = gradient(model, codes, cond, "none")  # (P,)
-    if flex:
+    if attention == "flex":
         model.use_flex_attention(device)
+    if attention == "flash":
+        if device.type == "cuda" and not has_bfloat16(device):
+            raise NotHere("flash attention needs a GPU of compute capability 8.0")
+        model.block_mask = make_causal_mask(model.order.mask()).to(device)
     if compiled:
         for block in model.layers:
             block.compile()

@@ -258,6 +258,8 @@ def test_images_are_written_by_a_thread_on_the_device_of_the_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(Stream, "devices", [])
+    pinned: list[torch.Tensor] = []  # from other memory a copy waits until the GPU is idle
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
     codes = torch.zeros(2, 16, dtype=torch.int64)
 
     class FakeGenerator:
@@ -278,4 +280,4 @@ def test_images_are_written_by_a_thread_on_the_device_of_the_rank(monkeypatch):
     with fake_cuda():
         world = World(3, 4, device)
         sample_c2i_ddp.make_chunks(args, world, pipeline, Way("bf16", "eager"), file, [0, 1, 2])
-    assert Stream.devices == [3, 3, 3]
+    assert Stream.devices == [3, 3, 3] and len(pinned) == 3
