@@ -49,6 +49,7 @@ SHARED_EFFECTS = {
     "max_loss_spike": Effect(0, "guard"),
     "global_seed": Effect(1, "model"),
     "log_every": Effect(1, "printed"),
+    "max_steps": Effect(2, "files"),
     "ckpt_every": Effect(1, "files"),
     "dry_run": Effect(None, "files"),
 }

@@ -40,6 +40,15 @@ def remove_temporary(path: str | Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
+def cut_torn_line(path: Path) -> None:
+    """Cut off what a killed writer or a full disk left of a last line, before others follow it."""
+    if path.is_file():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     with atomic_path(path) as temporary:

@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils.distributed import World
+from utils.files import cut_torn_line
 
 
 def create_logger(world: World, folder: str | Path | None = None) -> logging.Logger:
@@ -21,6 +22,7 @@ def create_logger(world: World, folder: str | Path | None = None) -> logging.Log
     handlers: list[logging.Handler] = [_TqdmHandler()]
     if world.is_main and folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        cut_torn_line(Path(folder) / "log.txt")
         handlers.append(logging.FileHandler(Path(folder) / "log.txt"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))

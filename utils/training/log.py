@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from utils.distributed import World
+from utils.files import cut_torn_line
 
 
 class Window:
@@ -83,6 +84,7 @@ class ScalarLog:
                 f"curves go to {folder}/metrics.jsonl; pip install tensorboard to "
                 "look at them there too"
             )
+        cut_torn_line(folder / "metrics.jsonl")
         self._file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115 - open as long as the run
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -91,6 +91,11 @@ def add_output_options(parser: ArgumentParser, results_dir: str) -> _ArgumentGro
         "--results-dir", default=results_dir, help="local folder of logs and checkpoints"
     )
     group.add_argument(
+        "--max-steps",
+        type=positive_int,
+        help="stop after this many steps of the run; the same command without it goes on",
+    )
+    group.add_argument(
         "--log-every", type=positive_int, default=100, help="steps between log lines"
     )
     group.add_argument(

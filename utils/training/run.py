@@ -80,7 +80,8 @@ class TrainingRun:
         self.fixed: dict[str, Any] = json.loads(json.dumps(fixed))
         self.run_folder = RunFolder.of(args, world, name)
         self.first_step = self.run_folder.resume(state, self.fixed, start)
-        self.last_step = min(self.first_step + 2, total_steps) if args.dry_run else total_steps
+        wanted = self.first_step + 2 if args.dry_run else args.max_steps or total_steps
+        self.last_step = max(self.first_step, min(wanted, total_steps))
         self.folder = None if args.dry_run else self.run_folder.folder
         self.done, self.stopping = self.first_step, False
         self._seconds = 0.0  # per step, of the last log line
