@@ -26,7 +26,7 @@ from autoregressive.decoding.sampling import NOISES, SamplingOptions, image_rand
 from autoregressive.models.load import load_gpt
 from scripts.benchmarks.common import seconds, write_results
 from utils.distributed import init_distributed
-from utils.files import require_file
+from utils.hub import weights_path
 from utils.options import make_parser, positive_int, run_main
 
 
@@ -94,7 +94,7 @@ def main() -> None:
     """Measure every checkpoint, print, write JSON."""
     parser = make_parser(
         __doc__,
-        "python3 scripts/benchmarks/jacobi.py --gpt-ckpt GPT.pt --images 200 --batch 1 8",
+        "python3 scripts/benchmarks/jacobi.py --gpt-ckpt pretrained_models/small/digits-4x",
     )
     parser.add_argument("--gpt-ckpt", nargs="+", required=True, help="checkpoints to decode with")
     parser.add_argument("--images", type=positive_int, default=200, help="images per row")
@@ -116,14 +116,12 @@ def main() -> None:
     parser.add_argument("--output", default="jacobi.json", help="JSON to write")
     args = parser.parse_args()
     for path in args.gpt_ckpt:
-        require_file(path, "--gpt-ckpt")
+        weights_path(path, "--gpt-ckpt")
     results = {}
     for path in args.gpt_ckpt:
         print(path)
         rows = 2 * max(args.batch) * max(args.windows)
-        results[Path(path).parents[1].name] = measure(
-            args, load_decoder(path, rows, args.precision)
-        )
+        results[path] = measure(args, load_decoder(path, rows, args.precision))
     write_results(args, results)
 
 

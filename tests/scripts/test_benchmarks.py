@@ -181,3 +181,22 @@ def test_a_way_runs_in_a_process_of_its_own(tmp_path):
     figures = common.figures_of(script, common.ALLOCATOR, str(tmp_path), **options)
     assert figures["decoder"] == "torch's operators in float32"
     assert_positive(figures)
+
+
+def test_jacobi(measure):
+    checkpoint = ROOT / "pretrained_models" / "small" / "digits-4x"
+    results, printed = measure(
+        "jacobi", "--gpt-ckpt", checkpoint, "--images", 3, "--batch", 1, 3, "--windows", 4,
+        "--cfg-scales", 1.5,
+    )  # fmt: skip
+    (rows,) = results.values()
+    assert [(r["noise"], r["batch"], r["window"]) for r in rows] == [
+        (noise, batch, window)
+        for noise in ("uniform", "gumbel")
+        for batch in (1, 3)
+        for window in (1, 4)
+    ]
+    for row in rows:
+        assert_positive({k: v for k, v in row.items() if k != "schedule"})
+        assert row["equal images"] == 1 and row["calls"] <= row["steps"] == 19
+    assert "of 19 calls" in printed
