@@ -19,6 +19,7 @@ from dataset.augmentation import center_crop, random_crop
 from utils.files import require_folder
 
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+BITS_PER_SAMPLE = 258  # a tag of TIFF files
 LOOKED_AT = 20  # images, see ``say_if_enlarged``
 
 
@@ -31,10 +32,8 @@ def open_image(path: str | Path | BinaryIO) -> Image.Image:
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith(
-                "I"
-            ):  # 16-bit grey: keep the high byte, where convert would clip
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+            if image.mode.startswith("I"):  # whole numbers, which convert would clip at 255
+                image = _highest_byte(image, file)
             return image.convert("RGB")
     except Exception as error:  # a broken file may break the decoder in any way
         if isinstance(error, OSError) and error.errno is not None:
@@ -42,6 +41,16 @@ def open_image(path: str | Path | BinaryIO) -> Image.Image:
         raise ValueError(
             f"{path} is not a readable image: {error or type(error).__name__}"
         ) from error
+
+
+def _highest_byte(image: Image.Image, file: Image.Image) -> Image.Image:
+    """Return grey of more than 8 bits as its highest 8: of 12 where a TIFF says so, else of 16, or
+    of 32 if there are larger values.
+    """
+    values = np.asarray(image).astype(np.int64)  # (H, W)
+    (bits, *_) = getattr(file, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))
+    bits = 12 if bits == 12 else 16 if values.max() < 1 << 16 else 32
+    return Image.fromarray((values.clip(0, (1 << bits) - 1) >> bits - 8).astype(np.uint8))
 
 
 class Listing(NamedTuple):

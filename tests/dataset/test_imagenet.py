@@ -1,6 +1,7 @@
 """Image files of every mode become upright 8-bit RGB."""
 
 import logging
+import struct
 
 import numpy as np
 import pytest
@@ -102,3 +103,31 @@ def test_listing_is_torchvisions(tmp_path):
         expected = ImageFolder(str(root), allow_empty=True)
         assert list_images(root) == (expected.classes, expected.samples)
     assert len(expected.samples) == 16
+
+
+def twelve_bit_tiff(values: np.ndarray) -> bytes:
+    """A grey TIFF with two pixels in three bytes, as scanners and microscopes write."""
+    high, low = values.reshape(-1, 2).T.astype(int)
+    packed = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], 1).astype(np.uint8)
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: height}
+    tags[279] = packed.size
+    directory = struct.pack("<H", len(tags))
+    directory += b"".join(struct.pack("<HHII", k, 4, 1, v) for k, v in sorted(tags.items()))
+    head = struct.pack("<2sHI", b"II", 42, 8 + packed.size)
+    return head + packed.tobytes() + directory + bytes(4)
+
+
+@pytest.mark.parametrize("bits", [12, 16, 32])
+def test_grey_of_many_bits_keeps_its_highest(tmp_path, bits):
+    values = GREY.astype(np.int64) << bits - 8 | 5
+    path = tmp_path / "grey.tif"
+    if bits == 12:
+        path.write_bytes(twelve_bit_tiff(values))
+    elif bits == 16:
+        Image.fromarray(values.astype(np.uint16)).save(path)
+    else:
+        values = values >> 1  # PIL writes signed ones
+        Image.fromarray(values.astype(np.int32)).save(path)
+    expected = GREY if bits < 32 else GREY >> 1
+    assert np.array_equal(np.asarray(open_image(path))[..., 1], expected)
