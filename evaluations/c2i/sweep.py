@@ -56,9 +56,10 @@ def main() -> None:
     with atomic_path(output / "sweep.md") as temporary:
         temporary.write_text(markdown(results))
     write_options(output / "sweep.json", args, option=option, values=values, metrics=metrics)
-    plot(option, values, metrics, output / "sweep.png")
     distance = "fid" if "fid" in metrics[0] else OWN_NAMES["fid"]
     best = min(range(len(values)), key=lambda i: metrics[i][distance])
+    title = f"{results[0]['sample_images']:,} images each"
+    plot(option, values, metrics, title, output / "sweep.png")
     print((output / "sweep.md").read_text(), end="")
     print(
         f"best {TITLES[distance]} {metrics[best][distance]:.4f} at --{option} {values[best]}; "
@@ -145,17 +146,26 @@ def plot(
     option: str,
     values: list[str],
     metrics: list[dict[str, float]],
+    title: str,
     path: Path,
 ) -> None:
-    """Plot FID (left axis) and Inception Score (right axis) against the values, as a PNG."""
+    """Plot FID (left axis) and Inception Score (right axis) against the values, as a PNG; the best
+    FID is marked.
+    """
+    places = numbers(values) or values
     figure, left = pyplot.subplots(figsize=(6, 4), layout="constrained")
     right = left.twinx()
     for axis, name, style in ((left, "fid", "C0o-"), (right, "inception_score", "C1s--")):
         name = name if name in metrics[0] else OWN_NAMES[name]
-        title = TITLES[name]
-        axis.plot(numbers(values) or values, [m[name] for m in metrics], style, label=title)
-        axis.set_ylabel(title, color=style[:2])
+        axis.plot(places, [m[name] for m in metrics], style)
+        axis.set_ylabel(TITLES[name], color=style[:2])
         axis.tick_params(axis="y", labelcolor=style[:2])
+    distances = [m[OWN_NAMES["fid"] if "fid" not in m else "fid"] for m in metrics]
+    best = distances.index(min(distances))
+    text = f"{distances[best]:.2f}"
+    left.annotate(text, (places[best], distances[best]), (0, 9), textcoords="offset points")
+    left.plot(places[best : best + 1], distances[best : best + 1], "C0*", markersize=14)
+    figure.suptitle(title)
     left.set_xlabel(f"--{option}")
     left.grid(alpha=0.3)
     with atomic_path(path) as temporary:
