@@ -65,13 +65,14 @@ class Generator:
         null = decoder.config.num_classes
         self.labels = torch.full((rows,), null, device=device)  # (R,), null past ``batch``
         self.cache = decoder.new_cache(rows)
-        self._decode_batch = self._decode
+        self._captured: Callable[..., Tensor] | None = None  # not this object's own: no cycle
         if window == 1 and (capture := getattr(decoder, "capture", None)) is not None:
             cond = torch.zeros(batch, dtype=torch.int64, device=device)  # (B,)
             keys = torch.zeros(batch, num_tokens, dtype=torch.int64, device=device)  # (B, T)
             randomness = keys if options.noise == "gumbel" else keys.float()  # (B, T)
             given = [keys.clone(), keys.bool()] if editing else []  # (B, T) each
-            self._decode_batch = capture(self._decode, cond, randomness, *given)
+            captured = capture(self._decode, cond, randomness, *given)
+            self._captured = None if captured == self._decode else captured
 
     @torch.inference_mode()
     def __call__(
@@ -94,8 +95,8 @@ class Generator:
         """
         assert (known is not None and keep is not None) == self.editing
         given = [part[:, self.permutation] for part in (known, keep) if part is not None]  # (B, T)
-        if on_step is None:
-            return self._decode_batch(cond, randomness, *given)  # (B, T)
+        if on_step is None and self._captured is not None:
+            return self._captured(cond, randomness, *given)  # (B, T)
         known, keep = given or (None, None)
         return self._decode(cond, randomness, known, keep, on_step)  # (B, T)
 

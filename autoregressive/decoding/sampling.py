@@ -35,10 +35,14 @@ class SamplingOptions:
     noise: str = "uniform"  # one number per token; gumbel: one per token and code
 
     def __post_init__(self) -> None:
-        if not all(map(math.isfinite, (self.cfg_scale, self.temperature))):
-            raise ValueError(
-                f"--cfg-scale {self.cfg_scale} and --temperature {self.temperature} must be finite"
-            )
+        finite = {
+            "--cfg-scale": self.cfg_scale,
+            "--temperature": self.temperature,
+            "--temperature-end": self.temperature_end,
+        }
+        for option, number in finite.items():
+            if not math.isfinite(number):
+                raise ValueError(f"{option} {number} must be finite")
         for option, value, choices in (
             ("--cfg-schedule", self.cfg_schedule, CFG_SCHEDULES),
             ("--temperature-schedule", self.temperature_schedule, TEMPERATURE_SCHEDULES),
@@ -203,6 +207,7 @@ def gumbel_noise(keys: Tensor, codes: int) -> Tensor:
     bits = _mix(_mix(code ^ low[..., None]) ^ high[..., None])  # (..., V)
     # small uniforms, which decide, keep their precision: log1p, and 31 bits
     uniform = ((bits & 0x7FFFFFFF).float() + 0.5) * 2.0**-31  # (..., V)
+    uniform.clamp_(max=1.0 - 2.0**-24)  # rounded to 1, its noise would be -inf
     return uniform.neg_().log1p_().neg_().log_().neg_()  # (..., V)
 
 

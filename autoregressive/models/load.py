@@ -10,6 +10,7 @@ from torch import Tensor
 
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.region_order import split_regions
+from autoregressive.models.schedules import canonical
 from utils.checkpoints.weights_file import find_state_dict, load_checkpoint, load_strictly
 from utils.options import resolve
 
@@ -52,6 +53,9 @@ def load_gpt(
         config, name = config_from_shapes(state, grid or default_grid, path)
     resolve("--gpt-model", gpt_model, name, source)
     resolve("--ar-token-num", ar_token_num, config.ar_token_num, source)
+    if schedule is not None:
+        tokens = config.grid_height * config.grid_width
+        schedule = canonical(schedule, config.ar_token_num, tokens)
     resolve("--schedule", schedule, config.schedule, source)
     resolve("--num-classes", num_classes, config.num_classes, source)
     resolve("a codebook of size", vocab_size, config.vocab_size, source)

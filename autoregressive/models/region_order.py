@@ -68,6 +68,26 @@ def split_regions(grid: tuple[int, int], n: int) -> tuple[int, int]:
     return min(cuts(n), key=lambda r: abs(math.log((grid[0] / r[0]) / (grid[1] / r[1]))))
 
 
+def rounds_of(grid: tuple[int, int], regions: tuple[int, int]) -> Tensor:
+    """Return (T/n, n) raster indices: a row for each place in a region, of all n regions."""
+    (h, w), (rh, rw) = grid, regions
+    raster = torch.arange(h * w).view(rh, h // rh, rw, w // rw)  # (rh, h/rh, rw, w/rw)
+    return raster.permute(1, 3, 0, 2).reshape(-1, rh * rw)  # (T/n, n)
+
+
+def spread(regions: tuple[int, int]) -> Tensor:
+    """Return (n,) regions, so that any few that follow one another lie far apart.
+
+    They are a grid, which comes in the region order of n / 4 regions, and these likewise; 4 or
+    fewer, or a number that 4 does not divide, in raster order.
+    """
+    n = regions[0] * regions[1]
+    if n <= 4 or n % 4:
+        return torch.arange(n)
+    fewer = split_regions(regions, n // 4)
+    return rounds_of(regions, fewer)[:, spread(fewer)].reshape(-1)  # (n,)
+
+
 @dataclass(frozen=True)
 class RegionOrder:
     """Order of a ``grid`` (h, w) in ``regions`` (rh, rw), with a ``schedule`` of schedules.py.
@@ -126,15 +146,12 @@ class RegionOrder:
 
         Place in the region is the outer index (raster within the region), region the inner one
         (raster over regions); paper, section 3.2 and figure 4. In other schedules than the paper's
-        the regions themselves come in the region order of their grid, so that any few of them that
-        follow one another are spread over the image.
+        the regions themselves are ``spread``.
         """
-        (h, w), (rh, rw) = self.grid, self.regions
-        raster = torch.arange(h * w).view(rh, h // rh, rw, w // rw)  # (rh, h/rh, rw, w/rw)
-        region = raster.permute(1, 3, 0, 2).reshape(-1, self.n)  # (T/n, n)
-        if self.schedule != "region" and self.n > 4 and self.n % 4 == 0:
-            region = region[:, RegionOrder.build(self.regions, self.n // 4, "nested").permutation]
-        return region.reshape(-1)  # (T,)
+        rounds = rounds_of(self.grid, self.regions)  # (T/n, n)
+        if self.schedule != "region":
+            rounds = rounds[:, spread(self.regions)]
+        return rounds.reshape(-1)  # (T,)
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -186,7 +203,7 @@ class RegionOrder:
     def _runs(self) -> tuple[tuple[str, int, int, int], ...]:
         """What slots hold, see ``held``: kind, first slot, end, and slot minus which one it is."""
         runs: list[tuple[str, int, int, int]] = []
-        special = 0  # tokens so far
+        special = 0  # special tokens so far
         kind, held, which = "class", 1, 0  # what the first slots of a step hold, and from which on
         for start, stop, first, end in self.steps:
             pieces = [(kind, start, start + held, start - which)]

@@ -15,7 +15,7 @@ decoded with n / 4 regions.
 from __future__ import annotations
 
 import re
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 
 def step_sizes(schedule: str, n: int, num_tokens: int) -> tuple[int, ...]:
@@ -28,13 +28,35 @@ def step_sizes(schedule: str, n: int, num_tokens: int) -> tuple[int, ...]:
     return written_sizes(schedule, n, num_tokens)
 
 
+def canonical(schedule: str, n: int, num_tokens: int) -> str:
+    """Return the name of a schedule, the same for all that are the same; ``step_sizes`` checks it.
+
+    Written sizes keep their own name where the paper's order of regions is another than theirs.
+    """
+    sizes = step_sizes(schedule, n, num_tokens)
+    reordered = n > 4 and n % 4 == 0  # the regions, in all orders but the paper's
+    if schedule == "region" or (not reordered and sizes == step_sizes("region", n, num_tokens)):
+        return "region"
+    if schedule == "nested" or (reordered and sizes == step_sizes("nested", n, num_tokens)):
+        return "nested"
+    return ",".join(f"{size}x{len(list(run))}" for size, run in groupby(sizes))
+
+
 def nested_start(n: int) -> tuple[int, ...]:
-    """Return the steps of the first round of n tokens: 4 or fewer alone, then growing groups."""
-    if n <= 4:
-        return (1,) * n
-    if n % 4:
-        raise ValueError(f"--schedule nested: n = {n} is not a multiple of 4")
-    return (*nested_start(n // 4), *(n // 4,) * 3)
+    """Return the steps of the first round of n tokens: n / 4 / 4 ... alone, 4 or fewer, then
+    growing groups.
+    """
+    alone = n
+    while alone > 4:
+        if alone % 4:
+            raise ValueError(
+                f"--schedule nested: n = {n} cannot be divided by 4 until 4 or fewer are left"
+            )
+        alone //= 4
+    sizes = (1,) * alone
+    while len(sizes) and sum(sizes) < n:
+        sizes += (sum(sizes),) * 3
+    return sizes
 
 
 def written_sizes(schedule: str, n: int, num_tokens: int) -> tuple[int, ...]:

@@ -53,7 +53,10 @@ def load_models(args: Namespace) -> list[Model]:
     world = init_distributed()
     names = args.model or ([] if args.gpt_ckpt else list(SMALL_PRESETS))
     download = ["--download"] if args.download else []
-    models = [load_model(name, ["--model", name, *download], world) for name in names]
+    models: list[Model] = []
+    for name in names:
+        way = models[0].way if models else None
+        models.append(load_model(name, ["--model", name, *download], world, way))
     if args.gpt_ckpt:
         words = ["--gpt-ckpt", args.gpt_ckpt, "--vq-ckpt", args.vq_ckpt]
         models.append(load_model(Path(args.gpt_ckpt).stem, words, world))
@@ -68,12 +71,13 @@ def main() -> None:
     works = {"/api/generate": studio.generate, "/api/edit": studio.edit}
     try:
         server = PageServer((args.host, args.port), looks, works)
-    except OSError as error:
-        raise ValueError(f"--host {args.host} --port {args.port}: {error.strerror}") from error
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--host {args.host} --port {args.port}: {error}") from error
     print(f"{server.url}   ({', '.join(studio.models)})", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
+        server.jobs.close()
         print("stopped", file=sys.stderr)
 
 

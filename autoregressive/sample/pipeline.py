@@ -125,7 +125,7 @@ class Pipeline:
             image_size=self.image_size,
             downsample_size=self.vq.config.downsample,
             ar_token_num=n,
-            spe_token_num=n - 1,
+            spe_token_num=self.gpt.order.num_special,
             schedule=self.gpt.config.schedule,
             num_classes=self.gpt.config.num_classes,
         )

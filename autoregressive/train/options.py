@@ -72,10 +72,10 @@ def parse_args(description: str) -> Namespace:
     )
     model.add_argument(
         "--schedule",
-        default="region",
         help="tokens predicted in each step. region: n alone, then n at once, as published; "
-        "nested: 4 alone, then 4, 16, ... at once up to n; or sizes x steps, such as "
-        "1x4,4x3,16x35, where a step must end at every multiple of n",
+        "nested: the first n in groups that grow, then n at once; or sizes x steps, such as "
+        "1x4,4x3,16x35, where a step must end at every multiple of n (default: that of --gpt-ckpt, "
+        "else region)",
     )
     model.add_argument(
         "--dropout-p", type=fraction, help="dropout after attention and feed-forward (recipe)"

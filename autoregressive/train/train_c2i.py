@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from autoregressive.models.causal_attention import make_causal_mask
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.load import load_gpt, resolve_parallelism
+from autoregressive.models.schedules import canonical
 from autoregressive.train.data import (
     CodeBatches,
     open_held_out,
@@ -35,6 +36,7 @@ from autoregressive.train.watch import draw_samples, validate
 from dataset.codes import Codes
 from utils.distributed import World, init_distributed
 from utils.files import require_folder
+from utils.npz import short_hash
 from utils.options import resolve, run_main
 from utils.parallel import delay_sync, fill, replicate, shard
 from utils.performance import Ceiling
@@ -63,13 +65,20 @@ def make_model(
     special tokens that it lacks as LlamaGen's files do, are made anew; the notes say so.
     """
     grid = args.image_size // args.downsample_size
+    n = resolve_parallelism(args.ar_token_num, args.spe_token_num, (grid, grid))
+    pretrained = load_pretrained(args, grid, tokenizer_sha256)
+    if args.schedule is None:
+        args.schedule = "region"
+        if pretrained is not None and pretrained.config.ar_token_num == n:
+            args.schedule = pretrained.config.schedule
+    args.schedule = canonical(args.schedule, n, grid**2)
     config = GPTConfig(
         **GPT_models[args.gpt_model],
         vocab_size=args.vocab_size,
         num_classes=args.num_classes,
         grid_height=grid,
         grid_width=grid,
-        ar_token_num=resolve_parallelism(args.ar_token_num, args.spe_token_num, (grid, grid)),
+        ar_token_num=n,
         schedule=args.schedule,
         class_dropout_prob=args.class_dropout_prob,
         token_dropout_p=args.token_dropout_p,
@@ -82,7 +91,7 @@ def make_model(
         model = GPT(config)
     if device.type == "cpu":
         model.init_weights()
-    state, notes = pretrained_weights(args, config, tokenizer_sha256)
+    state, notes = fitting_weights(args, config, pretrained)
     if device.type != "cpu":
         return model, initial_weights(model, state), notes
     model.load_state_dict(model.state_dict() | state)
@@ -99,13 +108,10 @@ def initial_weights(model: GPT, state: dict[str, Tensor]) -> Iterator[tuple[str,
         yield name, weight
 
 
-def pretrained_weights(
-    args: Namespace, config: GPTConfig, tokenizer_sha256: str | None
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the weights of ``--gpt-ckpt`` that fit ``config``, and notes; see ``make_model``."""
+def load_pretrained(args: Namespace, grid: int, tokenizer_sha256: str | None) -> GPT | None:
+    """Return the model of ``--gpt-ckpt``, None without; ``ValueError`` if it is of other codes."""
     if args.gpt_ckpt is None:
-        return {}, []
-    grid = config.grid_height
+        return None
     pretrained, _, recorded = load_gpt(
         args.gpt_ckpt,
         grid=(grid, grid),
@@ -118,6 +124,16 @@ def pretrained_weights(
             f"{source} learned codes of another tokenizer than those of --code-path "
             f"{args.code_path}; extract the codes again with its tokenizer"
         )
+    return pretrained
+
+
+def fitting_weights(
+    args: Namespace, config: GPTConfig, pretrained: GPT | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights of ``--gpt-ckpt`` that fit ``config``, and notes; see ``make_model``."""
+    if pretrained is None:
+        return {}, []
+    source = f"--gpt-ckpt {args.gpt_ckpt}"
     before, notes, state = pretrained.config, [], pretrained.state_dict()
     if before.ar_token_num not in (1, config.ar_token_num):
         resolve("--ar-token-num", args.ar_token_num, before.ar_token_num, source)
@@ -266,7 +282,8 @@ def main() -> None:
     forward = parallelize(args, model, world, weights)
     state = make_training_state(model, args, world, args.ema, args.max_loss_spike)
     name = f"{args.gpt_model}-{args.ar_token_num}x-{args.image_size}"
-    name += "" if args.schedule == "region" else f"-{args.schedule}"
+    if args.schedule != "region":  # a name of at most 255 bytes
+        name += f"-{args.schedule if len(args.schedule) <= 60 else short_hash(args.schedule)}"
     start = None if args.gpt_resume is None else require_folder(args.gpt_resume, "--gpt-resume")
     fixed = fixed_options(args, model, codes)
     run = TrainingRun(args, world, name, state, fixed, total_steps, start)

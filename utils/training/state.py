@@ -24,7 +24,7 @@ LR_SCHEDULES = ("constant", "cosine")  # of --lr-schedule
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch for one step, so that a resumed run draws the same numbers as an uninterrupted."""
     words = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
-    torch.manual_seed(int(words[0] >> 1))
+    torch.manual_seed(int(words[0]) >> 1)
 
 
 def make_adamw(

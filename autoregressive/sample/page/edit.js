@@ -25,14 +25,14 @@ function clearMask() {
   show();
 }
 
-// Take the central square of a picture, at its own size.
+// Take the central square of a picture, of at most 1024 pixels a side.
 async function setImage(url) {
   const whole = new Image();
   whole.src = url;
   await whole.decode();
-  const side = Math.min(whole.width, whole.height, 4096);
+  const from = Math.min(whole.width, whole.height), side = Math.min(from, 1024);
   const square = element("canvas", {width: side, height: side});
-  square.getContext("2d").drawImage(whole, (whole.width - side) / 2, (whole.height - side) / 2, side, side, 0, 0, side, side);
+  square.getContext("2d").drawImage(whole, (whole.width - from) / 2, (whole.height - from) / 2, from, from, 0, 0, side, side);
   image = square;
   clearMask();
 }

@@ -26,11 +26,11 @@ class Run {
     this.order = await ask(`/api/order?grid=${grid[0]}&n=${n}&schedule=${this.facts.schedule}`);
   }
 
-  async add({decoded, strip}) {
+  async add({decoded, call, strip}) {
     const image = new Image();
     image.src = strip;
     await image.decode();
-    this.steps.push({decoded, image});
+    this.steps.push({decoded, call, image});
     this.slider.max = this.steps.length - 1;
     if (this.following) this.show(this.steps.length - 1);
   }
@@ -48,10 +48,16 @@ class Run {
       if (this.done && overlay.value !== "none") this.paintMap(draw, this.done[overlay.value][i], decoded, cell);
       if (outlines.checked && !(this.done && step === this.steps.length - 1)) this.outline(draw, before, decoded, cell);
     });
-    const count = this.done ? this.done.calls : this.steps.length;
-    const time = this.done ? `, ${this.done.seconds < 1 ? (1000 * this.done.seconds).toFixed(0) + " ms" : this.done.seconds.toFixed(1) + " s"} for ${this.facts.count}` : "";
-    const what = this.done && this.done.calls !== this.facts.steps ? `call ${step + 1} of ${count}, not ${this.facts.steps}` : `step ${step + 1} of ${this.facts.steps}`;
-    this.title.textContent = `${what}, ${decoded} of ${this.order.cells.length} cells${time}`;
+    const {call} = this.steps[step];
+    const fewer = this.done && this.done.calls !== this.facts.steps;
+    const what = fewer ? `call ${call} of ${this.done.calls}, instead of ${this.facts.steps}` : `step ${call} of ${this.facts.steps}`;
+    this.title.textContent = `${what}, ${decoded} of ${this.order.cells.length} cells${this.done ? this.time() : ""}`;
+  }
+
+  time() {
+    const {seconds, decoder} = this.done;
+    const text = seconds < 1 ? `${(1000 * seconds).toFixed(0)} ms` : `${seconds.toFixed(1)} s`;
+    return `, ${text} for ${this.facts.count} by ${decoder}`;
   }
 
   outline(draw, before, decoded, cell) {
@@ -123,6 +129,7 @@ export function startGenerating(models, takeImage) {
       await follow("/api/generate", body, {
         queued: ({ahead}) => { if (ahead) hint.textContent = `${ahead} before you`; },
         start: (facts) => later(async () => {
+          hint.textContent = welcome;
           if (!facts.place) { runs.replaceChildren(); shown = []; }
           const run = new Run(facts, (image, name) => { takeImage(image, name, fields.class.value); openTab("edit"); });
           await run.prepare();
@@ -154,4 +161,5 @@ export function startGenerating(models, takeImage) {
   overlay.addEventListener("change", again);
   outlines.addEventListener("change", again);
   choose();
+  if (models[0].size <= 64) generate(new Event("submit")); // so that there is something to see
 }

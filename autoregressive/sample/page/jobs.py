@@ -12,8 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 WAITING = 16  # jobs at most
-KEPT = 32  # finished jobs whose files can still be fetched
+KEPT_BYTES = 256 << 20  # of finished jobs whose files and events can still be fetched
 Event = dict[str, Any]
+
+
+class Cancelled(Exception):
+    """Nobody waits for the job any more."""
 
 
 @dataclass
@@ -28,10 +32,13 @@ class Job:
     files: dict[str, tuple[str, bytes]] = field(default_factory=dict)  # name -> type, content
     events: list[Event] = field(default_factory=list)
     finished: bool = False
+    cancelled: bool = False  # whoever watched it has left: it ends at its next event
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def tell(self, kind: str, **facts: Any) -> None:
-        """Add an event for those who watch."""
+        """Add an event for those who watch; ``Cancelled`` if they have left."""
+        if self.cancelled:
+            raise Cancelled
         with self.changed:
             self.events.append({"event": kind, **facts})
             self.changed.notify_all()
@@ -45,12 +52,20 @@ class Job:
                     self.changed.wait(timeout=15)
                 events, finished = self.events[seen:], self.finished
             seen += len(events)
-            yield from events or [{"event": "waiting"}]  # whoever has left is noticed by it
+            yield from events or [{"event": "waiting"}]  # shows who has left
+
+    def size(self) -> int:
+        """Return about how many bytes it keeps."""
+        texts = (value for event in self.events for value in event.values())
+        strips = sum(len(text) for text in texts if isinstance(text, str))
+        return strips + sum(len(content) for _, content in self.files.values())
 
     def run(self) -> None:
-        """Do the work; what goes wrong is the last event."""
+        """Do the work; an error is its last event."""
         try:
             self.work(self)
+        except Cancelled:
+            self.files.clear()
         except ValueError as error:
             self.tell("error", message=str(error))
         except Exception as error:
@@ -68,11 +83,13 @@ class Jobs:
         self._queue: queue.Queue[Job] = queue.Queue(WAITING)
         self._known: OrderedDict[str, Job] = OrderedDict()
         self._lock = threading.Lock()
-        threading.Thread(target=self._work, daemon=True).start()
+        self._closing, self._running = False, False
+        self._worker = threading.Thread(target=self._work, daemon=True)
+        self._worker.start()
 
     def add(self, job: Job) -> Job:
         """Put a job at the end of the queue; ``ValueError`` if that is full."""
-        ahead = self._queue.qsize()
+        ahead = self._queue.qsize() + self._running
         try:
             self._queue.put_nowait(job)
         except queue.Full:
@@ -80,10 +97,21 @@ class Jobs:
         job.tell("queued", ahead=ahead)
         with self._lock:
             self._known[job.name] = job
-            done = [name for name, old in self._known.items() if old.finished]
-            for name in done[: max(0, len(self._known) - KEPT)]:
-                del self._known[name]
+            kept = 0
+            for name, old in reversed(list(self._known.items())):  # the newest first
+                kept += old.size()
+                if old.finished and (kept > KEPT_BYTES or old.cancelled):
+                    del self._known[name]
         return job
+
+    def close(self) -> None:
+        """Cancel all jobs, and wait for the one that runs to end."""
+        with self._lock:
+            for job in self._known.values():
+                job.cancelled = True
+        self._closing = True
+        self._queue.put(Job(lambda job: None))
+        self._worker.join(10)
 
     def find(self, name: str) -> Job | None:
         """Return the job of this name, None if there is none any more."""
@@ -91,5 +119,8 @@ class Jobs:
             return self._known.get(name)
 
     def _work(self) -> None:
-        while True:
-            self._queue.get().run()
+        while not self._closing:
+            job = self._queue.get()
+            self._running = True
+            job.run()
+            self._running = False

@@ -26,7 +26,7 @@ function drawGrid(now) {
     draw.fillStyle = of[cell] === now ? colour("now") : of[cell] < now ? colour("known") : colour("line");
     draw.fillRect(x + 1, y + 1, side - 2, side - 2);
     if (side > 16) {
-      draw.fillStyle = of[cell] === now ? "#fff" : colour("ink");
+      draw.fillStyle = of[cell] === now ? "#1a0f06" : colour("ink");
       draw.fillText(of[cell], x + side / 2, y + side / 2);
     }
     if (cell === hovered) {
@@ -58,7 +58,7 @@ function drawSlots(now) {
     for (const [kind, first, end] of step.inputs) {
       for (let k = first; k < end; k++, at++) {
         const plain = kind === "token" ? (i === now ? colour("now") : colour("known")) : colour(kind);
-        draw.globalAlpha = i <= now ? 1 : 0.15;
+        draw.globalAlpha = i <= now ? 1 : 0.3;
         draw.fillStyle = plain;
         draw.fillRect(at * width + 0.5, i === now ? 14 : 26, Math.max(1, width - 1), i === now ? 56 : 40);
       }

@@ -14,6 +14,9 @@ GET  /api/files/NAME/F   a file that the job made
 from __future__ import annotations
 
 import json
+import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,7 +29,11 @@ from autoregressive.sample.page.jobs import Job, Jobs
 FOLDER = Path(__file__).parent
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 PAGE = {f"/{p.name}": p for p in FOLDER.iterdir() if p.suffix in TYPES}
-LARGEST_REQUEST = 16 << 20  # bytes
+LARGEST_REQUEST = 12 << 20  # bytes
+CONNECTIONS = 64  # at once
+READING = 4  # requests at once whose content is read and checked
+SECONDS = 30  # for the content of a request
+LOCAL = ("127.0.0.1", "::1", "localhost")
 POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'"
 
 
@@ -43,12 +50,33 @@ class PageServer(ThreadingHTTPServer):
     ):
         super().__init__(address, Handler)
         self.looks, self.works, self.jobs = looks, works, Jobs()
+        self.connections = threading.BoundedSemaphore(CONNECTIONS)
+        self.reading = threading.BoundedSemaphore(READING)
 
     @property
     def url(self) -> str:
         """Address to open in a browser."""
         host, port = self.server_address[:2]
         return f"http://{host!s}:{port}/"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give the connection a thread of its own, if there are not too many."""
+        if not self.connections.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer one connection, in its thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.connections.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of visitors who leave early."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -58,8 +86,18 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 60  # seconds without a byte
 
+    def is_foreign(self) -> bool:
+        """Refuse requests in the name of another site, to which a visitor's browser may be led."""
+        host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+        if self.server.server_address[0] in LOCAL and host not in LOCAL:
+            self._fail("this page is on 127.0.0.1", 403)
+            return True
+        return False
+
     def do_GET(self) -> None:
         """Answer with a file of the page, JSON, events, or a file of a job."""
+        if self.is_foreign():
+            return
         url = urlsplit(self.path)
         path = "/index.html" if url.path == "/" else url.path
         parts = path.strip("/").split("/")
@@ -85,20 +123,41 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Queue a job; the answer is its name."""
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > LARGEST_REQUEST:
-            self.close_connection = True  # what comes is not read
+        self.close_connection = True  # what is refused is not read
+        if self.is_foreign():
+            return
+        if self.headers.get_content_type() != "application/json":
+            self._fail("expected application/json", 415)
+        elif not length.isdigit():
+            self._fail("expected a Content-Length", 411)
+        elif int(length) > LARGEST_REQUEST:
             self._fail(f"at most {LARGEST_REQUEST >> 20} MiB can be sent", 413)
         elif self.path not in self.server.works:
-            self.rfile.read(int(length))
             self._fail("there is no such page", 404)
+        elif not self.server.reading.acquire(blocking=False):
+            self._fail("too many requests at once; try again", 503)
         else:
-            body = self.rfile.read(int(length))
-            self._try(lambda: self._queue(body))
+            try:
+                body = self._read(int(length))
+                self.close_connection = False
+                self._try(lambda: self._queue(body))
+            finally:
+                self.server.reading.release()
+
+    def _read(self, length: int) -> bytes:
+        """Read the content of a request; ``TimeoutError`` if it comes too slowly."""
+        parts, started = [], time.monotonic()
+        while length > 0 and (part := self.rfile.read1(length)):
+            parts.append(part)
+            length -= len(part)
+            if time.monotonic() - started > SECONDS:
+                raise TimeoutError
+        return b"".join(parts)
 
     def _queue(self, body: bytes) -> None:
         try:
             parameters = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             parameters = None
         if not isinstance(parameters, dict):
             raise ValueError("the request is not a JSON object")
@@ -115,7 +174,7 @@ class Handler(BaseHTTPRequestHandler):
             for event in job.watch():
                 self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
         except OSError:  # nobody looks any more
-            pass
+            job.cancelled = True
 
     def _try(self, answer: Callable[[], None]) -> None:
         try:

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from autoregressive.decoding.decoder import Decoder, make_decoder, place_for_decoding
+from autoregressive.decoding.decoder import Decoder, Way, make_decoder, place_for_decoding
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import SamplingOptions
 from autoregressive.sample.canvas import mask_of_codes, open_canvas
@@ -35,13 +35,15 @@ from autoregressive.sample.options import (
 )
 from autoregressive.sample.page.jobs import Job
 from autoregressive.sample.pipeline import Pipeline, load_pipeline
-from autoregressive.sample.trace import Trace, frame
+from autoregressive.sample.trace import Trace
 from utils.distributed import World
 from utils.images import encode_gif, encode_png, image_grid, labelled_rows, to_uint8
 
 MOST_IMAGES = 16
 MOST_CANDIDATES = 8
-MOST_PIXELS = 4096  # side of an uploaded image
+MOST_PIXELS = 1024  # side of an uploaded image
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # decoders that visitors can reach
+FRAMES = 48  # of an animation, and told one by one
 Work = Callable[[Job], None]
 Body = dict[str, Any]
 
@@ -56,6 +58,7 @@ class Model:
     pipeline: Pipeline
     decoder: Decoder
     labels: list[str]  # of the classes
+    way: Way  # of decoding
 
     def describe(self) -> dict[str, Any]:
         """Return what the page shows and offers."""
@@ -73,27 +76,31 @@ class Model:
         }
 
 
-def load_model(name: str, words: list[str], world: World) -> Model:
-    """Load the model that ``words`` of a sampler's command line select."""
+def load_model(name: str, words: list[str], world: World, way: Way | None = None) -> Model:
+    """Load the model that ``words`` of a sampler's command line select.
+
+    way: of decoding (None: the fastest), so that models beside one another decode alike.
+    """
     parser = ArgumentParser()
     add_model_options(parser)
     add_sampling_options(parser, cfg_scale=4.0, top_k=2000, compiled=False)
     args = parse_sampler(parser, words)
     args.compile = False if world.device.type == "cuda" else None  # every step is looked at
     pipeline = load_pipeline(args, world, compiled=False)
-    way, _ = pipeline.choose_way(1)
+    if way is None or way not in pipeline.ways:
+        way, _ = pipeline.choose_way(1)
     args.precision, args.compile = way.precision, way.compiled
     gpt = place_for_decoding(pipeline.gpt, way.dtype, world.device)
     decoder = make_decoder(gpt, way, 2 * MOST_IMAGES * gpt.order.n)
     labels = class_labels(list(range(gpt.config.num_classes)), class_names(pipeline))
-    return Model(name, words, args, pipeline, decoder, labels)
+    return Model(name, words, args, pipeline, decoder, labels, way)
 
 
 def number(body: Body, name: str, low: float, high: float, default: float) -> float:
     """Return a number of a request; ``ValueError`` unless it is in [low, high]."""
     value = body.get(name, default)
     if type(value) not in (int, float) or not low <= value <= high:
-        raise ValueError(f"{name}: expected a number from {low:g} to {high:g}")
+        raise ValueError(f"{name}: expected a number from {low:,} to {high:,}")
     return value
 
 
@@ -110,18 +117,28 @@ def data_url(pixels: np.ndarray) -> str:
     return f"data:image/png;base64,{base64.b64encode(encode_png(pixels)).decode()}"
 
 
-def uploaded(body: Body, name: str) -> bytes:
-    """Return the content of a picture in a request; ``ValueError`` if it is none or too large."""
-    head, _, content = str(body.get(name, "")).partition(",")
+def uploaded(body: Body, name: str) -> Image.Image:
+    """Return a picture of a request, its header read; ``ValueError`` if it is none or too large."""
+    _, _, content = str(body.get(name, "")).partition(",")
     try:
         raw = base64.b64decode(content, validate=True)
-        with Image.open(io.BytesIO(raw)) as image:
-            width, height = image.size
+        image = Image.open(io.BytesIO(raw), formats=FORMATS)
     except (ValueError, OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: not a picture that can be read") from error
-    if not head.startswith("data:image/") or max(width, height) > MOST_PIXELS:
+    if max(image.size) > MOST_PIXELS:
         raise ValueError(f"{name}: expected a picture of at most {MOST_PIXELS} pixels a side")
-    return raw
+    return image
+
+
+def as_file(image: Image.Image, name: str) -> io.BytesIO:
+    """Decode a picture of a request and return it as a PNG file."""
+    content = io.BytesIO()
+    try:
+        ImageOps.exif_transpose(image).convert("RGB").save(content, format="PNG")
+    except Exception as error:  # a damaged picture may break its decoder in any way
+        raise ValueError(f"{name}: not a picture that can be read") from error
+    content.seek(0)
+    return content
 
 
 class Studio:
@@ -136,9 +153,9 @@ class Studio:
         return {"models": models, "images": MOST_IMAGES, "candidates": MOST_CANDIDATES}
 
     def _model(self, name: object) -> Model:
-        if name not in self.models:
+        if not isinstance(name, str) or name not in self.models:
             raise ValueError(f"model: expected one of {', '.join(self.models)}")
-        return self.models[str(name)]
+        return self.models[name]
 
     def _options(self, body: Body, model: Model) -> tuple[Pipeline, dict[str, Any]]:
         """Return the model's pipeline with the request's sampling, and that by option names."""
@@ -182,22 +199,25 @@ class Studio:
         model = self._model(body.get("model"))
         pipeline, options = self._options(body, model)
         image, mask = uploaded(body, "image"), uploaded(body, "mask")
+        if image.size != mask.size:
+            raise ValueError(f"mask: its size {mask.size} is not the image's, {image.size}")
         candidates = whole(body, "candidates", 1, MOST_CANDIDATES, 1)
         label = whole(body, "class", 0, len(model.labels) - 1, 0)
         size, order = pipeline.image_size, pipeline.gpt.order
-        pixels, masked = open_canvas(io.BytesIO(image), size, io.BytesIO(mask))
-        anew = mask_of_codes(masked, order.grid)  # (h, w)
-        if not anew.any():
-            raise ValueError("mask: nothing is painted, so there is nothing to make anew")
 
         def work(job: Job) -> None:
+            files = as_file(image, "image"), as_file(mask, "mask")
+            pixels, masked = open_canvas(files[0], size, files[1])
+            anew = mask_of_codes(masked, order.grid)  # (h, w)
+            if not anew.any():
+                raise ValueError("mask: nothing is painted, so there is nothing to draw again")
             generator = Generator(
                 model.decoder, order, pipeline.options, candidates, True, pipeline.window
             )
             edit = Edit(pixels, encode(pipeline, pixels), anew, generator)
             randomness = pipeline.randomness(options["seed"], range(candidates))
             job.tell("start", steps=len(order.steps), anew=int(anew.sum()), codes=anew.size)
-            trace, started = Trace(pipeline, len(order.steps)), time.perf_counter()
+            trace, started = Trace(pipeline, FRAMES), time.perf_counter()
             made = complete(pipeline, edit, label, randomness, candidates, 0, trace)
             seconds = time.perf_counter() - started
             shown = np.concatenate([made.results, made.candidates[0]])  # (1 + K, S, S, 3)
@@ -206,7 +226,7 @@ class Studio:
             job.files["mask.png"] = "image/png", encode_png(masked.astype(np.uint8) * 255)
             frames = [image_grid(frame, candidates) for frame in trace.frames]
             job.files["edit.gif"] = "image/gif", encode_gif(frames)
-            words = {"image": "image.png", "mask": "mask.png", "classes": label}
+            words = {"image": "image.png", "mask": "mask.png", "classes": label, "trace": None}
             words |= {"candidates": candidates} if candidates > 1 else {}
             command = command_line("edit_c2i.py", model, words | options, "edit.png")
             job.tell(
@@ -252,14 +272,16 @@ class Drawing:
         generator = Generator(
             self.model.decoder, order, pipeline.options, count, window=pipeline.window
         )
-        frames: list[np.ndarray] = []  # (B, S, S, 3)
-        shown = [0.0]  # seconds spent on showing
+        trace, shown = Trace(pipeline, FRAMES), [0.0]  # seconds spent on showing
 
         def show(tokens: Tensor, decoded: int) -> None:
             began = time.perf_counter()
-            frames.append(frame(pipeline, tokens, decoded))
-            strip = image_grid(frames[-1], count, padding=0)
-            job.tell("step", place=place, decoded=decoded, strip=data_url(strip))
+            before = len(trace.frames)
+            trace(tokens, decoded)
+            if len(trace.frames) > before:
+                strip = data_url(image_grid(trace.frames[-1], count, padding=0))
+                facts = {"decoded": decoded, "call": generator.calls, "strip": strip}
+                job.tell("step", place=place, **facts)
             shown[0] += time.perf_counter() - began
 
         cond = torch.full((count,), self.label, device=device)  # (B,)
@@ -272,15 +294,16 @@ class Drawing:
         name = f"{self.model.name}.png"
         picture = labelled_rows(images[None], [self.model.labels[self.label]])
         job.files[name] = "image/png", encode_png(picture)
-        grids = [image_grid(frame, count) for frame in frames]
+        grids = [image_grid(frame, count) for frame in trace.frames]
         job.files[f"{self.model.name}.gif"] = "image/gif", encode_gif(grids)
         words: dict[str, Any] = {"classes": self.label, "images_per_class": count}
-        words |= {"trace": None, "trace_frames": len(order.steps)}
+        words |= {"trace": None, "trace_frames": FRAMES}
         job.tell(
             "done",
             place=place,
             seconds=seconds,
             calls=generator.calls,
+            decoder=str(self.model.way),
             files=[name, f"{self.model.name}.gif"],
             command=command_line("sample_c2i.py", self.model, words | self.options, name),
             **self.certainty(generator, cond, codes),

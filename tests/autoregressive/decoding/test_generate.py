@@ -1,6 +1,7 @@
 """Decoding: golden tokens, cached = teacher-forced, guidance, editing."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -186,6 +187,22 @@ def test_temperature_schedules(schedule, share):
     assert torch.equal(codes[:, model.order.permutation], expected)
     with pytest.raises(ValueError, match="--temperature-end 0.0; both must be in"):
         SamplingOptions(temperature_schedule=schedule, temperature_end=0.0)
+
+
+@pytest.mark.parametrize("way", [Way("none", "eager"), Way("none", "compiled")], ids=str)
+def test_a_generator_goes_with_its_last_reference(way):
+    """It was part of a cycle, so that its cache stayed until the garbage collector came by."""
+    model = small_gpt(4)
+    generator = Generator(make_decoder(model, way, 8), model.order, SamplingOptions(), 1)
+    gone = weakref.ref(generator)
+    del generator
+    assert gone() is None
+
+
+@pytest.mark.parametrize("end", [float("nan"), float("inf")])
+def test_temperatures_are_finite(end):
+    with pytest.raises(ValueError, match="--temperature-end .* must be finite"):
+        SamplingOptions(temperature_end=end)
 
 
 def test_steps_are_told_as_they_come():

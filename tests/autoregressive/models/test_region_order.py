@@ -192,5 +192,5 @@ def test_nested_groups_are_spread_over_the_grid():
 def test_schedules_that_do_not_fit_say_why(schedule, message):
     with pytest.raises(ValueError, match=f"--schedule {schedule}: .*{message}"):
         RegionOrder.build(8, 4, schedule)
-    with pytest.raises(ValueError, match="--schedule nested: n = 6 is not a multiple of 4"):
+    with pytest.raises(ValueError, match="--schedule nested: n = 6 cannot be divided by 4 until"):
         RegionOrder.build((4, 6), 6, "nested")

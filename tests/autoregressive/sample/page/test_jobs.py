@@ -42,9 +42,14 @@ def test_what_goes_wrong_is_told(capsys):
 
 
 def test_a_full_queue_says_so_and_old_jobs_are_forgotten(monkeypatch):
-    monkeypatch.setattr(jobs, "KEPT", 2)
+    monkeypatch.setattr(jobs, "KEPT_BYTES", 100)
     gate, queue = threading.Event(), Jobs()
-    first = queue.add(Job(lambda job: gate.wait(10)))
+
+    def work(job: Job) -> None:
+        gate.wait(10)
+        job.files["a"] = "text/plain", bytes(101)
+
+    first = queue.add(Job(work))
     while queue._queue.qsize():  # until the worker has taken it
         pass
     waiting = [queue.add(Job(lambda job: None)) for _ in range(jobs.WAITING)]
@@ -55,3 +60,21 @@ def test_a_full_queue_says_so_and_old_jobs_are_forgotten(monkeypatch):
     last = queue.add(Job(lambda job: None))
     list(last.watch())
     assert queue.find(first.name) is None and queue.find(last.name) is last
+
+
+def test_a_job_that_nobody_waits_for_ends(monkeypatch):
+    """Visitors who had left kept the others waiting."""
+    queue, reached = Jobs(), []
+
+    def work(job: Job) -> None:
+        job.tell("step")
+        reached.append(1)
+        job.cancelled = True  # as the server does when its watcher has gone
+        job.tell("step")
+        reached.append(2)
+
+    job = queue.add(Job(work))
+    assert list(job.watch())[-1] == {"event": "step"} and reached == [1]
+    waiting = [queue.add(Job(lambda job: job.tell("step"))) for _ in range(2)]
+    queue.close()
+    assert not queue._worker.is_alive() and all(job.cancelled for job in waiting)

@@ -3,8 +3,10 @@
 import json
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
+from functools import partial
 
 import pytest
 
@@ -31,8 +33,11 @@ def server():
         running.shutdown()
 
 
-def fetch(server, path: str, data: bytes | None = None) -> tuple[int, bytes, dict]:
-    request = urllib.request.Request(server.url.rstrip("/") + path, data)
+def fetch(
+    server, path: str, data: bytes | None = None, more: dict | None = None
+) -> tuple[int, bytes, dict]:
+    headers = {} if data is None else {"Content-Type": "application/json"}
+    request = urllib.request.Request(server.url.rstrip("/") + path, data, headers | (more or {}))
     try:
         with urllib.request.urlopen(request, timeout=20) as answer:
             return answer.status, answer.read(), dict(answer.headers)
@@ -63,15 +68,39 @@ def test_a_job_is_queued_told_and_its_file_fetched(server):
     assert fetch(server, "/api/jobs/guessed")[0] == 404
 
 
-@pytest.mark.parametrize("body", [b"", b"[1]", b"{", b"\xff", b'{"name": "nobody"}'])
+@pytest.mark.parametrize("body", [b"", b"[1]", b"{", b"\xff", b"[" * 10**5, b'{"name": "nobody"}'])
 def test_bad_requests_get_one_line(server, body):
     status, content, _ = fetch(server, "/api/greet", body)
     assert status == 400 and json.loads(content)["error"]
 
 
-@pytest.mark.parametrize("length", [str(LARGEST_REQUEST + 1), "x", "-1"])
-def test_requests_that_are_too_large_are_not_read(server, length):
+@pytest.mark.parametrize(
+    "length, status", [(str(LARGEST_REQUEST + 1), b"413"), ("x", b"411"), ("-1", b"411")]
+)
+def test_requests_that_are_too_large_are_not_read(server, length, status):
     with socket.create_connection(server.server_address) as connection:
-        head = f"POST /api/greet HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
-        connection.sendall(head.encode())
-        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+        head = "POST /api/greet HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 " + status)
+
+
+def test_pages_of_other_sites_cannot_ask(server):
+    """A browser sends text/plain for any page, and JSON only for those of this address."""
+    body = b'{"name": "Ada"}'
+    assert fetch(server, "/api/greet", body, {"Content-Type": "text/plain"})[0] == 415
+    for path, data in (("/api/greet", body), ("/api/models", None)):
+        assert fetch(server, path, data, {"Host": "evil.example"})[0] == 403
+
+
+def test_connections_are_counted(server, monkeypatch):
+    monkeypatch.setattr(server, "connections", threading.BoundedSemaphore(1))
+    connect = partial(socket.create_connection, server.server_address)
+    with connect(), connect() as second:
+        assert second.recv(10) == b""
+    for _ in range(100):
+        if server.connections.acquire(blocking=False):
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("a connection that has ended still counts")
+    server.connections.release()
