@@ -333,8 +333,7 @@ def gpt_checkpoint(folder: Path) -> GPT:
     model = GPT(small_config(ar_token_num=4))
     model.init_weights()
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    save_sharded(folder, tensors, None).result()
+    files = save_sharded(folder, tensors, None).result()
     facts = {"gpt_model": "GPT-S", "config": asdict(model.config), "steps": 7, "classes": ["a|b"]}
-    files = {p.name: p.stat().st_size for p in folder.iterdir()}
-    (folder / "meta.json").write_text(json.dumps(facts | {"files": files, "scalars": {}}))
+    (folder / "meta.json").write_text(json.dumps(facts | files | {"scalars": {}}))
     return model

@@ -212,7 +212,8 @@ def _read_export(
     folder: Path, ema: bool | None, bf16: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the weights of a training checkpoint, or their moving average, and its facts."""
-    facts = {k: v for k, v in read_meta(folder).items() if k not in ("files", "scalars")}
+    meta = read_meta(folder)
+    facts = {k: v for k, v in meta.items() if k not in ("files", "sha256", "scalars")}
     weights = read_sharded(folder, "ema." if ema else "model.")
     if not weights:
         raise ValueError(f"--ema: {folder} holds no moving average; train with --ema to keep one")

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from utils.checkpoints.folder import (
     CHECKPOINT_NAME,
+    is_old,
     load_sharded,
     read_contents,
     read_meta,
@@ -121,6 +122,11 @@ class RunFolder:
             return 0
         meta = read_meta(path)
         check_same_run(meta.get("run"), run, path)
+        if is_old(path):
+            self.notes.append(
+                f"{path} has the format of an earlier version, which holds a pickle: its table of "
+                "contents is checked and read without unpickling; new checkpoints hold none"
+            )
         tensors = state.tensors()
         has_average = any(k.startswith("ema.") for k in read_contents(path))
         new_average = None if has_average else state.ema
@@ -150,9 +156,7 @@ class RunFolder:
 
     def _publish(self, temporary: Path, upload: Future, facts: dict[str, Any]) -> None:
         try:
-            upload.result()
-            sizes = {p.name: p.stat().st_size for p in temporary.iterdir()}
-            write_json(temporary / "meta.json", facts | {"files": sizes})
+            write_json(temporary / "meta.json", facts | upload.result())
             first = temporary.with_suffix("")
             _replace(temporary, first)
             self._mirror(first)

@@ -300,7 +300,11 @@ def test_local_results_and_cloud_hold_the_same(work, trained, monkeypatch, capfd
     quietly(capfd, monkeypatch, *base)
     local, cloud = (tmp_path / p / NAME / "checkpoints" for p in ("results", "cloud"))
     names = sorted(str(p.relative_to(local)) for p in local.rglob("*") if p.is_file())
-    assert names == ["0000003.pt", "0000003/.metadata", "0000003/__0_0.distcp", "0000003/meta.json"]
+    assert names == [
+        "0000003.pt",
+        "0000003/00000-of-00001.safetensors",
+        "0000003/meta.json",
+    ]
     assert all((local / n).read_bytes() == (cloud / n).read_bytes() for n in names[1:])
     assert same_tensors(weights(tmp_path / "results", 3), weights(tmp_path / "cloud", 3))
     options = json.loads((local.parent / "options.json").read_text())["options"]

@@ -59,7 +59,7 @@ def test_resuming_takes_the_newest_whole_checkpoint(tmp_path):
     folder.wait()
     place = folder.checkpoint_folders[0]
     shutil.copytree(place / "0000006", place / "0000009.tmp")
-    shard = next((place / "0000006").glob("*.distcp"))
+    shard = next((place / "0000006").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:100])
     (place / "0000005" / "meta.json").unlink()
     state = small_state(0.0)
@@ -67,7 +67,7 @@ def test_resuming_takes_the_newest_whole_checkpoint(tmp_path):
     assert state.model.weight[0, 0].item() == 3.0
     first, second = folder.notes
     assert (
-        "0000006 is damaged: __0_0.distcp has 100 bytes, expected" in first
+        "0000006 is damaged: 00000-of-00001.safetensors has 100 bytes, expected" in first
         and "an older one is taken" in first
     )
     assert "0000005 is not a whole checkpoint: meta.json is missing" in second
