@@ -46,6 +46,11 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
 
 
+def json_sha256(value: Any) -> str:
+    """Return the hex SHA-256 of a value that JSON can hold, whatever the order of its fields."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def sha256_file(path: str | Path) -> str:
     """Return the hex SHA-256 of a file's bytes, read in 1 MiB blocks."""
     digest = hashlib.sha256()

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from utils.checkpoints.shard import SUFFIX, Rows, read_shard, write_shard
-from utils.files import sha256_file
+from utils.files import json_sha256, sha256_file, write_json
 
 CHECKPOINT_NAME = re.compile(r"\d{7,}")
 
@@ -123,10 +123,19 @@ def _write(path: Path, parts: dict[str, Rows], group: dist.ProcessGroup | None) 
     }
 
 
+def write_meta(folder: Path, facts: dict[str, Any]) -> None:
+    """Write ``meta.json``, which makes a checkpoint whole: ``facts`` and their own SHA-256."""
+    facts = json.loads(json.dumps(facts, default=str))
+    write_json(folder / "meta.json", facts | {"meta_sha256": json_sha256(facts)})
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """Return ``meta.json`` of a checkpoint folder; ``ValueError`` if a file is missing there."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
+        sha256 = meta.pop("meta_sha256", None)  # earlier versions wrote none
+        if sha256 is not None and sha256 != json_sha256(meta):
+            raise ValueError("its bytes have changed")
         sizes = {str(name): int(size) for name, size in meta["files"].items()}
         hashes = meta.get("sha256", {})
         if not (hashes.keys() <= sizes.keys() and all(type(v) is str for v in hashes.values())):
@@ -237,8 +246,13 @@ def _fill(target: Tensor, start: int, stored: _Stored) -> None:
             target[first - start : stop - start].copy_(values)
 
 
-def read_sharded(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """Tensors of ``folder`` named ``prefix...``, whole, on the CPU, without the prefix."""
+def read_sharded(folder: Path, prefix: str, check: bool = True) -> dict[str, Tensor]:
+    """Tensors of ``folder`` named ``prefix...``, whole, on the CPU, without the prefix.
+
+    check: whether to check the bytes of all files first, see ``check_bytes``.
+    """
+    if check:
+        check_bytes(folder)
     if is_old(folder):
         from utils.checkpoints import old_folder
 

@@ -19,15 +19,17 @@ import torch.distributed as dist
 
 from utils.checkpoints.folder import (
     CHECKPOINT_NAME,
+    check_bytes,
     is_old,
     load_sharded,
     read_contents,
     read_meta,
     save_sharded,
+    write_meta,
 )
 from utils.checkpoints.weights_file import export_checkpoint
 from utils.distributed import TIMEOUT, World
-from utils.files import prepare_folder, remove_temporary, write_json
+from utils.files import prepare_folder, remove_temporary
 from utils.options import git_revision
 from utils.training.state import TrainingState
 
@@ -47,6 +49,7 @@ class RunFolder:
     keep_last: int
     keep_every: int
     notes: list[str] = field(default_factory=list)  # for the log, once there is one
+    _damaged: set[Path] = field(default_factory=set)  # found by their bytes
     _pending: Future | None = None
     _group: dist.ProcessGroup | None = None
 
@@ -84,8 +87,12 @@ class RunFolder:
         if self.world.is_main:
             for folder in self.checkpoint_folders:
                 (folder / f".{token}").unlink()
-            if newest := self.newest():
-                self._mirror(newest)
+            while newest := self.newest():
+                try:
+                    self._mirror(newest)
+                    break
+                except ValueError as error:
+                    self._pass_over(newest, str(error))
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
@@ -102,13 +109,45 @@ class RunFolder:
         for path in sorted(
             (p for p in found if CHECKPOINT_NAME.fullmatch(p.name)), key=lambda p: -int(p.name)
         ):
+            if path in self._damaged:
+                continue
             try:
                 read_meta(path)
                 read_contents(path)
                 return path
             except ValueError as error:
-                if (note := f"{error}; an older one is taken") not in self.notes:
-                    self.notes.append(note)
+                self._note(str(error))
+        return None
+
+    def _note(self, damage: str) -> None:
+        if (note := f"{damage}; an older one is taken") not in self.notes:
+            self.notes.append(note)
+
+    def _pass_over(self, checkpoint: Path, damage: str) -> None:
+        """Count a checkpoint, whose bytes have changed, as damaged until it is made again."""
+        self._note(damage)
+        self._damaged.add(checkpoint)
+
+    def _choose(self, start: Path | None) -> Path | None:
+        """Return the newest checkpoint whose bytes are those that were written, else ``start``.
+
+        The ranks share the reading of its files, and all of them return the same.
+        """
+        while path := self.world.broadcast(self.newest() if self.world.is_main else None):
+            damage = self.world.first(self._damage(path))
+            if damage is None:
+                return path
+            self._pass_over(path, damage)
+        if start is not None and (damage := self.world.first(self._damage(start))):
+            raise ValueError(damage)
+        return start
+
+    def _damage(self, path: Path) -> str | None:
+        """Return what is wrong with the bytes of this rank's share of the files, or None."""
+        try:
+            check_bytes(path, self.world.rank, self.world.size)
+        except (ValueError, OSError) as error:
+            return str(error)
         return None
 
     def resume(self, state: TrainingState, run: dict[str, Any], start: Path | None = None) -> int:
@@ -117,7 +156,7 @@ class RunFolder:
         From the newest checkpoint, or from ``start`` if there is none. run: options that may not
         change in mid-run, which the checkpoint must have too.
         """
-        path = self.world.broadcast((self.newest() or start) if self.world.is_main else None)
+        path = self._choose(start)
         if path is None:
             return 0
         meta = read_meta(path)
@@ -156,9 +195,10 @@ class RunFolder:
 
     def _publish(self, temporary: Path, upload: Future, facts: dict[str, Any]) -> None:
         try:
-            write_json(temporary / "meta.json", facts | upload.result())
+            write_meta(temporary, facts | upload.result())
             first = temporary.with_suffix("")
             _replace(temporary, first)
+            self._damaged.discard(first)
             self._mirror(first)
         except BaseException:
             for folder in self.checkpoint_folders:
@@ -170,15 +210,22 @@ class RunFolder:
     def _mirror(self, checkpoint: Path) -> None:
         """Copy a whole checkpoint to the places that lack it."""
         for folder in self.checkpoint_folders:
-            if not _is_whole(folder / checkpoint.name):
+            place = folder / checkpoint.name
+            if place in self._damaged or not _is_whole(place):
                 aside = folder / f"{checkpoint.name}.tmp"
                 shutil.copytree(checkpoint, aside, copy_function=_copy_durably)
-                _replace(aside, folder / checkpoint.name)
+                try:
+                    check_bytes(aside)
+                except ValueError as error:
+                    shutil.rmtree(aside)
+                    raise ValueError(str(error).replace(str(aside), str(checkpoint))) from error
+                _replace(aside, place)
+                self._damaged.discard(place)
 
     def _prune(self, folder: Path) -> None:
         found = [p for p in folder.iterdir() if p.is_dir() and CHECKPOINT_NAME.fullmatch(p.name)]
         # damaged ones do not count, and stay: the run makes them again when it comes to their step
-        steps = sorted(int(p.name) for p in found if _is_whole(p))
+        steps = sorted(int(p.name) for p in found if p not in self._damaged and _is_whole(p))
         for step in steps[: -self.keep_last]:
             if not (self.keep_every and step % self.keep_every == 0):
                 aside = folder / f"{step:07d}.tmp"
