@@ -79,6 +79,8 @@ class TrainingRun:
         # as it comes back from a checkpoint
         self.fixed: dict[str, Any] = json.loads(json.dumps(fixed))
         self.run_folder = RunFolder.of(args, world, name)
+        if not args.dry_run:
+            self.run_folder.hold()
         self.first_step = self.run_folder.resume(state, self.fixed, start)
         self.last_step = min(self.first_step + 2, total_steps) if args.dry_run else total_steps
         self.folder = None if args.dry_run else self.run_folder.folder

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import time
 import uuid
@@ -30,6 +31,7 @@ from utils.checkpoints.folder import (
 from utils.checkpoints.weights_file import export_checkpoint
 from utils.distributed import TIMEOUT, World
 from utils.files import prepare_folder, remove_temporary
+from utils.lock import hold
 from utils.options import git_revision
 from utils.training.state import TrainingState
 
@@ -61,6 +63,14 @@ class RunFolder:
         places = dict.fromkeys(p.absolute() / "checkpoints" for p in (folder, cloud))
         return cls(world, folder, tuple(places), args.keep_last, args.keep_every)
 
+    def hold(self) -> None:
+        """Keep other runs out of the folders; ``ValueError`` if one is in them."""
+        for folder in dict.fromkeys((self.folder, *(p.parent for p in self.checkpoint_folders))):
+            if self.world.is_main:
+                prepare_folder(folder, "--cloud-save-path or --results-dir")
+            self.world.barrier()
+            hold(folder / ".lock", self.world, str(folder))
+
     def make(self) -> None:
         """Create the folders early; ``ValueError`` if that fails or machines do not share them."""
         token = self.world.broadcast(uuid.uuid4().hex)
@@ -70,6 +80,9 @@ class RunFolder:
             for folder in self.checkpoint_folders:
                 for leftover in folder.glob("*.tmp"):
                     shutil.rmtree(leftover)
+                for leftover in folder.glob(".*"):  # of a run killed further down
+                    if re.fullmatch(r"\.[0-9a-f]{32}", leftover.name):
+                        leftover.unlink()
                 (folder / f".{token}").touch()
         self.world.barrier()
         for folder in self.checkpoint_folders:
