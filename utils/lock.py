@@ -29,14 +29,14 @@ def hold(path: Path, world: World, what: str) -> None:
     process. A disk that has no locks holds nothing.
     """
     path = path.absolute()
-    problem = _lock(path, fcntl.LOCK_EX, what) if world.is_main else None
+    problem = None
+    if world.is_main and (problem := _lock(path, fcntl.LOCK_EX, what)) is None:
+        _record(path)
+        problem = _lock(path, fcntl.LOCK_SH, what)
     if problem := world.first(problem):
         raise ValueError(problem)
-    if world.is_main:
-        _record(path)
-    world.barrier()
     # shared by all ranks: one that outlives rank 0 goes on holding it
-    if problem := world.first(_lock(path, fcntl.LOCK_SH, what)):
+    if problem := world.first(None if world.is_main else _lock(path, fcntl.LOCK_SH, what)):
         raise ValueError(problem)
 
 
