@@ -22,7 +22,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,9 +200,18 @@ def try_points(
     return total, len(chosen), wrong
 
 
-def stages(work: Path) -> dict[str, Stage]:
-    """Write the data of all stages to ``work``, by undisturbed runs; return the stages."""
-    import torchmetrics.functional.image  # noqa: F401 - once, instead of in every fork
+NEEDS = {
+    "ddp": ("codes",), "fsdp": ("codes",), "sample": ("codes", "gpt"), "export": ("codes", "gpt"),
+    "hub": ("codes", "gpt"), "evaluate": ("codes", "gpt", "samples"),
+}  # fmt: skip
+
+
+def stages(work: Path, names: Sequence[str] = ()) -> dict[str, Stage]:
+    """Write the data of the stages of ``names`` (default: all) to ``work``, by undisturbed runs;
+    return the stages.
+    """
+    # once, instead of in every fork
+    import torchmetrics.functional.image  # noqa: F401
 
     from autoregressive.sample import sample_c2i_ddp
     from autoregressive.train import extract_codes_c2i, train_c2i
@@ -289,14 +298,15 @@ def stages(work: Path) -> dict[str, Stage]:
             write_jsonl,
         ),
     }  # fmt: skip
-    for stage, folder in (
-        (made["extract"], work / "codes"),
-        (Stage(train_c2i.main, train_words), work / "gpt"),
-        (made["sample"], samples),
+    needed = {need for name in names or made for need in NEEDS.get(name, ())}
+    for stage, need in (
+        (made["extract"], "codes"),
+        (Stage(train_c2i.main, train_words), "gpt"),
+        (made["sample"], "samples"),
     ):
-        if status := run(stage, folder, 1, work / "ledger", None):
-            raise RuntimeError(f"{status}: {Path(f'{folder}.txt').read_text()[-2000:]}")
-    return made
+        if need in needed and (status := run(stage, work / need, 1, work / "ledger", None)):
+            raise RuntimeError(f"{status}: {(work / f'{need}.txt').read_text()[-2000:]}")
+    return {name: made[name] for name in names or made}
 
 
 def main() -> None:
@@ -309,15 +319,18 @@ def main() -> None:
     parser.add_argument("--points", type=int, help="points per stage (default: every operation)")
     parser.add_argument("--ranks", type=int, default=1, help="processes")
     args = parser.parse_args()
-    known = stages(args.work.absolute())
+    known = stages(args.work.absolute(), args.stages)
     print("| stage | operations | tried | wrong | seconds |\n|---|---|---|---|---|", flush=True)
-    for name in args.stages or known:
+    failed = 0
+    for name in known:
         started = time.perf_counter()
         total, tried, wrong = try_points(known[name], args.work.absolute(), args.ranks, args.points)
         seconds = time.perf_counter() - started
         print(f"| {name} | {total} | {tried} | {len(wrong)} | {seconds:.1f} |", flush=True)
         for line in wrong:
             print(f"  {line}", flush=True)
+        failed += len(wrong)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

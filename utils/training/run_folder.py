@@ -51,6 +51,7 @@ class RunFolder:
     keep_last: int
     keep_every: int
     notes: list[str] = field(default_factory=list)  # for the log, once there is one
+    _resumed: Path | None = None
     _damaged: set[Path] = field(default_factory=set)  # found by their bytes
     _pending: Future | None = None
     _group: dist.ProcessGroup | None = None
@@ -103,6 +104,9 @@ class RunFolder:
             while newest := self.newest():
                 try:
                     self._mirror(newest)
+                    if newest == self._resumed:  # its bytes are whole: none before it is needed
+                        for folder in self.checkpoint_folders:
+                            self._prune(folder)
                     break
                 except ValueError as error:
                     self._pass_over(newest, str(error))
@@ -149,6 +153,7 @@ class RunFolder:
         while path := self.world.broadcast(self.newest() if self.world.is_main else None):
             damage = self.world.first(self._damage(path))
             if damage is None:
+                self._resumed = path
                 return path
             self._pass_over(path, damage)
         if start is not None and (damage := self.world.first(self._damage(start))):

@@ -138,6 +138,19 @@ def test_old_checkpoints_are_removed(tmp_path):
         assert sorted(p.name for p in place.iterdir()) == ["0000004", "0000008", "0000009"]
 
 
+def test_what_a_killed_run_had_no_time_to_remove_is_removed_by_the_next(tmp_path):
+    folder = run_folder(tmp_path)
+    folder.make()
+    for step in (3, 5):
+        folder.save(step, small_state(float(step)), {"run": {}})
+    folder.wait()
+    again = run_folder(tmp_path, keep_last=1)
+    assert again.resume(small_state(0.0), {}) == 5
+    again.make()
+    for place in again.checkpoint_folders:
+        assert [p.name for p in place.iterdir()] == ["0000005"]
+
+
 def test_damaged_checkpoints_do_not_count_among_those_kept(tmp_path):
     """A newer one that is damaged was passed over; the one just saved must not be pruned for it."""
     folder = run_folder(tmp_path, keep_last=1, no_local_save=True)
