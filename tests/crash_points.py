@@ -180,7 +180,8 @@ def try_points(
     if points is not None and points < total:
         chosen = np.unique(np.linspace(1, total, points).astype(int)).tolist()
 
-    wrong = []
+    wrong: list[str] = []
+    tried = 0
     for k in chosen:
         shutil.rmtree(folder, ignore_errors=True)
         stage.prepare(folder)
@@ -188,6 +189,7 @@ def try_points(
         what = (ledger.read_bytes()[151 * (k - 1) :][:151]).decode().strip()
         if killed & 0x7F != signal.SIGKILL:  # operations of two ranks may become fewer
             continue
+        tried += 1
         if status := run(stage, folder, ranks, ledger, None):
             text = Path(f"{folder}.txt").read_text()[-300:]
             wrong.append(f"{k} ({what}): the rerun ends with {status}: {text}")
@@ -197,7 +199,7 @@ def try_points(
             wrong.append(f"{k} ({what}): left over or missing: {', '.join(names[:3])}")
         elif names := [n for n, v in compared.items() if after[n] != v]:
             wrong.append(f"{k} ({what}): differs: {', '.join(names[:3])}")
-    return total, len(chosen), wrong
+    return total, tried, wrong
 
 
 NEEDS = {
