@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 
 from dataset.codes import shard_path
-from utils.files import remove_temporary
+from utils.files import remove_ended, remove_temporary, temporary_path
 from utils.processes import has_ended, machine
 
 
@@ -45,11 +45,16 @@ class Claims:
                 return False
             aside.unlink()
 
+        # linked when it is whole: a claim without a name would be waited for until it lapses
+        remove_ended(path)
+        aside = temporary_path(path)
         try:
-            with open(path, "x") as f:
-                f.write(self._text)
+            aside.write_text(self._text)
+            os.link(aside, path)
         except FileExistsError:
             return False
+        finally:
+            aside.unlink(missing_ok=True)
 
         self._claimed.add(shard)
         finished = shard_path(self.folder, shard)

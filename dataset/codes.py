@@ -211,8 +211,10 @@ def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) ->
     meta = {**asdict(plan), **counts, "shards": shards}
     write_json(Path(folder) / "meta.json", meta)
     # left by processes killed right after their last shard
-    for claim in (Path(folder) / "shards").glob("*.claim"):
-        claim.unlink(missing_ok=True)
+    remove_ended(Path(folder) / "shards")
+    for pattern in ("*.claim", "*.lapsed-*"):
+        for claim in (Path(folder) / "shards").glob(pattern):
+            claim.unlink(missing_ok=True)
     return meta
 
 

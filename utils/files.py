@@ -45,9 +45,12 @@ def temporary_path(path: Path) -> Path:
 
 
 def remove_ended(path: str | Path) -> None:
-    """Delete temporary files of ``path`` whose process, of this machine, has ended."""
+    """Delete temporary files of ``path``, or of all files in a folder, whose process, of this
+    machine, has ended.
+    """
     path = Path(path)
-    for leftover in path.parent.glob(f"{escape(path.name)}.tmp-*"):
+    folder, name = (path, "*") if path.is_dir() else (path.parent, escape(path.name))
+    for leftover in folder.glob(f"{name}.tmp-*"):
         if _has_ended(leftover):
             leftover.unlink(missing_ok=True)
 

@@ -172,8 +172,13 @@ def test_a_checkpoint_resumes_on_other_processes_and_modes(work, monkeypatch, ca
     for last, options in ((10, ("--data-parallel", "fsdp")), (15, ())):
         log = train(work, tmp_path / "one", *base, *options, nproc=2).stdout
         assert f"resumed at step {last - 5}" in log
+        assert last == 10 or "0000012 is damaged: the bytes of 00001-of-00002" in log
         if last == 10:
             shutil.rmtree(place / "0000015")
+            shutil.copytree(place / "0000010", place / "0000012")
+            damaged = place / "0000012" / "00001-of-00002.safetensors"  # which rank 1 checks
+            content = damaged.read_bytes()
+            damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
             (tmp_path / "one" / NAME / "metrics.jsonl").unlink()
             (place / "0000015.pt").unlink()
     expected = [

@@ -116,6 +116,15 @@ def test_any_sharding_is_read_under_any_other(tmp_path, monkeypatch, shape, plac
         assert all(map(all, of_ranks(others, [Shard(0)], load)))
 
 
+def test_all_ranks_are_told_that_one_cannot_write(tmp_path, two_ranks, monkeypatch):
+    def gather(values: list, ours: tuple, group: object) -> None:
+        values[:] = [ours, ("00001-of-00002.safetensors", 0, None, "No space left on device")]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    with pytest.raises(OSError, match="No space left on device"):
+        save_sharded(tmp_path, TENSORS, dist.group.WORLD).result()
+
+
 def write_parts(folder: Path, tensor: torch.Tensor, ranges: list[tuple[int, int]]) -> None:
     folder.mkdir(exist_ok=True)
     for i, (start, stop) in enumerate(ranges):
