@@ -16,6 +16,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.helpers import same_tensors
+from utils.checkpoints import shard
 from utils.checkpoints.folder import (
     check_bytes,
     load_sharded,
@@ -231,6 +232,17 @@ def test_files_that_are_none_are_refused(folder, text):
     with pytest.raises(ValueError, match="is not a readable checkpoint folder: 00000-of") as error:
         read_contents(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("length", [1 << 63, 1000, shard.MAX_HEADER + 1])
+def test_a_header_is_no_longer_than_the_file_and_the_format_s_limit(folder, monkeypatch, length):
+    if length > shard.MAX_HEADER:
+        monkeypatch.setattr(shard, "MAX_HEADER", 50)
+        length = 60
+    (folder / FILE).write_bytes(struct.pack("<Q", length) + b"{}" + b" " * 100)
+    update_meta(folder)
+    with pytest.raises(ValueError, match=f"has 110 bytes, its header claims to have {length}"):
+        read_contents(folder)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "", ".", "..", "link", "a/b"])
