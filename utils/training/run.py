@@ -79,7 +79,8 @@ class TrainingRun:
         # as it comes back from a checkpoint
         self.fixed: dict[str, Any] = json.loads(json.dumps(fixed))
         self.run_folder = RunFolder.of(args, world, name)
-        if not args.dry_run:
+        # nothing is resumed from while another run may write it; a new folder is made by ``open``
+        if not args.dry_run and world.broadcast(self.run_folder.folder.is_dir()):
             self.run_folder.hold()
         self.first_step = self.run_folder.resume(state, self.fixed, start)
         self.last_step = min(self.first_step + 2, total_steps) if args.dry_run else total_steps
@@ -91,6 +92,7 @@ class TrainingRun:
         """Create folder, log, curves; terms: names for ``end_step``; facts: for options.json."""
         self._stop = stop
         if self.folder is not None:
+            self.run_folder.hold()
             self.run_folder.make()
         self.logger = create_logger(self.world, self.folder)
         self._curves = ScalarLog(self.world, self.folder, self.args.wandb_project, vars(self.args))
