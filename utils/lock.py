@@ -29,6 +29,8 @@ def hold(path: Path, world: World, what: str) -> None:
     process. A disk that has no locks holds nothing.
     """
     path = path.absolute()
+    if path in _held:  # by all ranks, or by none
+        return
     problem = None
     if world.is_main and (problem := _lock(path, fcntl.LOCK_EX, what)) is None:
         _record(path)
