@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 import uuid
-from contextlib import suppress
 from pathlib import Path
 
 from dataset.codes import shard_path
-from utils.files import remove_temporary
+from utils.files import remove_ended, remove_temporary, temporary_path
+from utils.processes import has_ended, machine
 
 
 class Claims:
@@ -23,7 +22,7 @@ class Claims:
 
     def __init__(self, folder: str | Path, timeout: float = 900.0):
         self.folder, self.timeout = folder, timeout
-        self._machine = _machine()
+        self._machine = machine()
         self._text = f"{self._machine} {os.getpid()} {uuid.uuid4().hex}"
         self._claimed: set[int] = set()
 
@@ -46,11 +45,16 @@ class Claims:
                 return False
             aside.unlink()
 
+        # linked when it is whole: a claim without a name would be waited for until it lapses
+        remove_ended(path)
+        aside = temporary_path(path)
         try:
-            with open(path, "x") as f:
-                f.write(self._text)
+            aside.write_text(self._text)
+            os.link(aside, path)
         except FileExistsError:
             return False
+        finally:
+            aside.unlink(missing_ok=True)
 
         self._claimed.add(shard)
         finished = shard_path(self.folder, shard)
@@ -62,18 +66,13 @@ class Claims:
 
     def _lapsed(self, path: Path) -> bool:
         try:
-            machine, _, rest = path.read_text().partition(" ")
+            place, _, rest = path.read_text().partition(" ")
             age = time.time() - path.stat().st_mtime
         except FileNotFoundError:
             return False
         pid = rest.partition(" ")[0]
-        if machine == self._machine and pid.isdigit():
-            try:
-                os.kill(int(pid), 0)
-            except ProcessLookupError:
-                return True
-            except PermissionError:
-                pass
+        if place == self._machine and pid.isdigit() and has_ended(int(pid)):
+            return True
         return age > self.timeout
 
     def _is_held(self, shard: int) -> bool:
@@ -100,12 +99,3 @@ class Claims:
     def __exit__(self, *_: object) -> None:
         for shard in list(self._claimed):
             self.release(shard)
-
-
-def _machine() -> str:
-    """Return what makes process ids unique: host and, on Linux, boot and process namespace."""
-    parts = [platform.node()]
-    with suppress(OSError):  # not Linux
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        parts += [boot, os.readlink("/proc/self/ns/pid")]
-    return "/".join(parts).replace(" ", "_")

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -27,7 +26,14 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.files import atomic_path, require_folder, sha256_file, write_json
+from utils.files import (
+    atomic_path,
+    remove_ended,
+    require_folder,
+    sha256_file,
+    temporary_path,
+    write_json,
+)
 from utils.npz import map_member, open_npz
 
 
@@ -81,7 +87,8 @@ def start_codes(folder: str | Path, plan: CodesPlan) -> None:
     theirs with it.
     """
     path = Path(folder) / "plan.json"
-    aside = path.with_name(f"plan.json.tmp-{uuid.uuid4().hex[:8]}")
+    remove_ended(path)
+    aside = temporary_path(path)
     write_json(aside, asdict(plan))
     try:
         os.link(aside, path)
@@ -204,8 +211,10 @@ def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) ->
     meta = {**asdict(plan), **counts, "shards": shards}
     write_json(Path(folder) / "meta.json", meta)
     # left by processes killed right after their last shard
-    for claim in (Path(folder) / "shards").glob("*.claim"):
-        claim.unlink(missing_ok=True)
+    remove_ended(Path(folder) / "shards")
+    for pattern in ("*.claim", "*.lapsed-*"):
+        for claim in (Path(folder) / "shards").glob(pattern):
+            claim.unlink(missing_ok=True)
     return meta
 
 
@@ -255,6 +264,11 @@ class ShardedCodes(Codes):
                 raise ValueError(
                     f"{path} holds codes of shape {codes.shape}, unlike "
                     f"{folder}/meta.json; extract again"
+                )
+            if codes.dtype.kind != "u" or shard_labels.dtype.kind != "i":
+                raise ValueError(
+                    f"{path} holds codes of type {codes.dtype} and labels of type "
+                    f"{shard_labels.dtype}, expected whole numbers; extract again"
                 )
             self._shards.append(codes)
             labels.append(shard_labels)

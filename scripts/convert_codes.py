@@ -32,6 +32,7 @@ from tokenizer.load import load_vq
 from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import init_distributed
 from utils.files import remove_temporary, require_file, require_folder
+from utils.lock import hold
 from utils.logger import progress
 from utils.options import make_parser, positive_int, run_main
 
@@ -43,6 +44,7 @@ def main() -> None:
     plan = make_plan(old, args)
     start_codes(args.output, plan)
     world = init_distributed()
+    hold(Path(args.output) / ".lock", world, f"--output {args.output}")
     whole = [s for s in range(plan.num_shards) if shard_path(args.output, s).exists()]
     whole = [s for s in whole if shard_damage(args.output, plan, s) is None]
     missing = [s for s in range(plan.num_shards) if s not in whole]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.checkpoints.folder import is_old
 from utils.checkpoints.weights_file import export_checkpoint, export_to_hub_form
 from utils.files import require_folder
 from utils.options import make_parser, run_main
@@ -45,6 +46,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     checkpoint = require_folder(args.checkpoint, "--checkpoint")
+    if is_old(checkpoint):
+        print(f"{checkpoint} has the format of an earlier version, which holds a pickle: checked")
     if args.hub:
         export_to_hub_form(checkpoint, Path(args.hub), args.ema, args.bf16)
     else:

@@ -7,20 +7,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from scripts.diagnosis.models import fill_from_names
-from tests.helpers import VGG16, extract, open_golden, train
-from tokenizer.vq_model import VQModel, make_vq_config
+from tests.helpers import VGG16, extract, open_golden, train, write_images_and_tokenizer
 from utils.distributed import World
 from utils.precision import cpu_name
 
@@ -65,17 +60,7 @@ def compiled_code(tmp_path_factory) -> None:
 def work(tmp_path_factory) -> Path:
     """Images of 3 classes, a random tokenizer in our format, its codes: the later steps' start."""
     folder = tmp_path_factory.mktemp("work")
-    rng = np.random.default_rng(0)
-    for label in ("ape", "bee", "cat"):
-        (folder / "images" / label).mkdir(parents=True)
-        for i in range(8):
-            pixels = rng.integers(0, 256, (40, 36 + i, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "images" / label / f"{i}.png")
-    vq = fill_from_names(VQModel(make_vq_config("VQ-4", codebook_size=64)))
-    torch.save(
-        {"model": vq.state_dict(), "vq_model": "VQ-4", "config": asdict(vq.config)},
-        folder / "vq.pt",
-    )
+    write_images_and_tokenizer(folder)
     extract(folder, folder / "codes")
     return folder
 

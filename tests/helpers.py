@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from autoregressive.models.gpt import GPT, GPTConfig
 from autoregressive.train import train_c2i
 from dataset.codes import CodesPlan, finish_codes, start_codes, write_shard
+from scripts.diagnosis.models import fill_from_names
+from tokenizer.vq_model import VQModel, make_vq_config
 from utils.checkpoints.folder import save_sharded
 from utils.options import run_main
 from utils.training.state import Ema, Guard, TrainingState, make_adamw
@@ -333,8 +335,22 @@ def gpt_checkpoint(folder: Path) -> GPT:
     model = GPT(small_config(ar_token_num=4))
     model.init_weights()
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    save_sharded(folder, tensors, None).result()
+    files = save_sharded(folder, tensors, None).result()
     facts = {"gpt_model": "GPT-S", "config": asdict(model.config), "steps": 7, "classes": ["a|b"]}
-    files = {p.name: p.stat().st_size for p in folder.iterdir()}
-    (folder / "meta.json").write_text(json.dumps(facts | {"files": files, "scalars": {}}))
+    (folder / "meta.json").write_text(json.dumps(facts | files | {"scalars": {}}))
     return model
+
+
+def write_images_and_tokenizer(folder: Path) -> None:
+    """Write eight images of each of 3 classes and a random tokenizer in our format."""
+    rng = np.random.default_rng(0)
+    for label in ("ape", "bee", "cat"):
+        (folder / "images" / label).mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.integers(0, 256, (40, 36 + i, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / label / f"{i}.png")
+    vq = fill_from_names(VQModel(make_vq_config("VQ-4", codebook_size=64)))
+    torch.save(
+        {"model": vq.state_dict(), "vq_model": "VQ-4", "config": asdict(vq.config)},
+        folder / "vq.pt",
+    )

@@ -43,7 +43,8 @@ def load_vq(
         raise ValueError("--vq-ckpt is required")
     if (Path(path) / "meta.json").is_file():
         checkpoint = read_meta(Path(path)) | {"model": read_sharded(Path(path), "model.")}
-        checkpoint |= {"ema": average} if (average := read_sharded(Path(path), "ema.")) else {}
+        average = read_sharded(Path(path), "ema.", check=False)
+        checkpoint |= {"ema": average} if average else {}
     else:
         checkpoint = load_checkpoint(path, "--vq-ckpt")
     own = checkpoint.get("config")

@@ -29,6 +29,7 @@ from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import World, init_distributed
 from utils.files import atomic_path, prepare_folder
 from utils.images import image_grid, save_png, to_uint8
+from utils.lock import hold
 from utils.logger import create_logger, progress
 from utils.npz import SampleFile, short_hash
 from utils.options import (
@@ -115,7 +116,7 @@ class Reconstructor:
         self.samples = list_images(args.data_path).samples
         self.images = ImageFiles(self.samples, CenterCrop(args.image_size))
         self.fingerprint = self._fingerprint()
-        base = Path(args.sample_dir) / name
+        self.base = base = Path(args.sample_dir) / name
         shape = (len(self.samples), args.image_size_eval, args.image_size_eval, 3)
         paths = (Path(f"{base}.npz"), Path(f"{base}-inputs.npz"))
         self.files = [
@@ -145,6 +146,23 @@ class Reconstructor:
                 )
         return finished
 
+    def score_path(self, chunk: int) -> Path:
+        """Return the file of the scores of one chunk."""
+        return self.scores / f"{chunk:07d}.npz"
+
+    def missing(self, files: list[SampleFile]) -> list[int]:
+        """Return the chunks that are still to be made for ``files``, or whose scores are lost."""
+        chunks = set().union(*(file.missing() for file in files))
+        return sorted(
+            c for c in range(files[0].num_chunks) if c in chunks or not self.score_path(c).exists()
+        )
+
+    def clean(self) -> None:
+        """Remove what a run killed at its very end left beside finished files."""
+        for file in self.files:
+            file.clean()
+        shutil.rmtree(self.scores, ignore_errors=True)
+
     def make(self, chunks: list[int]) -> None:
         """Reconstruct, measure, write ``chunks``; scores first, as images are not made again."""
         keys = [[(i, 0) for i in self.files[0].images_of(chunk)] for chunk in chunks]
@@ -161,8 +179,7 @@ class Reconstructor:
                 in_range = (to_model_range(torch.from_numpy(x), self.world.device) for x in pair)
                 scores["lpips"] = self.lpips(*in_range).flatten().cpu().numpy()  # (B,)
 
-            path = self.scores / f"{chunk:07d}.npz"
-            with atomic_path(path) as temporary, open(temporary, "wb") as f:
+            with atomic_path(self.score_path(chunk)) as temporary, open(temporary, "wb") as f:
                 np.savez(f, codes=codes.astype(np.uint32), labels=labels.numpy(), **scores)
             for file, content in zip(self.files, (reconstructions, originals), strict=True):
                 if file.partial.exists():
@@ -179,8 +196,8 @@ class Reconstructor:
     def summarise(self) -> tuple[dict[str, float], np.ndarray]:
         """Return means of scores, codebook usage and perplexity of all images; labels (N,)."""
         chunks: dict[str, list[np.ndarray]] = {}
-        for path in sorted(self.scores.iterdir()):
-            with np.load(path) as npz:
+        for chunk in range(self.files[0].num_chunks):
+            with np.load(self.score_path(chunk)) as npz:
                 for key in npz.files:
                     chunks.setdefault(key, []).append(npz[key])
         scores = {k: np.concatenate(v) for k, v in chunks.items()}
@@ -213,7 +230,6 @@ class Reconstructor:
             if file.partial.exists():
                 bar = progress(self.world, "checksum", len(self.samples), unit="images")
                 file.finish(labels, bar)
-        shutil.rmtree(self.scores)
         return figures
 
 
@@ -237,6 +253,7 @@ def main() -> None:
     place_tokenizer(vq, world.device)
     name = f"{name}-{Path(args.vq_ckpt).stem}-size-{args.image_size}"
     r = Reconstructor(args, world, vq, lpips, name)
+    hold(Path(f"{r.base}.lock"), world, f"--sample-dir: {r.base}")
     if world.is_main:
         say_if_enlarged(r.samples, args.image_size, logger)
 
@@ -249,7 +266,7 @@ def main() -> None:
                 file.create()
             r.scores.mkdir(exist_ok=True)
         world.barrier()
-        missing = sorted(set().union(*(file.missing() for file in unfinished)))
+        missing = r.missing(unfinished)
         world.barrier()  # every rank has listed before any rank writes
         r.make(missing[world.rank :: world.size])
         world.barrier()
@@ -257,6 +274,7 @@ def main() -> None:
     if world.is_main:
         if not all(finished):
             r.finish()
+        r.clean()
         figures = json.loads(r.figures.read_text())
         logger.info(", ".join(form.format(figures[k]) for k, form in SHOWN.items() if k in figures))
         logger.info(f"over {figures['images']:,} images; {r.picture} (image, reconstruction, ...)")

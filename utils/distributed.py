@@ -62,6 +62,11 @@ class World:
         dist.gather_object(value, values)
         return values
 
+    def first(self, value: T | None) -> T | None:
+        """Return on every rank the value of the first rank that has one; None if none has."""
+        values = self.gather_objects(value) or []
+        return self.broadcast(next((v for v in values if v is not None), None))
+
     def gather(self, x: Tensor) -> Tensor:
         """Return ``x`` of every rank, of one shape, concatenated in the order of ranks."""
         if self.size == 1:

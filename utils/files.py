@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
+
+from utils.processes import has_ended, machine
 
 
 @contextmanager
@@ -18,12 +22,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to; on success fsync it and rename it to ``path``.
 
     If the block raises (disk full, Ctrl-C), the half-written file is removed and whatever stood
-    under ``path`` before is untouched. A process killed in between leaves a ``*.tmp-*`` file:
-    ``remove_temporary``.
+    under ``path`` before is untouched. A process killed in between leaves a ``*.tmp-*`` file, which
+    the next writer of ``path`` removes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    remove_ended(path)
+    temporary = temporary_path(path)
     try:
         yield temporary
         with open(temporary, "rb") as f:
@@ -33,11 +38,39 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_temporary(path: str | Path) -> None:
-    """Delete what killed writers of ``path`` left behind; only its one writer may call this."""
+def temporary_path(path: Path) -> Path:
+    """Return a new name beside ``path`` that says which process writes there."""
+    place = hashlib.sha256(machine().encode()).hexdigest()[:8]
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}-{place}-{uuid.uuid4().hex[:8]}")
+
+
+def remove_ended(path: str | Path) -> None:
+    """Delete temporary files of ``path``, or of all files in a folder, whose process, of this
+    machine, has ended.
+    """
     path = Path(path)
-    for leftover in path.parent.glob(f"{path.name}.tmp-*"):
-        leftover.unlink(missing_ok=True)
+    folder, name = (path, "*") if path.is_dir() else (path.parent, escape(path.name))
+    for leftover in folder.glob(f"{name}.tmp-*"):
+        if _has_ended(leftover):
+            leftover.unlink(missing_ok=True)
+
+
+def remove_temporary(path: str | Path) -> None:
+    """Delete all temporary files of ``path``, those of other machines too; only its one writer may
+    call this.
+    """
+    path = Path(path)
+    for leftover in path.parent.glob(f"{escape(path.name)}.tmp-*"):
+        if _has_ended(leftover) is not False:
+            leftover.unlink(missing_ok=True)
+
+
+def _has_ended(temporary: Path) -> bool | None:
+    """Return whether the process that wrote a temporary file has ended; None: not known."""
+    name = re.search(r"\.tmp-(\d+)-([0-9a-f]{8})-[0-9a-f]{8}$", temporary.name)
+    if name is None or name[2] != hashlib.sha256(machine().encode()).hexdigest()[:8]:
+        return None
+    return has_ended(int(name[1]))
 
 
 def cut_torn_line(path: Path) -> None:
@@ -53,6 +86,11 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def json_sha256(value: Any) -> str:
+    """Return the hex SHA-256 of a value that JSON can hold, whatever the order of its fields."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def sha256_file(path: str | Path) -> str:

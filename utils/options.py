@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from utils.files import write_json
+from utils.lock import release_all
 from utils.precision import cpu_name
 
 
@@ -54,12 +55,13 @@ def run_main(main: Callable[[], None]) -> None:
 
     Under torchrun every failing rank reports its own error. ``PAR_DEBUG=1`` keeps the traceback.
     """
+    rank, ended = os.environ.get("RANK", "0"), False
     try:
         main()
+        ended = True
     except (ValueError, OSError) as error:
         if os.environ.get("PAR_DEBUG"):
             raise
-        rank = os.environ.get("RANK", "0")
         # tqdm's write clears an open progress bar first
         tqdm.write(
             f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr
@@ -68,6 +70,7 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
+        release_all(delete=ended and rank == "0")
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

@@ -35,6 +35,7 @@ from autoregressive.sample.pipeline import Pipeline, load_pipeline, to_device
 from utils.distributed import World, init_distributed
 from utils.files import prepare_folder
 from utils.images import save_png, to_uint8
+from utils.lock import hold
 from utils.logger import create_logger, progress
 from utils.npz import SampleFile, open_member, open_npz
 from utils.options import (
@@ -117,6 +118,7 @@ def main() -> None:
     pipeline = load_pipeline(args, world, compiled=True)
     name = sample_name(args, pipeline)
     npz = prepare_folder(args.sample_dir, "--sample-dir") / f"{name}.npz"
+    hold(npz.with_suffix(".lock"), world, f"--sample-dir: {npz}")
     size, order = args.image_size_eval, pipeline.gpt.order
     if size > pipeline.image_size:
         logger.warning(f"images of {pipeline.image_size} pixels are enlarged to {size}")

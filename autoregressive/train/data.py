@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
+import time
 from argparse import Namespace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.codes import Codes, MixedCodes, open_codes
+from dataset.codes import Codes, MixedCodes, open_codes, shard_path
 from dataset.epochs import EpochOrder
 from tokenizer.layout import place_tokenizer
 from tokenizer.load import load_vq, require_tokenizer
 from tokenizer.vq_model import VQModel
 from utils.distributed import World
+from utils.files import sha256_file
 from utils.options import resolve
 
+CHECKED_SHARDS = 2
 
-def open_training_codes(args: Namespace) -> Codes:
+
+def open_training_codes(args: Namespace, world: World) -> Codes:
     """Open ``--code-path`` and ``--mix-code-path``; options left out are filled from them."""
     codes = open_codes(args.code_path)
+    check_shards(args.code_path, "--code-path", codes, world)
     if args.mix_code_path is not None:
         second = open_codes(args.mix_code_path, "--mix-code-path")
+        check_shards(args.mix_code_path, "--mix-code-path", second, world)
         codes = MixedCodes(codes, second, args.mix_weight)
     describe_codes(args, codes)
     return codes
+
+
+def check_shards(folder: str, option: str, codes: Codes, world: World) -> None:
+    """Compare two shards per process, other ones at each start, with their hashes in meta.json.
+
+    Takes about a second per GB of them; ``scripts/inspect_codes.py`` checks all.
+    """
+    shards = codes.meta.get("shards", [])
+    order = np.random.default_rng(world.broadcast(time.time_ns())).permutation(len(shards))
+    damage = None
+    for i in order[CHECKED_SHARDS * world.rank :][:CHECKED_SHARDS]:
+        path, sha256 = shard_path(folder, i), shards[i].get("sha256")
+        if sha256 is not None and sha256_file(path) != sha256:
+            damage = f"{option}: {path} is damaged: its sha256 is not the one in meta.json; "
+            damage += "scripts/inspect_codes.py checks all, extract_codes_c2i.sh makes them again"
+    if damage := world.first(damage):
+        raise ValueError(damage)
 
 
 def describe_codes(args: Namespace, codes: Codes) -> None:
@@ -50,7 +73,9 @@ def describe_codes(args: Namespace, codes: Codes) -> None:
 
 
 def check_labels(args: Namespace, codes: Codes, source: str) -> None:
-    """Raise ``ValueError`` if the codes of ``source`` have a label beyond ``--num-classes``."""
+    """Raise ``ValueError`` if the codes of ``source`` have a label outside ``--num-classes``."""
+    if (smallest := codes.labels.min()) < 0:
+        raise ValueError(f"{source} has label {smallest}")
     if (largest := codes.labels.max()) >= args.num_classes:
         raise ValueError(f"{source} has label {largest}, but --num-classes is {args.num_classes}")
 
@@ -60,6 +85,7 @@ def open_held_out(args: Namespace, codes: Codes, world: World) -> Codes | None:
     if args.val_code_path is None:
         return None
     held_out = open_codes(args.val_code_path, "--val-code-path")
+    check_shards(args.val_code_path, "--val-code-path", held_out, world)
     for key in ("tokenizer_sha256", "grid", "classes", "image_size"):
         if codes.meta and held_out.meta and codes.meta[key] != held_out.meta[key]:
             raise ValueError(

@@ -267,7 +267,7 @@ def main() -> None:
     stop = StopSignal(world)
 
     # data
-    codes = open_training_codes(args)
+    codes = open_training_codes(args, world)
     held_out, vq = open_held_out(args, codes, world), open_tokenizer(args, codes, world)
     batches = CodeBatches(codes, args.vocab_size, args.global_batch_size, args.global_seed)
     steps_per_epoch = batches.order.steps_per_epoch

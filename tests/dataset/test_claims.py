@@ -37,3 +37,13 @@ def test_a_claim_clears_what_a_killed_writer_left(tmp_path):
         assert claims.take(2)
         assert not leftover.exists()
     assert not list(shard_path(tmp_path, 2).parent.iterdir())
+
+
+def test_a_claim_is_never_without_its_owner(tmp_path, monkeypatch):
+    """Killed between a file's creation and its first byte, a process would be waited for."""
+    seen = []
+    link = os.link
+    monkeypatch.setattr(os, "link", lambda a, b: seen.append(a.read_text()) or link(a, b))
+    claims = Claims(tmp_path)
+    assert claims.take(2) and seen == [claims._text]
+    assert [p.name for p in shard_path(tmp_path, 2).parent.iterdir()] == ["00002.claim"]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -97,13 +98,19 @@ def test_interrupted_or_spread_over_processes_makes_the_same(
         patch.setattr(reconstruct_vq.SampleFile, "write", write)
         assert "the power is gone" in reconstruct(tmp_path / "stopped")
     assert written == [0, 0, 1, 1, 2] and not list((tmp_path / "stopped").glob("*.npz"))
+    # what a process leaves that is killed before it names its file; read, it counted twice
+    (scores,) = (tmp_path / "stopped").glob("*.scores")
+    shutil.copy(scores / "0000000.npz", scores / "0000003.npz.tmp-1234abcd")
     made = []
     monkeypatch.setattr(
         reconstruct_vq.SampleFile, "write", lambda f, c, x: made.append(c) or real_write(f, c, x)
     )
     reconstruct(tmp_path / "stopped")
     assert made == [2, 2, 3, 3, 4, 4] and contents(tmp_path / "stopped") == expected
+    assert not list((tmp_path / "stopped").glob("*.s*")), "nothing is left over"
+    scores.mkdir()  # killed at the very end
     again = reconstruct(tmp_path / "stopped")
+    assert not scores.exists()
     assert len(made) == 6 and f"PSNR {expected['psnr']:.2f} dB" in again
 
     # both by the command line, with the same allocator: under PAR_CPU=avx2 others were seen to

@@ -1,217 +1,208 @@
-"""Training checkpoints: folders of tensor shards (torch.distributed.checkpoint), written in the
-background.
+"""Training checkpoints: folders of safetensors files, written in the background.
 
 Every rank writes what it holds; any number of ranks, sharded or not, reads it back. A folder
-holds ``*.distcp``, ``.metadata`` (torch's) and ``meta.json`` (ours: step, config, run, sizes
-of the files).
+holds one ``.safetensors`` file per rank and ``meta.json``: step, config, run, sizes and SHA-256 of
+the files. Nothing in it can run code. Folders of earlier versions (``.distcp``) are read by
+``old_folder.py``.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import pickle
 import re
-import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
-from io import BytesIO
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from utils.checkpoints.shard import SUFFIX, Rows, read_shard, write_shard
+from utils.files import json_sha256, sha256_file, write_json
 
 CHECKPOINT_NAME = re.compile(r"\d{7,}")
 
-# one process needs no process group to read and write
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of a folder: ``parts`` are its rows in order, without gaps or overlaps."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    parts: list[Rows]
 
 
-# classes that torch writes into ``.metadata``; all else in it is numbers, names and containers
-_RECORDS = {
-    *(
-        "Metadata",
-        "TensorStorageMetadata",
-        "TensorProperties",
-        "ChunkStorageMetadata",
-        "BytesStorageMetadata",
-    ),
-    *("MetadataIndex", "StorageMeta", "_StorageInfo", "_MEM_FORMAT_ENCODING"),
-}
-_PATHS = {"Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"}
-
-
-class _Record:
-    """Stand-in for any object in ``.metadata``: keeps what was pickled, does nothing with it."""
-
-    state: Any = None
-
-    def __init__(self, *args: Any):
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _InertUnpickler(pickle.Unpickler):
-    """Reads ``.metadata`` into fresh stand-ins of torch's classes; any other class is refused."""
-
-    def __init__(self, file: BinaryIO):
-        super().__init__(file)
-        self._stand_ins: dict[str, type] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        value = vars(torch).get(name) if module == "torch" else None
-        if isinstance(value, torch.dtype):
-            return value
-        if value is torch.Size:
-            return tuple
-        known = module.startswith("torch.distributed.checkpoint.") and name in _RECORDS
-        known |= module in ("pathlib", "pathlib._local") and name in _PATHS
-        if known or (module, name) == ("torch.serialization", "_get_layout"):
-            return self._stand_ins.setdefault(name, type(name, (_Record,), {}))
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no table of contents needs")
-
-
-def _fields(record: Any, kind: str, what: str) -> dict[str, Any]:
-    if type(record).__name__ != kind or type(record.state) is not dict:
-        raise ValueError(f"{what} is a {type(record).__name__}, not a {kind}")
-    return record.state
-
-
-def _size(value: Any, ndim: int | None = None) -> torch.Size:
-    if type(value) is not tuple or not all(type(n) is int and n >= 0 for n in value):
-        raise ValueError(f"{value!r} is not a tuple of sizes")
-    if ndim is not None and len(value) != ndim:
-        raise ValueError(f"{value} has {len(value)} dimensions, expected {ndim}")
-    return torch.Size(value)
-
-
-def _check_tensor(name: Any, record: Any) -> TensorStorageMetadata:
-    """One tensor's entry in plain values; its chunks lie inside it and are as large together."""
-    if type(name) is not str:
-        raise ValueError(f"{name!r} is not a tensor's name")
-    entry = _fields(record, "TensorStorageMetadata", name)
-    dtype, *_ = entry["properties"].state
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name} has no type")
-    size, chunks = _size(entry["size"]), []
-    for chunk in entry["chunks"]:
-        fields = _fields(chunk, "ChunkStorageMetadata", f"a chunk of {name}")
-        offsets, sizes = _size(fields["offsets"], len(size)), _size(fields["sizes"], len(size))
-        if any(o + s > whole for o, s, whole in zip(offsets, sizes, size, strict=True)):
-            raise ValueError(f"a chunk of {name} reaches out of it")
-        chunks.append(ChunkStorageMetadata(offsets, sizes))
-    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):
-        raise ValueError(f"the chunks of {name} are not the whole of it")
-    return TensorStorageMetadata(TensorProperties(dtype), size, chunks)
-
-
-def _check_place(record: Any, name: str, sizes: dict[str, int]) -> _StorageInfo:
-    """Where a chunk of these ``sizes`` lies, in plain values: inside one of the folder's files."""
-    place = _fields(record, "_StorageInfo", f"the place of {name}")
-    path, offset, length = (place[k] for k in ("relative_path", "offset", "length"))
-    if type(path) is not str or path not in sizes:
-        raise ValueError(f"{name} lies in {path!r}, which is not a file of the folder")
-    if not (type(offset) is type(length) is int and 0 <= offset <= offset + length <= sizes[path]):
-        raise ValueError(f"{name} lies at {offset!r}, {length!r} bytes, outside of {path}")
-    return _StorageInfo(path, offset, length)
-
-
-def _read_metadata(folder: Path) -> Metadata:
-    """Return the checked contents in plain values; ``ValueError`` if there are none.
-
-    Every entry is a tensor: torch would load any other entry's bytes with a full unpickler, which
-    can run code.
-    """
-    try:
-        files = [p for p in folder.iterdir() if p.is_file() and not p.is_symlink()]
-        sizes = {p.name: p.stat().st_size for p in files}
-        with open(folder / ".metadata", "rb") as f:
-            contents = _fields(_InertUnpickler(f).load(), "Metadata", "the table of contents")
-        tensors = {k: _check_tensor(k, v) for k, v in contents["state_dict_metadata"].items()}
-        places = {}
-        for record, place in contents["storage_data"].items():
-            index = _fields(record, "MetadataIndex", "a key")
-            name, offset = index["fqn"], _size(index["offset"])
-            places[MetadataIndex(name, offset)] = _check_place(place, name, sizes)
-        for name, tensor in tensors.items():
-            for chunk in tensor.chunks:
-                size = math.prod(chunk.sizes) * tensor.properties.dtype.itemsize
-                if places[MetadataIndex(name, chunk.offsets)].length < size:
-                    raise ValueError(f"{name} takes fewer than its {size} bytes")
-    except Exception as error:  # a damaged or hostile file may break the reader in any way
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{folder} is not a readable checkpoint folder: {reason}") from error
-    return Metadata(tensors, storage_data=places)
-
-
-def read_contents(folder: str | Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Names, shapes and types of a checkpoint folder's tensors; ``ValueError`` if damaged."""
-    tensors = _read_metadata(Path(folder)).state_dict_metadata
-    return {k: (v.size, v.properties.dtype) for k, v in tensors.items()}
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads by a table of contents that was checked, instead of unpickling the file's own."""
-
-    def __init__(self, folder: Path, metadata: Metadata):
-        super().__init__(folder)
-        self._metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata
-
-
-class _Planner(dcp.DefaultLoadPlanner):
-    """Loads tensors, which torch reads ``weights_only``, and nothing else."""
-
-    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
-        raise ValueError(f"{read_item.storage_index.fqn} is not a tensor")
+def is_old(folder: Path) -> bool:
+    """Return whether ``folder`` has the format of earlier versions."""
+    return (folder / ".metadata").exists() or any(folder.glob("*.distcp"))
 
 
 def save_sharded(
     folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None
-) -> Future:
-    """Copy ``tensors``, write them in the background; the future ends when all ranks have written.
+) -> Future[dict[str, Any]]:
+    """Copy ``tensors``, write them in the background; the future ends when all ranks have written
+    and gives what ``meta.json`` must hold of their files.
 
-    All ranks call it with the same names; tensors that all of them hold are dealt out, each to be
-    copied and written by one. ``group``: for the talk of the background threads, away from that of
-    training; None without one.
+    All ranks call it with the same names; tensors that several of them hold are dealt out, each to
+    be copied and written by one. ``group``: for the talk of the background threads, away from that
+    of training; None without one.
     """
     rank, size = (dist.get_rank(), dist.get_world_size()) if group is not None else (0, 1)
-    mine = {
-        k: v
-        for i, (k, v) in enumerate(tensors.items())
-        if isinstance(v, DTensor) or i % size == rank
-    }
-    # torch's staging copies sharded tensors off a device, but shares what is on the CPU with the
-    # training that goes on
-    staged = {k: _copy(v.detach()) for k, v in mine.items()}
-    if group is not None:
-        return dcp.async_save(staged, checkpoint_id=str(folder), process_group=group)
+    parts = {}
+    for i, (name, tensor) in enumerate(tensors.items()):
+        if isinstance(tensor, DTensor):
+            replica, replicas = _replica(tensor)
+            if i % replicas == replica:
+                start = _first_row(tensor)
+                parts[name] = Rows(_copy(tensor.to_local()), start, tensor.shape[0])
+        elif i % size == rank:
+            parts[name] = Rows.whole(_copy(tensor))
+
+    path = folder / f"{rank:05d}-of-{size:05d}{SUFFIX}"
     writer = ThreadPoolExecutor(1)
-    future = writer.submit(dcp.save, staged, checkpoint_id=str(folder), no_dist=True)
+    future = writer.submit(_write, path, parts, group)
     writer.shutdown(wait=False)
     return future
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    if tensor.device.type == "cpu":
-        return tensor.clone()
-    return tensor if isinstance(tensor, DTensor) else tensor.cpu()
+    """Return a contiguous copy on the CPU: training goes on changing the tensor."""
+    tensor = tensor.detach()
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+
+def _replica(tensor: DTensor) -> tuple[int, int]:
+    """Return which of how many equal copies of its part this rank holds."""
+    replica, replicas = 0, 1
+    for dim, placement in enumerate(tensor.placements):
+        if isinstance(placement, Replicate):
+            n = tensor.device_mesh.size(dim)
+            replica = replica * n + tensor.device_mesh.get_local_rank(dim)
+            replicas *= n
+    return replica, replicas
+
+
+def _first_row(tensor: DTensor) -> int:
+    """Return the row that this rank's part begins with; parts are cut as by ``torch.chunk``."""
+    start, count = 0, tensor.shape[0]
+    for dim, placement in enumerate(tensor.placements):
+        if not isinstance(placement, Replicate):
+            assert isinstance(placement, Shard) and placement.dim == 0, placement
+            rows = -(-count // tensor.device_mesh.size(dim))
+            first = min(rows * tensor.device_mesh.get_local_rank(dim), count)
+            start, count = start + first, min(rows, count - first)
+    assert count == len(tensor.to_local())
+    return start
+
+
+def _write(path: Path, parts: dict[str, Rows], group: dist.ProcessGroup | None) -> dict[str, Any]:
+    """Write this rank's file; return names, sizes and hashes of the files of all ranks.
+
+    Raises ``OSError`` on all ranks if one cannot write.
+    """
+    error = sha256 = None
+    size = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sha256 = write_shard(path, parts)
+        size = path.stat().st_size
+    except Exception as failure:
+        error = str(failure).strip() or type(failure).__name__
+    written = [(path.name, size, sha256, error)]
+    if group is not None:
+        written *= dist.get_world_size(group)
+        dist.all_gather_object(written, (path.name, size, sha256, error), group)
+    if errors := [e for *_, e in written if e]:
+        raise OSError(errors[0])
+    return {
+        "files": {name: size for name, size, *_ in written},
+        "sha256": {name: sha256 for name, _, sha256, _ in written},
+    }
+
+
+def write_meta(folder: Path, facts: dict[str, Any]) -> None:
+    """Write ``meta.json``, which makes a checkpoint whole: ``facts`` and their own SHA-256."""
+    facts = json.loads(json.dumps(facts, default=str))
+    write_json(folder / "meta.json", facts | {"meta_sha256": json_sha256(facts)})
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Return ``meta.json`` of a checkpoint folder; ``ValueError`` if a file is missing there."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        sha256 = meta.pop("meta_sha256", None)  # earlier versions wrote none
+        if sha256 is not None and sha256 != json_sha256(meta):
+            raise ValueError("its bytes have changed")
+        sizes = {str(name): int(size) for name, size in meta["files"].items()}
+        hashes = meta.get("sha256", {})
+        if not (hashes.keys() <= sizes.keys() and all(type(v) is str for v in hashes.values())):
+            raise ValueError("sha256 is not a hash per file")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{folder} is not a whole checkpoint: meta.json is missing or damaged ({error})"
+        ) from error
+    for name, size in sizes.items():
+        path = folder / name
+        if Path(name).name != name or not name.strip(".") or path.is_symlink():
+            raise ValueError(f"{folder} is damaged: {name!r} is not a file of the folder")
+        found = path.stat().st_size if path.is_file() else 0
+        if found != size:
+            raise ValueError(f"{folder} is damaged: {name} has {found} bytes, expected {size}")
+    return meta
+
+
+def check_bytes(folder: Path, rank: int = 0, ranks: int = 1) -> None:
+    """Raise ``ValueError`` if a file's bytes are not those that were written.
+
+    Reads every file (about a second per GB), or of several ``ranks`` each its share. Folders of
+    earlier versions have no hashes.
+    """
+    hashes = sorted(read_meta(folder).get("sha256", {}).items())
+    for name, sha256 in hashes[rank::ranks]:
+        if sha256_file(folder / name) != sha256:
+            raise ValueError(f"{folder} is damaged: the bytes of {name} have changed")
+
+
+def _read_table(folder: Path) -> dict[str, _Stored]:
+    """Return the tensors of all files, mapped; ``ValueError`` unless each of them is whole."""
+    found: dict[str, list[Rows]] = {}
+    tensors = {}
+    try:
+        for name in read_meta(folder)["files"]:
+            for key, rows in read_shard(folder / name).items():
+                found.setdefault(key, []).append(rows)
+        for key, parts in found.items():
+            parts.sort(key=lambda rows: (rows.start, rows.stop))
+            values, total = parts[0].values, parts[0].total
+            position = 0
+            for part in parts:
+                same = part.values.dtype == values.dtype and part.total == total
+                if not same or part.values.shape[1:] != values.shape[1:]:
+                    raise ValueError(f"the parts of {key} are of different tensors")
+                if part.values.ndim != values.ndim or part.start != position:
+                    raise ValueError(f"the parts of {key} leave gaps or overlap")
+                position = part.stop
+            if position != total:
+                raise ValueError(f"the parts of {key} leave gaps or overlap")
+            shape = torch.Size((total, *values.shape[1:]) if values.ndim else ())
+            tensors[key] = _Stored(shape, values.dtype, parts)
+    except (ValueError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder} is not a readable checkpoint folder: {reason}") from error
+    return tensors
+
+
+def read_contents(folder: str | Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Names, shapes and types of a checkpoint folder's tensors; ``ValueError`` if damaged."""
+    if is_old(Path(folder)):
+        # needs private parts of torch, which no other folder shall depend on
+        from utils.checkpoints import old_folder
+
+        return old_folder.read_contents(folder)
+    return {k: (v.shape, v.dtype) for k, v in _read_table(Path(folder)).items()}
 
 
 def load_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -219,59 +210,55 @@ def load_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     ``ValueError`` if one is missing, does not fit or cannot be read.
     """
-    _load(folder, _read_metadata(folder), tensors)
+    if is_old(folder):
+        from utils.checkpoints import old_folder
+
+        old_folder.load_sharded(folder, tensors)
+        return
+    _load(folder, _read_table(folder), tensors)
 
 
-def _load(folder: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
-    stored = metadata.state_dict_metadata
+def _load(folder: Path, table: dict[str, _Stored], tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        if name not in stored:
+        if name not in table:
             raise ValueError(f"{folder} lacks {name}")
-        if stored[name].size != tensor.shape:
+        if table[name].shape != tensor.shape:
             raise ValueError(
-                f"{folder}: {name} is {tuple(stored[name].size)}, expected {tuple(tensor.shape)}"
+                f"{folder}: {name} is {tuple(table[name].shape)}, expected {tuple(tensor.shape)}"
             )
-    try:
-        dcp.load(
-            tensors, storage_reader=_Reader(folder, metadata), planner=_Planner(), no_dist=True
-        )
-    except (Exception, dcp.CheckpointException) as error:  # a damaged file may break it in any way
-        # torch wraps what went wrong; where it refuses to unpickle, it advises to run
-        # the file's code
-        cause = (
-            next(iter(error.failures.values()))[0]
-            if isinstance(error, dcp.CheckpointException)
-            else error
-        )
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
-        if isinstance(cause, pickle.UnpicklingError):
-            reason = "bytes in place of a tensor are not a tensor"
-        raise ValueError(
-            f"{folder} cannot be read: {reason}; delete it to resume from the one before it"
-        ) from error
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            _fill(tensor.to_local(), _first_row(tensor), table[name])
+        else:
+            _fill(tensor, 0, table[name])
 
 
-def read_sharded(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """Tensors of ``folder`` named ``prefix...``, whole, on the CPU, without the prefix."""
-    metadata = _read_metadata(folder)
-    stored = {k: v for k, v in metadata.state_dict_metadata.items() if k.startswith(prefix)}
-    tensors = {k: torch.zeros(v.size, dtype=v.properties.dtype) for k, v in stored.items()}
-    _load(folder, metadata, tensors)
+@torch.no_grad()
+def _fill(target: Tensor, start: int, stored: _Stored) -> None:
+    """Copy to ``target``, the rows of a tensor from ``start`` on, what the parts hold of them."""
+    if target.ndim == 0:
+        target.copy_(stored.parts[0].values)
+        return
+    for part in stored.parts:
+        first, stop = max(start, part.start), min(start + len(target), part.stop)
+        if first < stop:
+            values = part.values[first - part.start : stop - part.start]
+            target[first - start : stop - start].copy_(values)
+
+
+def read_sharded(folder: Path, prefix: str, check: bool = True) -> dict[str, Tensor]:
+    """Tensors of ``folder`` named ``prefix...``, whole, on the CPU, without the prefix.
+
+    check: whether to check the bytes of all files first, see ``check_bytes``.
+    """
+    if check:
+        check_bytes(folder)
+    if is_old(folder):
+        from utils.checkpoints import old_folder
+
+        return old_folder.read_sharded(folder, prefix)
+    stored = {k: v for k, v in _read_table(folder).items() if k.startswith(prefix)}
+    # its parts are as large in the files: a false size cannot ask for more memory than those have
+    tensors = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in stored.items()}
+    _load(folder, stored, tensors)
     return {k.removeprefix(prefix): v for k, v in tensors.items()}
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """Return ``meta.json`` of a checkpoint folder; ``ValueError`` if a file is missing there."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        sizes = {str(name): int(size) for name, size in meta["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{folder} is not a whole checkpoint: meta.json is missing or damaged ({error})"
-        ) from error
-    for name, size in sizes.items():
-        path = folder / Path(name).name
-        found = path.stat().st_size if path.is_file() else 0
-        if found != size:
-            raise ValueError(f"{folder} is damaged: {name} has {found} bytes, expected {size}")
-    return meta

@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from utils.checkpoints.folder import read_meta, read_sharded
-from utils.files import atomic_path, write_json
+from utils.files import atomic_path, json_sha256, write_json
 from utils.hub import CONFIG_FILE, WEIGHTS_FILE, weights_path
+
+HASH = "content_sha256"  # where a file holds the hash of its content
 
 
 def load_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
@@ -26,8 +28,9 @@ def load_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
     CPU without running any code from it.
 
     ``weights_only`` with ``argparse.Namespace`` allowed (released files hold one under ``args``).
-    Zip-format files are memory-mapped, so a tensor costs memory only when it is used. Raises
-    ``ValueError`` naming ``option``.
+    Zip-format files are memory-mapped, so a tensor costs memory only when it is used. A file that
+    holds the SHA-256 of its content, as ours do, is compared with it: about a second per GB.
+    Raises ``ValueError`` naming ``option``.
     """
     if path is not None and (Path(path) / "meta.json").is_file():
         raise ValueError(
@@ -38,13 +41,20 @@ def load_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {}).get("facts") or _config_beside(path))
+                metadata = file.metadata() or {}
+                facts = json.loads(metadata.get("facts") or _config_beside(path))
+                if HASH in metadata:
+                    facts[HASH] = metadata[HASH]
                 names = list(file.keys())
-                return facts | {"model": {k: file.get_tensor(k) for k in names}}
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+                checkpoint = facts | {"model": {k: file.get_tensor(k) for k in names}}
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                checkpoint = torch.load(
+                    path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+                )
+        sha256 = checkpoint.pop(HASH, None) if isinstance(checkpoint, dict) else None
+        if sha256 is not None and sha256 != content_sha256(checkpoint):
+            raise ValueError("its bytes have changed since it was written")
     except Exception as error:  # a damaged or hostile file may break the reader in any way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
@@ -114,8 +124,24 @@ def state_sha256(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def content_sha256(checkpoint: dict[str, Any]) -> str:
+    """Return a hex SHA-256 of all tensors of a checkpoint, one level deep, and of its facts."""
+    hashes = {
+        k: state_sha256({n: v for n, v in value.items() if isinstance(v, Tensor)})
+        for k, value in checkpoint.items()
+        if isinstance(value, dict) and any(isinstance(v, Tensor) for v in value.values())
+    }
+    hashes[""] = state_sha256({k: v for k, v in checkpoint.items() if isinstance(v, Tensor)})
+    facts = {k: v for k, v in checkpoint.items() if k not in hashes and not isinstance(v, Tensor)}
+    return json_sha256({"tensors": hashes, "facts": facts})
+
+
 def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Write a checkpoint file, whole or not at all."""
+    """Write a checkpoint file, whole or not at all, with the SHA-256 of its content unless it is a
+    bare state dict.
+    """
+    if not all(isinstance(v, Tensor) for v in checkpoint.values()):
+        checkpoint = {**checkpoint, HASH: content_sha256(checkpoint)}
     with atomic_path(path) as temporary:
         torch.save(checkpoint, temporary)
 
@@ -132,7 +158,7 @@ def export_checkpoint(
     if output.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"--output {output} must end in .pt or .safetensors")
     weights, facts = _read_export(folder, ema, bf16)
-    averages = read_sharded(folder, "ema.") if ema is None else {}
+    averages = read_sharded(folder, "ema.", check=False) if ema is None else {}
     try:
         if output.suffix == ".safetensors":
             _save_safetensors(weights, facts, output)
@@ -212,7 +238,8 @@ def _read_export(
     folder: Path, ema: bool | None, bf16: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the weights of a training checkpoint, or their moving average, and its facts."""
-    facts = {k: v for k, v in read_meta(folder).items() if k not in ("files", "scalars")}
+    meta = read_meta(folder)
+    facts = {k: v for k, v in meta.items() if k not in ("files", "sha256", "scalars")}
     weights = read_sharded(folder, "ema." if ema else "model.")
     if not weights:
         raise ValueError(f"--ema: {folder} holds no moving average; train with --ema to keep one")
@@ -222,6 +249,9 @@ def _read_export(
 
 
 def _save_safetensors(weights: dict[str, Tensor], facts: dict[str, Any], path: Path) -> None:
-    """Write tensors, with the facts in the header, whole or not at all."""
+    """Write tensors, with the facts and a hash in the header, whole or not at all."""
+    facts = json.loads(json.dumps(facts))
+    metadata = {"format": "pt", "facts": json.dumps(facts)}
+    metadata[HASH] = content_sha256({"model": weights, **facts})
     with atomic_path(path) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt", "facts": json.dumps(facts)})
+        save_file(weights, temporary, metadata=metadata)

@@ -79,6 +79,9 @@ class TrainingRun:
         # as it comes back from a checkpoint
         self.fixed: dict[str, Any] = json.loads(json.dumps(fixed))
         self.run_folder = RunFolder.of(args, world, name)
+        # nothing is resumed from while another run may write it; a new folder is made by ``open``
+        if not args.dry_run and world.broadcast(self.run_folder.folder.is_dir()):
+            self.run_folder.hold()
         self.first_step = self.run_folder.resume(state, self.fixed, start)
         wanted = self.first_step + 2 if args.dry_run else args.max_steps or total_steps
         self.last_step = max(self.first_step, min(wanted, total_steps))
@@ -90,6 +93,7 @@ class TrainingRun:
         """Create folder, log, curves; terms: names for ``end_step``; facts: for options.json."""
         self._stop = stop
         if self.folder is not None:
+            self.run_folder.hold()
             self.run_folder.make()
         self.logger = create_logger(self.world, self.folder)
         self._curves = ScalarLog(self.world, self.folder, self.args.wandb_project, vars(self.args))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import time
 import uuid
@@ -19,14 +20,18 @@ import torch.distributed as dist
 
 from utils.checkpoints.folder import (
     CHECKPOINT_NAME,
+    check_bytes,
+    is_old,
     load_sharded,
     read_contents,
     read_meta,
     save_sharded,
+    write_meta,
 )
 from utils.checkpoints.weights_file import export_checkpoint
 from utils.distributed import TIMEOUT, World
-from utils.files import prepare_folder, remove_temporary, write_json
+from utils.files import prepare_folder, remove_temporary
+from utils.lock import hold
 from utils.options import git_revision
 from utils.training.state import TrainingState
 
@@ -46,6 +51,8 @@ class RunFolder:
     keep_last: int
     keep_every: int
     notes: list[str] = field(default_factory=list)  # for the log, once there is one
+    _resumed: Path | None = None
+    _damaged: set[Path] = field(default_factory=set)  # found by their bytes
     _pending: Future | None = None
     _group: dist.ProcessGroup | None = None
 
@@ -57,6 +64,14 @@ class RunFolder:
         places = dict.fromkeys(p.absolute() / "checkpoints" for p in (folder, cloud))
         return cls(world, folder, tuple(places), args.keep_last, args.keep_every)
 
+    def hold(self) -> None:
+        """Keep other runs out of the folders; ``ValueError`` if one is in them."""
+        for folder in dict.fromkeys((self.folder, *(p.parent for p in self.checkpoint_folders))):
+            if self.world.is_main:
+                prepare_folder(folder, "--cloud-save-path or --results-dir")
+            self.world.barrier()
+            hold(folder / ".lock", self.world, str(folder))
+
     def make(self) -> None:
         """Create the folders early; ``ValueError`` if that fails or machines do not share them."""
         token = self.world.broadcast(uuid.uuid4().hex)
@@ -66,6 +81,9 @@ class RunFolder:
             for folder in self.checkpoint_folders:
                 for leftover in folder.glob("*.tmp"):
                     shutil.rmtree(leftover)
+                for leftover in folder.glob(".*"):  # of a run killed further down
+                    if re.fullmatch(r"\.[0-9a-f]{32}", leftover.name):
+                        leftover.unlink()
                 (folder / f".{token}").touch()
         self.world.barrier()
         for folder in self.checkpoint_folders:
@@ -83,8 +101,15 @@ class RunFolder:
         if self.world.is_main:
             for folder in self.checkpoint_folders:
                 (folder / f".{token}").unlink()
-            if newest := self.newest():
-                self._mirror(newest)
+            while newest := self.newest():
+                try:
+                    self._mirror(newest)
+                    if newest == self._resumed:  # its bytes are whole: none before it is needed
+                        for folder in self.checkpoint_folders:
+                            self._prune(folder)
+                    break
+                except ValueError as error:
+                    self._pass_over(newest, str(error))
         if dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
@@ -101,13 +126,46 @@ class RunFolder:
         for path in sorted(
             (p for p in found if CHECKPOINT_NAME.fullmatch(p.name)), key=lambda p: -int(p.name)
         ):
+            if path in self._damaged:
+                continue
             try:
                 read_meta(path)
                 read_contents(path)
                 return path
             except ValueError as error:
-                if (note := f"{error}; an older one is taken") not in self.notes:
-                    self.notes.append(note)
+                self._note(str(error))
+        return None
+
+    def _note(self, damage: str) -> None:
+        if (note := f"{damage}; an older one is taken") not in self.notes:
+            self.notes.append(note)
+
+    def _pass_over(self, checkpoint: Path, damage: str) -> None:
+        """Count a checkpoint, whose bytes have changed, as damaged until it is made again."""
+        self._note(damage)
+        self._damaged.add(checkpoint)
+
+    def _choose(self, start: Path | None) -> Path | None:
+        """Return the newest checkpoint whose bytes are those that were written, else ``start``.
+
+        The ranks share the reading of its files, and all of them return the same.
+        """
+        while path := self.world.broadcast(self.newest() if self.world.is_main else None):
+            damage = self.world.first(self._damage(path))
+            if damage is None:
+                self._resumed = path
+                return path
+            self._pass_over(path, damage)
+        if start is not None and (damage := self.world.first(self._damage(start))):
+            raise ValueError(damage)
+        return start
+
+    def _damage(self, path: Path) -> str | None:
+        """Return what is wrong with the bytes of this rank's share of the files, or None."""
+        try:
+            check_bytes(path, self.world.rank, self.world.size)
+        except (ValueError, OSError) as error:
+            return str(error)
         return None
 
     def resume(self, state: TrainingState, run: dict[str, Any], start: Path | None = None) -> int:
@@ -116,11 +174,16 @@ class RunFolder:
         From the newest checkpoint, or from ``start`` if there is none. run: options that may not
         change in mid-run, which the checkpoint must have too.
         """
-        path = self.world.broadcast((self.newest() or start) if self.world.is_main else None)
+        path = self._choose(start)
         if path is None:
             return 0
         meta = read_meta(path)
         check_same_run(meta.get("run"), run, path)
+        if is_old(path):
+            self.notes.append(
+                f"{path} has the format of an earlier version, which holds a pickle: its table of "
+                "contents is checked and read without unpickling; new checkpoints hold none"
+            )
         tensors = state.tensors()
         has_average = any(k.startswith("ema.") for k in read_contents(path))
         new_average = None if has_average else state.ema
@@ -150,11 +213,10 @@ class RunFolder:
 
     def _publish(self, temporary: Path, upload: Future, facts: dict[str, Any]) -> None:
         try:
-            upload.result()
-            sizes = {p.name: p.stat().st_size for p in temporary.iterdir()}
-            write_json(temporary / "meta.json", facts | {"files": sizes})
+            write_meta(temporary, facts | upload.result())
             first = temporary.with_suffix("")
             _replace(temporary, first)
+            self._damaged.discard(first)
             self._mirror(first)
         except BaseException:
             for folder in self.checkpoint_folders:
@@ -166,15 +228,22 @@ class RunFolder:
     def _mirror(self, checkpoint: Path) -> None:
         """Copy a whole checkpoint to the places that lack it."""
         for folder in self.checkpoint_folders:
-            if not _is_whole(folder / checkpoint.name):
+            place = folder / checkpoint.name
+            if place in self._damaged or not _is_whole(place):
                 aside = folder / f"{checkpoint.name}.tmp"
                 shutil.copytree(checkpoint, aside, copy_function=_copy_durably)
-                _replace(aside, folder / checkpoint.name)
+                try:
+                    check_bytes(aside)
+                except ValueError as error:
+                    shutil.rmtree(aside)
+                    raise ValueError(str(error).replace(str(aside), str(checkpoint))) from error
+                _replace(aside, place)
+                self._damaged.discard(place)
 
     def _prune(self, folder: Path) -> None:
         found = [p for p in folder.iterdir() if p.is_dir() and CHECKPOINT_NAME.fullmatch(p.name)]
         # damaged ones do not count, and stay: the run makes them again when it comes to their step
-        steps = sorted(int(p.name) for p in found if _is_whole(p))
+        steps = sorted(int(p.name) for p in found if p not in self._damaged and _is_whole(p))
         for step in steps[: -self.keep_last]:
             if not (self.keep_every and step % self.keep_every == 0):
                 aside = folder / f"{step:07d}.tmp"

@@ -22,14 +22,16 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopSignal:
     """Listens from its creation. In each step: ``begin_vote`` first, ``should_stop`` at its end.
 
-    torchrun signals the ranks that are left when one has died, and those may wait for it for ever:
-    a step that does not end within two minutes of the signal ends the process.
+    The death of torchrun's launcher counts as a signal. torchrun signals the ranks that are left
+    when one has died, and those may wait for it for ever: a step that does not end within two
+    minutes of the signal ends the process.
     """
 
     def __init__(self, world: World):
         self.received, self._is_main = False, world.is_main
         self._asked, self._ended = torch.zeros(1), threading.Event()
         self._steps, self._in_step = 0, False
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
         self._work: dist.Work | None = None
         self._watched, wakeup = socket.socketpair()
@@ -75,7 +77,9 @@ class StopSignal:
         if signal.SIGINT not in self._before:
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
         self._steps, self._in_step = self._steps + 1, True
-        self._asked.fill_(float(self.received))
+        # its launcher was killed: this process would train on unseen, and keep others out
+        orphaned = self._launcher not in (None, os.getppid())
+        self._asked.fill_(float(self.received or orphaned))
         if self._group is not None:
             self._work = dist.all_reduce(self._asked, dist.ReduceOp.MAX, self._group, async_op=True)
 

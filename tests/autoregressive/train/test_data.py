@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.train.data import CodeBatches
-from dataset.codes import MixedCodes
+from autoregressive.train import data
+from autoregressive.train.data import CodeBatches, check_shards
+from dataset.codes import MixedCodes, open_codes, shard_path
+from tests.helpers import digest, make_plan, write_all
 from utils.distributed import World
 
 
@@ -31,3 +33,37 @@ def test_mixing_weight_says_which_crops_are_drawn(weight, expected):
     )
     drawn = {int(c) for step in range(20) for c in batches.rank_slice(step, alone)[0][:, 0]}
     assert drawn == set(expected)
+
+
+def test_a_damaged_shard_is_found_at_the_start(tmp_path, monkeypatch):
+    write_all(tmp_path, make_plan())
+    alone = World(0, 1, torch.device("cpu"))
+    codes = open_codes(tmp_path)
+    check_shards(tmp_path, "--code-path", codes, alone)
+    path = shard_path(tmp_path, 1)
+    content = bytearray(path.read_bytes())
+    content[content.index(codes.gather([4], [0]).astype(np.uint16).tobytes())] ^= 1
+    path.write_bytes(content)
+    monkeypatch.setattr(data, "CHECKED_SHARDS", 9)
+    with pytest.raises(ValueError, match=r"--code-path: .*00001.npz is damaged: its sha256 is not"):
+        check_shards(tmp_path, "--code-path", codes, alone)
+
+
+def test_a_start_looks_at_few_shards_and_at_all_in_time(tmp_path, monkeypatch):
+    write_all(tmp_path, make_plan(num_images=40))
+    seen: list[str] = []
+    monkeypatch.setattr(data, "sha256_file", lambda path: seen.append(path) or digest(path))
+    for _ in range(60):
+        check_shards(tmp_path, "", open_codes(tmp_path), World(0, 1, torch.device("cpu")))
+    assert len(seen) == 120 and len(set(seen)) == 10
+
+
+@pytest.mark.parametrize("codes, labels", [(np.float32, np.int64), (np.uint16, np.float64)])
+def test_shards_of_other_types_are_refused(tmp_path, codes, labels):
+    write_all(tmp_path, make_plan())
+    with np.load(shard_path(tmp_path, 0)) as arrays:
+        content = dict(arrays)
+    content |= {"codes": content["codes"].astype(codes), "labels": content["labels"].astype(labels)}
+    np.savez(shard_path(tmp_path, 0), **content)
+    with pytest.raises(ValueError, match="expected whole numbers; extract again"):
+        open_codes(tmp_path)

@@ -172,8 +172,13 @@ def test_a_checkpoint_resumes_on_other_processes_and_modes(work, monkeypatch, ca
     for last, options in ((10, ("--data-parallel", "fsdp")), (15, ())):
         log = train(work, tmp_path / "one", *base, *options, nproc=2).stdout
         assert f"resumed at step {last - 5}" in log
+        assert last == 10 or "0000012 is damaged: the bytes of 00001-of-00002" in log
         if last == 10:
             shutil.rmtree(place / "0000015")
+            shutil.copytree(place / "0000010", place / "0000012")
+            damaged = place / "0000012" / "00001-of-00002.safetensors"  # which rank 1 checks
+            content = damaged.read_bytes()
+            damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
             (tmp_path / "one" / NAME / "metrics.jsonl").unlink()
             (place / "0000015.pt").unlink()
     expected = [
@@ -300,7 +305,11 @@ def test_local_results_and_cloud_hold_the_same(work, trained, monkeypatch, capfd
     quietly(capfd, monkeypatch, *base)
     local, cloud = (tmp_path / p / NAME / "checkpoints" for p in ("results", "cloud"))
     names = sorted(str(p.relative_to(local)) for p in local.rglob("*") if p.is_file())
-    assert names == ["0000003.pt", "0000003/.metadata", "0000003/__0_0.distcp", "0000003/meta.json"]
+    assert names == [
+        "0000003.pt",
+        "0000003/00000-of-00001.safetensors",
+        "0000003/meta.json",
+    ]
     assert all((local / n).read_bytes() == (cloud / n).read_bytes() for n in names[1:])
     assert same_tensors(weights(tmp_path / "results", 3), weights(tmp_path / "cloud", 3))
     options = json.loads((local.parent / "options.json").read_text())["options"]

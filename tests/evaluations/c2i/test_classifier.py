@@ -28,3 +28,15 @@ def test_is_a_feature_network(tmp_path):
     loaded, content = load_classifier(tmp_path / "c.pt", "--feature-network")
     assert torch.equal(loaded(images).pool, pool)
     assert content["config"] == {"image_size": 16, "num_classes": 5, "width": 64}
+
+
+def test_a_changed_byte_in_its_file_is_found(tmp_path):
+    """It gave other numbers without a word."""
+    path = tmp_path / "c.pt"
+    network = SmallClassifier(ClassifierConfig(image_size=16, num_classes=5))
+    save_classifier(path, network, list("abcde"))
+    content = bytearray(path.read_bytes())
+    content[content.index(network.head.weight.detach().numpy().tobytes()) + 3] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="--feature-network: .*c.pt is not .*bytes have changed"):
+        load_classifier(path, "--feature-network")

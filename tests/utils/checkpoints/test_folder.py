@@ -1,260 +1,283 @@
-"""Training checkpoint folders are files that strangers hand around: nothing in one can run, or
-reach outside of it.
-"""
+"""Training checkpoints: resharded to the bit, and folders that strangers hand around."""
 
 import json
-import os
-import pickle
+import math
 import re
-import shutil
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
+import torch.distributed as dist
+from safetensors import safe_open
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.helpers import run_command, same_tensors, train
-from utils.checkpoints import folder as sharded_checkpoint
+from tests.helpers import same_tensors
+from utils.checkpoints import shard
 from utils.checkpoints.folder import (
+    check_bytes,
     load_sharded,
     read_contents,
     read_meta,
     read_sharded,
     save_sharded,
 )
+from utils.checkpoints.shard import Rows, write_shard
+from utils.files import write_json
+from utils.parallel import local
 
-NAME = "model.weight"
 TENSORS = {
-    NAME: torch.arange(12.0).view(3, 4),
-    "model.bias": torch.ones(3),
-    "ema.step": torch.tensor(7),
+    "model.weight": torch.arange(12.0).view(3, 4),
+    "model.half": torch.randn(5).bfloat16(),
+    "model.flags": torch.tensor([True, False, True]),
+    "model.codes": torch.arange(3),
+    "model.empty": torch.zeros(0, 3),
+    "ema.step": torch.tensor(7.0),
 }
-
-
-class Hostile:
-    """Unpickled, it leaves a mark."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.mark}",)
-
-
-@pytest.fixture
-def mark(tmp_path) -> Path:
-    return tmp_path / "hacked"
+FILE = "00000-of-00001.safetensors"
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     path = tmp_path / "0000001"
-    save_sharded(path, TENSORS, None).result()
-    update_meta(path, {})
+    write_json(path / "meta.json", save_sharded(path, TENSORS, None).result())
     return path
 
 
-def update_meta(folder: Path, facts: dict) -> None:
+def update_meta(folder: Path) -> None:
     """Make ``meta.json`` agree with the files, as an attacker would."""
     files = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != "meta.json"}
-    (folder / "meta.json").write_text(json.dumps(facts | {"files": files}))
+    write_json(folder / "meta.json", {"files": files})
 
 
-def write_contents(folder: Path, metadata: Metadata) -> None:
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    facts = json.loads((folder / "meta.json").read_text())
-    update_meta(folder, facts)
-
-
-def append(folder: Path, payload: bytes) -> _StorageInfo:
-    """Add bytes to the checkpoint's file of tensors; their place."""
-    (shard,) = folder.glob("*.distcp")
-    offset = shard.stat().st_size
-    with open(shard, "ab") as f:
-        f.write(payload)
-    return _StorageInfo(shard.name, offset, len(payload))
-
-
-def contents_of(folder: Path) -> Metadata:
-    return pickle.loads((folder / ".metadata").read_bytes())
-
-
-def as_bytes(folder: Path, metadata: Metadata, name: str, mark: Path) -> None:
-    """An entry read by a full unpickler, with the size and type of the tensor it stands for."""
-    tensor = metadata.state_dict_metadata[name]
-    entry = BytesStorageMetadata()
-    vars(entry).update(size=tensor.size, properties=tensor.properties, chunks=tensor.chunks)
-    metadata.state_dict_metadata[name] = entry
-    metadata.storage_data[MetadataIndex(name)] = append(folder, pickle.dumps(Hostile(mark)))
-
-
-def as_tensor(folder: Path, metadata: Metadata, name: str, mark: Path) -> None:
-    """A tensor's entry, but where its bytes should be stands a pickle."""
-    index = MetadataIndex(name, [0] * len(metadata.state_dict_metadata[name].size))
-    metadata.storage_data[index] = append(folder, pickle.dumps(Hostile(mark)) + bytes(1000))
-
-
-def as_archive(folder: Path, metadata: Metadata, name: str, mark: Path) -> None:
-    """The same in torch's own format, and one of the transforms that torch applies on the way."""
-    torch.save(Hostile(mark), folder / "a.pt")
-    payload = (folder / "a.pt").read_bytes()
-    (folder / "a.pt").unlink()
-    index = MetadataIndex(name, [0] * len(metadata.state_dict_metadata[name].size))
-    metadata.storage_data[index] = append(folder, payload)
-    metadata.storage_data[index].transform_descriptors = ["zstd"]
-
-
-@pytest.mark.parametrize("plant, message", [
-    (
-        as_bytes,
-        "is not a readable checkpoint folder: model.weight is a BytesStorageMetadata, not "
-        "a TensorStorageMetadata",
-    ),
-    (as_tensor, "cannot be read: bytes in place of a tensor are not a tensor"),
-    (as_archive, "cannot be read: bytes in place of a tensor are not a tensor"),
-])  # fmt: skip
-def test_bytes_in_place_of_a_tensor_never_run(folder, mark, plant, message):
-    metadata = contents_of(folder)
-    plant(folder, metadata, NAME, mark)
-    write_contents(folder, metadata)
-    assert read_meta(folder)
-    with pytest.raises(ValueError, match=re.escape(f"{folder} {message}")):
-        read_sharded(folder, "model.")
-    with pytest.raises(ValueError, match=re.escape(f"{folder} {message}")):
-        load_sharded(folder, {NAME: torch.zeros(3, 4)})
-    assert not mark.exists()
-
-
-def test_commands_refuse_a_folder_that_would_run_code(work, trained, tmp_path, mark):
-    folder = tmp_path / "0000008"
-    shutil.copytree(trained.parent / "0000008", folder)
-    metadata = contents_of(folder)
-    as_bytes(folder, metadata, "model.norm.weight", mark)
-    write_contents(folder, metadata)
-    export = ("--checkpoint", folder, "--output", tmp_path / "a.pt")
-    refused = [
-        run_command("python3", "scripts/export_checkpoint.py", *export, check=False),
-        train(work, tmp_path / "out", "--gpt-resume", folder, check=False),
-    ]
-    for done in refused:
-        (line,) = [x for x in done.stderr.splitlines() if x.startswith("error")]
-        assert (
-            done.returncode == 2
-            and "0000008 is not a readable checkpoint folder: model.norm.weight is a " in line
-        )
-        assert "Traceback" not in done.stderr
-    assert not mark.exists() and not (tmp_path / "a.pt").exists()
-
-
-def test_contents_that_change_after_they_were_approved_are_not_read_again(
-    folder, mark, monkeypatch
-):
-    read = sharded_checkpoint._read_metadata
-
-    def swap(path: Path) -> Metadata:
-        approved = read(path)
-        (path / ".metadata").write_bytes(pickle.dumps(Hostile(mark)))
-        return approved
-
-    monkeypatch.setattr(sharded_checkpoint, "_read_metadata", swap)
+def test_what_was_saved_is_read_here_and_by_the_package(folder):
     assert same_tensors(read_sharded(folder, ""), TENSORS)
-    assert not mark.exists()
+    assert read_sharded(folder, "ema.").keys() == {"step"}
+    with safe_open(folder / FILE, "pt") as file:
+        assert same_tensors({k: file.get_tensor(k) for k in file.keys()}, TENSORS)  # noqa: SIM118
+    assert read_contents(folder)["model.weight"] == (torch.Size((3, 4)), torch.float32)
 
 
-def test_a_rank_s_own_contents_do_not_serve_in_place_of_the_whole(folder, mark):
-    """torch falls back to a file of each rank where the one of all is missing, and unpickles it."""
-    (folder / ".metadata").unlink()
-    (folder / "__0.metadata").write_bytes(pickle.dumps(Hostile(mark)))
-    with pytest.raises(ValueError, match="is not a readable checkpoint folder: .*No such file"):
-        load_sharded(folder, {NAME: torch.zeros(3, 4)})
-    assert not mark.exists()
+def test_a_copy_is_saved_while_training_goes_on(tmp_path):
+    for strided in (torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), torch.ones(3)):
+        before = strided.clone()
+        future = save_sharded(tmp_path, {"a": strided}, None)
+        strided.zero_()
+        write_json(tmp_path / "meta.json", future.result())
+        assert torch.equal(read_sharded(tmp_path, "")["a"], before)
 
 
-@pytest.mark.parametrize("name", ["os system", "builtins eval", "torch load", "pathlib os.system"])
-def test_contents_that_name_other_classes_are_refused(folder, name):
-    hostile = f"c{name}\n(S'true'\ntR.".replace(" ", "\n", 1).encode()
-    (folder / ".metadata").write_bytes(hostile)
-    with pytest.raises(ValueError, match=f"it names {name.replace(' ', '.')}"):
-        read_contents(folder)
+def of_ranks(shape: tuple[int, ...], placements: list, save: Callable) -> list:
+    """Return what ``save`` returns on each rank, for a tensor in parts; without communication."""
+    values = torch.arange(21.0).view(7, 3)
+    results = []
+    for rank in range(math.prod(shape)):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=math.prod(shape))
+        mesh = init_device_mesh("cpu", shape)
+        # all made alike: torch remembers the mesh of a product's operands, of another rank here
+        a, b = (
+            distribute_tensor(v, mesh, placements, src_data_rank=None) for v in (values, -values)
+        )
+        try:
+            results.append(save({"a": a, "b": b, "c": values.clone()}))
+        finally:
+            dist.destroy_process_group()
+    return results
 
 
-def test_contents_cannot_change_torch_s_classes(folder):
-    """A pickle may set attributes of what it names; a later reader here would meet them."""
-    module = TensorStorageMetadata.__module__
-    state = b"(N}S'chunks'\nS'poison'\nst"  # (None, {"chunks": "poison"}): set on the class itself
-    (folder / ".metadata").write_bytes(
-        f"c{module}\nTensorStorageMetadata\n".encode() + state + b"b."
+@pytest.mark.parametrize("shape, placements", [
+    ((1,), [Shard(0)]), ((2,), [Shard(0)]), ((4,), [Shard(0)]), ((9,), [Shard(0)]),
+    ((2, 2), [Replicate(), Shard(0)]), ((3,), [Replicate()]),
+])  # fmt: skip
+def test_any_sharding_is_read_under_any_other(tmp_path, monkeypatch, shape, placements):
+    """FSDP, HSDP (each part written once) and more ranks than rows; uneven parts."""
+    monkeypatch.setattr(dist, "all_gather_object", lambda *_: None)
+    written = of_ranks(
+        shape,
+        placements,
+        lambda tensors: save_sharded(tmp_path, tensors, dist.group.WORLD).result(),
     )
-    with pytest.raises(ValueError, match="is not a readable checkpoint folder"):
-        read_contents(folder)
-    assert not hasattr(TensorStorageMetadata, "chunks")
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert len(names) == len(written)
+    update_meta(tmp_path)
+    values = torch.arange(21.0).view(7, 3)
+    assert same_tensors(read_sharded(tmp_path, ""), {"a": values, "b": -values, "c": values})
+
+    def load(tensors: dict) -> list[bool]:
+        expected = {k: local(v).clone() for k, v in tensors.items()}
+        for tensor in tensors.values():
+            local(tensor).zero_()
+        load_sharded(tmp_path, tensors)
+        return [torch.equal(local(v), expected[k]) for k, v in tensors.items()]
+
+    for others in ((2,), (3,), (5,)):
+        assert all(map(all, of_ranks(others, [Shard(0)], load)))
+
+
+def test_all_ranks_are_told_that_one_cannot_write(tmp_path, two_ranks, monkeypatch):
+    def gather(values: list, ours: tuple, group: object) -> None:
+        values[:] = [ours, ("00001-of-00002.safetensors", 0, None, "No space left on device")]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    with pytest.raises(OSError, match="No space left on device"):
+        save_sharded(tmp_path, TENSORS, dist.group.WORLD).result()
+
+
+def write_parts(folder: Path, tensor: torch.Tensor, ranges: list[tuple[int, int]]) -> None:
+    folder.mkdir(exist_ok=True)
+    for i, (start, stop) in enumerate(ranges):
+        write_shard(folder / f"{i}.safetensors", {"a": Rows(tensor[start:stop], start, 10)})
+    update_meta(folder)
+
+
+def test_parts_of_any_number_of_ranks_are_joined(tmp_path):
+    tensor = torch.randn(10, 3)
+    for ranges in ([(0, 10)], [(0, 5), (5, 10)], [(4, 8), (8, 10), (0, 4), (10, 10)]):
+        write_parts(tmp_path / "a", tensor, ranges)
+        assert torch.equal(read_sharded(tmp_path / "a", "")["a"], tensor)
+
+
+@pytest.mark.parametrize("ranges", [
+    [(0, 5), (6, 10)], [(0, 5), (4, 10)], [(0, 9)], [(1, 10)], [(0, 10), (0, 10)],
+    [(0, 5), (0, 5)],
+])  # fmt: skip
+def test_gaps_and_overlaps_are_refused(tmp_path, ranges):
+    write_parts(tmp_path / "a", torch.randn(10, 3), ranges)
+    with pytest.raises(ValueError, match="the parts of a leave gaps or overlap"):
+        read_contents(tmp_path / "a")
+
+
+def test_parts_of_different_tensors_are_refused(tmp_path):
+    for other in (torch.ones(5, 4), torch.ones(5), torch.ones(5, 3).double()):
+        write_parts(tmp_path, torch.ones(10, 3), [(0, 5)])
+        write_shard(tmp_path / "1.safetensors", {"a": Rows(other, 5, 10)})
+        update_meta(tmp_path)
+        with pytest.raises(ValueError, match="the parts of a "):
+            read_contents(tmp_path)
 
 
 def lie(**values: object):
-    def edit(folder: Path, metadata: Metadata) -> None:
-        index = MetadataIndex(NAME, (0, 0))
-        place = {**vars(metadata.storage_data[index]), **values}
-        metadata.storage_data[index] = _StorageInfo(**place)
+    """Change the entry of model.weight in the header."""
+    return lambda header: header["model.weight"].update(values)
+
+
+def of_rows(value: object):
+    def edit(header: dict) -> None:
+        rows = json.loads(header["__metadata__"]["rows"]) | {"model.weight": value}
+        header["__metadata__"]["rows"] = json.dumps(rows)
 
     return edit
 
 
-def escape_by_link(folder: Path, metadata: Metadata) -> None:
-    (folder / "link.distcp").symlink_to(folder.parent / "secret")
-    lie(relative_path="link.distcp", offset=0)(folder, metadata)
+def unnamed(header: dict) -> None:
+    header["other"] = header.pop("model.weight")
 
 
-def larger_tensor(folder: Path, metadata: Metadata) -> None:
-    metadata.state_dict_metadata[NAME].size = torch.Size((1 << 20, 1 << 20))
-
-
-def larger_chunk(folder: Path, metadata: Metadata) -> None:
-    metadata.state_dict_metadata[NAME].chunks[0].sizes = torch.Size((1 << 20, 4))
-
-
-def claims_of_both(folder: Path, metadata: Metadata) -> None:
-    larger_chunk(folder, metadata)
-    metadata.state_dict_metadata[NAME].size = torch.Size((1 << 20, 4))
-
-
-def no_numbers(folder: Path, metadata: Metadata) -> None:
-    metadata.state_dict_metadata[NAME].size = (3, True)
-
-
-def no_type(folder: Path, metadata: Metadata) -> None:
-    metadata.state_dict_metadata[NAME].properties.dtype = "float32"
-
-
-OUTSIDE = "which is not a file of the folder"
+def aliased(header: dict) -> None:
+    header["other"] = header["model.weight"]
+    rows = json.loads(header["__metadata__"]["rows"])
+    header["__metadata__"]["rows"] = json.dumps(rows | {"other": [0, 3]})
 
 
 @pytest.mark.parametrize("edit, message", [
-    (lie(relative_path="../secret"), f"model.weight lies in '../secret', {OUTSIDE}"),
-    (lie(relative_path="/etc/passwd"), f"model.weight lies in '/etc/passwd', {OUTSIDE}"),
-    (escape_by_link, f"model.weight lies in 'link.distcp', {OUTSIDE}"),
-    (lie(offset=-1), "model.weight lies at -1, "),
-    (lie(length=1 << 40), f"model.weight lies at 0, {1 << 40} bytes, outside of __0_0.distcp"),
-    (lie(length=3), "model.weight takes fewer than its 48 bytes"),
-    (lie(offset="0"), "model.weight lies at '0', "),
-    (larger_tensor, "the chunks of model.weight are not the whole of it"),
-    (larger_chunk, "a chunk of model.weight reaches out of it"),
-    (claims_of_both, "model.weight takes fewer than its"),
-    (no_numbers, "(3, True) is not a tuple of sizes"),
-    (no_type, "model.weight has no type"),
+    (lie(shape=[1 << 20, 1 << 20]), "model.weight does not lie where it should"),
+    (lie(shape=[3.0, 4]), "model.weight has sizes that are not whole numbers"),
+    (lie(shape=[True, 12]), "model.weight has sizes that are not whole numbers"),
+    (lie(shape=[-3, -4]), "model.weight has sizes that are not whole numbers"),
+    (lie(shape=None), "model.weight has sizes that are not whole numbers"),
+    (lie(dtype="F33"), "damaged header"),
+    (lie(dtype=["F32"]), "damaged header"),
+    (lie(data_offsets=[0, 1 << 40]), "does not lie where it should"),
+    (lie(data_offsets=[1 << 60, (1 << 60) + 48]), "does not lie where it should"),
+    (lie(data_offsets=[-48, 0]), "not whole numbers"),
+    (lie(data_offsets=["0", "48"]), "damaged header"),
+    (lie(data_offsets=[]), "damaged header"),
+    (of_rows([0, 1 << 40]), "the parts of model.weight leave gaps or overlap"),
+    (of_rows([1 << 40, 1 << 41]), "the parts of model.weight leave gaps or overlap"),
+    (of_rows([1, 3]), "the rows of model.weight reach out of it"),
+    (of_rows([0]), "damaged header"),
+    (of_rows({}), "not whole numbers"),
+    (unnamed, "tensors and ranges of rows have other names"),
+    (aliased, "does not lie where it should"),
+    (lambda header: header.pop("__metadata__"), "damaged header"),
+    (lambda header: header.update(__metadata__=3), "damaged header"),
 ])  # fmt: skip
-def test_contents_that_lie_are_refused(folder, edit, message):
-    (folder.parent / "secret").write_bytes(bytes(10_000))
-    metadata = contents_of(folder)
-    edit(folder, metadata)
-    write_contents(folder, metadata)
-    with pytest.raises(
-        ValueError, match=re.escape(f"{folder} is not a readable checkpoint folder: ") + ".*"
-    ) as error:
-        read_contents(folder)
+def test_headers_that_lie_are_refused(folder, edit, message):
+    content = (folder / FILE).read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    edit(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (folder / FILE).write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    update_meta(folder)
+    with pytest.raises(ValueError) as error:
+        read_sharded(folder, "")
+    assert str(error.value).startswith(f"{folder} is not a readable checkpoint folder: ")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", [
+    b"", b"\0" * 7, struct.pack("<Q", 1 << 63), struct.pack("<Q", 9) + b"{}",
+    struct.pack("<Q", 100_000) + b"[" * 100_000, struct.pack("<Q", 9000) + b"9" * 9000,
+    struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 2) + b"\xff\xff",
+    struct.pack("<Q", 15) + b'{"a":1,"a":123}',
+])  # fmt: skip
+def test_files_that_are_none_are_refused(folder, text):
+    (folder / FILE).write_bytes(text)
+    update_meta(folder)
+    with pytest.raises(ValueError, match="is not a readable checkpoint folder: 00000-of") as error:
+        read_contents(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("length", [1 << 63, 1000, shard.MAX_HEADER + 1])
+def test_a_header_is_no_longer_than_the_file_and_the_format_s_limit(folder, monkeypatch, length):
+    if length > shard.MAX_HEADER:
+        monkeypatch.setattr(shard, "MAX_HEADER", 50)
+        length = 60
+    (folder / FILE).write_bytes(struct.pack("<Q", length) + b"{}" + b" " * 100)
+    update_meta(folder)
+    with pytest.raises(ValueError, match=f"has 110 bytes, its header claims to have {length}"):
+        read_contents(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "", ".", "..", "link", "a/b"])
+def test_names_that_lead_out_of_the_folder_are_refused(folder, name):
+    (folder.parent / "secret").write_bytes(b"1234567")
+    (folder / "link").symlink_to(folder.parent / "secret")
+    write_json(folder / "meta.json", {"files": {name: 7}})
+    with pytest.raises(ValueError, match=re.escape(f"{folder} is damaged: {name!r}")):
+        read_meta(folder)
+
+
+@pytest.mark.parametrize("meta", [
+    [], {}, {"files": []}, {"files": {FILE: None}}, {"files": {FILE: "x"}},
+    {"files": {FILE: 1}, "sha256": []}, {"files": {FILE: 1}, "sha256": {FILE: 3}},
+    {"files": {FILE: 1}, "sha256": {"../secret": "0"}},
+])  # fmt: skip
+def test_meta_of_wrong_types_is_refused(folder, meta):
+    write_json(folder / "meta.json", meta)
+    with pytest.raises(ValueError, match="is not a whole checkpoint: meta.json"):
+        read_meta(folder)
+
+
+def test_tensors_that_are_not_there_or_do_not_fit_are_named(folder):
+    with pytest.raises(ValueError, match="lacks model.other"):
+        load_sharded(folder, {"model.other": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"model.weight is \(3, 4\), expected \(4, 3\)"):
+        load_sharded(folder, {"model.weight": torch.zeros(4, 3)})
+
+
+def test_every_changed_byte_is_found(folder):
+    check_bytes(folder)
+    content = (folder / FILE).read_bytes()
+    for position in range(0, len(content), math.ceil(len(content) / 20)):
+        changed = bytearray(content)
+        changed[position] ^= 1
+        (folder / FILE).write_bytes(changed)
+        with pytest.raises(ValueError, match="0000001 is damaged: the bytes of 00000-of-00001"):
+            check_bytes(folder)

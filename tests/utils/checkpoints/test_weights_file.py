@@ -9,10 +9,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.helpers import same_tensors
+from utils.checkpoints.folder import save_sharded, write_meta
 from utils.checkpoints.weights_file import (
+    HASH,
+    export_checkpoint,
+    export_to_hub_form,
     find_state_dict,
     load_checkpoint,
     load_strictly,
+    save_checkpoint,
     state_sha256,
 )
 
@@ -93,3 +99,56 @@ def test_weights_of_other_programs_are_read_by_their_config(tmp_path):
     (folder / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match="--gpt-ckpt: .*other.* is not a readable checkpoint"):
         load_checkpoint(folder, "--gpt-ckpt")
+
+
+FACTS = {"config": {"dim": 2, "mult": (1, 2)}, "steps": 3, "classes": ["a"], "git": None}
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "hub"])
+def test_changed_bytes_of_exported_files_are_found(tmp_path, name):
+    """Every kind of place: tensors, facts, the archive's own; what loads is what was saved."""
+    folder, state = tmp_path / "0000003", {"w": torch.randn(20, 30), "b": torch.zeros(())}
+    tensors = {f"{part}.{k}": v for part in ("model", "ema") for k, v in state.items()}
+    write_meta(folder, FACTS | save_sharded(folder, tensors, None).result())
+    if name == "hub":
+        export_to_hub_form(folder, tmp_path / name)
+        file = tmp_path / "hub" / "model.safetensors"
+    else:
+        export_checkpoint(folder, tmp_path / name, None if name == "a.pt" else False)
+        file = tmp_path / name
+    loaded = load_checkpoint(tmp_path / name, "--gpt-ckpt")
+    assert HASH not in loaded and loaded["config"]["dim"] == 2
+    assert same_tensors(loaded["model"], state)
+
+    content, refused = file.read_bytes(), 0
+    for position in range(0, len(content), len(content) // 60):
+        changed = bytearray(content)
+        changed[position] ^= 0x10
+        file.write_bytes(changed)
+        try:
+            again = load_checkpoint(tmp_path / name, "--gpt-ckpt")
+        except ValueError as error:
+            assert str(error).startswith("--gpt-ckpt: ") and "\n" not in str(error)
+            refused += 1
+        else:  # padding, and fields of the archive that nobody reads
+            assert same_tensors(again["model"], state) and again["config"] == loaded["config"]
+    assert refused > 30
+
+
+def test_files_without_a_hash_load_as_before(tmp_path):
+    torch.save({"model": {"w": torch.ones(2)}, "steps": 3}, tmp_path / "a.pt")
+    assert load_checkpoint(tmp_path / "a.pt", "--gpt-ckpt")["steps"] == 3
+    save_checkpoint({"w": torch.ones(2)}, tmp_path / "bare.pt")  # a bare state dict stays one
+    assert torch.load(tmp_path / "bare.pt", weights_only=True).keys() == {"w"}
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path):
+    folder = tmp_path / "0000003"
+    write_meta(folder, FACTS | save_sharded(folder, {"model.w": torch.ones(99)}, None).result())
+    (file,) = folder.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="0000003 is damaged: the bytes of 00000-of-00001"):
+        export_checkpoint(folder, tmp_path / "a.pt")
+    assert not (tmp_path / "a.pt").exists()

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_resuming_takes_the_newest_whole_checkpoint(tmp_path):
     folder.wait()
     place = folder.checkpoint_folders[0]
     shutil.copytree(place / "0000006", place / "0000009.tmp")
-    shard = next((place / "0000006").glob("*.distcp"))
+    shard = next((place / "0000006").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:100])
     (place / "0000005" / "meta.json").unlink()
     state = small_state(0.0)
@@ -67,13 +68,64 @@ def test_resuming_takes_the_newest_whole_checkpoint(tmp_path):
     assert state.model.weight[0, 0].item() == 3.0
     first, second = folder.notes
     assert (
-        "0000006 is damaged: __0_0.distcp has 100 bytes, expected" in first
+        "0000006 is damaged: 00000-of-00001.safetensors has 100 bytes, expected" in first
         and "an older one is taken" in first
     )
     assert "0000005 is not a whole checkpoint: meta.json is missing" in second
     folder.save(6, small_state(6.5), {"run": {}})  # made again, it takes the damaged one's place
     folder.wait()
     assert folder.resume(state, {}) == 6 and state.model.weight[0, 0].item() == 6.5
+
+
+def change_a_byte(checkpoint: Path) -> None:
+    """Change a tensor's byte: the size stays."""
+    (shard,) = checkpoint.glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+
+
+def test_changed_bytes_are_found_and_the_checkpoint_before_is_taken(tmp_path):
+    folder = run_folder(tmp_path, keep_last=1, no_local_save=True)
+    folder.make()
+    folder.save(9, small_state(9.0), {"run": {}})
+    change_a_byte(folder.wait())
+    place = folder.checkpoint_folders[0]
+    shutil.copytree(place / "0000009", tmp_path / "0000009")
+    assert folder.resume(small_state(0.0), {}) == 0
+    (note,) = folder.notes
+    assert "0000009 is damaged: the bytes of 00000-of-00001.safetensors have changed; an" in note
+    for step in (3, 5):  # not pruned for the damaged one's sake
+        folder.save(step, small_state(float(step)), {"run": {}})
+        assert folder.wait().name == f"{step:07d}"
+    again = run_folder(tmp_path, keep_last=1, no_local_save=True)
+    assert again.resume(small_state(0.0), {}) == 5
+    with pytest.raises(ValueError, match="0000009 is damaged: the bytes of"):
+        run_folder(tmp_path / "new").resume(small_state(0.0), {}, tmp_path / "0000009")
+
+
+def test_a_damaged_checkpoint_is_not_copied_to_the_other_place(tmp_path):
+    folder = run_folder(tmp_path)
+    folder.make()
+    for step in (3, 5):
+        folder.save(step, small_state(float(step)), {"run": {}})
+        folder.wait()
+    local, cloud = folder.checkpoint_folders
+    change_a_byte(local / "0000005")
+    shutil.rmtree(cloud)
+    again = run_folder(tmp_path)
+    again.make()
+    assert [p.name for p in cloud.iterdir()] == ["0000003"]
+    assert again.resume(small_state(0.0), {}) == 3 and "0000005 is damaged" in again.notes[0]
+
+
+def test_changed_facts_are_found(tmp_path):
+    folder = run_folder(tmp_path, no_local_save=True)
+    folder.make()
+    folder.save(3, small_state(3.0), {"run": {}})
+    meta = folder.wait() / "meta.json"
+    meta.write_text(meta.read_text().replace('"steps": 3', '"steps": 4'))
+    assert folder.resume(small_state(0.0), {}) == 0 and "its bytes have changed" in folder.notes[0]
 
 
 def test_old_checkpoints_are_removed(tmp_path):
@@ -84,6 +136,19 @@ def test_old_checkpoints_are_removed(tmp_path):
     folder.wait()
     for place in folder.checkpoint_folders:
         assert sorted(p.name for p in place.iterdir()) == ["0000004", "0000008", "0000009"]
+
+
+def test_what_a_killed_run_had_no_time_to_remove_is_removed_by_the_next(tmp_path):
+    folder = run_folder(tmp_path)
+    folder.make()
+    for step in (3, 5):
+        folder.save(step, small_state(float(step)), {"run": {}})
+    folder.wait()
+    again = run_folder(tmp_path, keep_last=1)
+    assert again.resume(small_state(0.0), {}) == 5
+    again.make()
+    for place in again.checkpoint_folders:
+        assert [p.name for p in place.iterdir()] == ["0000005"]
 
 
 def test_damaged_checkpoints_do_not_count_among_those_kept(tmp_path):
