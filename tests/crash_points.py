@@ -101,13 +101,18 @@ def run(stage: Stage, folder: Path, ranks: int, ledger: Path, kill_at: int | Non
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     children: list[int] = []
+    all_there, started = os.pipe()
     for rank in range(ranks):
         if pid := os.fork():
             children.append(pid)
             os.setpgid(pid, children[0])
             continue
         os.setpgid(0, children[0] if children else 0)
+        os.close(started)
+        os.read(all_there, 1)  # ends once all are forked, so that all are in the group to be killed
         _child(stage, folder, rank, ranks, port, Counter(folder, ledger, kill_at))
+    os.close(all_there)
+    os.close(started)
     deadline = time.monotonic() + TIMEOUT
     status = 0
     for pid in children:
