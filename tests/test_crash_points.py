@@ -86,7 +86,8 @@ def test_both_processes_are_killed(tmp_path):
 
     stage = Stage(two, lambda folder: (folder,))
     assert run(stage, tmp_path / "out", 2, tmp_path / "ledger", 40) & 0x7F == 9
-    assert (tmp_path / "ledger").stat().st_size // 151 <= 41
+    # of 600; the other process may have done some before the signal reached it
+    assert (tmp_path / "ledger").stat().st_size // 151 < 200
     assert contents(tmp_path / "out")
 
 
