@@ -6,7 +6,8 @@ on the process that generates it; the last bits of its logits may depend on the 
 Jacobi decoding (arXiv 2410.01699, with shared noise arXiv 2510.24211): a window of several steps is
 computed at once, each step from a draft of the tokens before it, again and again with the same
 random numbers. A step is settled once everything before it came out as it went in; the window then
-moves past it. The tokens are those of decoding step by step.
+moves past it. The tokens are those of decoding step by step, unless logits are rounded differently
+when there are more rows (not by our CPU kernels).
 """
 
 from __future__ import annotations
