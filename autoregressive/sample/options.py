@@ -180,8 +180,8 @@ def add_sampling_options(
         const=JACOBI_STEPS,
         metavar="STEPS",
         help="compute so many steps at once from drafts, again and again until they settle (Jacobi "
-        ff"decoding; {JACOBI_STEPS} if no number is written): fewer forward calls, which take longer "
-        "each, for the same tokens, but for rounding (default: step by step)",
+        f"decoding; {JACOBI_STEPS} if no number is written): fewer forward calls, which take "
+        "longer each, for the same tokens, but for rounding (default: step by step)",
     )
     group.add_argument(
         "--noise",
