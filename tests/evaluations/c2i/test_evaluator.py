@@ -15,7 +15,7 @@ from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier, save_c
 from evaluations.c2i.metrics import mean_and_covariance
 from tests.helpers import recipe_state, run_command
 
-FIVE = ["Class score", "Frechet distance", "sFID", "Precision", "Recall"]
+FIVE = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
 
 
 def numbers(text: str) -> dict[str, float]:

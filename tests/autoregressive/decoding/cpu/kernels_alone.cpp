@@ -37,7 +37,9 @@ void run() {
     for (int i = 0; i < SLOTS * 2 * CHANNELS; i++) rotary[i] = i % CHANNELS < HD ? random() : 0;
     const Layer layer = {wqkv.data(), wo.data(), w13.data(), w2.data(), norm.data(), norm.data()};
     const Layer layers[] = {layer, layer};
-    const Model model = {layers, norm.data(), rotary.data(), head.data(), 2, DIM, HEADS, HEADS, HD, FFN, VOCAB, SLOTS, 1e-5f};
+    int32_t seen[SLOTS];  // slots of a window of T steps of one slot
+    for (int i = 0; i < SLOTS; i++) seen[i] = i + 1;
+    const Model model = {layers, norm.data(), rotary.data(), head.data(), seen, 2, DIM, HEADS, HEADS, HD, FFN, VOCAB, SLOTS, 1e-5f};
     const int slot_units = units_of<W>(SLOTS), stride = slot_units * PER_UNIT<W> * units_of<W>(HD) + slot_units * CHANNELS;
     std::vector<uint32_t> store(2 * ROWS * HEADS * stride);
     const Cache cache = {store.data(), (int64_t)ROWS * HEADS * stride, (int64_t)HEADS * stride, stride};
