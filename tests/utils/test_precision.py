@@ -142,6 +142,7 @@ def test_torch_and_its_libraries_keep_to_the_declared_processor():
     assert "isa:Intel AVX2" in done.stdout and "avx512" not in done.stdout
 
 
+@pytest.mark.slow
 def test_compiled_code_of_a_declared_processor_is_kept_apart(monkeypatch):
     """torch.compile's cache is for one width of registers: another's code overruns buffers."""
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)

@@ -222,7 +222,7 @@ WAYS = [
     Way("none", "eager"),
     Way("none", "kernels"),
     Way("bf16", "kernels"),
-    Way("none", "compiled"),
+    pytest.param(Way("none", "compiled"), marks=pytest.mark.slow),
 ]
 
 
