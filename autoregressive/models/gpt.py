@@ -18,7 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from autoregressive.models.attention import DenseMask, KVCache, Mask, attend, query_chunks
 from autoregressive.models.decode_step import StepDecoder
@@ -209,14 +213,20 @@ class TransformerBlock(nn.Module):
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))  # (B, T, D)
 
 
-_KEPT_BY_SELECTIVE = [
+_KEPT_BY_SELECTIVE = {
     torch.ops.aten.mm.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.higher_order.flex_attention,
-]
+}
+
+
+def _selective(_context: object, operator: object, *_: object, **__: object) -> CheckpointPolicy:
+    """Keep some operators' results; a function, as torch 2.7 takes no list with flex_attention."""
+    kept = operator in _KEPT_BY_SELECTIVE
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class GPT(StepDecoder, nn.Module):
@@ -315,7 +325,7 @@ class GPT(StepDecoder, nn.Module):
         """
         recompute = None if what == "none" else partial(checkpoint, use_reentrant=False)
         if what == "selective":
-            contexts = partial(create_selective_checkpoint_contexts, _KEPT_BY_SELECTIVE)
+            contexts = partial(create_selective_checkpoint_contexts, _selective)
             recompute = partial(checkpoint, use_reentrant=False, context_fn=contexts)
         for block in self.layers:
             block.recompute = recompute  # inside what is compiled, so that the compiler sees it
