@@ -8,6 +8,7 @@ import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,15 +63,16 @@ class Job:
 
     def run(self) -> None:
         """Do the work; an error is its last event."""
-        try:
-            self.work(self)
-        except Cancelled:
-            self.files.clear()
-        except ValueError as error:
-            self.tell("error", message=str(error))
-        except Exception as error:
-            traceback.print_exc()
-            self.tell("error", message=f"{type(error).__name__}: {error}")
+        with suppress(Cancelled):
+            try:
+                self.work(self)
+            except ValueError as error:
+                self.tell("error", message=str(error))
+            except Cancelled:
+                self.files.clear()
+            except Exception as error:
+                traceback.print_exc()
+                self.tell("error", message=f"{type(error).__name__}: {error}")
         with self.changed:
             self.finished = True
             self.changed.notify_all()
@@ -110,7 +112,8 @@ class Jobs:
             for job in self._known.values():
                 job.cancelled = True
         self._closing = True
-        self._queue.put(Job(lambda job: None))
+        with suppress(queue.Full):  # something for a worker that waits
+            self._queue.put_nowait(Job(lambda job: None))
         self._worker.join(10)
 
     def find(self, name: str) -> Job | None:

@@ -78,3 +78,28 @@ def test_a_job_that_nobody_waits_for_ends(monkeypatch):
     waiting = [queue.add(Job(lambda job: job.tell("step"))) for _ in range(2)]
     queue.close()
     assert not queue._worker.is_alive() and all(job.cancelled for job in waiting)
+
+
+@pytest.mark.parametrize("error", [ValueError("seed"), KeyError("x")])
+def test_an_error_after_the_visitor_has_left_does_not_end_the_worker(error):
+    queue = Jobs()
+
+    def work(job: Job) -> None:
+        job.cancelled = True
+        raise error
+
+    assert list(queue.add(Job(work)).watch())
+    events = list(queue.add(Job(lambda job: job.tell("step"))).watch())
+    assert events[-1] == {"event": "step"} and queue._worker.is_alive()
+
+
+def test_a_full_queue_is_closed_too():
+    gate, queue = threading.Event(), Jobs()
+    queue.add(Job(lambda job: gate.wait(10)))
+    while queue._queue.qsize():  # until the worker has taken it
+        pass
+    for _ in range(jobs.WAITING):
+        queue.add(Job(lambda job: None))
+    threading.Timer(0.2, gate.set).start()
+    queue.close()
+    assert not queue._worker.is_alive()
