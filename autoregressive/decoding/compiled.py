@@ -161,9 +161,8 @@ class CompiledDecoder:
         mask = model.window_mask(start, stop)
         freqs_cis = model.freqs_cis[start:stop]  # (slots, hd/2, 2)
         x = model.embed_slots(tokens, cond, start, stop)  # (B, slots, D)
-        q = compiled.start(
-            blocks[0], x, freqs_cis, cache.slots(0, start, stop)
-        )  # (B, H, slots, hd)
+        place = cache.slots(0, start, stop)  # (2, B, Hkv, slots, hd)
+        q = compiled.start(blocks[0], x, freqs_cis, place)  # (B, H, slots, hd)
         for block, following in zip(blocks[:-1], blocks[1:], strict=True):
             y = attend_to_cache(block.attention, q, cache, stop, mask)  # (B, H, slots, hd)
             place = cache.slots(following.attention.layer, start, stop)  # (2, B, Hkv, slots, hd)

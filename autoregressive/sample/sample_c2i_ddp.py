@@ -146,7 +146,7 @@ def main() -> None:
         missing = file.missing()
         world.barrier()  # every rank has listed before any rank writes
         logger.info(
-            f"{pipeline.gpt_name}, n = {order.n}, {len(order.steps)} steps a batch; "
+            f"{pipeline.gpt_name}, n = {order.n}, {len(order.steps)} steps per batch; "
             f"{len(missing)} of {file.num_chunks} batches of {args.per_proc_batch_size} to make on "
             f"{world.size} x {world.device}"
         )
@@ -168,7 +168,7 @@ def main() -> None:
             file.finish(np.concatenate(labels), bar)
             logger.info(
                 f"{args.num_fid_samples:,} images in {npz}; {made:,} made now, "
-                f"{made / seconds:.3g} images/s, {calls:.4g} forward calls a batch"
+                f"{made / seconds:.3g} images/s, {calls:.4g} forward calls per batch"
             )
     if world.is_main and args.png:
         write_pngs(npz, world)

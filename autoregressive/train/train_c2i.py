@@ -238,7 +238,7 @@ def log_header(
     parameters = sum(p.numel() for p in model.parameters())
     logger.info(
         f"{args.gpt_model}: {parameters:,} parameters, n = {args.ar_token_num}, "
-        f"{len(model.order.steps)} steps an image; {len(codes):,} "
+        f"{len(model.order.steps)} steps per image; {len(codes):,} "
         f"images x {codes.num_crops} crops; {steps:,} steps of {args.global_batch_size} on "
         f"{world.size} x {world.device}, {args.data_parallel}, {args.mixed_precision}"
     )

@@ -56,10 +56,10 @@ def main() -> None:
     with atomic_path(output / "sweep.md") as temporary:
         temporary.write_text(markdown(results))
     write_options(output / "sweep.json", args, option=option, values=values, metrics=metrics)
-    distance = "fid" if "fid" in metrics[0] else OWN_NAMES["fid"]
+    distance, score = (n if n in metrics[0] else OWN_NAMES[n] for n in ("fid", "inception_score"))
     best = min(range(len(values)), key=lambda i: metrics[i][distance])
     title = f"{results[0]['sample_images']:,} images each"
-    plot(option, values, metrics, title, output / "sweep.png")
+    plot(option, values, metrics, (distance, score), best, title, output / "sweep.png")
     print((output / "sweep.md").read_text(), end="")
     print(
         f"best {TITLES[distance]} {metrics[best][distance]:.4f} at --{option} {values[best]}; "
@@ -146,25 +146,25 @@ def plot(
     option: str,
     values: list[str],
     metrics: list[dict[str, float]],
+    names: tuple[str, str],
+    best: int,
     title: str,
     path: Path,
 ) -> None:
-    """Plot FID (left axis) and Inception Score (right axis) against the values, as a PNG; the best
-    FID is marked.
+    """Plot two metrics, left and right axis, against the values, as a PNG; the ``best`` value of
+    the first is marked.
     """
     places = numbers(values) or values
     figure, left = pyplot.subplots(figsize=(6, 4), layout="constrained")
     right = left.twinx()
-    for axis, name, style in ((left, "fid", "C0o-"), (right, "inception_score", "C1s--")):
-        name = name if name in metrics[0] else OWN_NAMES[name]
+    for axis, name, style in zip((left, right), names, ("C0o-", "C1s--"), strict=True):
         axis.plot(places, [m[name] for m in metrics], style)
         axis.set_ylabel(TITLES[name], color=style[:2])
         axis.tick_params(axis="y", labelcolor=style[:2])
-    distances = [m[OWN_NAMES["fid"] if "fid" not in m else "fid"] for m in metrics]
-    best = distances.index(min(distances))
-    text = f"{distances[best]:.2f}"
-    left.annotate(text, (places[best], distances[best]), (0, 9), textcoords="offset points")
-    left.plot(places[best : best + 1], distances[best : best + 1], "C0*", markersize=14)
+    height = metrics[best][names[0]]
+    at = (places[best], height)
+    left.annotate(f"{height:.2f}", at, (0, 9), textcoords="offset points")
+    left.plot([places[best]], [height], "C0*", markersize=14)
     figure.suptitle(title)
     left.set_xlabel(f"--{option}")
     left.grid(alpha=0.3)

@@ -89,7 +89,6 @@ def load_model(name: str, words: list[str], world: World, way: Way | None = None
     pipeline = load_pipeline(args, world, compiled=False)
     if way is None or way not in pipeline.ways:
         way, _ = pipeline.choose_way(1)
-    args.precision, args.compile = way.precision, way.compiled
     gpt = place_for_decoding(pipeline.gpt, way.dtype, world.device)
     decoder = make_decoder(gpt, way, 2 * MOST_IMAGES * gpt.order.n)
     labels = class_labels(list(range(gpt.config.num_classes)), class_names(pipeline))
@@ -246,11 +245,11 @@ class Studio:
 
 def command_line(script: str, model: Model, options: dict[str, Any], output: str) -> str:
     """Return the command line that makes the same picture."""
-    args = model.args
+    way = model.way
     words = ["python3", f"autoregressive/sample/{script}", *model.words]
     for name, value in options.items():
         words += [f"--{name.replace('_', '-')}"] + ([] if value is None else [str(value)])
-    words += ["--precision", args.precision, "--compile" if args.compile else "--no-compile"]
+    words += ["--precision", way.precision, "--compile" if way.compiled else "--no-compile"]
     return shlex.join([*words, "--output", output])
 
 
@@ -313,8 +312,7 @@ class Drawing:
         """Return, per image and raster cell, the entropy in bits before its code was drawn, and
         the probability that it had: of the guided logits, at temperature 1, nothing cut off.
         """
-        order = self.pipeline.gpt.order
-        inverse, permutation = order.inverse.to(codes.device), order.permutation.to(codes.device)
+        inverse, permutation = generator.inverse, generator.permutation
         entropies, probabilities = [], []
         for i in range(len(cond)):  # one at a time: (T, V) numbers each
             log_p = generator.logits(cond[i : i + 1], codes[i : i + 1])[0].log_softmax(-1)  # (T, V)

@@ -149,7 +149,7 @@ def test_released_checkpoints_sample_with_and_without_flags(sample_here, tmp_pat
     )
     options = ("--image-size", 32, "--num-fid-samples", 2, *flags)
     log = sample_here(tmp_path / "PAR-T.pt", tmp_path, *options)
-    assert f"n = {n}, {n + 64 // n - 1} steps a batch" in log
+    assert f"n = {n}, {n + 64 // n - 1} steps per batch" in log
     (npz,) = tmp_path.glob("GPT-T-PAR-T-size-32-size-24-VQ-4-*-seed-0.npz")
     assert np.load(npz)["arr_0"].shape == (2, 24, 24, 3)
 
@@ -169,7 +169,7 @@ def test_jacobi_decoding_makes_the_same_file(work, tmp_path, capfd, monkeypatch)
         words += ["--num-fid-samples", 3, "--per-proc-batch-size", 2, "--precision", "none"]
         words += ["--sample-dir", tmp_path / folder, *options]
         said = quietly(capfd, monkeypatch, *words, main=sample_c2i_ddp.main)
-        assert "n = 16, 10 steps a batch" in said
+        assert "n = 16, 10 steps per batch" in said
         (npz,) = (tmp_path / folder).glob("*-size-32-size-32-*.npz")  # as trained
         arrays.append(np.load(npz)["arr_0"])
         recorded = json.loads(npz.with_suffix(".json").read_text())
