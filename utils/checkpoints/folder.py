@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from utils.checkpoints.shard import SUFFIX, Rows, read_shard, write_shard
+from utils.checkpoints.shard import SUFFIX, Rows, check_shapes, read_shard, write_shard
 from utils.files import json_sha256, sha256_file, write_json
 
 CHECKPOINT_NAME = re.compile(r"\d{7,}")
@@ -219,13 +219,7 @@ def load_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _load(folder: Path, table: dict[str, _Stored], tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if name not in table:
-            raise ValueError(f"{folder} lacks {name}")
-        if table[name].shape != tensor.shape:
-            raise ValueError(
-                f"{folder}: {name} is {tuple(table[name].shape)}, expected {tuple(tensor.shape)}"
-            )
+    check_shapes(folder, {name: stored.shape for name, stored in table.items()}, tensors)
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
             _fill(tensor.to_local(), _first_row(tensor), table[name])

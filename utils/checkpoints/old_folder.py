@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
+from utils.checkpoints.shard import check_shapes
+
 # one process needs no process group to read
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
@@ -181,13 +183,7 @@ def load_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def _load(folder: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
     stored = metadata.state_dict_metadata
-    for name, tensor in tensors.items():
-        if name not in stored:
-            raise ValueError(f"{folder} lacks {name}")
-        if stored[name].size != tensor.shape:
-            raise ValueError(
-                f"{folder}: {name} is {tuple(stored[name].size)}, expected {tuple(tensor.shape)}"
-            )
+    check_shapes(folder, {name: entry.size for name, entry in stored.items()}, tensors)
     try:
         dcp.load(
             tensors, storage_reader=_Reader(folder, metadata), planner=_Planner(), no_dist=True

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,16 @@ def _sizes(values: Any, name: str) -> list[int]:
     if type(values) is not list or not all(type(n) is int and n >= 0 for n in values):
         raise ValueError(f"{name} has sizes that are not whole numbers")
     return values
+
+
+def check_shapes(
+    folder: Path, stored: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor]
+) -> None:
+    """Raise ``ValueError`` unless ``folder`` has each of ``tensors``, of its shape."""
+    for name, tensor in tensors.items():
+        if name not in stored:
+            raise ValueError(f"{folder} lacks {name}")
+        if tuple(stored[name]) != tuple(tensor.shape):
+            raise ValueError(
+                f"{folder}: {name} is {tuple(stored[name])}, expected {tuple(tensor.shape)}"
+            )
