@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 try:
-    from autoregressive.models.gpt import GPT_models
+    from autoregressive.models.config import GPT_models
     from scripts.diagnosis.acceptance import ACCEPTANCE_MINUTES, FOLDERS, accept
     from scripts.diagnosis.curves import describe_run
     from scripts.diagnosis.examination import (

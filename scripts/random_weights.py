@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.config import GPT_models, GPTConfig
+from autoregressive.models.gpt import GPT
 from evaluations.c2i.inception import Inception2015
 from tokenizer.vq_model import VQModel, make_vq_config
 from utils.checkpoints.weights_file import save_checkpoint

@@ -6,12 +6,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements-dev.txt
 
 [ -d "${1:-}" ] || { echo "error: first argument: a folder with CIFAR-10's training images, a folder per class" >&2 && exit 2; }
 IMAGES=$1 OUT=${2:-results/small}
-VQ=$OUT/tokenizer/VQ-4-32/checkpoints/0005624.pt
+VQ=$OUT/tokenizer/VQ-4-32/checkpoints/0002812.pt
 
 [ -e "$OUT/images/held-out/truck" ] || python scripts/small_models/split.py --data-path "$IMAGES" --output "$OUT/images"
 [ -e "$VQ" ] || bash scripts/tokenizer/train_vq.sh --data-path "$OUT/images/train" --cloud-save-path "$OUT/tokenizer" \
-    --no-local-save --vq-model VQ-4 --codebook-size 1024 --codebook-init kmeans --image-size 32 --epochs 4 --global-batch-size 32 \
-    --lr 1e-3 --lr-schedule cosine --perceptual-weight 0 --revive-dead-codes 100 --disc-start 4501 --disc-adaptive-weight \
+    --no-local-save --vq-model VQ-4 --codebook-size 1024 --codebook-init kmeans --image-size 32 --epochs 2 --global-batch-size 32 \
+    --lr 1e-3 --lr-schedule cosine --perceptual-weight 0 --revive-dead-codes 100 --disc-start 2251 --disc-adaptive-weight \
     --ckpt-every 200 --keep-last 1 --num-workers 1
 [ -e "$OUT/codes/meta.json" ] || bash scripts/autoregressive/extract_codes_c2i.sh --vq-ckpt "$VQ" \
     --data-path "$OUT/images/train" --code-path "$OUT/codes" --ten-crop --crop-range 1.1 --image-size 32 --batch-size 100 \

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from autoregressive.models.gpt import GPT, GPTConfig
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import GPT
 from autoregressive.train import train_c2i
 from dataset.codes import CodesPlan, finish_codes, start_codes, write_shard
 from scripts.diagnosis.models import fill_from_names

@@ -16,7 +16,8 @@ from autoregressive.decoding.compiled import CompiledDecoder
 from autoregressive.decoding.decoder import Decoder, place_for_decoding
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import SamplingOptions
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.config import GPT_models, GPTConfig
+from autoregressive.models.gpt import GPT
 from autoregressive.train import extract_codes_c2i
 from tests.fake_cuda import (
     CUDA,

@@ -20,7 +20,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from autoregressive.decoding import compiled
 from autoregressive.decoding.sampling import SamplingOptions, sample
 from autoregressive.models import causal_attention
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.config import GPT_models, GPTConfig
+from autoregressive.models.gpt import GPT
 from autoregressive.models.pad_heads import pad_heads
 
 try:  # none of this is promised to stay

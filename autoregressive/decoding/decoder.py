@@ -23,7 +23,8 @@ from autoregressive.decoding.compiled import CompiledDecoder
 from autoregressive.decoding.cpu.build import cache_folder, load, unavailable_reason
 from autoregressive.decoding.cpu.decoder import CPUDecoder
 from autoregressive.models.attention import channel_multiple
-from autoregressive.models.gpt import GPT, GPTConfig
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import GPT
 from autoregressive.models.pad_heads import pad_heads
 from autoregressive.models.region_order import RegionOrder
 from utils.files import write_json

@@ -15,12 +15,21 @@ class LabelEmbedder(nn.Module):
         self.num_classes = num_classes
         self.dropout_prob = dropout_prob
 
-    def forward(self, labels: Tensor) -> Tensor:
-        """(B,) int64 -> (B, D); in training labels become null with ``dropout_prob``."""
+    def drop(self, labels: Tensor) -> Tensor:
+        """Return labels (B,) int64, in training null with ``dropout_prob``."""
         if self.training and self.dropout_prob > 0:
             drop = torch.rand(labels.shape, device=labels.device) < self.dropout_prob  # (B,)
             labels = torch.where(drop, self.num_classes, labels)  # (B,)
+        return labels
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """(B,) int64 -> (B, D)."""
         return self.embedding_table(labels)  # (B, D)
+
+
+# what the special slots are fed: a learned vector each (the paper's), one for all, zeros, the class
+# embedding, or again what the slot before them holds
+SPECIAL_TOKENS = ("learned", "shared", "zeros", "class", "last")
 
 
 class SpecialTokens(nn.Module):

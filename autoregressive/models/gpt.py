@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,77 +23,12 @@ from torch.utils.checkpoint import (
 )
 
 from autoregressive.models.attention import DenseMask, KVCache, Mask, attend, query_chunks
+from autoregressive.models.config import GPTConfig
 from autoregressive.models.decode_step import StepDecoder
 from autoregressive.models.dropout import Dropout, DropPath
 from autoregressive.models.embeddings import LabelEmbedder, SpecialTokens
 from autoregressive.models.linear_cross_entropy import linear_cross_entropy
 from autoregressive.models.region_order import RegionOrder
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """Architecture and regularisation of one model; travels inside our checkpoints as a dict."""
-
-    n_layer: int = 12
-    dim: int = 768
-    n_head: int = 12
-    n_kv_head: int | None = None  # None: as many as n_head
-    multiple_of: int = 256  # the SwiGLU width is 8/3 dim rounded up to this
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-5
-    vocab_size: int = 16384
-    num_classes: int = 1000
-    grid_height: int = 24
-    grid_width: int = 24
-    ar_token_num: int = 4  # n, tokens predicted at once; n - 1 special tokens
-    schedule: str = "region"  # tokens of each step, see schedules.py
-    class_dropout_prob: float = 0.1
-    token_dropout_p: float = 0.1
-    attn_dropout_p: float = 0.1
-    resid_dropout_p: float = 0.1
-    ffn_dropout_p: float = 0.1
-    drop_path_rate: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.dim % self.n_head or self.dim // self.n_head % 4:
-            width = f"width {self.dim} / {self.n_head} heads"
-            raise ValueError(f"{width} is not a multiple of 4, as 2-D rotary needs")
-        if self.n_head % self.kv_heads:
-            raise ValueError(
-                f"{self.n_head} heads cannot share {self.kv_heads} key-value heads equally"
-            )
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key-value heads."""
-        return self.n_kv_head or self.n_head
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head."""
-        return self.dim // self.n_head
-
-    @property
-    def ffn_dim(self) -> int:
-        """Hidden width of the SwiGLU: 2/3 of 4 dim, rounded up to ``multiple_of``."""
-        return -(-int(2 * 4 * self.dim / 3) // self.multiple_of) * self.multiple_of
-
-
-# Parameters at vocabulary 16384, 1000 classes, n = 4 (T and S: vocabulary 256, 10 classes); FID is
-# the paper's table 1, ImageNet 256x256 with guidance. PAR-3B-16x: 2.88.
-GPT_models: dict[str, dict[str, Any]] = {
-    #                layers          width         heads             params    published FID, 4x
-    "GPT-T":    dict(n_layer=6,  dim=128,  n_head=4),   #   1.6M
-    "GPT-S":    dict(n_layer=6,  dim=288,  n_head=6),   #   6.1M
-    "GPT-B":    dict(n_layer=12, dim=768,  n_head=12),  #   111M
-    "GPT-L":    dict(n_layer=24, dim=1024, n_head=16),  #   343M   3.76
-    "GPT-XL":   dict(n_layer=36, dim=1280, n_head=20),  #   775M   2.61
-    "GPT-XXL":  dict(n_layer=48, dim=1536, n_head=24),  #   1.4B   2.35
-    "GPT-XXXL": dict(n_layer=48, dim=2560, n_head=40),  #   3.9B
-    "GPT-1B":   dict(n_layer=22, dim=2048, n_head=32),  #   1.2B
-    "GPT-3B":   dict(n_layer=24, dim=3200, n_head=32),  #   3.1B   2.29
-    "GPT-7B":   dict(n_layer=32, dim=4096, n_head=32),  #   6.6B
-}  # fmt: skip
 
 
 def rotary_table(positions: Tensor, head_dim: int, base: float) -> Tensor:
@@ -237,11 +170,13 @@ class GPT(StepDecoder, nn.Module):
         dim = config.dim
         self.config = config
         grid = config.grid_height, config.grid_width
-        self.order = RegionOrder.build(grid, config.ar_token_num, config.schedule)
+        variant = config.schedule, config.order, config.group_attention
+        self.order = RegionOrder.build(grid, config.ar_token_num, *variant)
         self.cls_embedding = LabelEmbedder(config.num_classes, dim, config.class_dropout_prob)
         self.tok_embeddings = nn.Embedding(config.vocab_size, dim)
-        if self.order.num_special > 0:
-            self.spe_tok_embeddings = SpecialTokens(self.order.num_special, dim)
+        rows = {"learned": self.order.num_special, "shared": min(self.order.num_special, 1)}
+        if rows.get(config.special_tokens, 0) > 0:
+            self.spe_tok_embeddings = SpecialTokens(rows[config.special_tokens], dim)
         self.tok_dropout = Dropout(config.token_dropout_p)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(dim, eps=config.norm_eps)
@@ -249,7 +184,10 @@ class GPT(StepDecoder, nn.Module):
         self.block_mask: Mask = None  # in place of the dense one
         # built on the CPU also where parameters are on the meta device, so that they are never lost
         with torch.device("cpu"):
-            freqs_cis = rotary_table(self.order.slot_positions, config.head_dim, config.rope_base)
+            positions = self.order.slot_positions  # (S, 2)
+            if config.special_positions == "predicted":
+                positions = self.order.positions_with_special  # (S, 2)
+            freqs_cis = rotary_table(positions, config.head_dim, config.rope_base)
             self.register_buffer("freqs_cis", freqs_cis, persistent=False)
             self.register_buffer("mask", self.order.mask(), persistent=False)
             self.query_chunks = query_chunks(self.mask)
@@ -302,6 +240,7 @@ class GPT(StepDecoder, nn.Module):
 
     def hidden(self, tokens: Tensor, cond: Tensor) -> Tensor:
         """Return final hidden states (B, T, D) of whole region-ordered sequences (B, T)."""
+        cond = self.cls_embedding.drop(cond)  # (B,)
         x = self.embed_slots(tokens, cond, 0, self.order.num_slots)  # (B, S, D)
         dense = DenseMask(self.mask, self.query_chunks)
         mask = dense if self.block_mask is None else self.block_mask
@@ -310,10 +249,10 @@ class GPT(StepDecoder, nn.Module):
 
     def use_flex_attention(self, device: torch.device) -> None:
         """Train with FlexAttention: compiled blocks on CUDA, without attention dropout."""
-        steps, slots = self.order.step_of_slot.to(device), self.order.num_slots
+        level, slots = self.order.level.to(device), self.order.num_slots
 
         def attends(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return steps[q] >= steps[k]  # RegionOrder.attends on the device
+            return level[q] >= level[k]  # RegionOrder.attends on the device
 
         self.block_mask = create_block_mask(attends, None, None, slots, slots, device=device)
 
@@ -377,11 +316,25 @@ class GPT(StepDecoder, nn.Module):
             if kind == "class":
                 pieces.append(self.cls_embedding(cond)[:, None])  # (B, 1, D)
             elif kind == "special":
-                special = self.spe_tok_embeddings.special_embeddings.weight[which]  # (n-1, D)
-                pieces.append(special.expand(len(tokens), -1, -1))  # (B, n-1, D)
+                before = pieces[-1][:, -1:]  # (B, 1, D)
+                special = self.embed_special(which, cond, before)  # (n-1 or 1, D) or (B, 1, D)
+                pieces.append(special.expand(len(tokens), which.stop - which.start, -1))
             else:
                 pieces.append(self.tok_embeddings(tokens[:, which]))  # (B, ..., D)
         return torch.cat(pieces, dim=1)  # (B, stop - start, D)
+
+    def embed_special(self, which: slice, cond: Tensor, before: Tensor) -> Tensor:
+        """Return embeddings of the special tokens ``which``: one each, or one for all.
+
+        cond: (B,); before: (B, 1, D), the slot before them.
+        """
+        kind = self.config.special_tokens
+        if kind in ("learned", "shared"):
+            table = self.spe_tok_embeddings.special_embeddings.weight  # (n-1 or 1, D)
+            return table[which] if kind == "learned" else table
+        if kind == "class":
+            return self.cls_embedding(cond)[:, None]  # (B, 1, D)
+        return before if kind == "last" else torch.zeros_like(before)  # (B, 1, D)
 
     def trunk(
         self, x: Tensor, start: int, mask: Mask = None, cache: KVCache | None = None

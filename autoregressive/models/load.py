@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.config import GPT_models, GPTConfig
+from autoregressive.models.gpt import GPT
 from autoregressive.models.region_order import split_regions
 from autoregressive.models.schedules import canonical
 from utils.checkpoints.weights_file import find_state_dict, load_checkpoint, load_strictly

@@ -20,13 +20,17 @@ before, and special tokens where that had fewer. With the paper's schedule slot 
 
 Other schedules (schedules.py) have special tokens wherever steps grow, n - 1 in all if they never
 shrink. Where they shrink, a step has a slot for each token of the step before, and only the first
-of its slots predict. Always slot q attends to slot k  <=>  step[q] >= step[k]. Other code asks this
-file; gpt.py repeats only that comparison, for FlexAttention.
+of its slots predict. Always slot q attends to slot k  <=>  level[q] >= level[k], and the level is
+the step. Other code asks this file; gpt.py repeats only that comparison, for FlexAttention.
+
+For comparison (paper, table 4) there are also raster order, in which neighbours are predicted
+together, regions of other shapes, and causal attention among the slots of a step.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -88,16 +92,48 @@ def spread(regions: tuple[int, int]) -> Tensor:
     return rounds_of(regions, fewer)[:, spread(fewer)].reshape(-1)  # (n,)
 
 
+def parse_layout(layout: str, grid: tuple[int, int], n: int) -> tuple[int, int]:
+    """Return the regions (rh, rw) of ``--order``: region, raster, or written as 1x4.
+
+    ``ValueError`` says what does not fit.
+    """
+    if layout in ("region", "raster"):
+        return split_regions(grid, n)
+    match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", layout)
+    if match is None:
+        raise ValueError(
+            f"--order {layout}: expected region, raster, or rows x columns of regions such as 1x{n}"
+        )
+    rows, columns = map(int, match.groups())
+    if rows * columns != n or grid[0] % rows or grid[1] % columns:
+        raise ValueError(
+            f"--order {layout} does not cut a {grid[0]}x{grid[1]} grid into n = {n} equal regions"
+        )
+    return rows, columns
+
+
+def canonical_layout(layout: str, grid: tuple[int, int], n: int) -> str:
+    """Return the name of ``--order``, the same for all that are the same; ``ValueError`` too."""
+    regions = parse_layout(layout, grid, n)
+    if layout == "raster":
+        return "region" if n == 1 else "raster"
+    return "region" if regions == split_regions(grid, n) else f"{regions[0]}x{regions[1]}"
+
+
 @dataclass(frozen=True)
 class RegionOrder:
     """Order of a ``grid`` (h, w) in ``regions`` (rh, rw), with a ``schedule`` of schedules.py.
 
-    Equal arguments give equal orders. All tensors are int64 on the CPU, computed once.
+    raster: tokens come in raster order instead, and neighbours are predicted together; causal:
+    slots of a step see only those before them. Equal arguments give equal orders. All tensors are
+    int64 on the CPU, computed once.
     """
 
     grid: tuple[int, int]
     regions: tuple[int, int]
     schedule: str = "region"
+    raster: bool = False
+    causal: bool = False
 
     def __post_init__(self) -> None:
         split_regions(self.grid, self.n)
@@ -106,10 +142,22 @@ class RegionOrder:
         step_sizes(self.schedule, self.n, self.num_tokens)
 
     @classmethod
-    def build(cls, grid: int | tuple[int, int], n: int, schedule: str = "region") -> RegionOrder:
-        """Return the order of a square (int) or h x w grid in ``n`` regions."""
+    def build(
+        cls,
+        grid: int | tuple[int, int],
+        n: int,
+        schedule: str = "region",
+        layout: str = "region",
+        group_attention: str = "full",
+    ) -> RegionOrder:
+        """Return the order of a square (int) or h x w grid in ``n`` regions.
+
+        layout: see ``parse_layout``; group_attention: ``full`` or ``causal``.
+        """
         height, width = (grid, grid) if isinstance(grid, int) else grid
-        return cls((height, width), split_regions((height, width), n), schedule)
+        regions = parse_layout(layout, (height, width), n)
+        causal = group_attention == "causal"
+        return cls((height, width), regions, schedule, layout == "raster", causal)
 
     @property
     def n(self) -> int:
@@ -148,6 +196,8 @@ class RegionOrder:
         (raster over regions); paper, section 3.2 and figure 4. In other schedules than the paper's
         the regions themselves are ``spread``.
         """
+        if self.raster:
+            return torch.arange(self.num_tokens)  # (T,)
         rounds = rounds_of(self.grid, self.regions)  # (T/n, n)
         if self.schedule != "region":
             rounds = rounds[:, spread(self.regions)]
@@ -165,9 +215,14 @@ class RegionOrder:
         return torch.arange(len(widths)).repeat_interleave(widths)
 
     @cached_property
+    def level(self) -> Tensor:
+        """(S,) what decides what a slot sees, see ``attends``: its step, or itself if causal."""
+        return torch.arange(self.num_slots) if self.causal else self.step_of_slot
+
+    @cached_property
     def seen(self) -> tuple[int, ...]:
-        """Number of slots that each slot attends to: all of its step and of earlier ones."""
-        return tuple(step.stop for step in self.steps for _ in range(step.start, step.stop))
+        """Number of slots that each slot attends to: the first ones, itself among them."""
+        return tuple(torch.searchsorted(self.level, self.level, right=True).tolist())
 
     @cached_property
     def predicting(self) -> Tensor:
@@ -195,9 +250,22 @@ class RegionOrder:
         parts = [row_column[w] if kind == "token" else none[w] for kind, w in held]
         return torch.cat(parts)  # (S, 2)
 
+    @cached_property
+    def positions_with_special(self) -> Tensor:
+        """(S, 2) ``slot_positions``, and of special slots those of the tokens they predict."""
+        token = torch.full((self.num_slots,), -1)
+        token[self.predicting] = torch.arange(self.num_tokens)  # (S,)
+        raster = self.permutation[token]  # (S,)
+        row_column = torch.stack([raster // self.grid[1], raster % self.grid[1]], dim=-1)  # (S, 2)
+        positions = self.slot_positions.clone()  # (S, 2)
+        for kind, start, stop, _ in self._runs:
+            if kind == "special":
+                positions[start:stop] = row_column[start:stop]
+        return positions
+
     def attends(self, query: Tensor, key: Tensor) -> Tensor:
-        """Return step[q] >= step[k] of slots (paper, section 3.3); broadcasts, bool."""
-        return self.step_of_slot[query] >= self.step_of_slot[key]
+        """Return level[q] >= level[k] of slots (paper, section 3.3); broadcasts, bool."""
+        return self.level[query] >= self.level[key]
 
     @cached_property
     def _runs(self) -> tuple[tuple[str, int, int, int], ...]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autoregressive.decoding.sampling import CFG_SCHEDULES, NOISES, TEMPERATURE_SCHEDULES
-from autoregressive.models.gpt import GPT_models
+from autoregressive.models.config import GPT_models
 from tokenizer.load import add_tokenizer_options
 from utils.options import positive_int
 from utils.presets import PRESETS, SMALL_PRESETS, Preset, SmallPreset

@@ -2,16 +2,52 @@
 
 from __future__ import annotations
 
-from argparse import BooleanOptionalAction, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from dataclasses import fields
 
-from autoregressive.models.gpt import GPT_models
+from autoregressive.models.config import VARIANT_CHOICES, GPT_models
 from autoregressive.train.recipe import Recipe, make_recipe
 from utils.options import add_retired, fraction, make_parser, non_negative_float, positive_int
 from utils.parallel import DATA_PARALLEL
 from utils.precision import AUTOCAST_DTYPE
 from utils.training.options import add_optimizer_options, add_output_options, add_precision_option
 from utils.training.state import LR_SCHEDULES
+
+
+def add_variant_options(parser: ArgumentParser) -> None:
+    """Add the options that change the method itself, to compare with it."""
+    group = parser.add_argument_group(
+        "variants of the method (paper, table 4; defaults: those of --gpt-ckpt, else as published)"
+    )
+    group.add_argument(
+        "--schedule",
+        help="tokens predicted in each step. region: n alone, then n at once, as published; "
+        "nested: the first n in groups that grow, then n at once; or sizes x steps, such as "
+        "1x4,4x3,16x35, where a step must end at every multiple of n; 4x144 has no sequential "
+        "start, 1x576 predicts one token at a time in the order of n regions",
+    )
+    group.add_argument(
+        "--order",
+        help="region: tokens of a step come from n regions, as nearly square as can be, as "
+        "published; 1x4: from one row of four regions; raster: they are neighbours",
+    )
+    group.add_argument(
+        "--group-attention",
+        choices=VARIANT_CHOICES["group_attention"],
+        help="what a step's tokens see of one another: all, as published, or those before them",
+    )
+    group.add_argument(
+        "--special-tokens",
+        choices=VARIANT_CHOICES["special_tokens"],
+        help="what stands in for tokens where a step has more than the one before: a learned "
+        "vector each, as published; one for all; zeros; the class; or the last token again",
+    )
+    group.add_argument(
+        "--special-positions",
+        choices=VARIANT_CHOICES["special_positions"],
+        help="rotary position of special tokens. none: their queries and keys are zero, as "
+        "published; predicted: that of the token they predict",
+    )
 
 
 def parse_args(description: str) -> Namespace:
@@ -71,13 +107,6 @@ def parse_args(description: str) -> Namespace:
         help="number of special tokens: --ar-token-num minus 1, as in published command lines",
     )
     model.add_argument(
-        "--schedule",
-        help="tokens predicted in each step. region: n alone, then n at once, as published; "
-        "nested: the first n in groups that grow, then n at once; or sizes x steps, such as "
-        "1x4,4x3,16x35, where a step must end at every multiple of n (default: that of --gpt-ckpt, "
-        "else region)",
-    )
-    model.add_argument(
         "--dropout-p", type=fraction, help="dropout after attention and feed-forward (recipe)"
     )
     model.add_argument(
@@ -97,6 +126,7 @@ def parse_args(description: str) -> Namespace:
         default=0.0,
         help="stochastic depth: probability of skipping the last block; earlier blocks have less",
     )
+    add_variant_options(parser)
     training = parser.add_argument_group("training (defaults marked recipe: see --recipe)")
     training.add_argument(
         "--recipe",

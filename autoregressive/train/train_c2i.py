@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from autoregressive.models.causal_attention import make_causal_mask
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.config import VARIANTS, GPT_models, GPTConfig, variant_of
+from autoregressive.models.gpt import GPT
 from autoregressive.models.load import load_gpt, resolve_parallelism
+from autoregressive.models.region_order import canonical_layout
 from autoregressive.models.schedules import canonical
 from autoregressive.train.data import (
     CodeBatches,
@@ -67,11 +69,13 @@ def make_model(
     grid = args.image_size // args.downsample_size
     n = resolve_parallelism(args.ar_token_num, args.spe_token_num, (grid, grid))
     pretrained = load_pretrained(args, grid, tokenizer_sha256)
-    if args.schedule is None:
-        args.schedule = "region"
-        if pretrained is not None and pretrained.config.ar_token_num == n:
-            args.schedule = pretrained.config.schedule
+    same_n = pretrained is not None and pretrained.config.ar_token_num == n
+    default = pretrained.config if same_n else GPTConfig()
+    for field in VARIANTS:
+        if getattr(args, field) is None:
+            setattr(args, field, getattr(default, field))
     args.schedule = canonical(args.schedule, n, grid**2)
+    args.order = canonical_layout(args.order, (grid, grid), n)
     config = GPTConfig(
         **GPT_models[args.gpt_model],
         vocab_size=args.vocab_size,
@@ -79,7 +83,7 @@ def make_model(
         grid_height=grid,
         grid_width=grid,
         ar_token_num=n,
-        schedule=args.schedule,
+        **{field: getattr(args, field) for field in VARIANTS},
         class_dropout_prob=args.class_dropout_prob,
         token_dropout_p=args.token_dropout_p,
         attn_dropout_p=args.attn_dropout_p,
@@ -138,7 +142,9 @@ def fitting_weights(
     if before.ar_token_num not in (1, config.ar_token_num):
         resolve("--ar-token-num", args.ar_token_num, before.ar_token_num, source)
     elif before.ar_token_num != 1:
-        resolve("--schedule", args.schedule, before.schedule, source)
+        for field in VARIANTS:
+            option = f"--{field.replace('_', '-')}"
+            resolve(option, getattr(args, field), getattr(before, field), source)
     if before.ar_token_num != config.ar_token_num:
         notes.append(f"{source} predicts one token at a time: special tokens start anew")
     if before.num_classes != config.num_classes:
@@ -218,10 +224,11 @@ def fixed_options(args: Namespace, model: GPT, codes: Codes) -> dict[str, Any]:
     fixed = ("epochs", "global_batch_size", "global_seed", "lr_schedule", "warmup_epochs")
     options = {k: getattr(args, k) for k in fixed} | {k: codes.meta.get(k) for k in CODES_FACTS}
     options["mix_weight"] = None if args.mix_code_path is None else args.mix_weight
-    config = asdict(model.config)
-    if config["schedule"] == "region":  # not there in runs begun before there were others
-        del config["schedule"]
-    options["config"] = config
+    # published variants are not named: runs begun before there were others do not have them
+    variant = variant_of(model.config)
+    options["config"] = {
+        k: v for k, v in asdict(model.config).items() if k not in VARIANTS or k in variant
+    }
     return options | {"images": len(codes), "crops": codes.num_crops}
 
 
@@ -282,8 +289,8 @@ def main() -> None:
     forward = parallelize(args, model, world, weights)
     state = make_training_state(model, args, world, args.ema, args.max_loss_spike)
     name = f"{args.gpt_model}-{args.ar_token_num}x-{args.image_size}"
-    if args.schedule != "region":  # a name of at most 255 bytes
-        name += f"-{args.schedule if len(args.schedule) <= 60 else short_hash(args.schedule)}"
+    if variant := "-".join(variant_of(model.config).values()):  # a name of at most 255 bytes
+        name += f"-{variant if len(variant) <= 60 else short_hash(variant)}"
     start = None if args.gpt_resume is None else require_folder(args.gpt_resume, "--gpt-resume")
     fixed = fixed_options(args, model, codes)
     run = TrainingRun(args, world, name, state, fixed, total_steps, start)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoregressive.models import gpt
-from autoregressive.models.gpt import GPT, GPTConfig, TransformerBlock
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import GPT, TransformerBlock
 from scripts.benchmarks.common import use_published_norm
 
 Trunk = Callable[[Tensor, int], Tensor]  # embeddings (R, t, D) and their first slot -> (R, t, D)

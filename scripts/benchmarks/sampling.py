@@ -44,7 +44,8 @@ from autoregressive.decoding.decoder import (
 )
 from autoregressive.decoding.generate import Generator
 from autoregressive.decoding.sampling import SamplingOptions
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.config import GPT_models, GPTConfig
+from autoregressive.models.gpt import GPT
 from autoregressive.sample.pipeline import quantize
 from scripts.benchmarks.common import (
     ALLOCATOR,

@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader
 
 from autoregressive.models import gpt
 from autoregressive.models.causal_attention import make_causal_mask
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.config import GPT_models, GPTConfig
+from autoregressive.models.gpt import GPT
 from scripts.benchmarks.common import (
     KEPT_MEMORY,
     PublishedDataset,

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from autoregressive.models.gpt import GPTConfig
+from autoregressive.models.config import GPTConfig
 from autoregressive.models.load import load_gpt
 from dataset.codes import Codes, finished_damage, open_codes
 from dataset.imagenet import list_images, open_image

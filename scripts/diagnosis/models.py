@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.config import GPT_models, GPTConfig
+from autoregressive.models.gpt import GPT
 
 
 def fill_from_names(module: torch.nn.Module) -> torch.nn.Module:

@@ -9,7 +9,8 @@ from functools import cache
 import torch
 from torch import nn
 
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.config import GPT_models, GPTConfig
+from autoregressive.models.gpt import GPT
 from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier
 from evaluations.c2i.inception import Inception2015
 from scripts.own_images.choices import Tokenizer

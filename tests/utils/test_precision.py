@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoregressive.models.gpt import GPT_models
+from autoregressive.models.config import GPT_models
 from autoregressive.train import extract_codes_c2i
 from tests.helpers import GPT_RUN as NAME
 from tests.helpers import NO_DROPOUT, TRAIN_OPTIONS, curve, quietly, run_command

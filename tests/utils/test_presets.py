@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.config import GPT_models, GPTConfig
+from autoregressive.models.gpt import GPT
 from autoregressive.sample import sample_c2i, sample_c2i_ddp
 from autoregressive.sample.options import add_model_options, add_sampling_options, parse_sampler
 from tests.helpers import quietly

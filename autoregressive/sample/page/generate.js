@@ -22,8 +22,8 @@ class Run {
   }
 
   async prepare() {
-    const {grid, n} = this.facts;
-    this.order = await ask(`/api/order?grid=${grid[0]}&n=${n}&schedule=${this.facts.schedule}`);
+    const {grid, n, schedule, layout} = this.facts;
+    this.order = await ask(`/api/order?grid=${grid[0]}&n=${n}&schedule=${schedule}&layout=${layout}`);
   }
 
   async add({decoded, call, strip}) {

@@ -10,8 +10,8 @@ MOST_CELLS = 32  # a side
 
 
 def describe_order(query: dict[str, str]) -> dict[str, Any]:
-    """Answer ``grid``, ``n`` and ``schedule`` with steps, slots and regions; ``ValueError`` says
-    what does not fit.
+    """Answer ``grid``, ``n``, ``schedule`` and ``layout`` with steps, slots and regions;
+    ``ValueError`` says what does not fit.
     """
     try:
         grid, n = int(query.get("grid", "8")), int(query.get("n", "4"))
@@ -19,7 +19,8 @@ def describe_order(query: dict[str, str]) -> dict[str, Any]:
         raise ValueError("grid and n: expected whole numbers") from None
     if not 2 <= grid <= MOST_CELLS:
         raise ValueError(f"grid: expected 2 to {MOST_CELLS}")
-    order = RegionOrder.build(grid, n, query.get("schedule", "region"))
+    schedule, layout = query.get("schedule", "region"), query.get("layout", "region")
+    order = RegionOrder.build(grid, n, schedule, layout)
     steps = [
         {
             "slots": [step.start, step.stop],

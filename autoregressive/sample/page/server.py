@@ -4,7 +4,7 @@ server; nothing is asked of any other host.
 =======================  ===========================================================
 GET  /                   the page; /page.css, /page.js, ... beside it
 GET  /api/models         the models that can be used
-GET  /api/order?...      an order: grid, n, schedule
+GET  /api/order?...      an order: grid, n, schedule, layout
 POST /api/generate       parameters as JSON -> name of a job; /api/edit likewise
 GET  /api/jobs/NAME      the job's events, as server-sent events
 GET  /api/files/NAME/F   a file that the job made

@@ -70,6 +70,7 @@ class Model:
             "grid": order.grid,
             "n": order.n,
             "schedule": order.schedule,
+            "layout": self.pipeline.gpt.config.order,
             "steps": len(order.steps),
             "vocabulary": self.pipeline.gpt.config.vocab_size,
             "defaults": {k: getattr(self.args, k) for k in ("cfg_scale", "top_k", "top_p")},

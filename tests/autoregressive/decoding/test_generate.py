@@ -75,6 +75,36 @@ def test_other_schedules_decode_as_they_are_trained(schedule, scale):
     assert torch.equal(generate(model, model.order, cond, torch.zeros(3, 64), options), expected)
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"order": "raster"},
+        {"order": "1x4"},
+        {"group_attention": "causal"},
+        {"group_attention": "causal", "schedule": "4x16", "order": "raster"},
+        {"special_tokens": "shared"},
+        {"special_tokens": "zeros", "special_positions": "predicted"},
+        {"special_tokens": "class"},
+        {"special_tokens": "last", "schedule": "4x16"},
+        {"special_positions": "predicted"},
+    ],
+    ids=str,
+)
+def test_variants_decode_as_they_are_trained(variant):
+    """By the model, by the kernels, and both in windows."""
+    config = small_config(ar_token_num=4, grid_height=8, grid_width=8, **variant)
+    model = fill_from_names(GPT(config)).double().eval()
+    cond, uniforms = torch.tensor([0, 2, 1]), torch.zeros(3, 64)
+    options = SamplingOptions(cfg_scale=2.0, **GREEDY)
+    with torch.no_grad():
+        expected = greedy_without_cache(model, cond, 2.0)
+    kernels = make_decoder(fill_from_names(GPT(config)).eval(), Way("none", "kernels"), 2 * 3 * 64)
+    for decoder in (model, kernels):
+        for window in (1, 5):
+            codes = generate(decoder, model.order, cond, uniforms, options, window)
+            assert torch.equal(codes, expected)
+
+
 def test_training_after_generating():
     """The published model kept a flag and a cache from the last call; ours has no state to keep."""
     model = fill_from_names(GPT(small_config())).eval()

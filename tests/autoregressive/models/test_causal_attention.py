@@ -13,7 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from autoregressive.models import causal_attention
 from autoregressive.models.attention import attend
 from autoregressive.models.causal_attention import CausalMask, make_causal_mask
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.config import GPT_models, GPTConfig
+from autoregressive.models.gpt import GPT
 from autoregressive.models.region_order import RegionOrder
 from autoregressive.train import kernels, watch
 from scripts.diagnosis import golden

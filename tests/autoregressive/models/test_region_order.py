@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from autoregressive.models.load import resolve_parallelism
-from autoregressive.models.region_order import RegionOrder
+from autoregressive.models.region_order import RegionOrder, canonical_layout
 
 CUTS = [(8, 1), (8, 4), (12, 9), (8, 16), (24, 4), (24, 16), ((4, 6), 2), ((4, 6), 6), ((6, 4), 2)]
 
@@ -194,3 +194,55 @@ def test_schedules_that_do_not_fit_say_why(schedule, message):
         RegionOrder.build(8, 4, schedule)
     with pytest.raises(ValueError, match="--schedule nested: n = 6 cannot be divided by 4 until"):
         RegionOrder.build((4, 6), 6, "nested")
+
+
+@pytest.mark.parametrize("schedule", ["region", "4x9", "1x36"])
+def test_raster_order_and_written_regions(schedule):
+    order = RegionOrder.build(6, 4, schedule, "raster")
+    assert order.permutation.tolist() == list(range(36))
+    assert order.steps == RegionOrder.build(6, 4, schedule).steps
+    if schedule == "4x9":  # neighbours together
+        assert order.slot_positions[8:12].tolist() == [[0, 4], [0, 5], [1, 0], [1, 1]]
+    for layout, regions in {"1x2": (1, 2), "2x1": (2, 1)}.items():
+        order = RegionOrder.build(6, 2, layout=layout)
+        assert order.permutation.tolist() == slow_region_order((6, 6), regions)
+
+
+@pytest.mark.parametrize("schedule", ["region", "4x16", "1x64", "1x4,4x3,2x8,4x8"])
+def test_causal_groups_see_what_comes_before_them(schedule):
+    full = RegionOrder.build(8, 4 if schedule != "1x4,4x3,2x8,4x8" else 16, schedule)
+    order = RegionOrder(full.grid, full.regions, schedule, causal=True)
+    slots = order.num_slots
+    assert torch.equal(order.mask(), torch.ones(slots, slots, dtype=torch.bool).tril())
+    assert order.seen == tuple(range(1, slots + 1))
+    assert torch.equal(order.step_of_slot, full.step_of_slot)
+    assert full.seen == tuple(full.mask().sum(-1).tolist())
+
+
+@pytest.mark.parametrize("schedule", ["region", "4x16"])
+def test_special_tokens_may_have_the_positions_of_what_they_predict(schedule):
+    order = RegionOrder.build(8, 4, schedule)
+    positions, plain = order.positions_with_special.tolist(), order.slot_positions.tolist()
+    special = range(5, 8) if schedule == "region" else range(1, 4)
+    for slot, (with_special, without) in enumerate(zip(positions, plain, strict=True)):
+        if slot in special:
+            assert without == [-1, -1]
+            assert with_special == list(divmod(order.permutation[slot].item(), 8))
+        else:
+            assert with_special == without
+
+
+def test_names_of_layouts():
+    assert canonical_layout("2x2", (8, 8), 4) == canonical_layout("region", (8, 8), 4) == "region"
+    assert canonical_layout("1x4", (8, 8), 4) == "1x4"
+    assert canonical_layout("raster", (8, 8), 4) == "raster"
+    assert canonical_layout("raster", (8, 8), 1) == "region"
+    for layout, message in {
+        "diagonal": "--order diagonal: expected region, raster, or rows x columns of regions",
+        "1x2": "--order 1x2 does not cut a 8x8 grid into n = 4 equal regions",
+        "1x99999": "expected region",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            canonical_layout(layout, (8, 8), 4)
+    with pytest.raises(ValueError, match="does not cut a 6x6 grid into n = 4"):
+        canonical_layout("1x4", (6, 6), 4)

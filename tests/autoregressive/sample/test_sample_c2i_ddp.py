@@ -22,7 +22,8 @@ from PIL import Image
 
 from autoregressive.decoding.cpu import build
 from autoregressive.decoding.decoder import Way
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.config import GPT_models, GPTConfig
+from autoregressive.models.gpt import GPT
 from autoregressive.sample import sample_c2i_ddp
 from scripts.diagnosis.models import fill_from_names
 from tests.fake_cuda import fake_cuda

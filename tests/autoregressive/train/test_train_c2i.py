@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.config import VARIANTS, GPT_models, GPTConfig, variant_of
+from autoregressive.models.gpt import GPT
 from autoregressive.train import train_c2i
 from scripts.diagnosis.models import fill_from_names
 from tests.fake_cuda import CUDA
@@ -321,6 +322,26 @@ def test_local_results_and_cloud_hold_the_same(work, trained, monkeypatch, capfd
     assert "loss" in (local.parent / "log.txt").read_text()
 
 
+def test_variants_travel_with_the_weights(work, monkeypatch, capfd, tmp_path):
+    """Into the config and the run's name; training that starts from them has them, or says why."""
+    variant = {"order": "1x4", "group_attention": "causal", "special_tokens": "zeros"}
+    variant |= {"schedule": "4x16", "special_positions": "predicted"}
+    base = (
+        "--code-path", work / "codes", "--no-local-save", *TRAIN_OPTIONS, "--epochs", 1,
+    )  # fmt: skip
+    options = [word for k, v in variant.items() for word in (f"--{k.replace('_', '-')}", v)]
+    quietly(capfd, monkeypatch, *base, "--cloud-save-path", tmp_path / "a", *options)
+    run = tmp_path / "a" / f"{NAME}-4x16-1x4-causal-zeros-predicted"
+    state = next((run / "checkpoints").glob("*.pt"))
+    gpt, _, _ = load_gpt(state, grid=None)
+    assert variant_of(gpt.config) == variant
+    start = (*base, "--gpt-ckpt", state, "--cloud-save-path")
+    quietly(capfd, monkeypatch, *start, tmp_path / "b")
+    assert (tmp_path / "b" / run.name).is_dir()
+    other = quietly(capfd, monkeypatch, *start, tmp_path / "c", "--order", "raster")
+    assert "--order raster" in other and "1x4" in other
+
+
 def test_resuming_takes_the_new_learning_rate(work, trained, monkeypatch, capfd, tmp_path):
     start_from(trained, tmp_path, 8)
     base = (
@@ -409,9 +430,8 @@ def test_dry_run_forecasts_and_writes_nothing(work, monkeypatch, capfd, tmp_path
 
 
 TRAINED = dict(image_size=64, downsample_size=16, gpt_model="GPT-T", vocab_size=19, num_classes=3)
-TRAINED |= dict(
-    ar_token_num=4, spe_token_num=3, schedule="region", gpt_ckpt=None, code_path="codes"
-)
+TRAINED |= dict(ar_token_num=4, spe_token_num=3, gpt_ckpt=None, code_path="codes")
+TRAINED |= dict.fromkeys(VARIANTS)
 NO_RATES = ("class_dropout_prob", "token_dropout_p", "attn_dropout_p", "dropout_p")
 
 

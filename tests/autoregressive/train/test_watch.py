@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autoregressive.models.gpt import GPT, GPTConfig
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import GPT
 from autoregressive.models.load import load_gpt
 from autoregressive.train import watch
 from tests.helpers import GPT_RUN as NAME

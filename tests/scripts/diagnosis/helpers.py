@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
+from autoregressive.models.config import GPT_models, GPTConfig
+from autoregressive.models.gpt import GPT
 from scripts.diagnosis.check import OK, Check, Context, Result, run_here
 from scripts.diagnosis.models import fill_from_names
 from tests.helpers import GOLDEN, ROOT
