@@ -17,6 +17,7 @@ import torch
 
 from autoregressive.models.config import VARIANTS, GPT_models, GPTConfig, variant_of
 from autoregressive.models.gpt import GPT
+from autoregressive.models.load import load_gpt
 from autoregressive.train import train_c2i
 from scripts.diagnosis.models import fill_from_names
 from tests.fake_cuda import CUDA
