@@ -13,15 +13,29 @@ VQ=$OUT/tokenizer/VQ-4-32/checkpoints/0002812.pt
     --no-local-save --vq-model VQ-4 --codebook-size 1024 --codebook-init kmeans --image-size 32 --epochs 2 --global-batch-size 32 \
     --lr 1e-3 --lr-schedule cosine --perceptual-weight 0 --revive-dead-codes 100 --disc-start 2251 --disc-adaptive-weight \
     --ckpt-every 200 --keep-last 1 --num-workers 1
-[ -e "$OUT/codes/meta.json" ] || bash scripts/autoregressive/extract_codes_c2i.sh --vq-ckpt "$VQ" \
-    --data-path "$OUT/images/train" --code-path "$OUT/codes" --ten-crop --crop-range 1.1 --image-size 32 --batch-size 100 \
-    --num-workers 1
-[ -e "$OUT/codes-held-out/meta.json" ] || bash scripts/autoregressive/extract_codes_c2i.sh --vq-ckpt "$VQ" \
-    --data-path "$OUT/images/held-out" --code-path "$OUT/codes-held-out" --ten-crop --crop-range 1.1 --image-size 32 \
-    --batch-size 100 --num-workers 1
-for n in 4 1; do
-    bash scripts/autoregressive/train_c2i.sh --cloud-save-path "$OUT/gpt" --no-local-save --code-path "$OUT/codes" \
-        --val-code-path "$OUT/codes-held-out" --val-images 1000 --val-every 2000 --ar-token-num $n --spe-token-num $((n - 1)) \
-        --image-size 32 --gpt-model GPT-T --epochs 24 --warmup-epochs 1 --global-batch-size 32 --lr 2e-3 --dropout-p 0 \
-        --attn-dropout-p 0 --token-dropout-p 0 --ema --ckpt-every 1000 --keep-last 1
+for split in train held-out; do
+    [ -e "$OUT/codes-$split/meta.json" ] || bash scripts/autoregressive/extract_codes_c2i.sh --vq-ckpt "$VQ" \
+        --data-path "$OUT/images/$split" --code-path "$OUT/codes-$split" --ten-crop --crop-range 1.1 --image-size 32 \
+        --batch-size 100 --num-workers 1
+    [ -e "$OUT/$split.npz" ] || python scripts/images_to_npz.py --data-path "$OUT/images/$split" --image-size 32 \
+        --output "$OUT/$split.npz"
 done
+[ -e "$OUT/classifier.pt" ] || python scripts/quickstart/train_classifier.py --data-path "$OUT/images/train" \
+    --test-path "$OUT/images/held-out" --output "$OUT/classifier.pt" --image-size 32 --epochs 10
+bash scripts/tokenizer/reconstruction_vq.sh --data-path "$OUT/images/held-out" --vq-ckpt "$VQ" --image-size 32 \
+    --image-size-eval 32 --sample-dir "$OUT/reconstructions" --num-workers 0
+for n in 4 1; do
+    bash scripts/autoregressive/train_c2i.sh --cloud-save-path "$OUT/gpt" --no-local-save --code-path "$OUT/codes-train" \
+        --val-code-path "$OUT/codes-held-out" --val-images 1000 --val-every 1000 --ar-token-num $n --spe-token-num $((n - 1)) \
+        --image-size 32 --gpt-model GPT-T --epochs 8 --warmup-epochs 1 --global-batch-size 32 --lr 2e-3 --dropout-p 0 \
+        --attn-dropout-p 0 --token-dropout-p 0 --ema --ckpt-every 500 --keep-last 1
+    python scripts/export_checkpoint.py --checkpoint "$OUT/gpt/GPT-T-${n}x-32/checkpoints/0011248" --ema --bf16 \
+        --hub "$OUT/cifar10-${n}x"
+    for scale in 1.0 1.5 2.0; do
+        bash scripts/autoregressive/sample_c2i.sh --vq-ckpt "$VQ" --gpt-ckpt "$OUT/cifar10-${n}x" --num-fid-samples 5000 \
+            --class-protocol balanced --cfg-scale $scale --per-proc-batch-size 100 --sample-dir "$OUT/samples"
+    done
+done
+python scripts/export_checkpoint.py --checkpoint "${VQ%.pt}" --hub "$OUT/cifar10-tokenizer"
+python evaluations/c2i/evaluator.py "$OUT/train.npz" "$OUT/held-out.npz" "$OUT"/reconstructions/*-32.npz "$OUT"/samples/*.npz \
+    --feature-network "$OUT/classifier.pt"

@@ -80,10 +80,11 @@ def variant_of(config: GPTConfig) -> dict[str, str]:
     return {k: v for k, v in chosen.items() if v != getattr(published, k)}
 
 
-# Parameters at vocabulary 16384, 1000 classes, n = 4 (T and S: vocabulary 256, 10 classes); FID is
+# Parameters at vocabulary 16384, 1000 classes, n = 4 (N, T, S: vocabulary 256, 10 classes); FID is
 # the paper's table 1, ImageNet 256x256 with guidance. PAR-3B-16x: 2.88.
 GPT_models: dict[str, dict[str, Any]] = {
     #                layers          width         heads             params    published FID, 4x
+    "GPT-N":    dict(n_layer=6,  dim=64,   n_head=2),   #   0.4M
     "GPT-T":    dict(n_layer=6,  dim=128,  n_head=4),   #   1.6M
     "GPT-S":    dict(n_layer=6,  dim=288,  n_head=6),   #   6.1M
     "GPT-B":    dict(n_layer=12, dim=768,  n_head=12),  #   111M

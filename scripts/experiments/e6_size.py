@@ -1,0 +1,73 @@
+"""E6: does a larger model close the gap between one token and several at once?
+
+The published FID gap closes with size. The gap in nats cannot vanish, since the total correlation
+of tokens predicted at once belongs to the data. Both are plotted against the parameters.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+
+from autoregressive.models.load import load_gpt
+from scripts.benchmarks.common import write_results
+from scripts.experiments.arms import (
+    Arm,
+    add_training_options,
+    nats_per_image,
+    paired_difference,
+    run_arms,
+    train_arm,
+)
+from scripts.experiments.data import prepare
+from scripts.experiments.plots import plot_lines
+from utils.options import make_parser, run_main
+
+SIZES = ("GPT-N", "GPT-T", "GPT-S")
+ARMS = {f"{size}, n = {n}": Arm(n, gpt_model=size) for size in SIZES for n in (1, 4)}
+
+
+def main() -> None:
+    """Train every size at n = 1 and 4, write JSON and two plots."""
+    parser = make_parser(__doc__, "bash scripts/experiments/run.sh e6 --data cifar10 --images DIR")
+    add_training_options(parser)
+    args = parser.parse_args()
+    if args.arms:
+        raise ValueError("--arms: this experiment needs all of them")
+    results, data = run_arms(args, ARMS), prepare(args)
+    differences, parameters = {}, []
+    for size in SIZES:
+        one, four = results[f"{size}, n = 1"], results[f"{size}, n = 4"]
+        differences[size] = paired_difference(four, one)
+        weights = train_arm(args, data, ARMS[f"{size}, n = 1"], args.seeds[0])
+        gpt, _, _ = load_gpt(weights, grid=None)
+        parameters.append(sum(p.numel() for p in gpt.parameters()))
+        d = differences[size]
+        line = f"{size} {parameters[-1]:9,} parameters: {nats_per_image(one).mean():.2f} nats, "
+        line += f"n = 4 {d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]"
+        if args.samples:
+            distances = [np.mean([r["frechet_distance"] for r in runs]) for runs in (one, four)]
+            d["distances"] = [float(x) for x in distances]
+            line += f"   distance {distances[0]:.2f} -> {distances[1]:.2f}"
+        print(line)
+    folder = Path(args.output) / "e6" / args.data
+    args.output = folder / "results.json"
+    write_results(args, {"runs": results, "parameters": parameters, "differences": differences})
+    found = list(differences.values())
+    mean = np.array([d["mean"] for d in found])
+    error = np.array([(d["high"] - d["low"]) / 2 / 1.96 for d in found])
+    axes = ("parameters", "held-out nats per image, n = 4 more than n = 1")
+    plot_lines(np.array(parameters), {"": (mean, error)}, axes, folder / "nats.png", log_x=True)
+    if args.samples:
+        both = np.array([d["distances"] for d in found]).T  # (2, sizes)
+        lines = {f"n = {n}": (row, 0 * row) for n, row in zip((1, 4), both, strict=True)}
+        axes = ("parameters", "Frechet distance of samples")
+        plot_lines(np.array(parameters), lines, axes, folder / "distance.png", log_x=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
