@@ -60,6 +60,7 @@ def run_arms(args: Namespace, arms: dict[str, Arm]) -> dict[str, list[dict[str, 
         raise ValueError(f"--arms: there is no {', '.join(unknown)}; there are {', '.join(arms)}")
     if args.quick:
         args.samples, args.val_images, args.seeds = min(args.samples, 100), 30, args.seeds[:1]
+        args.arms = args.arms or list(arms)[:2]
     data, results = prepare(args), {}
     for name in args.arms or arms:
         results[name] = [run_arm(args, data, arms[name], seed) for seed in args.seeds]

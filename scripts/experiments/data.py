@@ -31,7 +31,9 @@ def add_data_options(parser: ArgumentParser) -> None:
         "--images", help="for --data cifar10: its training images, a folder per class of 5,000"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="try every step on few images, in about a minute"
+        "--quick",
+        action="store_true",
+        help="try every step on few images and with the first arms, in about a minute",
     )
     parser.add_argument("--output", default="results/experiments", help="folder for everything")
 

@@ -102,7 +102,7 @@ def mutual_information(args: Namespace, codes: Codes, held_out: Codes) -> dict[s
     vocab, classes = codes.meta["codebook_size"], len(codes.meta["classes"])
     probe = PairProbe(vocab, classes, SIDE * SIDE)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.01)
-    steps = 50 if args.quick else args.probe_steps
+    steps = args.probe_steps
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(steps):
         x, y = draw(codes, rng.integers(len(codes), size=BATCH), rng)
@@ -113,7 +113,7 @@ def mutual_information(args: Namespace, codes: Codes, held_out: Codes) -> dict[s
         decay.step()
     gains, far = [], []
     with torch.no_grad():
-        for _ in range(2 if args.quick else 400):
+        for _ in range(max(steps // 10, 10)):
             x, y = draw(held_out, rng.integers(len(held_out), size=BATCH), rng)
             losses, pair = probe_losses(probe, x, y, generator)
             a, b = pair // SIDE**2, pair % SIDE**2
@@ -148,6 +148,8 @@ def main() -> None:
         "--probe-steps", type=positive_int, default=4000, help="training steps of the pair probe"
     )
     args = parser.parse_args()
+    if args.quick:
+        args.probe_steps = 50
     results, data = run_arms(args, ARMS), prepare(args)
     mean, error = group_gaps(results)
     information = mutual_information(args, open_codes(data.codes), open_codes(data.held_out))

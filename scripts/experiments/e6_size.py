@@ -28,7 +28,6 @@ from scripts.experiments.plots import plot_lines
 from utils.options import make_parser, run_main
 
 SIZES = ("GPT-N", "GPT-T", "GPT-S")
-ARMS = {f"{size}, n = {n}": Arm(n, gpt_model=size) for size in SIZES for n in (1, 4)}
 
 
 def main() -> None:
@@ -38,12 +37,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.arms:
         raise ValueError("--arms: this experiment needs all of them")
-    results, data = run_arms(args, ARMS), prepare(args)
+    sizes = SIZES[:1] if args.quick else SIZES
+    arms = {f"{size}, n = {n}": Arm(n, gpt_model=size) for size in sizes for n in (1, 4)}
+    results, data = run_arms(args, arms), prepare(args)
     differences, parameters = {}, []
-    for size in SIZES:
+    for size in sizes:
         one, four = results[f"{size}, n = 1"], results[f"{size}, n = 4"]
         differences[size] = paired_difference(four, one)
-        weights = train_arm(args, data, ARMS[f"{size}, n = 1"], args.seeds[0])
+        weights = train_arm(args, data, arms[f"{size}, n = 1"], args.seeds[0])
         gpt, _, _ = load_gpt(weights, grid=None)
         parameters.append(sum(p.numel() for p in gpt.parameters()))
         d = differences[size]

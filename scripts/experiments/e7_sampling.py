@@ -35,6 +35,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.quick:
+        args.seeds, args.arms = args.seeds[:1], args.arms or list(ARMS)[:1]
         args.samples, args.cfg_scales, args.temperatures = 100, args.cfg_scales[:1], [1.0]
     if args.samples < 2:
         raise ValueError("--samples: this experiment is about samples; 5000 are usual")
