@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.experiments.common import ROOT, run
+from scripts.experiments.common import ROOT, extract, run
 
 SMALL = ROOT / "pretrained_models" / "small"
 
@@ -41,7 +41,7 @@ def add_data_options(parser: ArgumentParser) -> None:
 def prepare(args: Namespace) -> Data:
     """Make what is not there yet in ``--output``; ``ValueError`` without the images."""
     folder = Path(args.output).resolve() / (args.data + ("-quick" if args.quick else ""))
-    images, crops = folder / "images", ["--ten-crop", "--crop-range", 1.1]
+    images, crops = folder / "images", ["--crop-range", 1.1]
     train, held_out = images / "train", images / ("test" if args.data == "digits" else "held-out")
     if args.data == "digits":
         if not (held_out / "9").exists():
@@ -59,7 +59,7 @@ def prepare(args: Namespace) -> Data:
             if int(path.stem) % 40:
                 path.unlink()
     tokenizer = SMALL / f"{args.data}-tokenizer"
-    codes = [extract(tokenizer, x, folder / f"codes-{x.name}", crops) for x in (train, held_out)]
+    codes = [extract(tokenizer, x, folder / f"codes-{x.name}", *crops) for x in (train, held_out)]
     reference, classifier = folder / "train.npz", folder / "classifier.pt"
     if not reference.exists():
         run(
@@ -73,14 +73,3 @@ def prepare(args: Namespace) -> Data:
             *("--epochs", 1 if args.quick else 6),
         )
     return Data(tokenizer, *codes, reference, classifier)
-
-
-def extract(tokenizer: Path, images: Path, output: Path, crops: list[object]) -> Path:
-    """Extract codes, unless that is done; return their folder."""
-    if not (output / "meta.json").exists():
-        run(
-            *("bash", "scripts/autoregressive/extract_codes_c2i.sh", "--vq-ckpt", tokenizer),
-            *("--data-path", images, "--code-path", output, "--image-size", 32, *crops),
-            *("--batch-size", 100, "--num-workers", 0),
-        )
-    return output
