@@ -66,7 +66,7 @@ class Claims:
 
     def _lapsed(self, path: Path) -> bool:
         try:
-            place, _, rest = path.read_text().partition(" ")
+            place, _, rest = path.read_text(errors="replace").partition(" ")
             age = time.time() - path.stat().st_mtime
         except FileNotFoundError:
             return False
@@ -77,7 +77,7 @@ class Claims:
 
     def _is_held(self, shard: int) -> bool:
         try:
-            return self._path(shard).read_text() == self._text
+            return self._path(shard).read_text(errors="replace") == self._text
         except FileNotFoundError:
             return False
 

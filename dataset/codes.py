@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from dataset.interface import Codes
+from dataset.other_codes import PublishedCodes
 from utils.files import (
     atomic_path,
     remove_ended,
@@ -34,7 +35,10 @@ from utils.files import (
     temporary_path,
     write_json,
 )
-from utils.npz import map_member, open_npz
+from utils.npz import map_member, open_member, open_npz
+from utils.records import build, read_json, read_sealed, write_sealed
+
+LARGEST_CODEBOOK, LARGEST_GRID, LARGEST_CODE = 1 << 24, 1 << 20, 1 << 10  # entries, codes, pixels
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,14 @@ class CodesPlan:
     tokenizer_sha256: str | None  # of its weights; None: not known
     precision: str
     shard_size: int  # images per shard
+
+    def __post_init__(self) -> None:
+        if len(self.grid) != 2 or not self.classes or not self.crops:
+            raise ValueError("codes have a grid of two sides, classes and crops")
+        if self.codebook_size > LARGEST_CODEBOOK or self.num_tokens > LARGEST_GRID:
+            raise ValueError(f"a codebook of {self.codebook_size} or a grid of {self.grid} codes")
+        if not max(self.grid) <= self.image_size <= LARGEST_CODE * min(self.grid):
+            raise ValueError(f"images of {self.image_size} pixels have no grid of {self.grid}")
 
     @property
     def num_tokens(self) -> int:
@@ -98,7 +110,9 @@ def start_codes(folder: str | Path, plan: CodesPlan) -> None:
     finally:
         aside.unlink()
 
-    recorded = _read_json(path)
+    recorded = read_json(path)
+    if not isinstance(recorded, dict):
+        raise ValueError(f"{path} is damaged: it does not hold a JSON object")
     wanted = json.loads(json.dumps(asdict(plan)))
     if differing := [k for k in wanted if recorded.get(k) != wanted[k]]:
         k = differing[0]
@@ -112,16 +126,6 @@ def start_codes(folder: str | Path, plan: CodesPlan) -> None:
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is missing or damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it does not hold a JSON object")
-    return value
 
 
 def write_shard(
@@ -148,31 +152,50 @@ def write_shard(
 
 def shard_damage(folder: str | Path, plan: CodesPlan, shard: int) -> str | None:
     """Return what is wrong with an existing shard, or None; all bytes are checked against CRCs."""
-    path = shard_path(folder, shard)
+    arrays = {}
     try:
-        with zipfile.ZipFile(path) as archive:
-            if bad := archive.testzip():
-                return f"checksum of {bad} fails"
-        with np.load(path, allow_pickle=False) as arrays:
-            indices = np.sort(np.concatenate([arrays["index"], arrays["skipped"]]))
-            shape, labels = arrays["codes"].shape, arrays["labels"].shape
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        with open_npz(shard_path(folder, shard)) as archive:
+            for name in ("codes", "labels", "index", "skipped", "reasons"):
+                member = open_member(archive, name)
+                arrays[name] = member.read(member.shape)
+    except ValueError as error:
         return str(error)
+    kinds = "".join(array.dtype.kind for array in arrays.values())
+    if kinds != "uiiiU" or arrays["skipped"].shape != arrays["reasons"].shape:
+        return f"its arrays are of types {kinds}, expected uiiiU"
+    indices = np.sort(np.concatenate([arrays["index"], arrays["skipped"]]), axis=None)
     if not np.array_equal(indices, plan.shard_images(shard)):
         return "it does not hold each of its images once"
-    if shape != (*labels, len(plan.crops), plan.num_tokens):
-        return f"codes of shape {shape} and labels of shape {labels} are not those of the plan"
+    codes, labels = arrays["codes"], arrays["labels"]
+    if codes.shape != (len(arrays["index"]), len(plan.crops), plan.num_tokens):
+        return f"codes of shape {codes.shape} are not those of the plan"
+    if labels.shape != codes.shape[:1]:
+        return f"{len(codes)} images have labels of shape {labels.shape}"
+    if (largest := codes.max(initial=0)) >= plan.codebook_size:
+        return f"it holds code {largest} of {plan.codebook_size}, counted from 0"
+    if not _are_labels(labels, len(plan.classes)):
+        return f"it holds a label outside of {len(plan.classes)} classes"
     return None
+
+
+def _are_labels(labels: np.ndarray, classes: int) -> bool:
+    """Return whether all labels are of one of the classes."""
+    return labels.min(initial=0) >= 0 and labels.max(initial=0) < classes
 
 
 def finished_damage(folder: str | Path, meta: dict, shard: int) -> str | None:
     """Return what is wrong with a finished shard, or None; also checks its hash in ``meta``."""
-    plan = CodesPlan(**{f.name: meta[f.name] for f in fields(CodesPlan)})
-    if (damage := shard_damage(folder, plan, shard)) is not None:
+    if (damage := shard_damage(folder, plan_of(meta, folder), shard)) is not None:
         return damage
     if sha256_file(shard_path(folder, shard)) != meta["shards"][shard]["sha256"]:
         return "its sha256 is not the one in meta.json"
     return None
+
+
+def plan_of(meta: dict, folder: str | Path) -> CodesPlan:
+    """Return the plan within ``meta`` of ``folder``; ``ValueError`` if it is damaged."""
+    values = {f.name: meta[f.name] for f in fields(CodesPlan) if f.name in meta}
+    return build(CodesPlan, values, f"{folder}/meta.json")
 
 
 def num_skipped(path: str | Path) -> int:
@@ -209,7 +232,7 @@ def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) ->
         report.unlink(missing_ok=True)
     counts = {"num_coded_images": coded, "num_skipped_images": len(skipped)}
     meta = {**asdict(plan), **counts, "shards": shards}
-    write_json(Path(folder) / "meta.json", meta)
+    write_sealed(Path(folder) / "meta.json", meta)
     # left by processes killed right after their last shard
     remove_ended(Path(folder) / "shards")
     for pattern in ("*.claim", "*.lapsed-*"):
@@ -218,47 +241,31 @@ def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) ->
     return meta
 
 
-class Codes:
-    """Interface of the readers: random access to the cached codes of a data set."""
+@dataclass(frozen=True)
+class _Shard:
+    """An entry of ``shards`` in ``meta.json``."""
 
-    labels: np.ndarray  # (N,) int64
-    num_crops: int
-    num_tokens: int
-    num_classes: int
-    crop_weights: np.ndarray | None = None  # (num_crops,) probability of each crop; None: equal
-    meta: dict  # as in meta.json; empty for the published layout
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
-        """Return codes (B, tokens) int64, in raster order, of B (image, crop) pairs."""
-        raise NotImplementedError
-
-    def batch(self, images: np.ndarray, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return codes (B, tokens) int64 and labels (B,) int64 of B (image, crop) pairs."""
-        return self.gather(images, crops), self.labels[images]
+    file: str
+    images: int
+    sha256: str
 
 
 class ShardedCodes(Codes):
     """Reader of our shards; threads may share it."""
 
     def __init__(self, folder: str | Path):
-        self.meta = _read_json(Path(folder) / "meta.json")
-        fields = {"classes", "grid", "crops", "image_size", "codebook_size"}
-        fields |= {"tokenizer_sha256", "shards"}
-        if missing := fields - self.meta.keys():
-            raise ValueError(
-                f"{folder}/meta.json is damaged: it lacks {', '.join(sorted(missing))}"
-            )
-        self.num_crops = len(self.meta["crops"])
-        self.num_tokens = self.meta["grid"][0] * self.meta["grid"][1]
-        self.num_classes = len(self.meta["classes"])
+        self.meta = read_sealed(Path(folder) / "meta.json")
+        plan = plan_of(self.meta, folder)
+        self.num_crops, self.num_tokens = len(plan.crops), plan.num_tokens
+        self.num_classes = len(plan.classes)
+        entries, what = self.meta.get("shards"), f"{folder}/meta.json: an entry of shards"
+        if not isinstance(entries, list) or len(entries) != plan.num_shards:
+            raise ValueError(f"{folder}/meta.json is damaged: it names other shards than its plan")
         self._shards, labels = [], []
-        for shard in self.meta["shards"]:
-            path = Path(folder) / "shards" / Path(shard["file"]).name
+        for shard in (build(_Shard, entry, what, least=0) for entry in entries):
+            path = Path(folder) / "shards" / Path(shard.file).name
             codes, shard_labels = self._open(path)
-            count = shard["images"]
+            count = shard.images
             shape = (count, self.num_crops, self.num_tokens)
             if codes.shape != shape or shard_labels.shape != (count,):
                 raise ValueError(
@@ -273,6 +280,11 @@ class ShardedCodes(Codes):
             self._shards.append(codes)
             labels.append(shard_labels)
         self.labels = np.concatenate(labels)
+        if not _are_labels(self.labels, self.num_classes):
+            raise ValueError(f"{folder} holds labels outside of its {self.num_classes} classes")
+        counts = (self.meta.get("num_coded_images"), self.meta.get("num_skipped_images"))
+        if counts != (len(self.labels), plan.num_images - len(self.labels)):
+            raise ValueError(f"{folder}/meta.json is damaged: it counts other images")
         self._ends = np.cumsum([len(s) for s in self._shards])
 
     @staticmethod
@@ -295,57 +307,6 @@ class ShardedCodes(Codes):
             first_image = self._ends[shard] - len(codes)
             out[rows] = codes[images[rows] - first_image, crops[rows]]
         return out
-
-
-class PublishedCodes(Codes):
-    """Reader of published ``*_codes/0.npy`` [1, crops, tokens] and ``*_labels/0.npy`` [1]."""
-
-    def __init__(self, folder: str | Path, option: str = "--code-path"):
-        self._codes = self._only_folder(Path(folder), "_codes", option)
-        labels = self._only_folder(Path(folder), "_labels", option)
-        count = sum(1 for _ in self._codes.glob("*.npy"))
-        if count == 0:
-            raise ValueError(f"{option}: {self._codes} holds no .npy files")
-        values = [self._read(labels / f"{i}.npy").item() for i in range(count)]
-        self.labels = np.array(values, np.int64)
-        shape = self._read(self._codes / "0.npy").shape
-        if len(shape) != 3 or shape[0] != 1:
-            raise ValueError(
-                f"{option}: {self._codes}/0.npy has the shape {shape}, expected (1, crops, tokens)"
-            )
-        _, self.num_crops, self.num_tokens = shape
-        self.num_classes = int(self.labels.max()) + 1
-        self.classes = [str(label) for label in range(self.num_classes)]
-        self.meta: dict = {}
-
-    @staticmethod
-    def _only_folder(folder: Path, end: str, option: str) -> Path:
-        folders = sorted(p for p in folder.glob(f"*{end}") if p.is_dir())
-        if len(folders) != 1:
-            raise ValueError(
-                f"{option}: {folder} holds no codes: expected meta.json with shards/ (written by "
-                "extract_codes_c2i.sh when it ends) or one folder *_codes beside one *_labels"
-            )
-        return folders[0]
-
-    @staticmethod
-    def _read(path: Path) -> np.ndarray:
-        try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} is missing or damaged: {error}") from error
-
-    def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
-        pairs = zip(images, crops, strict=True)
-        return np.stack([self.image(i)[c] for i, c in pairs]).astype(np.int64)
-
-    def image(self, i: int) -> np.ndarray:
-        """Return all crops (crops, tokens) of one image."""
-        path, shape = self._codes / f"{i}.npy", (1, self.num_crops, self.num_tokens)
-        codes = self._read(path)
-        if codes.shape != shape:
-            raise ValueError(f"{path} has the shape {codes.shape}, expected {shape}")
-        return codes[0]
 
 
 def open_codes(folder: str | Path, option: str = "--code-path") -> Codes:

@@ -1,7 +1,7 @@
-"""Codes that other projects publish, read image by image: RandAR's tar of .npy files and RAR's
-.jsonl.
+"""Codes that other projects publish, read image by image: the published folders of .npy files,
+RandAR's tar of such files and RAR's .jsonl.
 
-Both are files from outside: names, sizes and ranges are checked, nothing is unpacked to disk, and
+All are files from outside: names, sizes and ranges are checked, nothing is unpacked to disk, and
 nothing is allocated before the bytes that it holds were seen.
 """
 
@@ -14,11 +14,68 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.interface import Codes
 from utils.logger import progress_of_bytes
 from utils.npz import parse_npy
 
 MAX_CLASSES = 1 << 20
 MAX_IMAGE_BYTES = 1 << 20  # of all crops of one image
+
+
+class PublishedCodes(Codes):
+    """Reader of published ``*_codes/0.npy`` [1, crops, tokens] and ``*_labels/0.npy`` [1]."""
+
+    def __init__(self, folder: str | Path, option: str = "--code-path"):
+        self._codes = self._only_folder(Path(folder), "_codes", option)
+        labels = self._only_folder(Path(folder), "_labels", option)
+        count = sum(1 for _ in self._codes.glob("*.npy"))
+        if count == 0:
+            raise ValueError(f"{option}: {self._codes} holds no .npy files")
+        values = [self._read(labels / f"{i}.npy") for i in range(count)]
+        if any(v.size != 1 or not 0 <= v.item() < MAX_CLASSES for v in values):
+            raise ValueError(f"{option}: {labels} holds a file that is not one label")
+        self.labels = np.array(values, np.int64).ravel()
+        shape = self._read(self._codes / "0.npy").shape
+        if len(shape) != 3 or shape[0] != 1:
+            raise ValueError(
+                f"{option}: {self._codes}/0.npy has the shape {shape}, expected (1, crops, tokens)"
+            )
+        _, self.num_crops, self.num_tokens = shape
+        self.num_classes = int(self.labels.max()) + 1
+        self.classes = [str(label) for label in range(self.num_classes)]
+        self.meta: dict = {}
+
+    @staticmethod
+    def _only_folder(folder: Path, end: str, option: str) -> Path:
+        folders = sorted(p for p in folder.glob(f"*{end}") if p.is_dir())
+        if len(folders) != 1:
+            raise ValueError(
+                f"{option}: {folder} holds no codes: expected meta.json with shards/ (written by "
+                "extract_codes_c2i.sh when it ends) or one folder *_codes beside one *_labels"
+            )
+        return folders[0]
+
+    @staticmethod
+    def _read(path: Path) -> np.ndarray:
+        try:
+            values = parse_npy(path.read_bytes(), str(path))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is missing or damaged: {error}") from error
+        if values.dtype.kind not in "iu":
+            raise ValueError(f"{path} holds {values.dtype}, expected whole numbers")
+        return values
+
+    def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
+        pairs = zip(images, crops, strict=True)
+        return np.stack([self.image(i)[c] for i, c in pairs]).astype(np.int64)
+
+    def image(self, i: int) -> np.ndarray:
+        """Return all crops (crops, tokens) of one image."""
+        path, shape = self._codes / f"{i}.npy", (1, self.num_crops, self.num_tokens)
+        codes = self._read(path)
+        if codes.shape != shape:
+            raise ValueError(f"{path} has the shape {codes.shape}, expected {shape}")
+        return codes[0]
 
 
 class TarCodes:

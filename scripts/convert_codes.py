@@ -20,14 +20,13 @@ import numpy as np
 from dataset.augmentation import crop_names
 from dataset.codes import (
     CodesPlan,
-    PublishedCodes,
     finish_codes,
     shard_damage,
     shard_path,
     start_codes,
     write_shard,
 )
-from dataset.other_codes import JsonlCodes, TarCodes
+from dataset.other_codes import JsonlCodes, PublishedCodes, TarCodes
 from tokenizer.load import load_vq
 from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import init_distributed
