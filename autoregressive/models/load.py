@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autoregressive.models.config import GPT_models, GPTConfig
 from autoregressive.models.gpt import GPT
-from autoregressive.models.region_order import split_regions
+from autoregressive.models.regions import split_regions
 from autoregressive.models.schedules import canonical
 from utils.checkpoints.weights_file import (
     find_state_dict,

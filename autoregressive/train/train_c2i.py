@@ -23,7 +23,7 @@ from autoregressive.models.causal_attention import make_causal_mask
 from autoregressive.models.config import VARIANTS, GPT_models, GPTConfig, variant_of
 from autoregressive.models.gpt import GPT
 from autoregressive.models.load import load_gpt, resolve_parallelism
-from autoregressive.models.region_order import canonical_layout
+from autoregressive.models.regions import canonical_layout
 from autoregressive.models.schedules import canonical
 from autoregressive.train.data import (
     CodeBatches,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from autoregressive.models.region_order import RegionOrder, split_regions
+from autoregressive.models.region_order import RegionOrder
+from autoregressive.models.regions import split_regions
 
 MOST_CELLS = 32  # a side
 
