@@ -39,7 +39,10 @@ def add_data_options(parser: ArgumentParser) -> None:
 
 
 def prepare(args: Namespace) -> Data:
-    """Make what is not there yet in ``--output``; ``ValueError`` without the images."""
+    """Make what is not there yet in ``--output``, also what judges samples if there are any.
+
+    ``ValueError`` without the images.
+    """
     folder = Path(args.output).resolve() / (args.data + ("-quick" if args.quick else ""))
     images, crops = folder / "images", ["--crop-range", 1.1]
     train, held_out = images / "train", images / ("test" if args.data == "digits" else "held-out")
@@ -61,12 +64,12 @@ def prepare(args: Namespace) -> Data:
     tokenizer = SMALL / f"{args.data}-tokenizer"
     codes = [extract(tokenizer, x, folder / f"codes-{x.name}", *crops) for x in (train, held_out)]
     reference, classifier = folder / "train.npz", folder / "classifier.pt"
-    if not reference.exists():
+    if args.samples and not reference.exists():
         run(
             *("python", "scripts/images_to_npz.py", "--data-path", train, "--image-size", 32),
             *("--output", reference),
         )
-    if not classifier.exists():
+    if args.samples and not classifier.exists():
         run(
             *("python", "scripts/quickstart/train_classifier.py", "--data-path", train),
             *("--test-path", held_out, "--output", classifier, "--image-size", 32),
