@@ -95,7 +95,16 @@ def test_only_attention_is_outside_what_is_compiled(monkeypatch):
     assert len(rest) <= 7 * steps + 10
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_kv_head": 2}, {"ar_token_num": 1}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_kv_head": 2},
+        {"ar_token_num": 1},
+        {"group_attention": "causal", "order": "raster", "special_tokens": "last"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("multiple", [1, 16])
 def test_tokens_are_those_of_the_model(monkeypatch, changes, multiple):
     """Also with padded heads, grouped ones, one token per step, and a scale of each step."""

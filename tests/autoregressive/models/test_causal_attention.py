@@ -199,6 +199,11 @@ def test_torchs_kernel_takes_these_arguments():
         assert x.shape == q.shape and x.dtype == q.dtype
 
 
+def test_causal_groups_need_no_pairs():
+    order = RegionOrder.build(6, 4, group_attention="causal")
+    assert make_causal_mask(order.mask()).more.shape == (36, 0)
+
+
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_it_compiles_to_one_graph(emulated, recompute):
     """For all blocks, forward and backward, also with activations recomputed."""
