@@ -110,8 +110,6 @@ def test_an_array_that_a_damaged_directory_hides_is_missed(tmp_path, renamed):
     (tmp_path / "a.npz").write_bytes(before + renamed + after)
     with (
         open_npz(tmp_path / "a.npz") as archive,
-        pytest.raises(
-            ValueError, match=r"a\.npz is not a whole \.npz file: File name in directory"
-        ),
+        pytest.raises(ValueError, match=r"a\.npz is not a whole .* File name in directory"),
     ):
         member_names(archive)
