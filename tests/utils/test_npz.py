@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from utils.distributed import World
 from utils.logger import progress
-from utils.npz import SampleFile
+from utils.npz import SampleFile, member_names, open_npz
 
 CPU = torch.device("cpu")
 
@@ -98,3 +98,18 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert file.missing() == [0, 1]
+
+
+@pytest.mark.parametrize("renamed", [b"labelz.npy", b"labels.nqy"])
+def test_an_array_that_a_damaged_directory_hides_is_missed(tmp_path, renamed):
+    """The evaluation went on without the labels, and without the metrics that need them."""
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros(3), labels=np.arange(3))
+    before, _, after = (tmp_path / "a.npz").read_bytes().rpartition(b"labels.npy")
+    with open_npz(tmp_path / "a.npz") as archive:
+        assert member_names(archive) == ["arr_0", "labels"]
+    (tmp_path / "a.npz").write_bytes(before + renamed + after)
+    with (
+        open_npz(tmp_path / "a.npz") as archive,
+        pytest.raises(ValueError, match=r"a\.npz is not a whole .* File name in directory"),
+    ):
+        member_names(archive)
