@@ -1,221 +1,19 @@
-"""Cached code grids: shards written atomically, and a memory-mapped reader.
+"""Readers of cached code grids: of our shards, mapped into memory, and of the published layout.
 
-A folder of codes holds ``plan.json`` (the plan of all shards, written first), ``shards/00000.npz``
-... and ``meta.json`` (written last: the plan with counts and checksums). A shard is an uncompressed
-npz of
-
-    codes    uint16 (images, crops, tokens), raster order (uint32 for over 65,536 entries)
-    labels   int64  (images,)
-    index    int64  (images,) position of the image in the sorted listing of the source folder
-    skipped  int64  (unreadable images,) position of images that were left out
-    reasons  str    (unreadable images,)
-
-so ``numpy.load`` reads it anywhere, its zip CRCs detect damage, and the reader maps its codes in
-place. Processes on any number of machines share the work through the claim files of
-``dataset/claims.py``.
+The shards themselves are those of ``dataset/shards.py``.
 """
 
 from __future__ import annotations
 
-import json
+import errno
 import os
-import zipfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from utils.files import (
-    atomic_path,
-    remove_ended,
-    require_folder,
-    sha256_file,
-    temporary_path,
-    write_json,
-)
-from utils.npz import map_member, open_npz
-
-
-@dataclass(frozen=True)
-class CodesPlan:
-    """What the content of a folder of codes depends on; a rerun must agree in every field."""
-
-    classes: list[str]
-    num_images: int  # files in the source listing
-    source_sha256: str  # of the listing: relative paths, one per line
-    image_size: int
-    grid: list[int]  # height, width in codes
-    crops: list[str]  # names, in order
-    crop_range: float
-    codebook_size: int
-    tokenizer: str  # name, such as VQ-16
-    tokenizer_sha256: str | None  # of its weights; None: not known
-    precision: str
-    shard_size: int  # images per shard
-
-    @property
-    def num_tokens(self) -> int:
-        """Codes per crop."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def num_shards(self) -> int:
-        """Number of shard files."""
-        return -(-self.num_images // self.shard_size)
-
-    @property
-    def dtype(self) -> type[np.unsignedinteger]:
-        """Smallest type that holds every code and is at least uint16."""
-        return np.uint16 if self.codebook_size <= 1 << 16 else np.uint32
-
-    def shard_images(self, shard: int) -> range:
-        """Return the source indices of one shard."""
-        first = shard * self.shard_size
-        return range(first, min(first + self.shard_size, self.num_images))
-
-
-def shard_path(folder: str | Path, shard: int) -> Path:
-    """Return the path of shard number ``shard``."""
-    return Path(folder) / "shards" / f"{shard:05d}.npz"
-
-
-def start_codes(folder: str | Path, plan: CodesPlan) -> None:
-    """Record ``plan`` in ``folder``; ``ValueError`` if it records another, with the differences.
-
-    Of several processes that start at once, one records its plan and the others compare
-    theirs with it.
-    """
-    path = Path(folder) / "plan.json"
-    remove_ended(path)
-    aside = temporary_path(path)
-    write_json(aside, asdict(plan))
-    try:
-        os.link(aside, path)
-        return
-    except FileExistsError:
-        pass
-    finally:
-        aside.unlink()
-
-    recorded = _read_json(path)
-    wanted = json.loads(json.dumps(asdict(plan)))
-    if differing := [k for k in wanted if recorded.get(k) != wanted[k]]:
-        k = differing[0]
-        raise ValueError(
-            f"--code-path: {folder} already holds codes made with another "
-            f"{', '.join(differing)} ({k}: {_short(recorded.get(k))} there, "
-            f"{_short(wanted[k])} now); give another folder or delete it"
-        )
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is missing or damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it does not hold a JSON object")
-    return value
-
-
-def write_shard(
-    folder: str | Path,
-    plan: CodesPlan,
-    shard: int,
-    codes: np.ndarray,
-    labels: np.ndarray,
-    index: np.ndarray,
-    skipped: Sequence[tuple[int, str]] = (),
-) -> None:
-    """Write one shard atomically: codes (images, crops, tokens), labels and index (images,).
-
-    ``skipped``: (index, reason) of unreadable images.
-    """
-    assert codes.shape[1:] == (len(plan.crops), plan.num_tokens), codes.shape
-    assert len(codes) == len(labels) == len(index)
-    codes = codes.astype(plan.dtype)
-    missing = np.array([i for i, _ in skipped], np.int64)
-    reasons = np.array([r for _, r in skipped], np.str_)
-    with atomic_path(shard_path(folder, shard)) as temporary, open(temporary, "wb") as f:
-        np.savez(f, codes=codes, labels=labels, index=index, skipped=missing, reasons=reasons)
-
-
-def shard_damage(folder: str | Path, plan: CodesPlan, shard: int) -> str | None:
-    """Return what is wrong with an existing shard, or None; all bytes are checked against CRCs."""
-    path = shard_path(folder, shard)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if bad := archive.testzip():
-                return f"checksum of {bad} fails"
-        with np.load(path, allow_pickle=False) as arrays:
-            indices = np.sort(np.concatenate([arrays["index"], arrays["skipped"]]))
-            shape, labels = arrays["codes"].shape, arrays["labels"].shape
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        return str(error)
-    if not np.array_equal(indices, plan.shard_images(shard)):
-        return "it does not hold each of its images once"
-    if shape != (*labels, len(plan.crops), plan.num_tokens):
-        return f"codes of shape {shape} and labels of shape {labels} are not those of the plan"
-    return None
-
-
-def finished_damage(folder: str | Path, meta: dict, shard: int) -> str | None:
-    """Return what is wrong with a finished shard, or None; also checks its hash in ``meta``."""
-    plan = CodesPlan(**{f.name: meta[f.name] for f in fields(CodesPlan)})
-    if (damage := shard_damage(folder, plan, shard)) is not None:
-        return damage
-    if sha256_file(shard_path(folder, shard)) != meta["shards"][shard]["sha256"]:
-        return "its sha256 is not the one in meta.json"
-    return None
-
-
-def num_skipped(path: str | Path) -> int:
-    """Return the number of unreadable images that a shard leaves out."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return len(arrays["skipped"])
-
-
-def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) -> dict | None:
-    """Write ``meta.json``, and ``skipped.json`` if images were unreadable; return the former.
-
-    Returns None and writes nothing while a shard is missing or damaged. ``sources``: paths in
-    listing order, which ``skipped.json`` names.
-    """
-    paths = [shard_path(folder, s) for s in range(plan.num_shards)]
-    if not all(p.exists() for p in paths):
-        return None
-    if any(shard_damage(folder, plan, s) for s in range(plan.num_shards)):
-        return None
-
-    shards, skipped, coded = [], [], 0
-    for path in paths:
-        with np.load(path, allow_pickle=False) as arrays:
-            count = len(arrays["labels"])
-            rows = zip(arrays["skipped"].tolist(), arrays["reasons"].tolist(), strict=True)
-            skipped += [{"index": i, "path": sources[i], "reason": reason} for i, reason in rows]
-        shards.append({"file": f"shards/{path.name}", "images": count, "sha256": sha256_file(path)})
-        coded += count
-
-    report = Path(folder) / "skipped.json"
-    if skipped:
-        write_json(report, skipped)
-    else:
-        report.unlink(missing_ok=True)
-    counts = {"num_coded_images": coded, "num_skipped_images": len(skipped)}
-    meta = {**asdict(plan), **counts, "shards": shards}
-    write_json(Path(folder) / "meta.json", meta)
-    # left by processes killed right after their last shard
-    remove_ended(Path(folder) / "shards")
-    for pattern in ("*.claim", "*.lapsed-*"):
-        for claim in (Path(folder) / "shards").glob(pattern):
-            claim.unlink(missing_ok=True)
-    return meta
+from utils.files import read_json, require_folder
+from utils.npz import map_member, open_member, open_npz
 
 
 class Codes:
@@ -244,7 +42,7 @@ class ShardedCodes(Codes):
     """Reader of our shards; threads may share it."""
 
     def __init__(self, folder: str | Path):
-        self.meta = _read_json(Path(folder) / "meta.json")
+        self.meta = read_json(Path(folder) / "meta.json")
         fields = {"classes", "grid", "crops", "image_size", "codebook_size"}
         fields |= {"tokenizer_sha256", "shards"}
         if missing := fields - self.meta.keys():
@@ -277,10 +75,18 @@ class ShardedCodes(Codes):
 
     @staticmethod
     def _open(path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Return codes, mapped, and a copy of the labels; a process may have only so many maps."""
         try:
             with open_npz(path) as archive:
-                return map_member(archive, "codes"), map_member(archive, "labels")
+                labels = open_member(archive, "labels")
+                return map_member(archive, "codes"), labels.read(labels.shape)
         except ValueError as error:
+            if os.strerror(errno.ENOMEM) in str(error):
+                raise ValueError(
+                    f"{path} cannot be mapped: this process has no address space or, at one map "
+                    "per shard, no maps left (sysctl vm.max_map_count); raise the limit, or "
+                    "extract with a larger --shard-size"
+                ) from error
             raise ValueError(
                 f"{path} is missing or damaged ({error}); delete it and extract again"
             ) from error
@@ -298,16 +104,21 @@ class ShardedCodes(Codes):
 
 
 class PublishedCodes(Codes):
-    """Reader of published ``*_codes/0.npy`` [1, crops, tokens] and ``*_labels/0.npy`` [1]."""
+    """Reader of published ``*_codes/0.npy`` [1, crops, tokens] and ``*_labels/0.npy`` [1].
 
-    def __init__(self, folder: str | Path, option: str = "--code-path"):
+    labels: all of them (N,), as another process has read them.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        option: str = "--code-path",
+        labels: np.ndarray | None = None,
+    ):
         self._codes = self._only_folder(Path(folder), "_codes", option)
-        labels = self._only_folder(Path(folder), "_labels", option)
-        count = sum(1 for _ in self._codes.glob("*.npy"))
-        if count == 0:
-            raise ValueError(f"{option}: {self._codes} holds no .npy files")
-        values = [self._read(labels / f"{i}.npy").item() for i in range(count)]
-        self.labels = np.array(values, np.int64)
+        if labels is None:
+            labels = self._read_labels(self._only_folder(Path(folder), "_labels", option), option)
+        self.labels = labels
         shape = self._read(self._codes / "0.npy").shape
         if len(shape) != 3 or shape[0] != 1:
             raise ValueError(
@@ -317,6 +128,25 @@ class PublishedCodes(Codes):
         self.num_classes = int(self.labels.max()) + 1
         self.classes = [str(label) for label in range(self.num_classes)]
         self.meta: dict = {}
+
+    def _read_labels(self, folder: Path, option: str) -> np.ndarray:
+        """Return the labels (N,) int64, of a file each."""
+        count = sum(entry.name.endswith(".npy") for entry in os.scandir(self._codes))
+        if count == 0:
+            raise ValueError(f"{option}: {self._codes} holds no .npy files")
+        label = self._read(folder / "0.npy")
+        first = (folder / "0.npy").read_bytes()
+        head = first[: len(first) - label.nbytes]
+        values = []
+        for path in (f"{folder}/{i}.npy" for i in range(count)):
+            content = b""
+            with suppress(OSError), open(path, "rb", buffering=0) as file:
+                content = file.read()
+            # numpy's reader takes several times as long
+            if len(content) != len(first) or not content.startswith(head):
+                content = head + self._read(Path(path)).astype(label.dtype).tobytes()
+            values.append(content[len(head) :])
+        return np.frombuffer(b"".join(values), label.dtype).astype(np.int64)
 
     @staticmethod
     def _only_folder(folder: Path, end: str, option: str) -> Path:
@@ -348,8 +178,13 @@ class PublishedCodes(Codes):
         return codes[0]
 
 
-def open_codes(folder: str | Path, option: str = "--code-path") -> Codes:
-    """Open codes in our or the published layout; ``ValueError`` naming ``option`` if neither."""
+def open_codes(
+    folder: str | Path, option: str = "--code-path", labels: np.ndarray | None = None
+) -> Codes:
+    """Open codes in our or the published layout; ``ValueError`` naming ``option`` if neither.
+
+    labels: see ``PublishedCodes``.
+    """
     require_folder(folder, option, "make it with scripts/autoregressive/extract_codes_c2i.sh")
     if (Path(folder) / "meta.json").is_file():
         return ShardedCodes(folder)
@@ -357,7 +192,7 @@ def open_codes(folder: str | Path, option: str = "--code-path") -> Codes:
         raise ValueError(
             f"{option}: {folder} is not complete; run extract_codes_c2i.sh again to finish it"
         )
-    return PublishedCodes(folder, option)
+    return PublishedCodes(folder, option, labels)
 
 
 class MixedCodes(Codes):

@@ -18,16 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from dataset.augmentation import crop_names
-from dataset.codes import (
+from dataset.codes import PublishedCodes
+from dataset.other_codes import JsonlCodes, TarCodes
+from dataset.shards import (
     CodesPlan,
-    PublishedCodes,
     finish_codes,
     shard_damage,
     shard_path,
     start_codes,
     write_shard,
 )
-from dataset.other_codes import JsonlCodes, TarCodes
 from tokenizer.load import load_vq
 from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import init_distributed

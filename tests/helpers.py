@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from autoregressive.models.gpt import GPT, GPTConfig
 from autoregressive.train import train_c2i
-from dataset.codes import CodesPlan, finish_codes, start_codes, write_shard
+from dataset.shards import CodesPlan, finish_codes, start_codes, write_shard
 from scripts.diagnosis.models import fill_from_names
 from tokenizer.vq_model import VQModel, make_vq_config
 from utils.checkpoints.folder import save_sharded

@@ -45,13 +45,13 @@ _HEADER_READERS = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 # what zipfile raises for damaged, encrypted or foreign files
-_ZIP_ERRORS: tuple[type[Exception], ...] = (
+ZIP_ERRORS: tuple[type[Exception], ...] = (
     zipfile.BadZipFile,
     zlib.error,
     lzma.LZMAError,
     struct.error,
 )
-_ZIP_ERRORS += (MemoryError, EOFError, NotImplementedError, RuntimeError, OSError)
+ZIP_ERRORS += (MemoryError, EOFError, NotImplementedError, RuntimeError, OSError)
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def _readable(path: str | Path) -> Iterator[None]:
     """Turn whatever ``zipfile`` raises into a ``ValueError`` of one line."""
     try:
         yield
-    except _ZIP_ERRORS as error:
+    except ZIP_ERRORS as error:
         raise ValueError(
             f"{path} is not a whole .npz file: {str(error) or type(error).__name__}"
         ) from error

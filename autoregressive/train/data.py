@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.codes import Codes, MixedCodes, open_codes, shard_path
+from dataset.codes import Codes, MixedCodes, open_codes
 from dataset.epochs import EpochOrder
+from dataset.shards import shard_path
 from tokenizer.layout import place_tokenizer
 from tokenizer.load import load_vq, require_tokenizer
 from tokenizer.vq_model import VQModel

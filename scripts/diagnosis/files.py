@@ -16,8 +16,9 @@ from torch import Tensor
 
 from autoregressive.models.gpt import GPTConfig
 from autoregressive.models.load import load_gpt
-from dataset.codes import Codes, finished_damage, open_codes
+from dataset.codes import Codes, open_codes
 from dataset.imagenet import list_images, open_image
+from dataset.shards import finished_damage
 from scripts.diagnosis.check import BROKEN, OK, Context, NotHere, Result, reason_of
 from tokenizer.load import load_vq
 from utils.checkpoints.folder import read_meta, read_sharded

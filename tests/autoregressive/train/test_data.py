@@ -6,7 +6,8 @@ import torch
 
 from autoregressive.train import data
 from autoregressive.train.data import CodeBatches, check_shards
-from dataset.codes import MixedCodes, open_codes, shard_path
+from dataset.codes import MixedCodes, open_codes
+from dataset.shards import shard_path
 from tests.helpers import digest, make_plan, write_all
 from utils.distributed import World
 
