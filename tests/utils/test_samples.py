@@ -1,5 +1,6 @@
 """Samples of a run become one plain .npz, in any order, killed or not."""
 
+import os
 import resource
 import signal
 import zipfile
@@ -9,9 +10,10 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from utils import samples
 from utils.distributed import World
 from utils.logger import progress
-from utils.npz import SampleFile
+from utils.samples import SampleFile
 
 CPU = torch.device("cpu")
 
@@ -98,3 +100,44 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert file.missing() == [0, 1]
+
+
+def test_each_process_records_what_it_has_written(tmp_path, monkeypatch):
+    """On a network disk one that writes a shared record back would undo what others wrote."""
+    shape = (6, 2, 2, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    one = SampleFile(tmp_path / "s.npz", "f", shape, chunk=2)
+    one.create()
+    monkeypatch.setattr(samples, "process_name", lambda: "1-machine")
+    two = SampleFile(tmp_path / "s.npz", "f", shape, chunk=2)
+    blank = one.record.read_bytes()
+    one.write(0, images[:2])
+    two.write(2, images[4:])
+    assert one.record.read_bytes() == blank and one.missing() == two.missing() == [1]
+    two._own.write_bytes(b"")  # killed as it began its record, and its number given again
+    assert one.missing() == [1, 2]
+    two.write(2, images[4:])
+    two.write(1, images[2:4])
+    assert one.missing() == []
+    one.finish(np.arange(6), no_bar())
+    assert [p.name for p in tmp_path.iterdir()] == ["s.npz"]
+
+
+def test_shared_files_are_opened_for_writing_alone(tmp_path, monkeypatch):
+    """See ``_write_at``: a descriptor that may read makes an NFS client write whole pages."""
+    file = SampleFile(tmp_path / "s.npz", "f", (4, 2, 2, 3), chunk=2)
+    file.create()
+    flags, real = {}, os.open
+    monkeypatch.setattr(os, "open", lambda p, f, *a: flags.update({p: f}) or real(p, f, *a))
+    file.write(1, np.ones((2, 2, 2, 3), np.uint8))
+    assert flags.keys() == {file.partial, file._own}
+    assert all(f & os.O_ACCMODE == os.O_WRONLY and f & os.O_DSYNC for f in flags.values())
+
+
+def test_samples_whose_records_are_lost_are_named(tmp_path, monkeypatch):
+    file = SampleFile(tmp_path / "s.npz", "f", (4, 2, 2, 3), chunk=2)
+    file.create()
+    file.write(1, np.ones((2, 2, 2, 3), np.uint8))
+    monkeypatch.setattr(samples, "PATIENCE", 0.0)
+    with pytest.raises(ValueError, match="s.npz.f.partial lacks 1 of 2 batches, by the records"):
+        file.finish(np.arange(4), no_bar())
