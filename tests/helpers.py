@@ -241,6 +241,16 @@ def write_all(folder: Path, plan: CodesPlan) -> tuple[np.ndarray, np.ndarray]:
     return codes, labels
 
 
+def write_published_layout(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Write the codes of ``write_all`` in the published layout; return the same."""
+    codes, labels = write_all(folder / "ours", make_plan())
+    for kind, values in (("codes", codes[:, None]), ("labels", labels[:, None])):
+        (folder / f"imagenet384_{kind}").mkdir(parents=True)
+        for i, value in enumerate(values):
+            np.save(folder / f"imagenet384_{kind}" / f"{i}.npy", value)
+    return codes, labels
+
+
 def small_state(
     value: float, spike: float = 0.0, patience: int = 3, fp16: bool = False
 ) -> TrainingState:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
 from dataset.codes import MixedCodes, open_codes
 from dataset.shards import (
@@ -15,7 +16,7 @@ from dataset.shards import (
     start_codes,
     write_shard,
 )
-from tests.helpers import make_plan, write_all
+from tests.helpers import make_plan, write_all, write_published_layout
 
 
 @pytest.mark.parametrize("codebook_size", [70, 100_000])
@@ -34,17 +35,47 @@ def test_round_trip_and_gather(tmp_path, codebook_size):
 
 
 def test_published_layout_reads_the_same(tmp_path):
-    ours, published = tmp_path / "ours", tmp_path / "published"
-    codes, labels = write_all(ours, make_plan())
-    for kind, values in (("codes", codes[:, None]), ("labels", labels[:, None])):
-        (published / f"imagenet384_{kind}").mkdir(parents=True)
-        for i, value in enumerate(values):
-            np.save(published / f"imagenet384_{kind}" / f"{i}.npy", value)
+    codes, labels = write_published_layout(tmp_path)
+    ours, published = open_codes(tmp_path / "ours"), open_codes(tmp_path)
     images, crops = np.array([9, 0, 4]), np.array([1, 0, 1])
-    assert np.array_equal(
-        open_codes(published).gather(images, crops), open_codes(ours).gather(images, crops)
-    )
-    assert np.array_equal(open_codes(published).labels, labels)
+    assert np.array_equal(published.gather(images, crops), ours.gather(images, crops))
+    assert np.array_equal(published.labels, labels)
+
+
+def test_labels_of_the_published_layout_may_differ_in_type(tmp_path):
+    """Their headers are compared instead of parsed; a damaged one is named."""
+    labels = write_published_layout(tmp_path)[1]
+    path = tmp_path / "imagenet384_labels" / "4.npy"
+    np.save(path, labels[4:5].astype(np.uint8))
+    assert open_codes(tmp_path).labels.tolist() == labels.tolist()
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"4\.npy is missing or damaged"):
+        open_codes(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"4\.npy is missing or damaged"):
+        open_codes(tmp_path)
+
+
+def test_too_many_shards_to_map_is_no_damage(tmp_path, monkeypatch):
+    """Over vm.max_map_count; "delete it and extract again" would destroy good work."""
+    write_all(tmp_path, make_plan())
+
+    def from_file(*_, **__):
+        raise RuntimeError("unable to mmap 520 bytes from file: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch, "from_file", from_file)
+    with pytest.raises(ValueError, match=r"00000.npz cannot be mapped.*vm.max_map_count") as error:
+        open_codes(tmp_path)
+    assert "delete" not in str(error.value)
+
+
+def test_a_shard_takes_one_map(tmp_path, monkeypatch):
+    """With two, half as many shards can be opened."""
+    write_all(tmp_path, make_plan())
+    maps, from_file = [], torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda *a, **k: maps.append(a) or from_file(*a, **k))
+    open_codes(tmp_path)
+    assert len(maps) == 3
 
 
 def test_unfinished_empty_and_missing_folders_are_named(tmp_path):
