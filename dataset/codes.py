@@ -1,4 +1,4 @@
-"""Readers of cached code grids: of our shards, mapped into memory, and of the published layout.
+"""Readers of cached code grids: our shards, mapped into memory, or whatever else is there.
 
 The shards themselves are those of ``dataset/shards.py``.
 """
@@ -7,56 +7,44 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from utils.files import read_json, require_folder
+from dataset.interface import Codes
+from dataset.other_codes import PublishedCodes
+from dataset.shards import are_labels, plan_of
+from utils.files import require_folder
 from utils.npz import map_member, open_member, open_npz
+from utils.records import build, read_sealed
 
 
-class Codes:
-    """Interface of the readers: random access to the cached codes of a data set."""
+@dataclass(frozen=True)
+class _Shard:
+    """An entry of ``shards`` in ``meta.json``."""
 
-    labels: np.ndarray  # (N,) int64
-    num_crops: int
-    num_tokens: int
-    num_classes: int
-    crop_weights: np.ndarray | None = None  # (num_crops,) probability of each crop; None: equal
-    meta: dict  # as in meta.json; empty for the published layout
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
-        """Return codes (B, tokens) int64, in raster order, of B (image, crop) pairs."""
-        raise NotImplementedError
-
-    def batch(self, images: np.ndarray, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return codes (B, tokens) int64 and labels (B,) int64 of B (image, crop) pairs."""
-        return self.gather(images, crops), self.labels[images]
+    file: str
+    images: int
+    sha256: str
 
 
 class ShardedCodes(Codes):
     """Reader of our shards; threads may share it."""
 
     def __init__(self, folder: str | Path):
-        self.meta = read_json(Path(folder) / "meta.json")
-        fields = {"classes", "grid", "crops", "image_size", "codebook_size"}
-        fields |= {"tokenizer_sha256", "shards"}
-        if missing := fields - self.meta.keys():
-            raise ValueError(
-                f"{folder}/meta.json is damaged: it lacks {', '.join(sorted(missing))}"
-            )
-        self.num_crops = len(self.meta["crops"])
-        self.num_tokens = self.meta["grid"][0] * self.meta["grid"][1]
-        self.num_classes = len(self.meta["classes"])
+        self.meta = read_sealed(Path(folder) / "meta.json")
+        plan = plan_of(self.meta, folder)
+        self.num_crops, self.num_tokens = len(plan.crops), plan.num_tokens
+        self.num_classes = len(plan.classes)
+        entries, what = self.meta.get("shards"), f"{folder}/meta.json: an entry of shards"
+        if not isinstance(entries, list) or len(entries) != plan.num_shards:
+            raise ValueError(f"{folder}/meta.json is damaged: it names other shards than its plan")
         self._shards, labels = [], []
-        for shard in self.meta["shards"]:
-            path = Path(folder) / "shards" / Path(shard["file"]).name
+        for shard in (build(_Shard, entry, what, least=0) for entry in entries):
+            path = Path(folder) / "shards" / Path(shard.file).name
             codes, shard_labels = self._open(path)
-            count = shard["images"]
+            count = shard.images
             shape = (count, self.num_crops, self.num_tokens)
             if codes.shape != shape or shard_labels.shape != (count,):
                 raise ValueError(
@@ -71,6 +59,11 @@ class ShardedCodes(Codes):
             self._shards.append(codes)
             labels.append(shard_labels)
         self.labels = np.concatenate(labels)
+        if not are_labels(self.labels, self.num_classes):
+            raise ValueError(f"{folder} holds labels outside of its {self.num_classes} classes")
+        counts = (self.meta.get("num_coded_images"), self.meta.get("num_skipped_images"))
+        if counts != (len(self.labels), plan.num_images - len(self.labels)):
+            raise ValueError(f"{folder}/meta.json is damaged: it counts other images")
         self._ends = np.cumsum([len(s) for s in self._shards])
 
     @staticmethod
@@ -101,81 +94,6 @@ class ShardedCodes(Codes):
             first_image = self._ends[shard] - len(codes)
             out[rows] = codes[images[rows] - first_image, crops[rows]]
         return out
-
-
-class PublishedCodes(Codes):
-    """Reader of published ``*_codes/0.npy`` [1, crops, tokens] and ``*_labels/0.npy`` [1].
-
-    labels: all of them (N,), as another process has read them.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        option: str = "--code-path",
-        labels: np.ndarray | None = None,
-    ):
-        self._codes = self._only_folder(Path(folder), "_codes", option)
-        if labels is None:
-            labels = self._read_labels(self._only_folder(Path(folder), "_labels", option), option)
-        self.labels = labels
-        shape = self._read(self._codes / "0.npy").shape
-        if len(shape) != 3 or shape[0] != 1:
-            raise ValueError(
-                f"{option}: {self._codes}/0.npy has the shape {shape}, expected (1, crops, tokens)"
-            )
-        _, self.num_crops, self.num_tokens = shape
-        self.num_classes = int(self.labels.max()) + 1
-        self.classes = [str(label) for label in range(self.num_classes)]
-        self.meta: dict = {}
-
-    def _read_labels(self, folder: Path, option: str) -> np.ndarray:
-        """Return the labels (N,) int64, of a file each."""
-        count = sum(entry.name.endswith(".npy") for entry in os.scandir(self._codes))
-        if count == 0:
-            raise ValueError(f"{option}: {self._codes} holds no .npy files")
-        label = self._read(folder / "0.npy")
-        first = (folder / "0.npy").read_bytes()
-        head = first[: len(first) - label.nbytes]
-        values = []
-        for path in (f"{folder}/{i}.npy" for i in range(count)):
-            content = b""
-            with suppress(OSError), open(path, "rb", buffering=0) as file:
-                content = file.read()
-            # numpy's reader takes several times as long
-            if len(content) != len(first) or not content.startswith(head):
-                content = head + self._read(Path(path)).astype(label.dtype).tobytes()
-            values.append(content[len(head) :])
-        return np.frombuffer(b"".join(values), label.dtype).astype(np.int64)
-
-    @staticmethod
-    def _only_folder(folder: Path, end: str, option: str) -> Path:
-        folders = sorted(p for p in folder.glob(f"*{end}") if p.is_dir())
-        if len(folders) != 1:
-            raise ValueError(
-                f"{option}: {folder} holds no codes: expected meta.json with shards/ (written by "
-                "extract_codes_c2i.sh when it ends) or one folder *_codes beside one *_labels"
-            )
-        return folders[0]
-
-    @staticmethod
-    def _read(path: Path) -> np.ndarray:
-        try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} is missing or damaged: {error}") from error
-
-    def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
-        pairs = zip(images, crops, strict=True)
-        return np.stack([self.image(i)[c] for i, c in pairs]).astype(np.int64)
-
-    def image(self, i: int) -> np.ndarray:
-        """Return all crops (crops, tokens) of one image."""
-        path, shape = self._codes / f"{i}.npy", (1, self.num_crops, self.num_tokens)
-        codes = self._read(path)
-        if codes.shape != shape:
-            raise ValueError(f"{path} has the shape {codes.shape}, expected {shape}")
-        return codes[0]
 
 
 def open_codes(

@@ -1,24 +1,105 @@
-"""Codes that other projects publish, read image by image: RandAR's tar of .npy files and RAR's
-.jsonl.
+"""Codes that other projects publish, read image by image: the published folders of .npy files,
+RandAR's tar of such files and RAR's .jsonl.
 
-Both are files from outside: names, sizes and ranges are checked, nothing is unpacked to disk, and
+All are files from outside: names, sizes and ranges are checked, nothing is unpacked to disk, and
 nothing is allocated before the bytes that it holds were seen.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from dataset.interface import Codes
 from utils.logger import progress_of_bytes
 from utils.npz import parse_npy
 
 MAX_CLASSES = 1 << 20
 MAX_IMAGE_BYTES = 1 << 20  # of all crops of one image
+
+
+class PublishedCodes(Codes):
+    """Reader of published ``*_codes/0.npy`` [1, crops, tokens] and ``*_labels/0.npy`` [1].
+
+    labels: all of them (N,), as another process has read them.
+    """
+
+    def __init__(
+        self, folder: str | Path, option: str = "--code-path", labels: np.ndarray | None = None
+    ):
+        self._codes = self._only_folder(Path(folder), "_codes", option)
+        if labels is None:
+            labels = self._read_labels(self._only_folder(Path(folder), "_labels", option), option)
+        self.labels = labels
+        shape = self._read(self._codes / "0.npy").shape
+        if len(shape) != 3 or shape[0] != 1:
+            raise ValueError(
+                f"{option}: {self._codes}/0.npy has the shape {shape}, expected (1, crops, tokens)"
+            )
+        _, self.num_crops, self.num_tokens = shape
+        self.num_classes = int(self.labels.max()) + 1
+        self.classes = [str(label) for label in range(self.num_classes)]
+        self.meta: dict = {}
+
+    def _read_labels(self, folder: Path, option: str) -> np.ndarray:
+        """Return the labels (N,) int64, of a file each."""
+        count = sum(entry.name.endswith(".npy") for entry in os.scandir(self._codes))
+        if count == 0:
+            raise ValueError(f"{option}: {self._codes} holds no .npy files")
+        label = self._read(folder / "0.npy")
+        first = (folder / "0.npy").read_bytes()
+        head = first[: len(first) - label.nbytes]
+        values = []
+        for path in (f"{folder}/{i}.npy" for i in range(count)):
+            content = b""
+            with suppress(OSError), open(path, "rb", buffering=0) as file:
+                content = file.read()
+            # one header is parsed, which takes several times as long as reading it
+            if len(content) != len(first) or not content.startswith(head):
+                content = head + self._read(Path(path)).astype(label.dtype).tobytes()
+            values.append(content[len(head) :])
+        labels = np.frombuffer(b"".join(values), label.dtype).astype(np.int64)
+        if len(labels) != count or labels.min() < 0 or labels.max() >= MAX_CLASSES:
+            raise ValueError(f"{option}: {folder} holds a file that is not one label")
+        return labels
+
+    @staticmethod
+    def _only_folder(folder: Path, end: str, option: str) -> Path:
+        folders = sorted(p for p in folder.glob(f"*{end}") if p.is_dir())
+        if len(folders) != 1:
+            raise ValueError(
+                f"{option}: {folder} holds no codes: expected meta.json with shards/ (written by "
+                "extract_codes_c2i.sh when it ends) or one folder *_codes beside one *_labels"
+            )
+        return folders[0]
+
+    @staticmethod
+    def _read(path: Path) -> np.ndarray:
+        try:
+            values = parse_npy(path.read_bytes(), str(path))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is missing or damaged: {error}") from error
+        if values.dtype.kind not in "iu":
+            raise ValueError(f"{path} holds {values.dtype}, expected whole numbers")
+        return values
+
+    def gather(self, images: np.ndarray, crops: np.ndarray) -> np.ndarray:
+        pairs = zip(images, crops, strict=True)
+        return np.stack([self.image(i)[c] for i, c in pairs]).astype(np.int64)
+
+    def image(self, i: int) -> np.ndarray:
+        """Return all crops (crops, tokens) of one image."""
+        path, shape = self._codes / f"{i}.npy", (1, self.num_crops, self.num_tokens)
+        codes = self._read(path)
+        if codes.shape != shape:
+            raise ValueError(f"{path} has the shape {codes.shape}, expected {shape}")
+        return codes[0]
 
 
 class TarCodes:

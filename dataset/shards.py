@@ -12,7 +12,7 @@ npz of
 
 so ``numpy.load`` reads it anywhere, its zip CRCs detect damage, and the reader maps its codes in
 place. Processes on any number of machines share the work through the claims of
-``dataset/claims.py``; ``dataset/records.py`` has what is known of shards without reading them.
+``dataset/claims.py``; what is known of shards without reading them: ``dataset/shard_records.py``.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.records import Record, Records, add_record
-from utils.files import atomic_path, read_json, remove_ended, temporary_path, write_json
+from dataset.shard_records import Record, Records, add_record
+from utils.files import atomic_path, remove_ended, temporary_path, write_json
 from utils.npz import ZIP_ERRORS, open_member
+from utils.records import build, read_json, write_sealed
 
 UNREADABLE: tuple[type[Exception], ...] = (*ZIP_ERRORS, ValueError)
+LARGEST_CODEBOOK, LARGEST_GRID, LARGEST_CODE = 1 << 24, 1 << 20, 1 << 10  # entries, codes, pixels
 CHANGED = "its sha256 is not the one that it was written with"
 
 
@@ -52,6 +54,14 @@ class CodesPlan:
     tokenizer_sha256: str | None  # of its weights; None: not known
     precision: str
     shard_size: int  # images per shard
+
+    def __post_init__(self) -> None:
+        if len(self.grid) != 2 or not self.classes or not self.crops:
+            raise ValueError("codes have a grid of two sides, classes and crops")
+        if self.codebook_size > LARGEST_CODEBOOK or self.num_tokens > LARGEST_GRID:
+            raise ValueError(f"a codebook of {self.codebook_size} or a grid of {self.grid} codes")
+        if not max(self.grid) <= self.image_size <= LARGEST_CODE * min(self.grid):
+            raise ValueError(f"images of {self.image_size} pixels have no grid of {self.grid}")
 
     @property
     def num_tokens(self) -> int:
@@ -98,6 +108,8 @@ def start_codes(folder: str | Path, plan: CodesPlan) -> None:
         aside.unlink()
 
     recorded = read_json(path)
+    if not isinstance(recorded, dict):
+        raise ValueError(f"{path} is damaged: it does not hold a JSON object")
     wanted = json.loads(json.dumps(asdict(plan)))
     if differing := [k for k in wanted if recorded.get(k) != wanted[k]]:
         k = differing[0]
@@ -157,27 +169,33 @@ def write_shard(
 
 def _examine(folder: str | Path, plan: CodesPlan, shard: int) -> str | Record:
     """Read a shard once; return its record, or what is wrong with it."""
-    path = shard_path(folder, shard)
+    path, arrays = shard_path(folder, shard), {}
     try:
         time, content = path.stat().st_mtime_ns, path.read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             archive.filename = str(path)
-            if bad := archive.testzip():
-                return f"checksum of {bad} fails"
-            names = ("codes", "labels", "index", "skipped")
-            codes, labels, index, skipped = (open_member(archive, name) for name in names)
-            indices = np.sort(np.concatenate([m.read(m.shape) for m in (index, skipped)]))
+            for name in ("codes", "labels", "index", "skipped", "reasons"):
+                member = open_member(archive, name)
+                arrays[name] = member.read(member.shape)
     except UNREADABLE as error:
         return str(error)
+    kinds = "".join(array.dtype.kind for array in arrays.values())
+    if kinds != "uiiiU" or arrays["skipped"].shape != arrays["reasons"].shape:
+        return f"its arrays are of types {kinds}, expected uiiiU"
+    indices = np.sort(np.concatenate([arrays["index"], arrays["skipped"]]), axis=None)
     if not np.array_equal(indices, plan.shard_images(shard)):
         return "it does not hold each of its images once"
-    if codes.shape != (*labels.shape, len(plan.crops), plan.num_tokens):
-        return (
-            f"codes of shape {codes.shape} and labels of shape {labels.shape} are not those of "
-            "the plan"
-        )
+    codes, labels = arrays["codes"], arrays["labels"]
+    if codes.shape != (len(arrays["index"]), len(plan.crops), plan.num_tokens):
+        return f"codes of shape {codes.shape} are not those of the plan"
+    if labels.shape != codes.shape[:1]:
+        return f"{len(codes)} images have labels of shape {labels.shape}"
+    if (largest := codes.max(initial=0)) >= plan.codebook_size:
+        return f"it holds code {largest} of {plan.codebook_size}, counted from 0"
+    if not are_labels(labels, len(plan.classes)):
+        return f"it holds a label outside of {len(plan.classes)} classes"
     sha256 = hashlib.sha256(content).hexdigest()
-    return Record(shard, labels.shape[0], sha256, len(content), time)
+    return Record(shard, len(labels), sha256, len(content), time)
 
 
 def shard_damage(
@@ -211,10 +229,20 @@ def check_shard(
     return found, None
 
 
+def are_labels(labels: np.ndarray, classes: int) -> bool:
+    """Return whether all labels are of one of the classes."""
+    return labels.min(initial=0) >= 0 and labels.max(initial=0) < classes
+
+
 def finished_damage(folder: str | Path, meta: dict, shard: int) -> str | None:
     """Return what is wrong with a finished shard, or None; also checks its hash in ``meta``."""
-    plan = CodesPlan(**{f.name: meta[f.name] for f in fields(CodesPlan)})
-    return shard_damage(folder, plan, shard, meta["shards"][shard]["sha256"])
+    return shard_damage(folder, plan_of(meta, folder), shard, meta["shards"][shard]["sha256"])
+
+
+def plan_of(meta: dict, folder: str | Path) -> CodesPlan:
+    """Return the plan within ``meta`` of ``folder``; ``ValueError`` if it is damaged."""
+    values = {f.name: meta[f.name] for f in fields(CodesPlan) if f.name in meta}
+    return build(CodesPlan, values, f"{folder}/meta.json")
 
 
 def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) -> dict | None:
@@ -254,7 +282,7 @@ def finish_codes(folder: str | Path, plan: CodesPlan, sources: Sequence[str]) ->
     ]
     counts = {"num_coded_images": sum(r.images for r in known), "num_skipped_images": len(skipped)}
     meta = {**asdict(plan), **counts, "shards": shards}
-    write_json(Path(folder) / "meta.json", meta)
+    write_sealed(Path(folder) / "meta.json", meta)
     records.join(known)
     remove_ended(Path(folder) / "shards")
     return meta

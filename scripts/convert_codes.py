@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from dataset.augmentation import crop_names
-from dataset.codes import PublishedCodes
-from dataset.other_codes import JsonlCodes, TarCodes
+from dataset.other_codes import JsonlCodes, PublishedCodes, TarCodes
 from dataset.shards import (
     CodesPlan,
     finish_codes,

@@ -14,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.checkpoints.folder import is_old
 from utils.checkpoints.weights_file import export_checkpoint, export_to_hub_form
-from utils.files import require_folder
+from utils.distributed import init_distributed
+from utils.files import prepare_folder, require_folder
+from utils.lock import hold
 from utils.options import make_parser, run_main
 
 
@@ -28,11 +30,11 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", required=True, help="folder of one checkpoint, named by its step"
     )
-    output = parser.add_mutually_exclusive_group(required=True)
-    output.add_argument("--output", metavar="FILE", help="file to write, .pt or .safetensors")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--output", metavar="FILE", help="file to write, .pt or .safetensors")
     text = "folder to write in the form of huggingface.co: config.json, model.safetensors and a "
     text += "model card; to upload it: hf upload OWNER/NAME FOLDER"
-    output.add_argument("--hub", metavar="FOLDER", help=text)
+    target.add_argument("--hub", metavar="FOLDER", help=text)
     parser.add_argument(
         "--ema",
         action="store_true",
@@ -46,13 +48,16 @@ def main() -> None:
     )
     args = parser.parse_args()
     checkpoint = require_folder(args.checkpoint, "--checkpoint")
+    output = Path(args.hub or args.output)
+    prepare_folder(output.parent, "--hub" if args.hub else "--output")
+    hold(Path(f"{output}.lock"), init_distributed(connect=False), str(output))
     if is_old(checkpoint):
         print(f"{checkpoint} has the format of an earlier version, which holds a pickle: checked")
     if args.hub:
-        export_to_hub_form(checkpoint, Path(args.hub), args.ema, args.bf16)
+        export_to_hub_form(checkpoint, output, args.ema, args.bf16)
     else:
-        export_checkpoint(checkpoint, Path(args.output), args.ema, args.bf16)
-    print(f"wrote {args.hub or args.output}")
+        export_checkpoint(checkpoint, output, args.ema, args.bf16)
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

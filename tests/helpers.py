@@ -30,6 +30,8 @@ from dataset.shards import CodesPlan, finish_codes, start_codes, write_shard
 from scripts.diagnosis.models import fill_from_names
 from tokenizer.vq_model import VQModel, make_vq_config
 from utils.checkpoints.folder import save_sharded
+from utils.distributed import World
+from utils.lock import hold
 from utils.options import run_main
 from utils.training.state import Ema, Guard, TrainingState, make_adamw
 
@@ -346,7 +348,12 @@ def gpt_checkpoint(folder: Path) -> GPT:
     model.init_weights()
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     files = save_sharded(folder, tensors, None).result()
-    facts = {"gpt_model": "GPT-S", "config": asdict(model.config), "steps": 7, "classes": ["a|b"]}
+    facts = {
+        "gpt_model": "GPT-S",
+        "config": asdict(model.config),
+        "steps": 7,
+        "classes": ["a|b", "c", "d"],
+    }
     (folder / "meta.json").write_text(json.dumps(facts | files | {"scalars": {}}))
     return model
 
@@ -364,3 +371,19 @@ def write_images_and_tokenizer(folder: Path) -> None:
         {"model": vq.state_dict(), "vq_model": "VQ-4", "config": asdict(vq.config)},
         folder / "vq.pt",
     )
+
+
+def hold_in_fork(path: Path, children: int = 0) -> int:
+    """Hold ``path`` in a fork of this process, and its lock in forks of that; return its id."""
+    reader, writer = os.pipe()
+    if pid := os.fork():
+        os.read(reader, 1)
+        return pid
+    hold(path, World(0, 1, torch.device("cpu")), "folder")
+    for _ in range(children):
+        if os.fork() == 0:
+            break
+    else:
+        os.write(writer, b"1")
+    time.sleep(1.5 if children else 60)
+    os._exit(0)

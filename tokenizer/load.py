@@ -14,10 +14,13 @@ from utils.checkpoints.weights_file import (
     find_state_dict,
     load_checkpoint,
     load_strictly,
+    require_facts,
     state_sha256,
 )
 from utils.options import positive_int, resolve
+from utils.records import build, has_type
 
+LEVELS, LARGEST_BLOCKS = range(1, 9), 64  # of a config: more would be made for hours
 PUBLISHED_SIZE = 256  # pixels: of the published commands
 
 
@@ -54,21 +57,30 @@ def load_vq(
             raise ValueError(
                 f"--vq-ckpt: {path} holds no tokenizer: its config is of another model"
             )
-        config = VQConfig(**own | {"ch_mult": tuple(own["ch_mult"])})
-        name = resolve("--vq-model", vq_model, checkpoint["vq_model"], f"--vq-ckpt {path}")
+        require_facts(checkpoint, f"--vq-ckpt {path}")
+        config = build(VQConfig, own, f"--vq-ckpt {path}: its config")
+        if len(config.ch_mult) not in LEVELS or config.num_res_blocks > LARGEST_BLOCKS:
+            raise ValueError(f"--vq-ckpt {path}: its config is of no tokenizer that could be made")
+        name = resolve("--vq-model", vq_model, checkpoint.get("vq_model"), f"--vq-ckpt {path}")
         for field, value in written.items():
             option = f"--{field.replace('_', '-')}"
             resolve(option, value, getattr(config, field), f"--vq-ckpt {path}")
     else:
         name = vq_model or "VQ-16"
         config = make_vq_config(name, **written)
-    with torch.device("meta"):
-        model = VQModel(config)
+    try:
+        with torch.device("meta"):
+            model = VQModel(config)
+    except ValueError as error:  # of its widths
+        raise ValueError(f"--vq-ckpt {path}: its config: {error}") from error
     state = find_state_dict(checkpoint, ("ema", "model", "state_dict"), path)
     load_strictly(model, state, path, f"the tokenizer {name}")
     run = checkpoint.get("run")
     size = run.get("image_size") if isinstance(run, dict) else None
-    model.trained_size = size if type(size) is int and size > 0 else None
+    is_size = has_type(size, int, least=1)
+    if own is not None and size is not None and not is_size:
+        raise ValueError(f"--vq-ckpt {path}: its image_size is {str(size)[:60]}")
+    model.trained_size = size if is_size else None
     return model.eval().requires_grad_(False), name
 
 

@@ -96,7 +96,7 @@ def _record(path: Path) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         holder = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 

@@ -37,6 +37,7 @@ ZIP_ERRORS: tuple[type[Exception], ...] = (
     struct.error,
 )
 ZIP_ERRORS += (MemoryError, EOFError, NotImplementedError, RuntimeError, OSError)
+ZIP_ERRORS += (UnicodeDecodeError,)
 
 
 @contextmanager
@@ -45,9 +46,8 @@ def _readable(path: str | Path) -> Iterator[None]:
     try:
         yield
     except ZIP_ERRORS as error:
-        raise ValueError(
-            f"{path} is not a whole .npz file: {str(error) or type(error).__name__}"
-        ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"{path} is not a whole .npz file: {reason}") from error
 
 
 @contextmanager
@@ -114,6 +114,17 @@ def parse_npy(data: bytes, what: str) -> np.ndarray:
     if fortran_order or math.prod(shape) * dtype.itemsize != present:
         raise ValueError(f"{what} is damaged: {present} bytes for {dtype} of shape {shape}")
     return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
+
+
+def member_names(archive: zipfile.ZipFile) -> list[str]:
+    """Return the names of all arrays; ``ValueError`` if those of the directory at the end are not
+    those that the arrays have, as of an array that would be missed silently.
+    """
+    names = [name for name in archive.namelist() if name.endswith(".npy")]
+    with _readable(str(archive.filename)):
+        for name in names:
+            archive.open(name).close()
+    return [name.removesuffix(".npy") for name in names]
 
 
 def open_member(archive: zipfile.ZipFile, name: str) -> Member:

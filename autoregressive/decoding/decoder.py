@@ -184,7 +184,7 @@ def read_seconds(path: Path, ways: list[Way]) -> dict[Way, float] | None:
     try:
         kept = json.loads(path.read_text())
         seconds = {way: float(kept[str(way)]) for way in ways}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return seconds if all(s > 0.0 for s in seconds.values()) else None
 

@@ -11,8 +11,16 @@ from torch import Tensor
 from autoregressive.models.gpt import GPT, GPT_models, GPTConfig
 from autoregressive.models.region_order import split_regions
 from autoregressive.models.schedules import canonical
-from utils.checkpoints.weights_file import find_state_dict, load_checkpoint, load_strictly
+from utils.checkpoints.weights_file import (
+    find_state_dict,
+    load_checkpoint,
+    load_strictly,
+    require_facts,
+)
 from utils.options import resolve
+from utils.records import build
+
+LARGEST_GRID = 1 << 20  # codes, of a config
 
 
 def load_gpt(
@@ -46,7 +54,13 @@ def load_gpt(
         known = {f.name for f in fields(GPTConfig)}
         if not isinstance(own, dict) or not set(own) <= known or "n_layer" not in own:
             raise ValueError(f"{source} holds no GPT: its config is of another model")
-        config, name = GPTConfig(**own), str(checkpoint.get("gpt_model"))
+        config = build(GPTConfig, own, f"{source}: its config")
+        require_facts(checkpoint, source)
+        name = str(checkpoint.get("gpt_model"))
+        if config.grid_height * config.grid_width > LARGEST_GRID:
+            raise ValueError(f"{source}: its config has a grid of more than {LARGEST_GRID:,} codes")
+        if config.n_layer != (found := count_layers(state)):  # before as many are made
+            raise ValueError(f"{source}: its config has {config.n_layer} layers, it has {found}")
         own_grid = (config.grid_height, config.grid_width)
         resolve("the code grid of --image-size", grid, own_grid, source)
     else:
@@ -59,8 +73,14 @@ def load_gpt(
     resolve("--schedule", schedule, config.schedule, source)
     resolve("--num-classes", num_classes, config.num_classes, source)
     resolve("a codebook of size", vocab_size, config.vocab_size, source)
-    with torch.device("meta"):
-        model = GPT(config)
+    try:
+        with torch.device("meta"):
+            model = GPT(config)
+    except ValueError as error:  # of its schedule or regions
+        raise ValueError(f"{source}: {error}") from error
+    classes = checkpoint.get("classes")
+    if own is not None and classes is not None and len(classes) != config.num_classes:
+        raise ValueError(f"{source}: {len(classes)} names of {config.num_classes} classes")
     load_strictly(model, state, path, f"the model {name}")
     return model.eval().requires_grad_(False), name, checkpoint
 
@@ -87,6 +107,11 @@ def resolve_parallelism(
     return ar_token_num
 
 
+def count_layers(state: dict[str, Tensor]) -> int:
+    """Return the number of transformer layers that a state dict holds."""
+    return len({k.split(".")[1] for k in state if k.startswith("layers.")})
+
+
 def config_from_shapes(
     state: dict[str, Tensor], grid: tuple[int, int], path: str | Path
 ) -> tuple[GPTConfig, str]:
@@ -99,7 +124,7 @@ def config_from_shapes(
         raise ValueError(
             f"--gpt-ckpt: {path} is not a class-conditional GPT: {error} is missing or misshapen"
         ) from error
-    n_layer = len({k.split(".")[1] for k in state if k.startswith("layers.")})
+    n_layer = count_layers(state)
     sizes = {(s["n_layer"], s["dim"]): name for name, s in GPT_models.items()}
     if (n_layer, dim) not in sizes:
         raise ValueError(

@@ -14,7 +14,8 @@ from dataset.imagenet import ImagePaths, list_images, say_if_enlarged
 from dataset.shards import CodesPlan, start_codes
 from tokenizer.vq_model import VQModel
 from utils.checkpoints.weights_file import state_sha256
-from utils.files import read_json, require_folder
+from utils.files import require_folder
+from utils.records import read_json
 
 T = TypeVar("T")
 LISTING = "listing.npz"
@@ -70,7 +71,7 @@ def wait_for_plan(
     path = Path(args.code_path) / "plan.json"
     wait_for(path.exists, logger)
     recorded, names = read_json(path), ("classes", "num_images", "source_sha256")
-    if not recorded.keys() >= set(names):
+    if not isinstance(recorded, dict) or not recorded.keys() >= set(names):
         raise ValueError(f"{path} is damaged: it lacks {' or '.join(names)}")
     plan = make_plan(args, vq, name, **{k: recorded[k] for k in names})
     start_codes(args.code_path, plan)

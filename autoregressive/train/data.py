@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.codes import Codes, MixedCodes, PublishedCodes, open_codes
+from dataset.codes import MixedCodes, open_codes
 from dataset.epochs import EpochOrder
+from dataset.interface import Codes
+from dataset.other_codes import PublishedCodes
 from dataset.shards import shard_path
 from tokenizer.layout import place_tokenizer
 from tokenizer.load import load_vq, require_tokenizer
@@ -58,8 +60,8 @@ def check_shards(folder: str, option: str, codes: Codes, world: World) -> None:
     order = np.random.default_rng(world.broadcast(time.time_ns())).permutation(len(shards))
     damage = None
     for i in order[CHECKED_SHARDS * world.rank :][:CHECKED_SHARDS]:
-        path, sha256 = shard_path(folder, i), shards[i].get("sha256")
-        if sha256 is not None and sha256_file(path) != sha256:
+        path = shard_path(folder, i)
+        if sha256_file(path) != shards[i]["sha256"]:
             damage = f"{option}: {path} is damaged: its sha256 is not the one in meta.json; "
             damage += "scripts/inspect_codes.py checks all, extract_codes_c2i.sh makes them again"
     if damage := world.first(damage):

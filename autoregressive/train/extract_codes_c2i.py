@@ -29,7 +29,7 @@ from autoregressive.train.code_plan import list_and_plan, wait_for_plan
 from dataset.augmentation import take_crops
 from dataset.claims import Claims
 from dataset.imagenet import CenterCrop, ImageFiles, ImagePaths, Unreadable, to_model_range
-from dataset.records import Records
+from dataset.shard_records import Records
 from dataset.shards import (
     CodesPlan,
     check_shard,

@@ -33,7 +33,7 @@ from autoregressive.train.kernels import choose_attention
 from autoregressive.train.options import parse_args
 from autoregressive.train.recipe import differences
 from autoregressive.train.watch import draw_samples, validate
-from dataset.codes import Codes
+from dataset.interface import Codes
 from utils.distributed import World, init_distributed
 from utils.files import require_folder
 from utils.npz import short_hash

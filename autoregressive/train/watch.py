@@ -12,7 +12,7 @@ from autoregressive.decoding.generate import generate
 from autoregressive.decoding.sampling import SamplingOptions, image_randomness
 from autoregressive.models.causal_attention import CausalMask
 from autoregressive.models.gpt import GPT
-from dataset.codes import Codes
+from dataset.interface import Codes
 from tokenizer.vq_model import VQModel
 from utils.distributed import World
 from utils.images import image_grid, save_png, to_uint8

@@ -9,10 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from evaluations.c2i.features import Features
-from utils.checkpoints.weights_file import load_checkpoint, load_strictly, save_checkpoint
+from utils.checkpoints.weights_file import (
+    load_checkpoint,
+    load_strictly,
+    require_facts,
+    save_checkpoint,
+)
+from utils.records import build
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,10 @@ class ClassifierConfig:
     image_size: int
     num_classes: int
     width: int = 64
+
+    def __post_init__(self) -> None:
+        if self.width < 4:
+            raise ValueError("the width is below 4")
 
 
 class SmallClassifier(nn.Module):
@@ -85,12 +96,13 @@ def load_classifier(path: str | Path, option: str) -> tuple[SmallClassifier, dic
     Raises ``ValueError`` naming ``option`` if the file was not written by ``save_classifier``.
     """
     content = load_checkpoint(path, option)
-    try:
-        network = SmallClassifier(ClassifierConfig(**content["config"]))
-        state = content["model"]
-    except (KeyError, TypeError) as error:
+    config, state = content.get("config"), content.get("model")
+    if not isinstance(state, dict) or not isinstance(config, dict):
         raise ValueError(
             f"{option}: {path} was not written by scripts/quickstart/train_classifier.py"
-        ) from error
+        )
+    require_facts(content, f"{option}: {path}")
+    with torch.device("meta"):
+        network = SmallClassifier(build(ClassifierConfig, config, f"{option}: {path}: its config"))
     load_strictly(network, state, path, "its own config")
     return network.eval().requires_grad_(False), content

@@ -34,7 +34,6 @@ from evaluations.c2i.features import (
     measure_set,
 )
 from evaluations.c2i.image_sets import ImageSet, open_images
-from evaluations.c2i.inception import download_weights, find_weights, load_inception
 from evaluations.c2i.metrics import (
     class_accuracy,
     frechet_distance,
@@ -59,9 +58,9 @@ from evaluations.c2i.report import (
     warnings_after,
     warnings_before,
 )
-from evaluations.c2i.self_check import compare_with_published, self_check
 from utils.distributed import World, init_distributed
 from utils.files import atomic_path, require_file, sha256_file
+from utils.lock import hold
 from utils.logger import progress
 from utils.options import run_main, write_options
 from utils.quality import SSIM_WINDOW
@@ -88,11 +87,15 @@ def main() -> None:
     args = parse_args(__doc__ or "")
     world = choose_world(args.device)
     if args.download and not args.inception_weights and world.is_main:
+        from evaluations.c2i.inception import download_weights  # takes a second, as below
+
         download_weights(PRETRAINED_MODELS)
     world.barrier()
 
     if args.self_check:
         if world.is_main:
+            from evaluations.c2i.self_check import self_check
+
             self_check(args.inception_weights, PRETRAINED_MODELS, args.allow_unknown_weights)
         if args.reference is None:
             return
@@ -103,6 +106,8 @@ def main() -> None:
     sets = [open_images(path, "SAMPLES") for path in args.samples]
     outputs = [output_paths(samples, args) for samples in sets]
     check_outputs([path for pair in outputs for path in pair], args)
+    for _, output in outputs:
+        hold(Path(f"{output}.lock"), world, str(output))
     for samples in sets:
         check_options(reference, samples, args)
 
@@ -146,8 +151,11 @@ def main() -> None:
             for line in compare_with_preset(result, reference.path):
                 print(line)
         name = samples.path.name
-        if args.self_check and (table := compare_with_published(name, result["metrics"])):
-            print(table)
+        if args.self_check:
+            from evaluations.c2i.self_check import compare_with_published
+
+            if table := compare_with_published(name, result["metrics"]):
+                print(table)
         facts = {"reference_images": reference.count, "network": network_file}
         write_options(output, args, **result, **facts)
     if args.markdown and world.is_main:
@@ -185,6 +193,8 @@ def load_network(
         path = require_file(args.feature_network, "--feature-network")
         network, own = load_classifier(path, "--feature-network")
     else:
+        from evaluations.c2i.inception import find_weights, load_inception
+
         path = find_weights(args.inception_weights, PRETRAINED_MODELS, args.allow_unknown_weights)
         network = load_inception(path)
     say(world, f"feature network: {path} on {world.device}")

@@ -19,7 +19,7 @@ from torch import Tensor
 from dataset.imagenet import IMG_EXTENSIONS, open_image
 from evaluations.c2i.metrics import Statistics
 from utils.files import require_file
-from utils.npz import Member, open_member, open_npz
+from utils.npz import Member, member_names, open_member, open_npz
 
 IMAGES = "arr_0"
 LABELS = ("labels", "arr_1")  # guided-diffusion saves labels as a second positional array
@@ -140,9 +140,7 @@ def open_archive(path: str | Path, name: str) -> ImageArchive:
     """
     path = require_file(path, name)
     with open_npz(path) as archive:
-        names = [
-            entry.removesuffix(".npy") for entry in archive.namelist() if entry.endswith(".npy")
-        ]
+        names = member_names(archive)
         shape = _image_shape(open_member(archive, IMAGES), path) if IMAGES in names else None
         pool = _read_statistics(archive, "mu", "sigma", names, path)
         spatial = _read_statistics(archive, "mu_s", "sigma_s", names, path)

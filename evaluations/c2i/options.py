@@ -94,7 +94,8 @@ def parse_args(description: str) -> Namespace:
     group.add_argument("--no-cache", action="store_true", help=text)
 
     group = parser.add_argument_group("Output")
-    text = "JSON file for metrics, options and environment (default: SAMPLES.metrics.json)"
+    text = "JSON file for metrics, options and environment, with a .txt of the metrics beside it "
+    text += "(default: SAMPLES.metrics.json)"
     group.add_argument("--output", metavar="JSON", help=text)
     text = "write the metrics as a Markdown table to this file, one row per SAMPLES"
     group.add_argument("--markdown", metavar="FILE", help=text)
@@ -102,7 +103,8 @@ def parse_args(description: str) -> Namespace:
 
 
 def output_paths(samples: ImageSet, args: Namespace) -> tuple[Path, Path]:
-    """Return ``x.txt`` and ``x.metrics.json``, beside ``x.npz`` or the folder ``x``.
+    """Return ``x.txt`` and ``x.metrics.json``, beside ``x.npz`` or the folder ``x``, or those that
+    ``--output`` names: the text goes where its settings are.
 
     Raises ``ValueError`` for a file without the ending .npz, whose text could replace the file
     itself, and for paths that cannot be written.
@@ -115,8 +117,8 @@ def output_paths(samples: ImageSet, args: Namespace) -> tuple[Path, Path]:
     if args.output and len(args.samples) > 1:
         raise ValueError("--output names one file; leave it out if there are several SAMPLES")
     base = samples.path.resolve() if samples.path.is_dir() else samples.path.with_suffix("")
-    text = base.with_name(f"{base.name}.txt")
     output = Path(args.output or base.with_name(f"{base.name}.metrics.json"))
+    text = output.with_name(f"{output.stem.removesuffix('.metrics')}.txt")
     for path, option in ((output, "--output"), (Path(args.markdown or output), "--markdown")):
         prepare_folder(path.parent, option)
         if path.is_dir():
@@ -159,7 +161,7 @@ def beside_others(
         before = json.loads(output.read_text()).get("evaluation")
     except FileNotFoundError:
         return text, output
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         before = None
     if before == settings or args.output:
         return text, output

@@ -124,7 +124,7 @@ def settings_of(samples: Path) -> dict[str, Any] | None:
         base = samples.resolve() if samples.is_dir() else samples.with_suffix("")
         options = json.loads(base.with_name(f"{base.name}.json").read_text())["options"]
         return options if isinstance(options, dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 from PIL import Image
-from utils.samples import SampleFile
 
 from autoregressive.train import extract_codes_c2i
 from dataset.claims import Claims
@@ -43,6 +42,7 @@ from tokenizer.vq_model import VQModel, make_vq_config
 from utils.distributed import World
 from utils.logger import progress
 from utils.options import make_parser, positive_int, run_main
+from utils.samples import SampleFile
 
 IMAGENET = 1_281_167
 CLASSES = 1000

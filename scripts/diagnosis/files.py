@@ -16,13 +16,15 @@ from torch import Tensor
 
 from autoregressive.models.gpt import GPTConfig
 from autoregressive.models.load import load_gpt
-from dataset.codes import Codes, open_codes
+from dataset.codes import open_codes
 from dataset.imagenet import list_images, open_image
+from dataset.interface import Codes
 from dataset.shards import finished_damage
 from scripts.diagnosis.check import BROKEN, OK, Context, NotHere, Result, reason_of
 from tokenizer.load import load_vq
 from utils.checkpoints.folder import read_meta, read_sharded
 from utils.checkpoints.weights_file import state_sha256
+from utils.records import build
 
 SAMPLED_IMAGES = 64  # files that are opened
 SAMPLED_CODES = 20_000  # images whose codes are counted
@@ -46,10 +48,14 @@ def open_gpt(path: str) -> GPTFile:
     """Return what a file of weights, or the folder of a training checkpoint, holds."""
     if (Path(path) / "meta.json").is_file():
         meta = read_meta(Path(path))
-        if meta.get("config", {}).keys() != {f.name for f in fields(GPTConfig)}:
+        config = meta.get("config")
+        if not isinstance(config, dict) or config.keys() != {f.name for f in fields(GPTConfig)}:
             raise ValueError(f"{path} is a checkpoint of another model, not of a GPT")
         return GPTFile(
-            GPTConfig(**meta["config"]), meta["gpt_model"], meta, read_sharded(Path(path), "model.")
+            build(GPTConfig, config, f"{path}: its config"),
+            str(meta.get("gpt_model")),
+            meta,
+            read_sharded(Path(path), "model."),
         )
     model, name, facts = load_gpt(path, None)
     return GPTFile(model.config, name, facts, model.state_dict())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -19,7 +19,7 @@ import numpy as np
 
 from autoregressive.models.region_order import RegionOrder
 from dataset.codes import open_codes
-from dataset.shards import CodesPlan, finish_codes, start_codes, write_shard
+from dataset.shards import finish_codes, plan_of, start_codes, write_shard
 from scripts.experiments.common import ROOT, extract, newest, run
 from utils.options import make_parser, run_main
 
@@ -62,7 +62,7 @@ def change_codes(source: Path, output: Path, change: Callable | None, images: in
     changed = np.stack(crops, 1)  # (N, crops, T)
     if change is not None:
         changed = change(changed)
-    plan = CodesPlan(**{f.name: codes.meta[f.name] for f in fields(CodesPlan)})
+    plan = plan_of(codes.meta, source)
     plan = replace(plan, num_images=len(kept), shard_size=len(kept))
     start_codes(output, plan)
     write_shard(output, plan, 0, changed, codes.labels[kept], np.arange(len(kept)))

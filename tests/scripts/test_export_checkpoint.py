@@ -1,8 +1,13 @@
 """Exports of a training checkpoint."""
 
+import os
+import signal
+
+import pytest
+
 from autoregressive.models.load import load_gpt
 from scripts import export_checkpoint as export_script
-from tests.helpers import gpt_checkpoint, quietly, same_tensors, weights
+from tests.helpers import gpt_checkpoint, hold_in_fork, quietly, same_tensors, weights
 
 
 def test_exported_safetensors_loads_with_its_config(trained, tmp_path, capfd, monkeypatch):
@@ -12,6 +17,21 @@ def test_exported_safetensors_loads_with_its_config(trained, tmp_path, capfd, mo
     model, name, facts = load_gpt(output, (8, 8))
     assert (name, model.config.ar_token_num, facts["steps"]) == ("GPT-T", 4, 15)
     assert same_tensors(model.state_dict(), weights(trained.parents[2], 15, "ema"))
+
+
+@pytest.mark.parametrize("option", ["--output", "--hub"])
+def test_a_second_export_is_told_who_holds_the_file(tmp_path, capfd, monkeypatch, option):
+    gpt_checkpoint(tmp_path / "0000007")
+    command = ("--checkpoint", tmp_path / "0000007", option, tmp_path / "new" / "a.pt")
+    (tmp_path / "new").mkdir()
+    pid = hold_in_fork(tmp_path / "new" / "a.pt.lock")
+    said = quietly(capfd, monkeypatch, *command, main=export_script.main)
+    assert said.startswith(f"error: {tmp_path}/new/a.pt is in use by another run: process {pid} on")
+    assert not (tmp_path / "new" / "a.pt").exists()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert quietly(capfd, monkeypatch, *command, main=export_script.main).startswith("wrote")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.pt"]
 
 
 def test_the_export_command_writes_the_hub_form(tmp_path, capfd, monkeypatch):

@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers import hold_in_fork
 from utils import lock
 from utils.distributed import World
 from utils.files import atomic_path, remove_temporary, temporary_path
@@ -18,22 +18,6 @@ from utils.lock import hold, release_all
 from utils.processes import has_ended, machine
 
 ALONE = World(0, 1, torch.device("cpu"))
-
-
-def in_fork(path: Path, children: int = 0) -> int:
-    """Hold ``path`` in a fork of this process, and its lock in forks of that; return its id."""
-    reader, writer = os.pipe()
-    if pid := os.fork():
-        os.read(reader, 1)
-        return pid
-    hold(path, ALONE, "folder")
-    for _ in range(children):
-        if os.fork() == 0:
-            break
-    else:
-        os.write(writer, b"1")
-    time.sleep(1.5 if children else 60)
-    os._exit(0)
 
 
 def end(pid: int) -> None:
@@ -48,7 +32,7 @@ def free():
 
 
 def test_a_second_run_is_told_who_holds_the_folder(tmp_path):
-    pid = in_fork(tmp_path / ".lock")
+    pid = hold_in_fork(tmp_path / ".lock")
     started = time.monotonic()
     with pytest.raises(ValueError, match=f"folder is in use by another run: process {pid} on .*20"):
         hold(tmp_path / ".lock", ALONE, "folder")
@@ -63,7 +47,7 @@ def test_a_second_run_is_told_who_holds_the_folder(tmp_path):
 
 def test_the_rest_of_a_killed_run_is_waited_for(tmp_path):
     """Rank 0 is dead, a process of its run still holds the lock for a second."""
-    pid = in_fork(tmp_path / ".lock", children=1)
+    pid = hold_in_fork(tmp_path / ".lock", children=1)
     end(pid)
     started = time.monotonic()
     hold(tmp_path / ".lock", ALONE, "folder")
@@ -72,7 +56,7 @@ def test_the_rest_of_a_killed_run_is_waited_for(tmp_path):
 
 def test_waiting_for_a_killed_run_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "PATIENCE", 0.3)
-    end(in_fork(tmp_path / ".lock", children=1))
+    end(hold_in_fork(tmp_path / ".lock", children=1))
     with pytest.raises(ValueError, match="folder is in use by another run"):
         hold(tmp_path / ".lock", ALONE, "folder")
     time.sleep(1.5)

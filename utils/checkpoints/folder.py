@@ -8,20 +8,22 @@ the files. Nothing in it can run code. Folders of earlier versions (``.distcp``)
 
 from __future__ import annotations
 
-import json
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from utils.checkpoints.shard import SUFFIX, Rows, check_shapes, read_shard, write_shard
-from utils.files import json_sha256, sha256_file, write_json
+from utils.files import sha256_file
+from utils.records import read_sealed, write_sealed
+
+if TYPE_CHECKING:  # half a second, which only saving and loading are to take
+    from torch.distributed.tensor import DTensor
 
 CHECKPOINT_NAME = re.compile(r"\d{7,}")
 
@@ -50,6 +52,8 @@ def save_sharded(
     be copied and written by one. ``group``: for the talk of the background threads, away from that
     of training; None without one.
     """
+    from torch.distributed.tensor import DTensor
+
     rank, size = (dist.get_rank(), dist.get_world_size()) if group is not None else (0, 1)
     parts = {}
     for i, (name, tensor) in enumerate(tensors.items()):
@@ -76,6 +80,8 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _replica(tensor: DTensor) -> tuple[int, int]:
     """Return which of how many equal copies of its part this rank holds."""
+    from torch.distributed.tensor import Replicate
+
     replica, replicas = 0, 1
     for dim, placement in enumerate(tensor.placements):
         if isinstance(placement, Replicate):
@@ -87,6 +93,8 @@ def _replica(tensor: DTensor) -> tuple[int, int]:
 
 def _first_row(tensor: DTensor) -> int:
     """Return the row that this rank's part begins with; parts are cut as by ``torch.chunk``."""
+    from torch.distributed.tensor import Replicate, Shard
+
     start, count = 0, tensor.shape[0]
     for dim, placement in enumerate(tensor.placements):
         if not isinstance(placement, Replicate):
@@ -125,25 +133,22 @@ def _write(path: Path, parts: dict[str, Rows], group: dist.ProcessGroup | None) 
 
 def write_meta(folder: Path, facts: dict[str, Any]) -> None:
     """Write ``meta.json``, which makes a checkpoint whole: ``facts`` and their own SHA-256."""
-    facts = json.loads(json.dumps(facts, default=str))
-    write_json(folder / "meta.json", facts | {"meta_sha256": json_sha256(facts)})
+    write_sealed(folder / "meta.json", facts)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """Return ``meta.json`` of a checkpoint folder; ``ValueError`` if a file is missing there."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        sha256 = meta.pop("meta_sha256", None)  # earlier versions wrote none
-        if sha256 is not None and sha256 != json_sha256(meta):
-            raise ValueError("its bytes have changed")
-        sizes = {str(name): int(size) for name, size in meta["files"].items()}
-        hashes = meta.get("sha256", {})
-        if not (hashes.keys() <= sizes.keys() and all(type(v) is str for v in hashes.values())):
-            raise ValueError("sha256 is not a hash per file")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{folder} is not a whole checkpoint: meta.json is missing or damaged ({error})"
-        ) from error
+        meta = read_sealed(folder / "meta.json")
+        sizes, hashes = meta.get("files"), meta.get("sha256", {})
+        if not isinstance(sizes, dict) or not all(type(n) is int for n in sizes.values()):
+            raise ValueError("meta.json is damaged: files is not a size per file")
+        named = isinstance(hashes, dict) and hashes.keys() <= sizes.keys()
+        if not named or not all(type(v) is str for v in hashes.values()):
+            raise ValueError("meta.json is damaged: sha256 is not a hash per file")
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{folder}/")
+        raise ValueError(f"{folder} is not a whole checkpoint: {reason}") from error
     for name, size in sizes.items():
         path = folder / name
         if Path(name).name != name or not name.strip(".") or path.is_symlink():
@@ -219,6 +224,8 @@ def load_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _load(folder: Path, table: dict[str, _Stored], tensors: dict[str, Tensor]) -> None:
+    from torch.distributed.tensor import DTensor
+
     check_shapes(folder, {name: stored.shape for name, stored in table.items()}, tensors)
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from utils.checkpoints.folder import read_meta, read_sharded
 from utils.files import atomic_path, json_sha256, write_json
 from utils.hub import CONFIG_FILE, WEIGHTS_FILE, weights_path
+from utils.records import require_type
 
 HASH = "content_sha256"  # where a file holds the hash of its content
 
@@ -71,6 +72,19 @@ def _config_beside(path: Path) -> str:
     """Return the text of the config.json beside weights in the hub's form."""
     config = path.with_name(CONFIG_FILE)
     return config.read_text() if path.name == WEIGHTS_FILE and config.is_file() else "{}"
+
+
+FACTS = {
+    "gpt_model": str, "vq_model": str, "classes": list[str] | None, "steps": int,
+    "tokenizer_sha256": str | None, "run": dict,
+}  # fmt: skip
+
+
+def require_facts(checkpoint: dict[str, Any], source: str) -> None:
+    """Raise ``ValueError`` naming ``source`` if a fact beside the weights is of another type."""
+    for name, hint in FACTS.items():
+        if name in checkpoint:
+            require_type(checkpoint[name], hint, f"{source}: {name}")
 
 
 def find_state_dict(

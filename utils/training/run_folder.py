@@ -179,6 +179,9 @@ class RunFolder:
             return 0
         meta = read_meta(path)
         check_same_run(meta.get("run"), run, path)
+        steps = meta.get("steps")
+        if type(steps) is not int or steps < 0 or (path != start and steps != int(path.name)):
+            raise ValueError(f"{path} is damaged: meta.json says that it is of step {steps}")
         if is_old(path):
             self.notes.append(
                 f"{path} has the format of an earlier version, which holds a pickle: its table of "
@@ -194,8 +197,11 @@ class RunFolder:
         if new_average:
             new_average.start(state.model)
             self.notes.append(f"{path} holds no moving average: --ema starts at its weights")
-        state.load_scalars(meta["scalars"])
-        return meta["steps"]
+        try:
+            state.load_scalars(meta["scalars"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: scalars of meta.json: {error}") from error
+        return steps
 
     def save(self, step: int, state: TrainingState, facts: dict[str, Any]) -> None:
         """Start writing the checkpoint of ``step``, on all ranks; training may go on at once."""
@@ -319,7 +325,7 @@ def _replace(folder: Path, target: Path) -> None:
 
 def check_same_run(before: dict[str, Any] | None, now: dict[str, Any], path: Path) -> None:
     """Raise ``ValueError`` if the run at ``path`` has other options of those that must stay."""
-    if before is None:
+    if not isinstance(before, dict):
         raise ValueError(
             f"{path} is not a checkpoint of a training run of ours; move it out of the run's folder"
         )

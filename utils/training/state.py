@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from utils.distributed import World
 from utils.parallel import gradient_norm, local
+from utils.records import has_type
 
 DOUBTFUL_STEPS = 3  # after this many consecutive skips no checkpoint is saved
 SETTLED_STEPS = 100  # loss spikes in the first steps are ignored
@@ -212,10 +213,14 @@ class TrainingState:
         return {"scaler": self.scaler.state_dict(), "guard": self.guard.state.tolist()}
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
-        """Restore ``scalars``."""
-        if scalars["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(scalars["scaler"])
-        self.guard.state = torch.tensor(scalars["guard"], device=self.guard.state.device)
+        """Restore ``scalars``; ``ValueError`` if they were not written by ``scalars``."""
+        guard, scaler = scalars["guard"], scalars["scaler"]
+        numbers = [*guard, *scaler.values()] if isinstance(scaler, dict) else None
+        if len(guard) != 4 or not has_type(numbers, list[float]):
+            raise ValueError("not those of a training run")
+        if scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(scaler)
+        self.guard.state = torch.tensor(guard, device=self.guard.state.device)
 
 
 def make_training_state(

@@ -61,7 +61,7 @@ def test_a_start_looks_at_few_shards_and_at_all_in_time(tmp_path, monkeypatch):
     assert len(seen) == 120 and len(set(seen)) == 10
 
 
-def test_rank_0_reads_the_labels_of_the_published_layout_for_all(tmp_path, monkeypatch):
+def test_rank_0_reads_the_labels_of_the_published_layout_for_all(tmp_path):
     """At ImageNet's size a file per label takes a minute on every process."""
     folder = tmp_path / "codes"
     labels = write_published_layout(folder)[1]
@@ -72,13 +72,9 @@ def test_rank_0_reads_the_labels_of_the_published_layout_for_all(tmp_path, monke
             return said[0] if not self.is_main else said.insert(0, value) or value
 
     ranks = [Rank(r, 2, torch.device("cpu")) for r in range(2)]
-    read, load = [], np.load
-    monkeypatch.setattr(np, "load", lambda path, **k: read.append(path.parent.name) or load(path))
     first = data.open_on_all(str(folder), "--code-path", ranks[0])
     shutil.rmtree(folder / "imagenet384_labels")
-    read.clear()
     second = data.open_on_all(str(folder), "--code-path", ranks[1])
-    assert read == ["imagenet384_codes"]
     assert first.labels.tolist() == second.labels.tolist() == labels.tolist()
     assert np.array_equal(first.gather([3, 0], [1, 0]), second.gather([3, 0], [1, 0]))
     for rank in ranks:

@@ -10,6 +10,7 @@ import torch
 
 from evaluations.c2i import evaluator
 from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier, save_classifier
+from utils.lock import release_all
 
 
 @pytest.fixture
@@ -34,7 +35,10 @@ def evaluate(monkeypatch, capsys):
         monkeypatch.chdir(folder)
         words = [ref, sam, *network, "--device", "cpu", *map(str, options)]
         monkeypatch.setattr(sys, "argv", ["evaluator.py", *words])
-        evaluator.main()
+        try:
+            evaluator.main()
+        finally:
+            release_all(delete=True)  # as ``run_main`` does
         return capsys.readouterr()
 
     return call

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sys
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from evaluations.c2i import evaluator
 from evaluations.c2i.classifier import ClassifierConfig, SmallClassifier, save_classifier
 from evaluations.c2i.metrics import mean_and_covariance
-from tests.helpers import recipe_state, run_command
+from tests.helpers import hold_in_fork, recipe_state, run_command
 
 FIVE = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
 
@@ -70,7 +72,8 @@ def test_without_weights_nothing_starts(sets, evaluate, monkeypatch, capsys):
 
 def test_reports_to_screen_text_and_json(sets, evaluate):
     out = evaluate(sets, "--output", "out/figures.json").out
-    text = (sets / "sam.txt").read_text()
+    text = (sets / "out" / "figures.txt").read_text()
+    assert not (sets / "sam.txt").exists()
     assert list(numbers(text)) == [
         "Class score",
         "Frechet distance",
@@ -157,6 +160,21 @@ def test_other_settings_do_not_write_over_what_is_there(sets, evaluate):
     (other,) = sets.glob("sam.metrics.*.json")
     assert json.loads(other.read_text())["evaluation"]["distances"] == "float32"
     assert len(list(sets.glob("sam.*.txt"))) == 1
+
+
+def test_a_second_evaluation_is_told_who_holds_the_numbers(sets, evaluate):
+    """It does not touch them; another output is free."""
+    evaluate(sets)
+    before = (sets / "sam.metrics.json").read_bytes()
+    pid = hold_in_fork(sets / "sam.metrics.json.lock")
+    with pytest.raises(ValueError, match=rf"sam.metrics.json is in use .* process {pid} on"):
+        evaluate(sets, "--exact-distances")
+    assert (sets / "sam.metrics.json").read_bytes() == before
+    evaluate(sets, "--output", "other.json")
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    evaluate(sets)
+    assert not list(sets.glob("*.lock"))
 
 
 @pytest.mark.parametrize(

@@ -13,32 +13,7 @@ import torch
 from evaluations.c2i import inception
 from evaluations.c2i.graphdef import read_graphdef
 from evaluations.c2i.self_check import recipe_constants
-
-
-def varint(number: int) -> bytes:
-    groups = []
-    while number > 0x7F:
-        groups.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*groups, number])
-
-
-def field(number: int, content: bytes | int) -> bytes:
-    if isinstance(content, int):
-        return varint(number << 3) + varint(content)
-    return varint(number << 3 | 2) + varint(len(content)) + content
-
-
-def attribute(name: str, value: bytes) -> bytes:
-    return field(5, field(1, name.encode()) + field(2, value))
-
-
-def constant(name: str, value: np.ndarray) -> bytes:
-    shape = b"".join(field(2, field(1, size)) for size in value.shape)
-    tensor = field(1, 1) + field(2, shape) + field(4, value.tobytes())
-    return field(
-        1, field(1, name.encode()) + field(2, b"Const") + attribute("value", field(8, tensor))
-    )
+from tests.evaluations.c2i.helpers import attribute, constant, field, varint
 
 
 def inception_graph(constants: dict[str, np.ndarray], scaled: bool) -> bytes:

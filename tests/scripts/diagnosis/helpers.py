@@ -48,7 +48,7 @@ def save_gpt(path: Path, tokenizer_sha256: str, **changes: object) -> GPT:
         config=asdict(model.config),
         gpt_model="GPT-T",
         tokenizer_sha256=tokenizer_sha256,
-        classes=["a", "b", "c"],
+        classes=list("abcd"[: model.config.num_classes]),
     )
     torch.save({"model": model.state_dict(), **facts}, path)
     return model

@@ -1,7 +1,5 @@
 """What the doctor says of files that were broken on purpose."""
 
-import json
-
 import pytest
 import torch
 from PIL import Image
@@ -9,6 +7,7 @@ from PIL import Image
 from scripts.diagnosis import files
 from scripts.diagnosis.check import BROKEN, OK
 from tests.scripts.diagnosis.helpers import HINT, result_of, save_gpt, save_vq
+from utils.records import read_sealed, write_sealed
 
 
 def test_files_that_belong_together(given):
@@ -47,11 +46,11 @@ def test_damaged_codes_are_named(given, tmp_path):
 def test_codes_that_cannot_be(given, tmp_path):
     """Beyond the codebook; of a class that has no image."""
     path = tmp_path / "codes" / "meta.json"
-    meta = json.loads(path.read_text())
-    path.write_text(json.dumps(meta | {"codebook_size": 60}))
+    meta = read_sealed(path)
+    write_sealed(path, meta | {"codebook_size": 60})
     result = result_of(files.check_codes, **given)
     assert result.status == BROKEN and "of 60" in result.detail
-    path.write_text(json.dumps(meta | {"classes": ["a", "b", "c", "d"]}))
+    write_sealed(path, meta | {"classes": ["a", "b", "c", "d"]})
     result = result_of(files.check_codes, **given)
     assert result.status == BROKEN and "1 classes have no image" in result.detail
 
