@@ -170,6 +170,29 @@ def map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     return np.frombuffer(whole, member.dtype, math.prod(member.shape), start).reshape(member.shape)
 
 
+def combine_crc32(first: int, second: int, length: int) -> int:
+    """Return the CRC-32 of two texts in a row, from the CRC-32 of each and the second's length.
+
+    A byte more multiplies a text's CRC by x^8, modulo the polynomial over GF(2); the highest bit
+    stands for 1, the next one for x.
+    """
+    factor, square, exponent = 1 << 31, 1 << 30, 8 * length
+    while exponent:
+        if exponent & 1:
+            factor = _multiply(square, factor)
+        square, exponent = _multiply(square, square), exponent >> 1
+    return _multiply(factor, first) ^ second
+
+
+def _multiply(a: int, b: int) -> int:
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)
+    return product
+
+
 def short_hash(facts: object) -> str:
     """Return eight hex digits of the SHA-256 of ``facts`` as JSON: a fingerprint of a set."""
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
