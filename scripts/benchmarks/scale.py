@@ -178,9 +178,10 @@ WAYS: dict[str, Callable[[Path], dict[str, float]]] = {
 
 def run_one_way(way: str, work: Path) -> None:
     """Leave seconds, memory and bytes read of one way, which has this process to itself."""
-    before = bytes_read()
+    before, processor = bytes_read(), time.process_time()
     figures = WAYS[way](work)
     figures["GB read"] = (bytes_read() - before) / 1e9
+    figures["processor"] = time.process_time() - processor
     figures["MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     write_figures(str(work), figures)
 
@@ -227,8 +228,10 @@ def report(args: Namespace, results: dict[str, dict]) -> None:
     images = results["images"]
     rows = {
         "extraction to its first batch, process 0: s": table(images, "first"),
+        "of a processor: s": table(images, "first", "processor"),
         "memory, MiB": table(images, "first", "MiB"),
         "extraction to its first batch, another process: s": table(images, "other"),
+        "of a processor by another process: s": table(images, "other", "processor"),
         "memory of another process, MiB": table(images, "other", "MiB"),
         "finishing (meta.json): s": table(images, "finish"),
         "GB read by finishing": table(images, "finish", "GB read"),
