@@ -22,6 +22,8 @@ if [ ! -x "$environment/bin/python" ]; then
 fi
 PYTHON=$(cd "$environment" && pwd)/bin/python
 export PYTHON PATH="$(dirname "$PYTHON"):$PATH" OMP_NUM_THREADS=1 nproc_per_node=1
+# tests of several threads do not wait for each other on a busy machine, see launch.sh
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-5000}
 set -x
 python -m pip install --quiet --disable-pip-version-check "${pins[@]}" -r requirements-dev.txt
 
