@@ -24,9 +24,9 @@ class Claims:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._path = self.folder / "claims.lock"
-        # opened once: closing any other descriptor of the file would free the process's locks
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        # opened once: closing any other descriptor of the file would free the process's locks;
+        # never deleted: who opens it next must find the locks that there are
+        self._file = os.open(self.folder / "claims.lock", os.O_RDWR | os.O_CREAT, 0o666)
 
     def take(self, shard: int) -> bool:
         """Claim ``shard``; False if it exists already or another process holds it."""
@@ -55,14 +55,13 @@ class Claims:
 
     def sweep(self) -> None:
         """Delete what killed processes left when all shards exist: temporary files of shards that
-        nobody holds, and the file of the claims itself.
+        nobody holds.
         """
         for leftover in (self.folder / "shards").glob("*.npz.tmp-*"):
             shard = int(leftover.name.partition(".")[0])
             if self._lock(shard):
                 remove_temporary(shard_path(self.folder, shard))
                 self.release(shard)
-        self._path.unlink(missing_ok=True)
 
     def __enter__(self) -> Claims:
         return self

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,8 +39,11 @@ class Records:
         self._folder = Path(folder)
         self._files = sorted(self._folder.glob("records*.jsonl"))
         self._records: dict[int, list[Record]] = defaultdict(list)
-        for file in self._files:
-            for line in file.read_bytes().splitlines():
+        for file in self._files:  # "records.jsonl" is the last
+            content = b""
+            with suppress(FileNotFoundError):  # joined since we looked
+                content = file.read_bytes()
+            for line in content.splitlines():
                 try:
                     record = Record(**json.loads(line))
                 except (ValueError, TypeError):  # cut off by the end of its process
