@@ -54,8 +54,10 @@ class Claims:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, shard)
 
     def sweep(self) -> None:
-        """Delete what killed processes left when all shards exist: temporary files of shards that
-        nobody holds.
+        """Delete what killed processes left: temporary files of shards that nobody holds.
+
+        Where a disk has no locks, those of writers on other machines go too: only when all shards
+        exist, or by a single writer.
         """
         for leftover in (self.folder / "shards").glob("*.npz.tmp-*"):
             shard = int(leftover.name.partition(".")[0])
