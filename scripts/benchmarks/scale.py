@@ -30,7 +30,7 @@ from PIL import Image
 from autoregressive.train import extract_codes_c2i
 from dataset.claims import Claims
 from dataset.codes import open_codes
-from dataset.shards import CodesPlan, finish_codes, shard_path, write_shard
+from dataset.shards import CodesPlan, finish_codes, missing_shards, shard_path, write_shard
 from scripts.benchmarks.common import (
     add_output_options,
     figures_of,
@@ -99,10 +99,10 @@ def recorded_plan(codes: Path) -> CodesPlan:
 
 
 def write_shards(work: Path) -> dict[str, float]:
-    """Write all shards of the plan, with codes made up."""
+    """Write the shards of the plan that are missing, with codes made up."""
     plan, rng = recorded_plan(work / "codes"), np.random.default_rng(0)
     made_up = rng.integers(0, plan.codebook_size, (plan.shard_size, 10, plan.num_tokens), np.uint16)
-    for shard in range(plan.num_shards):
+    for shard in missing_shards(work / "codes", plan):
         index = np.array(plan.shard_images(shard))
         write_shard(work / "codes", plan, shard, made_up[: len(index)], index % CLASSES, index)
     return {"GB": plan.num_shards * made_up.nbytes / 1e9}
