@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -16,7 +17,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dataset.augmentation import center_crop, random_crop
-from utils.files import require_folder
+from utils.files import atomic_path, require_folder
+from utils.npz import map_member, open_npz
 
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 BITS_PER_SAMPLE = 258  # a tag of TIFF files
@@ -72,11 +74,57 @@ def list_images(root: str | Path, option: str = "--data-path") -> Listing:
     samples = []
     for label, name in enumerate(classes):
         for folder, _, files in sorted(os.walk(os.path.join(root, name), followlinks=True)):
-            images = (file for file in sorted(files) if file.lower().endswith(IMG_EXTENSIONS))
-            samples += [(os.path.join(folder, file), label) for file in images]
+            images = sorted(file for file in files if file.lower().endswith(IMG_EXTENSIONS))
+            start = os.path.join(folder, "")
+            samples += [(start + file, label) for file in images]
     if not samples:
         raise ValueError(f"{option}: no images in the class folders of {root}")
     return Listing(classes, samples)
+
+
+class ImagePaths(Sequence[str]):
+    """Paths of image files below a folder, packed in one array, and their labels (N,) int64.
+
+    Processes share its memory, where a list would be copied to each, or map it from a file.
+    """
+
+    def __init__(self, root: str | Path, text: np.ndarray, ends: np.ndarray, labels: np.ndarray):
+        self.root = root
+        self.text = text  # uint8: paths relative to ``root``, one per line
+        self.ends = ends  # (N,) int64: where each path ends in ``text``
+        self.labels = labels
+
+    @classmethod
+    def pack(cls, samples: list[tuple[str, int]], root: str | Path = "") -> ImagePaths:
+        """Pack (path, label) of files whose paths all begin with ``root``."""
+        start = len(os.path.join(root, ""))
+        paths = [os.fsencode(path[start:]) for path, _ in samples]
+        lengths = np.fromiter(map(len, paths), np.int64, len(paths))
+        labels = np.fromiter((label for _, label in samples), np.int64, len(samples))
+        text = np.frombuffer(b"\n".join(paths), np.uint8)
+        return cls(root, text, np.cumsum(lengths + 1) - 1, labels)
+
+    @classmethod
+    def load(cls, path: str | Path, root: str | Path) -> ImagePaths:
+        """Map what ``save`` has written; ``ValueError`` if the file is not whole."""
+        with open_npz(path) as archive:
+            return cls(root, *(map_member(archive, name) for name in ("text", "ends", "labels")))
+
+    def save(self, path: str | Path) -> None:
+        """Write paths and labels to an ``.npz``, whole or not at all."""
+        with atomic_path(path) as temporary, open(temporary, "wb") as f:
+            np.savez(f, text=self.text, ends=self.ends, labels=self.labels)
+
+    def sha256(self) -> str:
+        """Return the hex SHA-256 of the relative paths, one per line."""
+        return hashlib.sha256(self.text.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
+        start = self.ends[index - 1] + 1 if index else 0
+        return os.path.join(self.root, os.fsdecode(self.text[start : self.ends[index]].tobytes()))
 
 
 def say_if_enlarged(samples: list[tuple[str, int]], size: int, logger: logging.Logger) -> None:
@@ -130,33 +178,25 @@ class ImageFiles(torch.utils.data.Dataset):
 
     Items are looked up by key, which is (index, epoch): transforms draw their randomness from the
     key, so that an item does not depend on when and where it is made. With ``tolerant``, an
-    unreadable file gives ``Unreadable`` instead of an error. Paths are stored in one array, whose
-    memory worker processes share; a list would be copied to each.
+    unreadable file gives ``Unreadable`` instead of an error.
     """
 
     def __init__(
         self,
-        samples: list[tuple[str, int]],
+        samples: list[tuple[str, int]] | ImagePaths,
         transform: Callable[[Image.Image, tuple[int, int]], np.ndarray],
         tolerant: bool = False,
     ):
-        paths = [os.fsencode(path) for path, _ in samples]
-        self.paths = np.frombuffer(b"".join(paths), np.uint8)
-        self.ends = np.cumsum([len(p) for p in paths])
-        self.labels = np.array([label for _, label in samples], np.int64)
+        self.paths = samples if isinstance(samples, ImagePaths) else ImagePaths.pack(samples)
+        self.labels = self.paths.labels  # (N,)
         self.transform = transform
         self.tolerant = tolerant
-
-    def path(self, index: int) -> str:
-        """Return the path of one file."""
-        start = self.ends[index - 1] if index else 0
-        return os.fsdecode(self.paths[start : self.ends[index]].tobytes())
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | Unreadable:
         """Return uint8 (H, W, 3), label and index."""
         index = key[0]
         try:
-            pixels = self.transform(open_image(self.path(index)), key)
+            pixels = self.transform(open_image(self.paths[index]), key)
         except (ValueError, OSError) as error:
             if not self.tolerant:
                 raise

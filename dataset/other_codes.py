@@ -8,8 +8,10 @@ nothing is allocated before the bytes that it holds were seen.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +25,18 @@ MAX_IMAGE_BYTES = 1 << 20  # of all crops of one image
 
 
 class PublishedCodes(Codes):
-    """Reader of published ``*_codes/0.npy`` [1, crops, tokens] and ``*_labels/0.npy`` [1]."""
+    """Reader of published ``*_codes/0.npy`` [1, crops, tokens] and ``*_labels/0.npy`` [1].
 
-    def __init__(self, folder: str | Path, option: str = "--code-path"):
+    labels: all of them (N,), as another process has read them.
+    """
+
+    def __init__(
+        self, folder: str | Path, option: str = "--code-path", labels: np.ndarray | None = None
+    ):
         self._codes = self._only_folder(Path(folder), "_codes", option)
-        labels = self._only_folder(Path(folder), "_labels", option)
-        count = sum(1 for _ in self._codes.glob("*.npy"))
-        if count == 0:
-            raise ValueError(f"{option}: {self._codes} holds no .npy files")
-        values = [self._read(labels / f"{i}.npy") for i in range(count)]
-        if any(v.size != 1 or not 0 <= v.item() < MAX_CLASSES for v in values):
-            raise ValueError(f"{option}: {labels} holds a file that is not one label")
-        self.labels = np.array(values, np.int64).ravel()
+        if labels is None:
+            labels = self._read_labels(self._only_folder(Path(folder), "_labels", option), option)
+        self.labels = labels
         shape = self._read(self._codes / "0.npy").shape
         if len(shape) != 3 or shape[0] != 1:
             raise ValueError(
@@ -44,6 +46,28 @@ class PublishedCodes(Codes):
         self.num_classes = int(self.labels.max()) + 1
         self.classes = [str(label) for label in range(self.num_classes)]
         self.meta: dict = {}
+
+    def _read_labels(self, folder: Path, option: str) -> np.ndarray:
+        """Return the labels (N,) int64, of a file each."""
+        count = sum(entry.name.endswith(".npy") for entry in os.scandir(self._codes))
+        if count == 0:
+            raise ValueError(f"{option}: {self._codes} holds no .npy files")
+        label = self._read(folder / "0.npy")
+        first = (folder / "0.npy").read_bytes()
+        head = first[: len(first) - label.nbytes]
+        values = []
+        for path in (f"{folder}/{i}.npy" for i in range(count)):
+            content = b""
+            with suppress(OSError), open(path, "rb", buffering=0) as file:
+                content = file.read()
+            # one header is parsed, which takes several times as long as reading it
+            if len(content) != len(first) or not content.startswith(head):
+                content = head + self._read(Path(path)).astype(label.dtype).tobytes()
+            values.append(content[len(head) :])
+        labels = np.frombuffer(b"".join(values), label.dtype).astype(np.int64)
+        if len(labels) != count or labels.min() < 0 or labels.max() >= MAX_CLASSES:
+            raise ValueError(f"{option}: {folder} holds a file that is not one label")
+        return labels
 
     @staticmethod
     def _only_folder(folder: Path, end: str, option: str) -> Path:

@@ -18,19 +18,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from dataset.augmentation import crop_names
-from dataset.codes import (
+from dataset.claims import Claims
+from dataset.other_codes import JsonlCodes, PublishedCodes, TarCodes
+from dataset.shards import (
     CodesPlan,
     finish_codes,
+    missing_shards,
     shard_damage,
-    shard_path,
     start_codes,
     write_shard,
 )
-from dataset.other_codes import JsonlCodes, PublishedCodes, TarCodes
 from tokenizer.load import load_vq
 from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import init_distributed
-from utils.files import remove_temporary, require_file, require_folder
+from utils.files import require_file, require_folder
 from utils.lock import hold
 from utils.logger import progress
 from utils.options import make_parser, positive_int, run_main
@@ -44,11 +45,14 @@ def main() -> None:
     start_codes(args.output, plan)
     world = init_distributed()
     hold(Path(args.output) / ".lock", world, f"--output {args.output}")
-    whole = [s for s in range(plan.num_shards) if shard_path(args.output, s).exists()]
-    whole = [s for s in whole if shard_damage(args.output, plan, s) is None]
-    missing = [s for s in range(plan.num_shards) if s not in whole]
+    with Claims(args.output) as claims:
+        claims.sweep()
+    missing = missing_shards(args.output, plan)
+    for shard in set(range(plan.num_shards)) - set(missing):
+        if shard_damage(args.output, plan, shard) is not None:
+            missing.append(shard)
+    missing.sort()
     for shard in progress(world, "converting", len(missing), unit="shards", items=missing):
-        remove_temporary(shard_path(args.output, shard))
         index = np.array(plan.shard_images(shard))
         together = np.stack([old.image(i) for i in index])  # (images, crops, tokens)
         if together.min() < 0 or together.max() >= plan.codebook_size:

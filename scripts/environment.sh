@@ -32,7 +32,7 @@ if [ -n "${PYTHON:-}" ]; then
     esac
     export PATH="$bin:$PATH" PYTHON
 else
-    stamp=.venv/installed-$(cat requirements*.txt | cksum | cut -d' ' -f1)-$requirements
+    stamp=.venv/installed-$(cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)-$requirements
     if [ ! -e "$stamp" ]; then
         echo "+ python3 -m venv .venv && .venv/bin/pip install -r $requirements   (several GB with CUDA builds of torch)"
         [ -x .venv/bin/python ] || python3 -m venv .venv

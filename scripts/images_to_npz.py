@@ -17,8 +17,8 @@ from dataset.imagenet import list_images, open_image
 from utils.distributed import init_distributed
 from utils.files import prepare_folder
 from utils.logger import progress
-from utils.npz import SampleFile
 from utils.options import make_parser, positive_int, run_main
+from utils.samples import SampleFile
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.codes import ShardedCodes, finished_damage, open_codes, shard_path
+from dataset.codes import ShardedCodes, open_codes
+from dataset.shards import finished_damage, shard_path
 from tokenizer.load import load_vq, require_tokenizer
 from utils.distributed import init_distributed
 from utils.files import write_json

@@ -10,6 +10,8 @@ import re
 import shlex
 import sys
 
+NEWEST_PYTHON = (3, 13)  # that was tried
+
 
 def wanted(path):
     """Yield the requirements in a file and in those that it names, such as ``torch>=2.7``."""
@@ -46,6 +48,20 @@ def missing(path):
         if version == "missing" or (version != "unknown" and numbers(version) < numbers(least)):
             lacking.append((requirement, version))
     return lacking
+
+
+def untried(path):
+    """Return (name, version here, newest version tried) of all that is newer here than in a file
+    of exact versions, and of Python.
+    """
+    newer = []
+    for name, _, tried in (line.partition("==") for line in wanted(path)):
+        version = version_of(name)
+        if version not in ("missing", "unknown") and numbers(version) > numbers(tried):
+            newer.append((name, version, tried))
+    if sys.version_info[:2] > NEWEST_PYTHON:
+        newer.insert(0, ("Python", *("%d.%d" % v for v in (sys.version_info[:2], NEWEST_PYTHON))))  # noqa: UP031
+    return newer
 
 
 def check(python, path):

@@ -234,9 +234,7 @@ def make_kinds(work: Path) -> dict[str, Kind]:
     net = SmallClassifier(ClassifierConfig(8, 3, 8))
     save_classifier(sets / "net.pt", net, ["a", "b", "c"], test_accuracy=0.9)
     evaluate(sets)
-    for path in (".lock", "shards/00000.claim"):
-        (sets / path).parent.mkdir(exist_ok=True)
-        (sets / path).write_text('{"host": "a", "machine": "b", "process": 1, "launcher": 1}')
+    (sets / ".lock").write_text('{"host": "a", "machine": "b", "process": 1, "launcher": 1}')
     (sets / "sam.json").write_text('{"options": {"gpt_model": "GPT-B", "cfg_scale": 1.5}}')
 
     pictures = work / "pictures"
@@ -270,6 +268,7 @@ def make_kinds(work: Path) -> dict[str, Kind]:
         "codes meta.json, training": of_codes(train_on, ("meta.json",), reseal_codes_meta),
         "codes meta.json, inspect": of_codes(inspect, ("meta.json",), reseal_codes_meta),
         "plan.json": of_codes(extract_again, ("plan.json",)),
+        "records of shards": of_codes(extract_again, ("records.jsonl",)),
         "checkpoint, resume": Kind(work / "resume", resume, ("0000002/*",), reseal_checkpoint),
         "checkpoint, export": Kind(work / "export", export, ("0000002/*",), reseal_checkpoint),
         "old checkpoint, resume": Kind(
@@ -304,7 +303,7 @@ def make_kinds(work: Path) -> dict[str, Kind]:
             work / "graph", graph, ("graph.pb",), unsealed=no_hash
         ),
         "records": Kind(
-            sets, records, (".lock", "shards/*.claim", "sam.json", "sam.metrics.json")
+            sets, records, (".lock", "sam.json", "sam.metrics.json")
         ),
     }  # fmt: skip
     for kind in kinds:

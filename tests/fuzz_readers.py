@@ -24,9 +24,9 @@ from autoregressive.sample.classes import class_names
 from autoregressive.sample.pipeline import load_pipeline
 from autoregressive.train.data import CodeBatches, open_training_codes
 from autoregressive.train.extract_codes_c2i import check_shards
-from dataset.claims import Claims
-from dataset.codes import finish_codes, open_codes, shard_path, start_codes, write_shard
+from dataset.codes import open_codes
 from dataset.imagenet import open_image
+from dataset.shards import finish_codes, shard_path, start_codes, write_shard
 from evaluations.c2i import evaluator, inception
 from evaluations.c2i.graphdef import read_graphdef
 from evaluations.c2i.report import TITLES
@@ -74,7 +74,8 @@ def inspect(folder: Path) -> object:
 def extract_again(folder: Path) -> object:
     """Check plan and shards as a rerun of extraction does, make again what it deletes."""
     start_codes(folder, PLAN)
-    check_shards(Namespace(code_path=folder, retry_skipped=False), WORLD, PLAN, QUIET)
+    args = Namespace(code_path=folder, retry_skipped=False, verify=False)
+    check_shards(args, WORLD, PLAN, QUIET)
     codes = open_codes(folder.parent / "whole codes")
     for shard in range(PLAN.num_shards):
         if not shard_path(folder, shard).exists():
@@ -161,9 +162,7 @@ def convert(folder: Path, name: str) -> object:
 
 
 def records(folder: Path) -> object:
-    """Read what says who holds a folder, who makes a shard, how samples were made."""
+    """Read what says who holds a folder, how samples were made."""
     hold(folder / ".lock", WORLD, str(folder))
     release_all(delete=False)
-    with Claims(folder) as claims:
-        claims.take(0)
     return evaluate(folder)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.gpt import GPT
 from autoregressive.train import train_c2i
-from dataset.codes import CodesPlan, finish_codes, start_codes, write_shard
+from dataset.shards import CodesPlan, finish_codes, start_codes, write_shard
 from scripts.diagnosis.models import fill_from_names
 from tokenizer.vq_model import VQModel, make_vq_config
 from utils.checkpoints.folder import save_sharded
@@ -241,6 +241,16 @@ def write_all(folder: Path, plan: CodesPlan) -> tuple[np.ndarray, np.ndarray]:
         index = np.array(plan.shard_images(shard))
         write_shard(folder, plan, shard, codes[index], labels[index], index)
     finish_codes(folder, plan, [f"{i}.png" for i in range(plan.num_images)])
+    return codes, labels
+
+
+def write_published_layout(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Write the codes of ``write_all`` in the published layout; return the same."""
+    codes, labels = write_all(folder / "ours", make_plan())
+    for kind, values in (("codes", codes[:, None]), ("labels", labels[:, None])):
+        (folder / f"imagenet384_{kind}").mkdir(parents=True)
+        for i, value in enumerate(values):
+            np.save(folder / f"imagenet384_{kind}" / f"{i}.npy", value)
     return codes, labels
 
 

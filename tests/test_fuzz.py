@@ -24,7 +24,7 @@ CASES = 3  # per kind
 def test_damaged_files_end_in_a_clear_error_or_the_right_result(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [])
     kinds = make_kinds(tmp_path)
-    assert len(kinds) == 29
+    assert len(kinds) == 30
     found = [try_kind(name, kind, 0, range(CASES), tmp_path) for name, kind in kinds.items()]
     assert [line for _, bad in found for line in bad] == []
     assert sum(counts.total() for counts, _ in found) == CASES * len(kinds)

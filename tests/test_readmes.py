@@ -14,7 +14,7 @@ from tests.helpers import ROOT
 READMES = sorted(
     p
     for p in ROOT.rglob("*.md")
-    if not {".venv", "quickstart", "results"} & set(p.relative_to(ROOT).parts)
+    if not {".venv", ".versions", "quickstart", "results"} & set(p.relative_to(ROOT).parts)
 )
 # of the user, or of torchrun and our shell scripts; what a command writes
 OUTSIDE = re.compile(

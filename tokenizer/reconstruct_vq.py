@@ -30,7 +30,7 @@ from utils.files import atomic_path, prepare_folder
 from utils.images import image_grid, save_png, to_uint8
 from utils.lock import hold
 from utils.logger import create_logger, progress
-from utils.npz import SampleFile, member_names, open_member, open_npz, short_hash
+from utils.npz import member_names, open_member, open_npz, short_hash
 from utils.options import (
     add_retired,
     make_parser,
@@ -43,6 +43,7 @@ from utils.performance import worker_count
 from utils.precision import allow_tf32
 from utils.quality import codebook_usage, perplexity, psnr, ssim
 from utils.records import read_json
+from utils.samples import SampleFile
 
 SHOWN = {
     "psnr": "PSNR {:.2f} dB",
@@ -179,7 +180,10 @@ class Reconstructor:
                 in_range = (to_model_range(torch.from_numpy(x), self.world.device) for x in pair)
                 scores["lpips"] = self.lpips(*in_range).flatten().cpu().numpy()  # (B,)
 
-            with atomic_path(self.score_path(chunk)) as temporary, open(temporary, "wb") as f:
+            with (
+                atomic_path(self.score_path(chunk), tidy=False) as temporary,
+                open(temporary, "wb") as f,
+            ):
                 np.savez(f, codes=codes.astype(np.uint32), labels=labels.numpy(), **scores)
             for file, content in zip(self.files, (reconstructions, originals), strict=True):
                 if file.partial.exists():
@@ -266,9 +270,8 @@ def main() -> None:
             for file in unfinished:
                 file.create()
             r.scores.mkdir(exist_ok=True)
-        world.barrier()
-        missing = r.missing(unfinished)
-        world.barrier()  # every rank has listed before any rank writes
+        # listed by one rank: on a network disk others may see less of it yet
+        missing = world.broadcast(r.missing(unfinished) if world.is_main else [])
         r.make(missing[world.rank :: world.size])
         world.barrier()
 

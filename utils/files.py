@@ -18,16 +18,18 @@ from utils.processes import has_ended, machine
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, tidy: bool = True) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to; on success fsync it and rename it to ``path``.
 
     If the block raises (disk full, Ctrl-C), the half-written file is removed and whatever stood
     under ``path`` before is untouched. A process killed in between leaves a ``*.tmp-*`` file, which
-    the next writer of ``path`` removes.
+    the next writer of ``path`` removes. tidy: False leaves it there; finding it lists the folder,
+    which takes long where there are many files.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_ended(path)
+    if tidy:
+        remove_ended(path)
     temporary = temporary_path(path)
     try:
         yield temporary
@@ -40,8 +42,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 def temporary_path(path: Path) -> Path:
     """Return a new name beside ``path`` that says which process writes there."""
-    place = hashlib.sha256(machine().encode()).hexdigest()[:8]
-    return path.with_name(f"{path.name}.tmp-{os.getpid()}-{place}-{uuid.uuid4().hex[:8]}")
+    return path.with_name(f"{path.name}.tmp-{process_name()}-{uuid.uuid4().hex[:8]}")
+
+
+def process_name() -> str:
+    """Return a name that no other living process of any machine has."""
+    return f"{os.getpid()}-{hashlib.sha256(machine().encode()).hexdigest()[:8]}"
 
 
 def remove_ended(path: str | Path) -> None:

@@ -17,7 +17,7 @@ from utils.distributed import World
 from utils.processes import has_ended, machine
 
 PATIENCE = 60.0  # seconds that ranks may outlive their launcher, or rank 0
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a disk without them answers
 _held: dict[Path, int] = {}  # file descriptors
 
 
@@ -67,7 +67,7 @@ def _lock(path: Path, kind: int, what: str) -> str | None:
             holder = _read(path)
             if path not in _held:
                 os.close(descriptor)
-            if error.errno in _NO_LOCKS:
+            if error.errno in NO_LOCKS:
                 return None
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 return f"{what} cannot be locked: {error.strerror}"

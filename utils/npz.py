@@ -1,14 +1,7 @@
-"""``.npz`` files: arrays read safely or mapped in place, and a set of images written by many
-processes.
+"""``.npz`` files: arrays read safely or mapped in place.
 
-Reading trusts no file: nothing is unpickled, and the size in an array's header is compared with the
+No file is trusted: nothing is unpickled, and the size in an array's header is compared with the
 bytes in the archive before memory is allocated.
-
-Writing produces ``arr_0`` uint8 (N, H, W, 3) and ``labels`` int64 (N,). Every process writes its
-chunks directly to their position in the final file, so nothing is packed or copied. A second file
-has one byte per chunk, written after the chunk: if a process is killed in between, only that chunk
-is made again. Files are written with plain writes rather than a memory map, which on a network disk
-writes whole pages and could overwrite a neighbour's images.
 """
 
 from __future__ import annotations
@@ -19,7 +12,6 @@ import json
 import lzma
 import math
 import os
-import shutil
 import struct
 import tokenize
 import zipfile
@@ -32,27 +24,20 @@ from typing import IO
 
 import numpy as np
 import torch
-from tqdm import tqdm
-
-from utils.files import atomic_path
-
-BLOCK = 1 << 24  # bytes read at a time for the checksum
-_LARGE = 0xFFFFFFFF  # in a field of a zip: the value is in the zip64 extra field
-_DATE = 0x21  # 1980-01-01, so that equal images give equal files
 
 _HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 # what zipfile raises for damaged, encrypted or foreign files
-_ZIP_ERRORS: tuple[type[Exception], ...] = (
+ZIP_ERRORS: tuple[type[Exception], ...] = (
     zipfile.BadZipFile,
     zlib.error,
     lzma.LZMAError,
     struct.error,
 )
-_ZIP_ERRORS += (MemoryError, EOFError, NotImplementedError, RuntimeError, OSError)
-_ZIP_ERRORS += (UnicodeDecodeError,)
+ZIP_ERRORS += (MemoryError, EOFError, NotImplementedError, RuntimeError, OSError)
+ZIP_ERRORS += (UnicodeDecodeError,)
 
 
 @contextmanager
@@ -60,7 +45,7 @@ def _readable(path: str | Path) -> Iterator[None]:
     """Turn whatever ``zipfile`` raises into a ``ValueError`` of one line."""
     try:
         yield
-    except _ZIP_ERRORS as error:
+    except ZIP_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(f"{path} is not a whole .npz file: {reason}") from error
 
@@ -185,138 +170,29 @@ def map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     return np.frombuffer(whole, member.dtype, math.prod(member.shape), start).reshape(member.shape)
 
 
+def combine_crc32(first: int, second: int, length: int) -> int:
+    """Return the CRC-32 of two texts in a row, from the CRC-32 of each and the second's length.
+
+    A byte more multiplies a text's CRC by x^8, modulo the polynomial over GF(2); the highest bit
+    stands for 1, the next one for x.
+    """
+    factor, square, exponent = 1 << 31, 1 << 30, 8 * length
+    while exponent:
+        if exponent & 1:
+            factor = _multiply(square, factor)
+        square, exponent = _multiply(square, square), exponent >> 1
+    return _multiply(factor, first) ^ second
+
+
+def _multiply(a: int, b: int) -> int:
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (0xEDB88320 if b & 1 else 0)
+    return product
+
+
 def short_hash(facts: object) -> str:
     """Return eight hex digits of the SHA-256 of ``facts`` as JSON: a fingerprint of a set."""
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
-
-
-class SampleFile:
-    """An unfinished image set; ``fingerprint`` tells apart sets of other options or weights."""
-
-    def __init__(self, npz: Path, fingerprint: str, shape: tuple[int, int, int, int], chunk: int):
-        self.npz, self.fingerprint, self.shape, self.chunk = npz, fingerprint, shape, chunk
-        self.partial = npz.with_name(f"{npz.name}.{fingerprint}.partial")
-        self.record = npz.with_name(f"{npz.name}.{fingerprint}.done")
-        self.num_chunks = -(-shape[0] // chunk)
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            header, {"descr": "|u1", "fortran_order": False, "shape": shape}
-        )
-        self._npy_header = header.getvalue()
-        self._image_bytes = shape[1] * shape[2] * shape[3]
-        self._size = len(self._npy_header) + shape[0] * self._image_bytes
-        self._start = len(_local_header(b"arr_0.npy", 0, 0)) + len(self._npy_header)
-        self._end = self._start + shape[0] * self._image_bytes
-
-    def create(self) -> None:
-        """Create the file, unless an earlier run has begun it; to be called by one process only."""
-        if self.has_begun():
-            return
-        free = shutil.disk_usage(self.npz.parent).free
-        if free < self._size:
-            raise ValueError(
-                f"{self.npz.parent} has {free / 2**30:.1f} GiB free, {self.npz.name} needs "
-                f"{self._size / 2**30:.1f} GiB"
-            )
-        with open(self.partial, "wb") as f:
-            f.write(_local_header(b"arr_0.npy", 0, self._size) + self._npy_header)
-            f.truncate(self._end)
-        with atomic_path(
-            self.record
-        ) as temporary:  # last: its existence marks a file that can be continued
-            temporary.write_bytes(bytes(self.num_chunks))
-
-    def has_begun(self) -> bool:
-        """Return whether there is an unfinished file that can be continued."""
-        if not (self.record.exists() and self.partial.exists()):
-            return False
-        sizes = self.partial.stat().st_size, self.record.stat().st_size
-        return sizes[0] >= self._end and sizes[1] == self.num_chunks
-
-    def missing(self) -> list[int]:
-        """Return the chunks that are still to be written."""
-        return [i for i, done in enumerate(self.record.read_bytes()) if not done]
-
-    def images_of(self, chunk: int) -> range:
-        """Return the indices of the images of one chunk; the last chunk may be shorter."""
-        return range(chunk * self.chunk, min((chunk + 1) * self.chunk, self.shape[0]))
-
-    def write(self, chunk: int, images: np.ndarray) -> None:
-        """Write the images (b, H, W, 3) of one chunk."""
-        assert (
-            images.shape == (len(self.images_of(chunk)), *self.shape[1:])
-            and images.dtype == np.uint8
-        )
-        try:
-            position = self._start + chunk * self.chunk * self._image_bytes
-            _write_at(self.partial, position, images.tobytes())
-            _write_at(self.record, chunk, b"\1")
-        except OSError as error:
-            raise ValueError(
-                f"{self.partial} cannot be written: {error.strerror}; the same "
-                "command continues from here"
-            ) from error
-
-    def finish(self, labels: np.ndarray, bar: tqdm) -> None:
-        """Add checksum, labels and directory, rename the file; to be called by one process."""
-        assert not self.missing()
-        crc = zlib.crc32(self._npy_header)
-        with open(self.partial, "r+b") as f:
-            f.seek(self._start)
-            while block := f.read(min(BLOCK, self._end - f.tell())):
-                crc = zlib.crc32(block, crc)
-                bar.update(len(block) / self._image_bytes)
-            f.seek(0)
-            f.write(_local_header(b"arr_0.npy", crc, self._size))
-
-            f.truncate(self._end)  # remove what a run killed here has appended
-            f.seek(self._end)
-            array = io.BytesIO()
-            np.lib.format.write_array(array, labels, allow_pickle=False)
-            text = array.getvalue()
-            f.write(_local_header(b"labels.npy", zlib.crc32(text), len(text)) + text)
-            files = [
-                (b"arr_0.npy", crc, self._size, 0),
-                (b"labels.npy", zlib.crc32(text), len(text), self._end),
-            ]
-            f.write(_end_of_zip(f.tell(), files))
-            f.flush()
-            os.fsync(f.fileno())
-        bar.close()
-        os.replace(self.partial, self.npz)
-        self.clean()
-
-    def clean(self) -> None:
-        """Remove the record of chunks of a finished file."""
-        self.record.unlink(missing_ok=True)
-
-
-def _write_at(path: Path, offset: int, content: bytes) -> None:
-    with open(path, "r+b") as f:
-        f.seek(offset)
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _local_header(name: bytes, crc: int, size: int) -> bytes:
-    """Return a stored file's header in a zip, zip64 for every size (APPNOTE 4.3.7, 4.5.3)."""
-    fields = (0x04034B50, 45, 0, 0, 0, _DATE, crc, _LARGE, _LARGE, len(name), 20)
-    return struct.pack("<I5H3I2H", *fields) + name + struct.pack("<2H2Q", 1, 16, size, size)
-
-
-def _end_of_zip(position: int, files: list[tuple[bytes, int, int, int]]) -> bytes:
-    """Return the directory at ``position`` of (name, crc, size, offset) (APPNOTE 4.3.12-16)."""
-    directory = b""
-    for name, crc, size, offset in files:
-        fields = (0x02014B50, 45, 45, 0, 0, 0, _DATE, crc, _LARGE, _LARGE, len(name), 28)
-        rest = (0, 0, 0, 0, _LARGE)
-        extra = struct.pack("<2H3Q", 1, 24, size, size, offset)
-        directory += struct.pack("<I6H3I5H2I", *fields, *rest) + name + extra
-    count = len(files)
-    end64 = struct.pack(
-        "<IQ2H2I4Q", 0x06064B50, 44, 45, 45, 0, 0, count, count, len(directory), position
-    )
-    locator = struct.pack("<IIQI", 0x07064B50, 0, position + len(directory), 1)
-    end = struct.pack("<I4H2IH", 0x06054B50, 0, 0, count, count, _LARGE, _LARGE, 0)
-    return directory + end64 + locator + end

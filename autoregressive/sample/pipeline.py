@@ -170,7 +170,10 @@ def load_pipeline(args: Namespace, world: World, compiled: bool) -> Pipeline:
         options=options,
         window=args.jacobi or 1,
         world=world,
-        hashes={name: sha256_file(path) for name, path in files.items()},
+        # gigabytes, and the same on every rank
+        hashes=world.broadcast(
+            {name: sha256_file(path) for name, path in files.items()} if world.is_main else {}
+        ),
         classes=checkpoint.get("classes"),
         ways=ways,
         note=note,

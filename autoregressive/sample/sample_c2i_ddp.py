@@ -37,7 +37,7 @@ from utils.files import prepare_folder
 from utils.images import save_png, to_uint8
 from utils.lock import hold
 from utils.logger import create_logger, progress
-from utils.npz import SampleFile, open_member, open_npz
+from utils.npz import open_member, open_npz
 from utils.options import (
     add_retired,
     make_parser,
@@ -46,6 +46,7 @@ from utils.options import (
     run_main,
     write_options,
 )
+from utils.samples import SampleFile
 
 
 def parse_args() -> Namespace:
@@ -142,9 +143,8 @@ def main() -> None:
     else:
         if world.is_main:
             file.create()
-        world.barrier()
-        missing = file.missing()
-        world.barrier()  # every rank has listed before any rank writes
+        # listed by one rank: on a network disk others may see less of it yet
+        missing = world.broadcast(file.missing() if world.is_main else [])
         logger.info(
             f"{pipeline.gpt_name}, n = {order.n}, {len(order.steps)} steps per batch; "
             f"{len(missing)} of {file.num_chunks} batches of {args.per_proc_batch_size} to make on "

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.codes import MixedCodes, open_codes, shard_path
+from dataset.codes import MixedCodes, open_codes
 from dataset.epochs import EpochOrder
 from dataset.interface import Codes
+from dataset.other_codes import PublishedCodes
+from dataset.shards import shard_path
 from tokenizer.layout import place_tokenizer
 from tokenizer.load import load_vq, require_tokenizer
 from tokenizer.vq_model import VQModel
@@ -24,14 +26,29 @@ CHECKED_SHARDS = 2
 
 def open_training_codes(args: Namespace, world: World) -> Codes:
     """Open ``--code-path`` and ``--mix-code-path``; options left out are filled from them."""
-    codes = open_codes(args.code_path)
+    codes = open_on_all(args.code_path, "--code-path", world)
     check_shards(args.code_path, "--code-path", codes, world)
     if args.mix_code_path is not None:
-        second = open_codes(args.mix_code_path, "--mix-code-path")
+        second = open_on_all(args.mix_code_path, "--mix-code-path", world)
         check_shards(args.mix_code_path, "--mix-code-path", second, world)
         codes = MixedCodes(codes, second, args.mix_weight)
     describe_codes(args, codes)
     return codes
+
+
+def open_on_all(folder: str, option: str, world: World) -> Codes:
+    """Open codes on every rank; rank 0 alone reads labels of the published layout, a file each."""
+    codes = labels = problem = None
+    if world.is_main:
+        try:
+            codes = open_codes(folder, option)
+            labels = codes.labels if isinstance(codes, PublishedCodes) else None
+        except ValueError as error:
+            problem = str(error)
+    problem, labels = world.broadcast((problem, labels))
+    if problem:
+        raise ValueError(problem)
+    return open_codes(folder, option, labels) if codes is None else codes
 
 
 def check_shards(folder: str, option: str, codes: Codes, world: World) -> None:
@@ -85,7 +102,7 @@ def open_held_out(args: Namespace, codes: Codes, world: World) -> Codes | None:
     """Open ``--val-code-path``, which must be of the same kind as the codes to train on."""
     if args.val_code_path is None:
         return None
-    held_out = open_codes(args.val_code_path, "--val-code-path")
+    held_out = open_on_all(args.val_code_path, "--val-code-path", world)
     check_shards(args.val_code_path, "--val-code-path", held_out, world)
     for key in ("tokenizer_sha256", "grid", "classes", "image_size"):
         if codes.meta and held_out.meta and codes.meta[key] != held_out.meta[key]:

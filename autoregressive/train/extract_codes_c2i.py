@@ -1,13 +1,12 @@
 """Images -> cached code grids: every crop of every image through the tokenizer, once.
 
 Each process takes shards that no other has, on one machine or on many that share a disk. Processes
-may join late, die and be restarted; a rerun makes only what is missing or damaged.
+may join late, die and be restarted; a rerun makes only what is missing or damaged. Process 0 lists
+the images; the others read its listing.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import sys
 import time
 from argparse import Namespace
@@ -26,31 +25,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset.augmentation import crop_names, take_crops
+from autoregressive.train.code_plan import list_and_plan, wait_for_plan
+from dataset.augmentation import take_crops
 from dataset.claims import Claims
-from dataset.codes import (
+from dataset.imagenet import CenterCrop, ImageFiles, ImagePaths, Unreadable, to_model_range
+from dataset.shard_records import Records
+from dataset.shards import (
     CodesPlan,
+    check_shard,
     finish_codes,
-    num_skipped,
-    shard_damage,
+    missing_shards,
     shard_path,
-    start_codes,
     write_shard,
-)
-from dataset.imagenet import (
-    CenterCrop,
-    ImageFiles,
-    Unreadable,
-    list_images,
-    say_if_enlarged,
-    to_model_range,
 )
 from tokenizer.layout import place_tokenizer
 from tokenizer.load import add_tokenizer_options, load_tokenizer, resolve_image_size
 from tokenizer.vq_model import VQModel
-from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import World, init_distributed
-from utils.files import prepare_folder
+from utils.files import prepare_folder, remove_ended
 from utils.logger import create_logger, progress
 from utils.options import (
     add_retired,
@@ -64,7 +56,8 @@ from utils.options import (
 from utils.performance import worker_count
 from utils.precision import allow_tf32, autocast, log_level, resolve_precision
 
-Samples = list[tuple[str, int]]  # path and label of each image
+CHECKED_SHARDS = 2  # read per process though they look unchanged
+LONGEST_PAUSE = 10  # seconds between looks for a shard to take over
 BATCH = 16  # crops
 CUDA_BATCH = 80  # of ten crops each, eight images
 
@@ -132,6 +125,12 @@ def parse_args() -> Namespace:
         help="make shards again that lack images because they were unreadable",
     )
     work.add_argument(
+        "--verify",
+        action="store_true",
+        help="read all shards that are there already, rather than those whose size or time has "
+        f"changed and {CHECKED_SHARDS} others per process",
+    )
+    work.add_argument(
         "--num-workers",
         type=non_negative_int,
         default=24,
@@ -150,29 +149,6 @@ def parse_args() -> Namespace:
 def default_batch(device: torch.device) -> int:
     """Return the crops per batch that keep ``device`` busy."""
     return CUDA_BATCH if device.type == "cuda" else BATCH
-
-
-def make_plan(
-    args: Namespace, samples: Samples, classes: list[str], vq: VQModel, name: str
-) -> CodesPlan:
-    """Return what the code folder will hold; options, listing and tokenizer must fit."""
-    if args.crop_range < 1.0:
-        raise ValueError(f"--crop-range {args.crop_range} must be at least 1")
-    paths = b"\n".join(os.fsencode(os.path.relpath(path, args.data_path)) for path, _ in samples)
-    return CodesPlan(
-        classes=classes,
-        num_images=len(samples),
-        source_sha256=hashlib.sha256(paths).hexdigest(),
-        image_size=args.image_size,
-        grid=[vq.config.grid(args.image_size)] * 2,
-        crops=crop_names(args.ten_crop, flips=not args.no_flip),
-        crop_range=args.crop_range if args.ten_crop else 1.0,
-        codebook_size=vq.config.codebook_size,
-        tokenizer=name,
-        tokenizer_sha256=state_sha256(vq.weights()),
-        precision=args.precision,
-        shard_size=args.shard_size,
-    )
 
 
 @torch.inference_mode()
@@ -234,40 +210,54 @@ def collate(items: list[tuple[Tensor, int, int] | Unreadable]) -> ImageBatch:
     return ImageBatch(pixels, labels, images, skipped)
 
 
-def check_shards(args: Namespace, world: World, plan: CodesPlan, logger: Logger) -> None:
-    """Delete this rank's shards that are damaged or, with --retry-skipped, incomplete."""
-    present = [s for s in range(plan.num_shards) if shard_path(args.code_path, s).exists()]
-    own = present[world.rank :: world.size]
+def check_shards(args: Namespace, world: World, plan: CodesPlan, logger: Logger) -> bool:
+    """Delete this rank's shards that are damaged or, with --retry-skipped, incomplete; return
+    whether there were any.
+
+    Reads those whose size or time is not the recorded one and a few others, with --verify all.
+    """
+    missing, records = set(missing_shards(args.code_path, plan)), Records(args.code_path)
+    own = [s for s in range(plan.num_shards) if s not in missing][world.rank :: world.size]
+    known = {s: records.find(s, shard_path(args.code_path, s)) for s in own}
+    sample = np.random.default_rng().permutation(own)[:CHECKED_SHARDS]
+    to_read = {s for s in own if args.verify or s in sample or known[s] is None}
+    wrong = False
     for shard in progress(world, "checking", len(own), unit="shards", items=own):
-        path = shard_path(args.code_path, shard)
-        damage = shard_damage(args.code_path, plan, shard)
-        if damage is None and args.retry_skipped and num_skipped(path):
-            damage = f"it lacks {num_skipped(path)} unreadable images"
+        path, record, damage = shard_path(args.code_path, shard), known[shard], None
+        if shard in to_read:
+            record, damage = check_shard(args.code_path, plan, shard, record)
+        lacking = len(plan.shard_images(shard)) - record.images if record else 0
+        if args.retry_skipped and lacking:
+            damage = f"it lacks {lacking} unreadable images"
         if damage:
             logger.warning(f"{path} is damaged and made again: {damage}")
             path.unlink(missing_ok=True)
             (Path(args.code_path) / "meta.json").unlink(missing_ok=True)
+            wrong = True
+    return wrong
 
 
 def make_all_shards(
-    args: Namespace, world: World, vq: VQModel, plan: CodesPlan, samples: Samples, logger: Logger
+    args: Namespace,
+    world: World,
+    vq: VQModel,
+    plan: CodesPlan,
+    paths: ImagePaths,
+    claims: Claims,
+    logger: Logger,
 ) -> None:
     """Work until all shards exist: take free ones, wait for others, reclaim abandoned ones."""
-    waiting = False
-    while True:
-        missing = [s for s in range(plan.num_shards) if not shard_path(args.code_path, s).exists()]
-        with Claims(args.code_path) as claims:
-            free = [s for s in missing if claims.free(s)]
-            start = world.rank * len(free) // world.size  # ranks begin far from each other
-            if free:
-                make_shards(args, world, vq, plan, samples, free[start:] + free[:start], claims)
-                continue
-        if not missing:
-            return
-        if not waiting:
+    pause = 0
+    while missing := missing_shards(args.code_path, plan):
+        # an order of its own: processes seldom want the same shard, even without locks
+        shards = np.random.default_rng().permutation(missing).tolist()
+        if any(map(claims.take, shards)):
+            make_shards(args, world, vq, plan, paths, shards, claims)
+            continue
+        if pause == 0:
             logger.info(f"waiting for {len(missing)} shards that other processes make")
-            waiting = True
-        time.sleep(1)
+        pause = min(pause + 1, LONGEST_PAUSE)
+        time.sleep(pause)
 
 
 def make_shards(
@@ -275,7 +265,7 @@ def make_shards(
     world: World,
     vq: VQModel,
     plan: CodesPlan,
-    samples: Samples,
+    paths: ImagePaths,
     shards: list[int],
     claims: Claims,
 ) -> None:
@@ -285,7 +275,7 @@ def make_shards(
     batch = max(1, args.batch_size // len(plan.crops))
     with progress(world, "extracting", total, unit="images") as bar:
         loader = DataLoader(
-            ImageFiles(samples, CenterCrop(resized), tolerant=True),
+            ImageFiles(paths, CenterCrop(resized), tolerant=True),
             batch_sampler=ShardBatches(plan, claims, shards, batch, bar),
             collate_fn=collate,
             num_workers=worker_count(args.num_workers),
@@ -304,7 +294,6 @@ def make_shards(
                 labels.append(part.labels)
                 index.append(part.images)
                 skipped += [(u.image, u.reason) for u in part.skipped]
-                claims.renew()
                 bar.update(len(part.images) + len(part.skipped))
             joined_codes = torch.cat(codes).cpu().numpy()  # (images of the shard, K, T)
             joined = (joined_codes, np.concatenate(labels), np.concatenate(index))
@@ -325,33 +314,34 @@ def main() -> None:
     else:
         args.precision, reason = resolve_precision(args.precision, world.device)
     allow_tf32(args.precision == "tf32")
-    listing = list_images(args.data_path)
-    samples = listing.samples[:100] if args.debug else listing.samples
     vq, name = load_tokenizer(args)
     args.image_size = resolve_image_size(args.image_size, vq)
-    plan = make_plan(args, samples, listing.classes, vq, name)
     prepare_folder(args.code_path, "--code-path")
-    start_codes(args.code_path, plan)
-    if world.is_main:
-        write_options(Path(args.code_path) / "options.json", args)
     logger.log(log_level(args.precision, world.device), f"--precision {reason}")
-    check_shards(args, world, plan, logger)
-    missing = sum(not shard_path(args.code_path, s).exists() for s in range(plan.num_shards))
+    if world.is_main:
+        paths, plan = list_and_plan(args, vq, name, logger)
+        write_options(Path(args.code_path) / "options.json", args)
+    else:
+        paths, plan = wait_for_plan(args, vq, name, logger)
+    remove_ended(shard_path(args.code_path, 0).parent)
+    wrong = check_shards(args, world, plan, logger)
     logger.info(
         f"{plan.num_images:,} images of {len(plan.classes)} classes x {len(plan.crops)} crops of "
         f"{plan.image_size}x{plan.image_size} -> {plan.grid[0]}x{plan.grid[1]} codes of {name}; "
-        f"{missing} of {plan.num_shards} shards to make on {world.size} x {world.device}"
+        f"{len(missing_shards(args.code_path, plan))} of {plan.num_shards} shards to make on "
+        f"{world.size} x {world.device}"
     )
-    if world.is_main:
-        say_if_enlarged(samples, plan.image_size, logger)
     vq = place_tokenizer(vq, world.device)
-    make_all_shards(args, world, vq, plan, samples, logger)
-    if not world.is_main:
-        return
-    while (meta := finish_codes(args.code_path, plan, [path for path, _ in samples])) is None:
-        # another rank has yet to delete a damaged one
-        check_shards(args, World(0, 1, world.device), plan, logger)
-        make_all_shards(args, world, vq, plan, samples, logger)
+    with Claims(args.code_path) as claims:
+        make_all_shards(args, world, vq, plan, paths, claims, logger)
+        if not (world.is_main or wrong):
+            return
+        while (meta := finish_codes(args.code_path, plan, paths)) is None:
+            # another rank has yet to delete a damaged one
+            unread = Namespace(code_path=args.code_path, verify=False, retry_skipped=False)
+            check_shards(unread, World(0, 1, world.device), plan, logger)
+            make_all_shards(args, world, vq, plan, paths, claims, logger)
+        claims.sweep()
     logger.info(
         f"{args.code_path}: codes of {meta['num_coded_images']:,} images in "
         f"{plan.num_shards} shards"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluations.c2i.image_sets import ImageArchive, ImageSet, open_archive
+from evaluations.c2i.image_sets import Crc, ImageArchive, ImageSet, open_archive
 from evaluations.c2i.metrics import Statistics, mean_and_covariance
 from utils.distributed import World
 from utils.files import atomic_path, sha256_file
@@ -103,17 +103,31 @@ def measure_set(
     """
     features = None
     if network is not None:
+        crcs: list[Crc] | None = [] if world.size > 1 else None
         with progress(world, name, images.count, unit="image") as bar:
-            batches = _count_up(
-                images.batches(batch_size, world.rank, world.size), bar, images.count, world.size
-            )
+            own = images.batches(batch_size, world.rank, world.size, crcs)
+            batches = _count_up(own, bar, images.count, world.size)
             features = extract_features(network, batches, world)
+        if crcs is not None:
+            _check_parts(images, crcs, world)
     pool, spatial = images.pool, images.spatial
     if features is not None:
         pool = pool or mean_and_covariance(features.pool)
         if spatial is None and features.spatial is not None:
             spatial = mean_and_covariance(features.spatial)
     return MeasuredSet(features, pool, spatial)
+
+
+def _check_parts(images: ImageSet, crcs: list[Crc], world: World) -> None:
+    """Raise ``ValueError`` on every rank if the parts that the ranks have read are damaged."""
+    all_crcs, problem = world.gather_objects(crcs), None
+    if all_crcs is not None:
+        try:
+            images.check(all_crcs)
+        except ValueError as error:
+            problem = str(error)
+    if problem := world.broadcast(problem):
+        raise ValueError(problem)
 
 
 def _count_up(batches: Iterator[Tensor], bar: tqdm, total: int, size: int) -> Iterator[Tensor]:

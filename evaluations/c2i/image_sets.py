@@ -7,8 +7,10 @@ from __future__ import annotations
 import math
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypeAlias
 
@@ -19,11 +21,12 @@ from torch import Tensor
 from dataset.imagenet import IMG_EXTENSIONS, open_image
 from evaluations.c2i.metrics import Statistics
 from utils.files import require_file
-from utils.npz import Member, member_names, open_member, open_npz
+from utils.npz import Member, combine_crc32, map_member, member_names, open_member, open_npz
 
 IMAGES = "arr_0"
 LABELS = ("labels", "arr_1")  # guided-diffusion saves labels as a second positional array
 LARGEST_IMAGE = 1 << 26  # values of one image
+Crc: TypeAlias = tuple[int, int]  # CRC-32 of some bytes, and their number
 LARGEST_WHOLE = 1 << 30  # bytes of an array read at once: 8 times the statistics of 4096 features
 
 
@@ -50,24 +53,48 @@ class ImageArchive:
         """Return the images alone."""
         return replace(self, pool=None, spatial=None)
 
-    def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[Tensor]:
+    def batches(
+        self, batch_size: int, rank: int = 0, size: int = 1, crcs: list[Crc] | None = None
+    ) -> Iterator[Tensor]:
         """Yield (B, H, W, 3) in file order: uint8, or float32 for a file of floats, 0-255.
 
         Yields only batches ``rank``, ``rank + size``, ... and holds one batch at a time. Raises
-        ``ValueError`` for a damaged file and for floats outside 0-255.
+        ``ValueError`` for a damaged file and for floats outside 0-255. With ``crcs``, to which it
+        appends the CRC of each batch, it reads no other batches where the file is not compressed;
+        the caller has them checked by ``check``.
         """
         with open_npz(self.path) as archive:
             member = open_member(archive, IMAGES)
             whole = _read_whole(archive, IMAGES) if member.fortran_order else None
+            stored = archive.getinfo(f"{IMAGES}.npy").compress_type == zipfile.ZIP_STORED
+            mapped = crcs is not None and stored and whole is None
+            if mapped:
+                whole = map_member(archive, IMAGES)
             for index, start in enumerate(range(0, self.count, batch_size)):
                 shape = (min(batch_size, self.count - start), *member.shape[1:])
                 batch = member.read(shape) if whole is None else whole[start : start + batch_size]
                 if index % size != rank:
                     continue
+                if crcs is not None and mapped:
+                    crcs.append((zlib.crc32(batch), batch.nbytes))
                 if member.dtype != np.uint8:
                     batch = batch.astype(np.float32)
                     _check_range(batch, self.path)
                 yield torch.from_numpy(np.ascontiguousarray(batch))
+
+    def check(self, crcs: list[list[Crc]]) -> None:
+        """Raise ``ValueError`` unless the batches that all ranks have read, whose ``crcs`` these
+        are, make up the file; those that were not mapped were checked as they were read.
+        """
+        with open_npz(self.path) as archive:
+            info, member = archive.getinfo(f"{IMAGES}.npy"), open_member(archive, IMAGES)
+            with archive.open(info) as stream:
+                crc = zlib.crc32(stream.read(member.stream.tell()))
+        in_order = [crc for row in zip_longest(*crcs) for crc in row if crc is not None]
+        for part, length in in_order:
+            crc = combine_crc32(crc, part, length)
+        if in_order and crc != info.CRC:
+            raise ValueError(f"{self.path} is not a whole .npz file: Bad CRC-32 of its images")
 
 
 @dataclass(frozen=True)
@@ -89,10 +116,18 @@ class ImageFolderSet:
         """Number of images."""
         return len(self.files)
 
-    def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[Tensor]:
-        """See ``ImageArchive``; ``ValueError`` for a file that is no image of the first's size."""
+    def batches(
+        self, batch_size: int, rank: int = 0, size: int = 1, crcs: list[Crc] | None = None
+    ) -> Iterator[Tensor]:
+        """See ``ImageArchive``; ``ValueError`` for a file that is no image of the first's size.
+
+        ``crcs`` stays empty: a damaged file is no image.
+        """
         for start in range(rank * batch_size, self.count, size * batch_size):
             yield torch.stack([self._read(file) for file in self.files[start : start + batch_size]])
+
+    def check(self, crcs: list[list[Crc]]) -> None:
+        """Do nothing."""
 
     def without_statistics(self) -> ImageFolderSet:
         """Return the set itself: a folder has no statistics."""

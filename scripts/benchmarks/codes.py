@@ -27,8 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autoregressive.train.extract_codes_c2i import default_batch, encode_crops
 from dataset.augmentation import center_crop, crop_names, take_crops
-from dataset.codes import CodesPlan, finish_codes, open_codes, start_codes, write_shard
+from dataset.codes import open_codes
 from dataset.imagenet import list_images, open_image, to_model_range
+from dataset.shards import CodesPlan, finish_codes, start_codes, write_shard
 from scripts.benchmarks.common import (
     KEPT_MEMORY,
     PublishedDataset,

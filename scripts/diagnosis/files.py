@@ -16,9 +16,10 @@ from torch import Tensor
 
 from autoregressive.models.config import GPTConfig
 from autoregressive.models.load import load_gpt
-from dataset.codes import finished_damage, open_codes
+from dataset.codes import open_codes
 from dataset.imagenet import list_images, open_image
 from dataset.interface import Codes
+from dataset.shards import finished_damage
 from scripts.diagnosis.check import BROKEN, OK, Context, NotHere, Result, reason_of
 from tokenizer.load import load_vq
 from utils.checkpoints.folder import read_meta, read_sharded

@@ -16,7 +16,7 @@ import torch
 from autoregressive.decoding.cpu import build
 from scripts.diagnosis.check import BROKEN, OK, ROOT, SLOW, Context, NotHere, Result, reason_of
 from scripts.diagnosis.models import parameter_count
-from scripts.requirements import missing, version_of
+from scripts.requirements import missing, untried, version_of
 from utils.files import prepare_folder
 from utils.options import git_revision
 from utils.performance import device_name, processor_name, usable_cores
@@ -173,11 +173,15 @@ def describe_machine(places: dict[str, Path]) -> dict[str, str]:
 
 
 def check_packages(context: Context) -> Result:
-    """Check that the packages of requirements.txt are installed and new enough."""
+    """Check that the packages of requirements.txt are installed, new enough, and none too new."""
     wrong = [f"{name} ({version})" for name, version in missing(ROOT / "requirements.txt")]
     if wrong:
         return Result(BROKEN, f"missing or too old: {', '.join(wrong)}")
-    return Result(OK, "all of requirements.txt are there, new enough")
+    detail = "all of requirements.txt are there, new enough"
+    if newer := untried(ROOT / "requirements-newest.txt"):
+        versions = ", ".join(f"{name} {here} ({tried})" for name, here, tried in newer)
+        detail += f"; newer than any version that was tried: {versions}"
+    return Result(OK, detail)
 
 
 def check_compiler(context: Context) -> Result:

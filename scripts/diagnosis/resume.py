@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from autoregressive.train import train_c2i
-from dataset.codes import CodesPlan, finish_codes, start_codes, write_shard
+from dataset.shards import CodesPlan, finish_codes, start_codes, write_shard
 from scripts.diagnosis.check import BROKEN, OK, ROOT, Context, Result, short
 from utils.checkpoints.folder import read_sharded
 

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from autoregressive.models.region_order import RegionOrder
-from dataset.codes import finish_codes, open_codes, plan_of, start_codes, write_shard
+from dataset.codes import open_codes
+from dataset.shards import finish_codes, plan_of, start_codes, write_shard
 from scripts.experiments.common import ROOT, extract, newest, run
 from utils.options import make_parser, run_main
 

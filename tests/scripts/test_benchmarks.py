@@ -200,3 +200,13 @@ def test_jacobi(measure):
         assert_positive({k: v for k, v in row.items() if k != "schedule"})
         assert row["equal images"] == 1 and row["calls"] <= row["steps"] == 19
     assert "of 19 calls" in printed
+
+
+@pytest.mark.slow
+def test_scale(measure):
+    results, printed = measure(
+        "scale", "--images", 30, "--files", 3, "--samples", 9, "--side", 8
+    )  # fmt: skip
+    figures = results["images"]["30"]
+    assert_positive({k: v["seconds"] for k, v in figures.items() if k != "shards"})
+    assert "| finishing (meta.json): s |" in printed and "| a claim, ms |" in printed

@@ -34,7 +34,7 @@ esac
 def tree(tmp_path) -> Path:
     """A copy of the scripts, without ``.venv``."""
     shutil.copytree(ROOT / "scripts", tmp_path / "tree" / "scripts")
-    for path in ROOT.glob("requirements*.txt"):
+    for path in (ROOT / "requirements.txt", ROOT / "requirements-dev.txt"):
         shutil.copy(path, tmp_path / "tree")
     (tmp_path / "tree" / "images" / "ape").mkdir(parents=True)
     (tmp_path / "tree" / "images" / "ape" / "1.png").write_bytes(b"")

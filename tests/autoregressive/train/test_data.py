@@ -1,13 +1,16 @@
 """Batches of codes for training."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from autoregressive.train import data
 from autoregressive.train.data import CodeBatches, check_shards
-from dataset.codes import MixedCodes, open_codes, shard_path
-from tests.helpers import digest, make_plan, write_all
+from dataset.codes import MixedCodes, open_codes
+from dataset.shards import shard_path
+from tests.helpers import digest, make_plan, write_all, write_published_layout
 from utils.distributed import World
 
 
@@ -56,6 +59,27 @@ def test_a_start_looks_at_few_shards_and_at_all_in_time(tmp_path, monkeypatch):
     for _ in range(60):
         check_shards(tmp_path, "", open_codes(tmp_path), World(0, 1, torch.device("cpu")))
     assert len(seen) == 120 and len(set(seen)) == 10
+
+
+def test_rank_0_reads_the_labels_of_the_published_layout_for_all(tmp_path):
+    """At ImageNet's size a file per label takes a minute on every process."""
+    folder = tmp_path / "codes"
+    labels = write_published_layout(folder)[1]
+    said = []
+
+    class Rank(World):
+        def broadcast(self, value):
+            return said[0] if not self.is_main else said.insert(0, value) or value
+
+    ranks = [Rank(r, 2, torch.device("cpu")) for r in range(2)]
+    first = data.open_on_all(str(folder), "--code-path", ranks[0])
+    shutil.rmtree(folder / "imagenet384_labels")
+    second = data.open_on_all(str(folder), "--code-path", ranks[1])
+    assert first.labels.tolist() == second.labels.tolist() == labels.tolist()
+    assert np.array_equal(first.gather([3, 0], [1, 0]), second.gather([3, 0], [1, 0]))
+    for rank in ranks:
+        with pytest.raises(ValueError, match="--code-path: .* does not exist"):
+            data.open_on_all(str(tmp_path / "nowhere"), "--code-path", rank)
 
 
 @pytest.mark.parametrize("codes, labels", [(np.float32, np.int64), (np.uint16, np.float64)])

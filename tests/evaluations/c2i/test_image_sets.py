@@ -180,3 +180,24 @@ def test_a_class_folder_has_its_labels(tmp_path):
     assert open_images(tmp_path, "REF").labels.tolist() == [0, 0, 1]
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     assert open_images(tmp_path, "REF").labels is None
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_ranks_read_their_own_part_and_all_parts_are_checked(sets, monkeypatch, save):
+    """The file has 9.8 GB for 50,000 images; its CRC is put together from those of all batches."""
+    pixels = np.load(sets / "ref.npz")["arr_0"]
+    save(sets / "sam.npz", arr_0=pixels)
+    images, sizes, read = open_archive(sets / "sam.npz", "SAMPLE"), [], zipfile.ZipExtFile.read
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda f, n=-1: sizes.append(n) or read(f, n))
+    crcs = [[], [], []]
+    parts = [list(images.batches(4, rank, 3, crcs[rank])) for rank in range(3)]
+    batches = [parts[i % 3][i // 3] for i in range(8)]
+    assert np.array_equal(torch.cat(batches).numpy(), pixels)
+    mapped = save is np.savez
+    assert (max(sizes) < pixels[:4].nbytes) == mapped
+    assert sorted(map(len, crcs)) == ([2, 3, 3] if mapped else [0, 0, 0])
+    images.check(crcs)
+    if mapped:
+        crcs[1][1] = (crcs[1][1][0] ^ 1, crcs[1][1][1])
+        with pytest.raises(ValueError, match="sam.npz is not a whole .npz file: Bad CRC-32"):
+            images.check(crcs)

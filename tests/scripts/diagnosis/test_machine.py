@@ -1,6 +1,7 @@
 """What the doctor says of machines: compiler, packages, memory, disk, load, GPU."""
 
 import os
+import sys
 from argparse import Namespace
 from functools import partial
 
@@ -45,6 +46,17 @@ def test_missing_and_old_packages_are_named(monkeypatch):
     )
     versions.clear()
     assert result_of(machine.check_packages).status == OK
+
+
+def test_versions_newer_than_those_tried_are_named(monkeypatch):
+    names = {"torch": "2.99.1", "numpy": "2.0"}
+    monkeypatch.setattr(requirements, "version_of", lambda package: names.get(package, "unknown"))
+    monkeypatch.setattr(requirements, "NEWEST_PYTHON", (3, 9))
+    here = f"Python {sys.version_info[0]}.{sys.version_info[1]} (3.9)"
+    result = result_of(machine.check_packages)
+    assert result.status == OK
+    assert f"newer than any version that was tried: {here}, torch 2.99.1 (2." in result.detail
+    assert "numpy" not in result.detail
 
 
 def test_too_little_memory_or_disk_is_broken(monkeypatch, tmp_path):
