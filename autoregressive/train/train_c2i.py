@@ -69,8 +69,9 @@ def make_model(
     grid = args.image_size // args.downsample_size
     n = resolve_parallelism(args.ar_token_num, args.spe_token_num, (grid, grid))
     pretrained = load_pretrained(args, grid, tokenizer_sha256)
-    same_n = pretrained is not None and pretrained.config.ar_token_num == n
-    default = pretrained.config if same_n else GPTConfig()
+    default = GPTConfig()
+    if pretrained is not None and pretrained.config.ar_token_num == n:
+        default = pretrained.config
     for field in VARIANTS:
         if getattr(args, field) is None:
             setattr(args, field, getattr(default, field))
