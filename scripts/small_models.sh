@@ -39,3 +39,8 @@ done
 python scripts/export_checkpoint.py --checkpoint "${VQ%.pt}" --hub "$OUT/cifar10-tokenizer"
 python evaluations/c2i/evaluator.py "$OUT/train.npz" "$OUT/held-out.npz" "$OUT"/reconstructions/*-32.npz "$OUT"/samples/*.npz \
     --feature-network "$OUT/classifier.pt"
+for n in 4 1; do
+    python autoregressive/sample/sample_c2i.py --vq-ckpt "$VQ" --gpt-ckpt "$OUT/cifar10-${n}x" --classes 0 1 2 3 4 5 6 7 8 9 \
+        --images-per-class 16 --cfg-scale 2.0 --output "$OUT/cifar10-${n}x.png"
+done
+python scripts/small_models/report.py --output "$OUT"
