@@ -104,6 +104,8 @@ class SmallPreset:
 SMALL_PRESETS: dict[str, SmallPreset] = {
     "digits-4x": SmallPreset("digits-4x", "digits-tokenizer", "GPT-T", 4, 32, 2.5, 0.6),
     "digits-1x": SmallPreset("digits-1x", "digits-tokenizer", "GPT-T", 1, 32, 2.5, 0.6),
+    "cifar10-4x": SmallPreset("cifar10-4x", "cifar10-tokenizer", "GPT-T", 4, 32, 3.0, 0.9),
+    "cifar10-1x": SmallPreset("cifar10-1x", "cifar10-tokenizer", "GPT-T", 1, 32, 3.0, 0.9),
 }
 # file name -> repository
 RELEASED_FILES = {p.file: p.repo for p in PRESETS.values()} | {TOKENIZER: LLAMAGEN}
