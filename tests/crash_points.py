@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,12 @@ class Counter:
             return buffer if "b" in mode else io.TextIOWrapper(buffer, encoding="utf-8")
 
         io.open = builtins.open = counted
+        for name in ("write", "pwrite"):  # by descriptor
+            setattr(os, name, partial(self._write, getattr(os, name)))
+
+    def _write(self, real: Callable[..., int], file: int, *rest: Any) -> int:
+        self.count("write", os.readlink(f"/proc/self/fd/{file}"))
+        return real(file, *rest)
 
 
 def run(stage: Stage, folder: Path, ranks: int, ledger: Path, kill_at: int | None) -> int:

@@ -28,7 +28,7 @@ def convert(tmp_path: Path) -> Stage:
         convert_codes.main,
         lambda folder: (
             "--code-path", tmp_path / "old.jsonl", "--output", folder, "--codebook-size", 64,
-            "--shard-size", 4,
+            "--shard-size", 2,
         ),
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -156,13 +157,10 @@ def take_claims(work: Path, files: int, taken: int = 50) -> dict[str, float]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
 
-    def take() -> None:
-        with Claims(work / "claimed") as claims:
-            assert all(claims.take(files + shard) for shard in range(taken))
-
-    figures = {"ms": 1000 * seconds(take) / taken}
+    with Claims(work / "claimed") as claims:
+        times = [seconds(partial(claims.take, files + shard)) for shard in range(taken)]
     shutil.rmtree(work / "claimed")
-    return figures
+    return {"ms": 1000 * float(np.median(times))}
 
 
 WAYS: dict[str, Callable[[Path], dict[str, float]]] = {
