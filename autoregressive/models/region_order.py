@@ -151,7 +151,9 @@ class RegionOrder:
     @cached_property
     def seen(self) -> tuple[int, ...]:
         """Number of slots that each slot attends to: the first ones, itself among them."""
-        return tuple(torch.searchsorted(self.level, self.level, right=True).tolist())
+        if self.causal:
+            return tuple(range(1, self.num_slots + 1))
+        return tuple(step.stop for step in self.steps for _ in range(step.start, step.stop))
 
     @cached_property
     def predicting(self) -> Tensor:
