@@ -29,14 +29,14 @@ for n in 4 1; do
         --val-code-path "$OUT/codes-held-out" --val-images 1000 --val-every 1000 --ar-token-num $n --spe-token-num $((n - 1)) \
         --image-size 32 --gpt-model GPT-T --epochs 6 --warmup-epochs 1 --global-batch-size 32 --lr 2e-3 --dropout-p 0 \
         --attn-dropout-p 0 --token-dropout-p 0 --ema --ckpt-every 500 --keep-last 1
-    python scripts/export_checkpoint.py --checkpoint "$OUT/gpt/GPT-T-${n}x-32/checkpoints/0008436" --ema --bf16 \
+    [ -e "$OUT/cifar10-${n}x" ] || python scripts/export_checkpoint.py --checkpoint "$OUT/gpt/GPT-T-${n}x-32/checkpoints/0008436" --ema --bf16 \
         --hub "$OUT/cifar10-${n}x"
     for scale in 1.0 1.5 2.0; do
         bash scripts/autoregressive/sample_c2i.sh --vq-ckpt "$VQ" --gpt-ckpt "$OUT/cifar10-${n}x" --num-fid-samples 5000 \
             --class-protocol balanced --cfg-scale $scale --per-proc-batch-size 100 --sample-dir "$OUT/samples"
     done
 done
-python scripts/export_checkpoint.py --checkpoint "${VQ%.pt}" --hub "$OUT/cifar10-tokenizer"
+[ -e "$OUT/cifar10-tokenizer" ] || python scripts/export_checkpoint.py --checkpoint "${VQ%.pt}" --hub "$OUT/cifar10-tokenizer"
 python evaluations/c2i/evaluator.py "$OUT/train.npz" "$OUT/held-out.npz" "$OUT"/reconstructions/*-32.npz "$OUT"/samples/*.npz \
     --feature-network "$OUT/classifier.pt"
 for n in 4 1; do
