@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -87,6 +88,12 @@ class AttentionCalls(TorchFunctionMode):
 @contextmanager
 def fake_cuda() -> Iterator[None]:
     """A context in which tensors have no values, those of "cuda" neither."""
+    if (
+        torch.__version__.startswith("2.7.")
+        and torch.version.cuda
+        and not torch.cuda.is_available()
+    ):
+        pytest.skip("torch 2.7 asks the driver about fake tensors, and aborts without one")
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
