@@ -29,8 +29,8 @@ for n in 4 1; do
         --val-code-path "$OUT/codes-held-out" --val-images 1000 --val-every 1000 --ar-token-num $n --spe-token-num $((n - 1)) \
         --image-size 32 --gpt-model GPT-T --epochs 6 --warmup-epochs 1 --global-batch-size 32 --lr 2e-3 --dropout-p 0 \
         --attn-dropout-p 0 --token-dropout-p 0 --ema --ckpt-every 500 --keep-last 1
-    [ -e "$OUT/cifar10-${n}x" ] || python scripts/export_checkpoint.py --checkpoint "$OUT/gpt/GPT-T-${n}x-32/checkpoints/0008436" --ema --bf16 \
-        --hub "$OUT/cifar10-${n}x"
+    [ -e "$OUT/cifar10-${n}x" ] || python scripts/export_checkpoint.py --ema --bf16 --hub "$OUT/cifar10-${n}x" \
+        --checkpoint "$OUT/gpt/GPT-T-${n}x-32/checkpoints/0008436"
     for scale in 1.0 1.5 2.0; do
         bash scripts/autoregressive/sample_c2i.sh --vq-ckpt "$VQ" --gpt-ckpt "$OUT/cifar10-${n}x" --num-fid-samples 5000 \
             --class-protocol balanced --cfg-scale $scale --per-proc-batch-size 100 --sample-dir "$OUT/samples"
@@ -41,6 +41,6 @@ python evaluations/c2i/evaluator.py "$OUT/train.npz" "$OUT/held-out.npz" "$OUT"/
     --feature-network "$OUT/classifier.pt"
 for n in 4 1; do
     python autoregressive/sample/sample_c2i.py --vq-ckpt "$VQ" --gpt-ckpt "$OUT/cifar10-${n}x" --classes 0 1 2 3 4 5 6 7 8 9 \
-        --images-per-class 16 --cfg-scale 2.0 --output "$OUT/cifar10-${n}x.png"
+        --images-per-class 16 --cfg-scale 3.0 --top-k 0 --top-p 0.9 --output "$OUT/cifar10-${n}x.png"
 done
 python scripts/small_models/report.py --output "$OUT"
