@@ -123,6 +123,7 @@ export function startGenerating(models, takeImage) {
       const model = byName[fields.model.value];
       const names = [model.name, fields.beside.value].filter(Boolean);
       const numbers = values(form, ["images", "cfg_scale", "temperature", "top_p", "top_k", "seed"]);
+      const label = fields.class.value;
       const body = {models: names, class: classOf(form, model), jacobi: fields.jacobi.checked, ...numbers};
       let queue = Promise.resolve(); // pictures are decoded one after another, in their order
       const later = (work) => { queue = queue.then(work); };
@@ -131,7 +132,7 @@ export function startGenerating(models, takeImage) {
         start: (facts) => later(async () => {
           hint.textContent = welcome;
           if (!facts.place) { runs.replaceChildren(); shown = []; }
-          const run = new Run(facts, (image, name) => { takeImage(image, name, fields.class.value); openTab("edit"); });
+          const run = new Run(facts, (image, name) => { takeImage(image, name, label); openTab("edit"); });
           await run.prepare();
           shown.push(run);
           runs.append(run.box);
