@@ -41,7 +41,8 @@ def plot_curves(output: Path, path: Path) -> None:
         )
     axis.set_xlabel("step of 32 images")
     axis.set_ylabel("loss, nats per code")
-    axis.margins(x=0.2)
+    axis.set_xlim(0, 1.25 * held_out[-1][0])  # room for the labels
+    axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.3)
     save_figure(figure, path)
 
