@@ -24,6 +24,7 @@ class Claims:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self.exclude = True  # False once the disk turns out to have no locks
         # opened once: closing any other descriptor of the file would free the process's locks;
         # never deleted: who opens it next must find the locks that there are
         self._file = os.open(self.folder / "claims.lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -46,6 +47,7 @@ class Claims:
                 return False
             if error.errno not in NO_LOCKS:
                 raise
+            self.exclude = False
         return True
 
     def release(self, shard: int) -> None:

@@ -17,6 +17,7 @@ import builtins
 import hashlib
 import io
 import os
+import pathlib
 import shutil
 import signal
 import socket
@@ -93,6 +94,8 @@ class Counter:
             return buffer if "b" in mode else io.TextIOWrapper(buffer, encoding="utf-8")
 
         io.open = builtins.open = counted
+        if sys.version_info < (3, 11):  # pathlib has its own reference there
+            pathlib._NormalAccessor.open = staticmethod(counted)
         for name in ("write", "pwrite"):  # by descriptor
             setattr(os, name, partial(self._write, getattr(os, name)))
 

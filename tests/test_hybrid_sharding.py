@@ -66,6 +66,9 @@ def test_weights_are_sharded_within_a_machine(world, monkeypatch):
         assert len(local(parameter)) == held, name
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.7."), reason="torch 2.7 sums such gradients on GPUs alone"
+)
 def test_a_step_gathers_within_the_machine_and_sums_over_both(world, monkeypatch):
     """Traffic between machines is the sum of sharded gradients alone."""
     model = sharded(world, monkeypatch)

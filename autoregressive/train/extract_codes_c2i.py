@@ -249,9 +249,11 @@ def make_all_shards(
     """Work until all shards exist: take free ones, wait for others, reclaim abandoned ones."""
     pause = 0
     while missing := missing_shards(args.code_path, plan):
-        # an order of its own: processes seldom want the same shard, even without locks
-        shards = np.random.default_rng().permutation(missing).tolist()
+        start = world.rank * len(missing) // world.size  # ranks begin far from each other
+        shards = missing[start:] + missing[:start]
         if any(map(claims.take, shards)):
+            if not claims.exclude:  # by chance processes seldom make the same shard
+                shards = np.random.default_rng().permutation(missing).tolist()
             make_shards(args, world, vq, plan, paths, shards, claims)
             continue
         if pause == 0:

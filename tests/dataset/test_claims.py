@@ -87,5 +87,6 @@ def test_a_disk_without_locks_leaves_every_shard_free(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
     with Claims(tmp_path) as claims:
-        assert claims.take(1) and claims.take(1)
+        assert claims.exclude and claims.take(1) and claims.take(1)
+        assert not claims.exclude
         claims.release(1)

@@ -98,6 +98,8 @@ def test_dino_features_are_class_tokens_of_a_file(tmp_path):
     """With a small network of the same kind; greyness unlike ImageNet's mean must show."""
     torch.manual_seed(0)
     name = "test_vit"
+    if name not in timm.list_models():
+        pytest.skip("this timm has no small network of the kind")
     network = timm.create_model(name, num_classes=0, dynamic_img_size=True).eval()
     torch.save(network.state_dict(), tmp_path / "vit.pth")
     model = extra_metrics.load_dinov2(tmp_path / "vit.pth", name)
