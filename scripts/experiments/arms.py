@@ -190,5 +190,5 @@ def compare(args: Namespace, arms: dict[str, Arm], base: str, name: str) -> None
     folder = Path(args.output) / name / args.data
     args.output = folder / "results.json"
     write_results(args, {"runs": results, "differences": differences})
-    label = f"held-out nats per image more than {base} (dot: mean, bar: 95%, ticks: seeds)"
+    label = f"held-out nats per image more than {base}\n(dot: mean, bar: 95%, tick: a seed)"
     plot_intervals(differences, label, folder / "differences.png")
