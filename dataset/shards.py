@@ -96,6 +96,11 @@ def start_codes(folder: str | Path, plan: CodesPlan) -> None:
     theirs with it.
     """
     path = Path(folder) / "plan.json"
+    if not path.exists() and any(Path(folder).glob("shards/*.npz")) and not path.exists():
+        raise ValueError(
+            f"--code-path: {folder} holds shards but no plan.json, so nothing says which tokenizer "
+            "and crops made them; give another folder or delete it"
+        )
     remove_ended(path)
     aside = temporary_path(path)
     write_json(aside, asdict(plan))

@@ -24,6 +24,7 @@ from utils.options import make_parser, positive_int, run_main
 from utils.quality import codebook_usage, perplexity
 
 CHUNK = 4096
+WRITTEN = ("meta.json", "plan.json", "skipped.json", "options.json")  # by extraction
 
 
 def verify(folder: Path, codes: ShardedCodes) -> None:
@@ -95,6 +96,9 @@ def main() -> None:
             "scripts/convert_codes.py makes shards"
         )
     output = Path(args.output) if args.output else folder / "inspect.png"
+    report_path = output.with_suffix(".json")
+    if report_path.resolve().parent == folder.resolve() and report_path.name in WRITTEN:
+        raise ValueError(f"--output {output}: {report_path} belongs to the codes")
     verify(folder, codes)
 
     counts = count_codes(codes)
@@ -115,7 +119,7 @@ def main() -> None:
     )
     report = {"images_per_class": dict(zip(meta["classes"], per_class.tolist(), strict=True))}
     report |= {"codebook_counts": counts.tolist(), "codebook_perplexity": perplexity(counts)}
-    write_json(output.with_suffix(".json"), report)
+    write_json(report_path, report)
     if args.vq_ckpt:
         draw(codes, args.vq_ckpt, args.rows, output)
         print(f"{output}: one row per image, its crops in order")

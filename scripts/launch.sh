@@ -35,6 +35,7 @@ if ! command -v nvidia-smi >/dev/null; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( ($(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) + nproc_per_node - 1) / nproc_per_node ))}
 fi
 max_restarts=${max_restarts:-0}
+case " $* " in *" --help "*|*" -h "*) nnodes=1 nproc_per_node=1 max_restarts=0 ;; esac  # one answer is enough
 if [ "$nnodes" = 1 ] && [ "$nproc_per_node" = 1 ] && [ "$max_restarts" = 0 ]; then
     exec "$PYTHON" "$@"
 fi
@@ -50,5 +51,5 @@ elif [ "$nnodes" = 1 ] && [ -z "${master_addr:-}${master_port:-}" ]; then
 else
     rendezvous=(--node_rank "${node_rank:-0}" --master_addr "${master_addr:-127.0.0.1}" --master_port "${master_port:-12345}")
 fi
-exec "$PYTHON" -m torch.distributed.run --nnodes "$nnodes" --nproc_per_node "$nproc_per_node" \
+exec "$PYTHON" -c "from utils.launcher import main; main()" --nnodes "$nnodes" --nproc_per_node "$nproc_per_node" \
     --max_restarts "$max_restarts" "${rendezvous[@]}" "$@"

@@ -129,7 +129,9 @@ def _fits(wrong: Any, old: Any) -> bool:
         return type(wrong) in (int, float) and 0 <= wrong < 1e15
     if isinstance(old, str):
         return isinstance(wrong, str)
-    return wrong is None and old is None or (isinstance(old, list | dict) and wrong == old)
+    if isinstance(old, dict):  # of another object, all facts are left out
+        return isinstance(wrong, dict)
+    return wrong == old and (wrong is None or isinstance(old, list))
 
 
 def digest(value: Any) -> str:

@@ -46,7 +46,7 @@ from tests.helpers import (
     small_config,
     write_all,
 )
-from tokenizer.vq_model import VQModel, make_vq_config
+from tokenizer.vq_model import VQConfig, VQModel, make_vq_config
 from utils.checkpoints.folder import write_meta
 from utils.checkpoints.weights_file import _save_safetensors, load_checkpoint, save_checkpoint
 from utils.files import sha256_file
@@ -188,7 +188,8 @@ def make_kinds(work: Path) -> dict[str, Kind]:
     for name in ("whole codes", "codes"):
         write_all(work / name, PLAN)
 
-    vq = fill_from_names(VQModel(make_vq_config("VQ-4", codebook_size=19)))
+    small = VQConfig(32, (1, 1), num_res_blocks=1, z_channels=32, codebook_size=19)
+    vq = fill_from_names(VQModel(small))
     facts = {"vq_model": "VQ-4", "config": asdict(vq.config), "run": {"image_size": 16}}
     (work / "tokenizer").mkdir()
     for path in (work / "vq.pt", work / "tokenizer" / "vq.pt"):
@@ -203,6 +204,7 @@ def make_kinds(work: Path) -> dict[str, Kind]:
         (work / name).mkdir()
     save_checkpoint({"model": weights, **facts}, work / "pt" / "gpt.pt")
     _save_safetensors(weights, facts, work / "safetensors" / "gpt.safetensors")
+    vq = fill_from_names(VQModel(make_vq_config("VQ-4", codebook_size=19)))
     torch.save({"model": vq.state_dict(), "args": Namespace(a=1)}, work / "released" / "vq.pt")
 
     for name, state_of in (("resume", trained_state), ("old", trained_state), ("export", None)):

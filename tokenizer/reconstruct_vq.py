@@ -7,7 +7,6 @@ interrupted or not, gives the same files and metrics.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from argparse import Namespace
@@ -31,7 +30,7 @@ from utils.files import atomic_path, prepare_folder
 from utils.images import image_grid, save_png, to_uint8
 from utils.lock import hold
 from utils.logger import create_logger, progress
-from utils.npz import short_hash
+from utils.npz import member_names, open_member, open_npz, short_hash
 from utils.options import (
     add_retired,
     make_parser,
@@ -43,6 +42,7 @@ from utils.options import (
 from utils.performance import worker_count
 from utils.precision import allow_tf32
 from utils.quality import codebook_usage, perplexity, psnr, ssim
+from utils.records import read_json
 from utils.samples import SampleFile
 
 SHOWN = {
@@ -138,8 +138,8 @@ class Reconstructor:
         """Return which files are finished; ``ValueError`` for other options or weights."""
         finished = [file.npz.exists() for file in self.files]
         if any(finished):
-            before = json.loads(self.figures.read_text()) if self.figures.is_file() else {}
-            if before.get("fingerprint") != self.fingerprint:
+            before = read_json(self.figures) if self.figures.is_file() else {}
+            if not isinstance(before, dict) or before.get("fingerprint") != self.fingerprint:
                 raise ValueError(
                     f"--sample-dir: {self.files[finished.index(True)].npz} already exists, made "
                     f"with other options, images or weights (see {self.figures.name} beside it); "
@@ -201,9 +201,10 @@ class Reconstructor:
         """Return means of scores, codebook usage and perplexity of all images; labels (N,)."""
         chunks: dict[str, list[np.ndarray]] = {}
         for chunk in range(self.files[0].num_chunks):
-            with np.load(self.score_path(chunk)) as npz:
-                for key in npz.files:
-                    chunks.setdefault(key, []).append(npz[key])
+            with open_npz(self.score_path(chunk)) as archive:
+                for key in member_names(archive):
+                    member = open_member(archive, key)
+                    chunks.setdefault(key, []).append(member.read(member.shape))
         scores = {k: np.concatenate(v) for k, v in chunks.items()}
         labels, codes = scores.pop("labels"), scores.pop("codes")  # (N,), (N, h, w)
         size = self.vq.config.codebook_size
@@ -278,7 +279,7 @@ def main() -> None:
         if not all(finished):
             r.finish()
         r.clean()
-        figures = json.loads(r.figures.read_text())
+        figures = read_json(r.figures)
         logger.info(", ".join(form.format(figures[k]) for k, form in SHOWN.items() if k in figures))
         logger.info(f"over {figures['images']:,} images; {r.picture} (image, reconstruction, ...)")
         logger.info(f"rFID: python3 evaluations/c2i/evaluator.py {r.files[1].npz} {r.files[0].npz}")

@@ -80,7 +80,12 @@ def _has_ended(temporary: Path) -> bool | None:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Cut off what a killed writer or a full disk left of a last line, before others follow it."""
+    """Cut off what a killed writer or a full disk left of a last line, before others follow it.
+
+    ``ValueError`` for a link: in a folder from elsewhere it may lead to any file of the user's.
+    """
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link; lines are added to files of this folder alone")
     if path.is_file():
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1

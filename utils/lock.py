@@ -57,7 +57,10 @@ def _lock(path: Path, kind: int, what: str) -> str | None:
     while True:
         descriptor = _held.get(path)
         if descriptor is None:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:  # a link would lead to a file that is then emptied
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            except OSError as error:
+                return f"{what} cannot be locked: {path}: {error.strerror}"
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except OSError as error:

@@ -120,11 +120,11 @@ def member_names(archive: zipfile.ZipFile) -> list[str]:
     """Return the names of all arrays; ``ValueError`` if those of the directory at the end are not
     those that the arrays have, as of an array that would be missed silently.
     """
-    names = [name for name in archive.namelist() if name.endswith(".npy")]
+    names = archive.namelist()
     with _readable(str(archive.filename)):
         for name in names:
             archive.open(name).close()
-    return [name.removesuffix(".npy") for name in names]
+    return [name.removesuffix(".npy") for name in names if name.endswith(".npy")]
 
 
 def open_member(archive: zipfile.ZipFile, name: str) -> Member:

@@ -5,16 +5,18 @@ output.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -36,12 +38,39 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return super()._get_help_string(action)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake once, not once per rank."""
+
+    def error(self, message: str) -> NoReturn:
+        if is_first_to_say(message):
+            super().error(message)
+        sys.exit(2)
+
+
+def is_first_to_say(text: str) -> bool:
+    """Return whether no other rank of this run and machine has asked this of the same text.
+
+    torchrun gives each rank a file for errors, in a folder of the run.
+    """
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not place:
+        return True
+    said = hashlib.sha256(text.encode()).hexdigest()[:16]
+    try:
+        (Path(place).parents[1] / f"said-{said}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def make_parser(description: str, example: str, arguments: str = "") -> argparse.ArgumentParser:
     """Return a parser that shows defaults and an example, and accepts no abbreviations.
 
     arguments: the arguments that are not options, for the line of usage.
     """
-    return argparse.ArgumentParser(
+    return _Parser(
         usage=f"%(prog)s {arguments} [options]" if arguments else "%(prog)s [options]",
         description=description,
         epilog=f"example:\n  {example}",
@@ -53,20 +82,25 @@ def make_parser(description: str, example: str, arguments: str = "") -> argparse
 def run_main(main: Callable[[], None]) -> None:
     """Call ``main``; a user's mistake (``ValueError``, ``OSError``) is one line, exit status 2.
 
-    Under torchrun every failing rank reports its own error. ``PAR_DEBUG=1`` keeps the traceback.
+    Ranks that fail alike report it once. ``PAR_DEBUG=1`` keeps the traceback.
     """
     rank, ended = os.environ.get("RANK", "0"), False
+    where = "" if rank == "0" else f" on rank {rank}"
     try:
         main()
         ended = True
     except (ValueError, OSError) as error:
         if os.environ.get("PAR_DEBUG"):
             raise
-        # tqdm's write clears an open progress bar first
-        tqdm.write(
-            f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr
-        )
+        if is_first_to_say(str(error)):
+            tqdm.write(f"error{where}: {error}", file=sys.stderr)  # clears an open bar first
         sys.exit(2)
+    except RuntimeError as error:
+        lost = re.search("gloo|Connection (closed|reset)", str(error))  # gloo gives it no type
+        if os.environ.get("PAR_DEBUG") or not lost:
+            raise
+        tqdm.write(f"error{where}: another process has ended", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

@@ -80,6 +80,8 @@ def has_type(value: Any, hint: Any, least: int = 0) -> bool:
         return any(has_type(value, h, least) for h in inner)
     if origin in (list, tuple):
         return isinstance(value, list | tuple) and all(has_type(v, inner[0], least) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(has_type(v, inner[1], least) for v in value.values())
     if hint is int:
         return type(value) is int and least <= value < LARGEST
     if hint is float:

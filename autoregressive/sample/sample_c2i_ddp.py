@@ -181,7 +181,7 @@ def finished_fingerprint(npz: Path) -> str | None:
         return None
     try:
         return json.loads(path.read_text()).get("fingerprint")
-    except (ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
 
 

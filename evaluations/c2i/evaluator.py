@@ -146,6 +146,8 @@ def main() -> None:
         result["evaluation"] = settings
         results.append(result)
         text, output = beside_others(*paths, settings, args)
+        facts = {"reference_images": reference.count, "network": network_file}
+        write_options(output, args, **result, **facts)  # first: it says that the text is ours
         write_text(result, text)
         if not args.feature_network:
             for line in compare_with_preset(result, reference.path):
@@ -156,8 +158,6 @@ def main() -> None:
 
             if table := compare_with_published(name, result["metrics"]):
                 print(table)
-        facts = {"reference_images": reference.count, "network": network_file}
-        write_options(output, args, **result, **facts)
     if args.markdown and world.is_main:
         with atomic_path(args.markdown) as temporary:
             temporary.write_text(markdown(results))

@@ -130,6 +130,11 @@ def check_outputs(outputs: list[Path], args: Namespace) -> None:
     """Raise ``ValueError`` if an output is also an input, or if two outputs have one path."""
     networks = (args.inception_weights, args.feature_network, args.dinov2)
     taken = {Path(p).resolve() for p in (args.reference, *args.samples, *networks) if p}
+    # what the sampler wrote of its options
+    taken |= {path.with_name(f"{path.name.removesuffix('.npz')}.json") for path in taken}
+    for path in outputs if args.output else ():
+        if path.suffix == ".txt" and path.exists() and not Path(args.output).exists():
+            raise ValueError(f"--output {args.output}: {path} is of something else; rename one")
     for path in [*outputs, *([Path(args.markdown)] if args.markdown else [])]:
         if path.resolve() in taken:
             raise ValueError(
@@ -160,11 +165,13 @@ def beside_others(
     try:
         before = json.loads(output.read_text()).get("evaluation")
     except FileNotFoundError:
-        return text, output
+        if not text.exists():
+            return text, output
+        before = None  # as of the published evaluator, which writes a text alone
     except (OSError, ValueError, AttributeError, RecursionError):
         before = None
     if before == settings or args.output:
         return text, output
     token = short_hash(settings)
-    print(f"note: {output} was made with other settings and is kept")
+    print(f"note: {output if output.exists() else text} was made otherwise and is kept")
     return text.with_suffix(f".{token}.txt"), output.with_suffix(f".{token}.json")

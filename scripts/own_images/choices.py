@@ -6,13 +6,13 @@ was measured; of the rest, ``TOKENIZER_SHARE`` to the tokenizer and what remains
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from scripts.own_images.images import Images, held_out
+from utils.records import build, read_json
 
 MARGIN = 0.93  # share of the budget that is planned: trainers also log, save and load data
 TOKENIZER_SHARE = 0.5
@@ -336,12 +336,22 @@ def batch_size(wanted: float, least: int, images: int) -> int:
 
 
 def load_plan(path: Path) -> Plan:
-    """Return the plan of a plan.json; ``ValueError`` if it is damaged or of another version."""
+    """Return the plan of a plan.json; ``ValueError`` if it is damaged or of another version.
+
+    Its values become words of commands, so each must be of its type.
+    """
     parts = {"options": Options, "images": Images, "tokenizer": Tokenizer}
     try:
-        values = json.loads(path.read_text())
-        return Plan(**values | {name: make(**values[name]) for name, make in parts.items()})
-    except (ValueError, TypeError, KeyError) as error:
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise ValueError("it holds no plan")
+        for name, kind in parts.items():
+            values[name] = build(kind, values.get(name), name, least=0)
+        plan = build(Plan, values, "plan", least=0)
+        if plan.gpt not in GPTS or plan.tokenizer.name not in TOKENIZER_LR:
+            raise ValueError(f"no model is a {plan.gpt} or a {plan.tokenizer.name}")
+        return plan
+    except ValueError as error:
         raise ValueError(
             f"{path} is damaged or of another version of this script ({error}); give another folder"
         ) from error

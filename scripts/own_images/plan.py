@@ -135,6 +135,8 @@ def main() -> None:
     print("".join(f"  {line}\n" for line in describe(plan)), end="")
     print("".join(f"warning: {line}\n" for line in warnings(plan)), end="")
     stages = commands(plan)
+    for text in (text for stage in stages for text in stage if set("\t\n") & set(text)):
+        raise ValueError(f"the path in {text!r} has a tab or line break, which no command can have")
     if args.dry_run:
         print("".join(f"\n=== {title}\n+ {line}\n" for title, _, line in stages), end="")
         return

@@ -148,3 +148,27 @@ def test_a_writer_whose_shard_another_has_made_goes_on(tmp_path, monkeypatch):
     made = True
     write_shard(tmp_path, plan, 0, np.zeros((4, 2, 4)), index % 3, index)
     assert shard_damage(tmp_path, plan, 0) is None
+
+
+def test_shards_of_an_unknown_plan_are_not_taken_for_those_of_a_new_one(tmp_path):
+    """After plan.json was lost, a rerun with another tokenizer kept the shards of the first."""
+    write_all(tmp_path, make_plan())
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(ValueError, match="holds shards but no plan.json"):
+        start_codes(tmp_path, make_plan(tokenizer_sha256="another"))
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_codes_and_labels_outside_of_the_plan_are_damage(tmp_path):
+    plan = make_plan()
+    codes, labels = write_all(tmp_path, plan)
+    index = np.array(plan.shard_images(0))
+    for largest, shift, said in (
+        (70, 0, "code 70 of 70"),
+        (69, -1, "a label outside of 3 classes"),
+        (69, 1, "a label outside of 3 classes"),
+    ):
+        changed = codes[index].copy()
+        changed[0, 0, 0] = largest
+        write_shard(tmp_path, plan, 0, changed, labels[index] + shift, index)
+        assert said in shard_damage(tmp_path, plan, 0)

@@ -39,5 +39,8 @@ def test_the_export_command_writes_the_hub_form(tmp_path, capfd, monkeypatch):
     command = ("--checkpoint", tmp_path / "0000007", "--hub", tmp_path / "hub")
     said = quietly(capfd, monkeypatch, *command, main=export_script.main)
     assert said == f"wrote {tmp_path / 'hub'}\n" and (tmp_path / "hub/config.json").is_file()
+    (tmp_path / "hub" / "README.md").write_text("filled in by its owner")
+    quietly(capfd, monkeypatch, *command, main=export_script.main)
+    assert (tmp_path / "hub" / "README.md").read_text() == "filled in by its owner"
     said = quietly(capfd, monkeypatch, *command, "--ema", main=export_script.main)
     assert said.startswith("error: --ema:") and "holds no moving average" in said

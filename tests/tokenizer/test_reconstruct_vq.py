@@ -105,6 +105,11 @@ def test_interrupted_or_spread_over_processes_makes_the_same(
     monkeypatch.setattr(
         reconstruct_vq.SampleFile, "write", lambda f, c, x: made.append(c) or real_write(f, c, x)
     )
+    first = scores / "0000000.npz"
+    whole = first.read_bytes()
+    first.write_bytes(whole[:-40])
+    assert f"{first} is not a whole .npz file" in reconstruct(tmp_path / "stopped")
+    first.write_bytes(whole)
     reconstruct(tmp_path / "stopped")
     assert made == [2, 2, 3, 3, 4, 4] and contents(tmp_path / "stopped") == expected
     assert not list((tmp_path / "stopped").glob("*.s*")), "nothing is left over"

@@ -85,3 +85,12 @@ def test_the_dead_are_told_from_the_living():
         time.sleep(0.01)
     child.wait()
     assert not has_ended(os.getpid()) and has_ended(child.pid) and machine()
+
+
+def test_a_link_in_place_of_a_lock_is_not_followed(tmp_path):
+    """A folder from elsewhere may hold one: the file that it led to was emptied."""
+    (tmp_path / "thesis.tex").write_text("all of it")
+    (tmp_path / ".lock").symlink_to(tmp_path / "thesis.tex")
+    with pytest.raises(ValueError, match=r"folder cannot be locked: .*\.lock: "):
+        hold(tmp_path / ".lock", ALONE, "folder")
+    assert (tmp_path / "thesis.tex").read_text() == "all of it"

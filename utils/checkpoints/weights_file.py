@@ -54,6 +54,7 @@ def load_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
                     path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
                 )
         sha256 = checkpoint.pop(HASH, None) if isinstance(checkpoint, dict) else None
+        _require_plain(checkpoint)
         if sha256 is not None and sha256 != content_sha256(checkpoint):
             raise ValueError("its bytes have changed since it was written")
     except Exception as error:  # a damaged or hostile file may break the reader in any way
@@ -66,6 +67,21 @@ def load_checkpoint(path: str | Path, option: str) -> dict[str, Any]:
             f"{option}: {path} holds a {type(checkpoint).__name__}, expected a dict of tensors"
         )
     return checkpoint
+
+
+def _require_plain(content: object) -> None:
+    """Raise ``ValueError`` for a tensor that is not as large as its bytes in the file, as one that
+    repeats a single number a billion times, or that has none, as sparse ones.
+    """
+    for name, value in content.items() if isinstance(content, dict) else ():
+        _require_plain(value)
+        if isinstance(value, Tensor) and not (
+            value.layout is torch.strided
+            and value.device.type == "cpu"
+            and not value.is_quantized
+            and value.nbytes <= value.untyped_storage().nbytes()
+        ):
+            raise ValueError(f"{str(name)[:80]} is not a plain tensor")
 
 
 def _config_beside(path: Path) -> str:
@@ -85,6 +101,9 @@ def require_facts(checkpoint: dict[str, Any], source: str) -> None:
     for name, hint in FACTS.items():
         if name in checkpoint:
             require_type(checkpoint[name], hint, f"{source}: {name}")
+    for name in ("gpt_model", "vq_model"):  # files are named by them
+        if name in checkpoint and not re.fullmatch(r"\w[\w.-]{0,63}", checkpoint[name]):
+            raise ValueError(f"{source}: {name} {checkpoint[name][:64]!r} is not a name")
 
 
 def find_state_dict(
@@ -188,7 +207,7 @@ def export_checkpoint(
 
 def export_to_hub_form(folder: Path, output: Path, ema: bool = False, bf16: bool = False) -> None:
     """Write a training checkpoint as a folder that huggingface.co and ``--gpt-ckpt`` /
-    ``--vq-ckpt`` take: config.json, model.safetensors and a model card, README.md.
+    ``--vq-ckpt`` take: config.json, model.safetensors and, unless there is one, a model card.
 
     ``ema``, ``bf16`` as for ``export_checkpoint``. ``ValueError`` says what does not fit.
     """
@@ -197,8 +216,10 @@ def export_to_hub_form(folder: Path, output: Path, ema: bool = False, bf16: bool
         output.mkdir(parents=True, exist_ok=True)
         _save_safetensors(weights, facts, output / WEIGHTS_FILE)
         write_json(output / CONFIG_FILE, facts)
-        with atomic_path(output / "README.md") as temporary:
-            temporary.write_text(model_card(weights, facts, output.name))
+        card = output / "README.md"
+        if not card.exists():  # else its owner may have filled it in
+            with atomic_path(card) as temporary:
+                temporary.write_text(model_card(weights, facts, output.name))
     except Exception as error:
         raise ValueError(f"--hub {output} could not be written: {error}") from error
 

@@ -253,7 +253,7 @@ def ranks_of(cloud: Path) -> list[int]:
             words = (folder / "cmdline").read_bytes().split(b"\0")
             if (
                 str(cloud).encode() in words
-                and b"torch.distributed.run" not in words
+                and b"--nnodes" not in words  # the launcher
                 and b"bash" not in words
             ):
                 found.append(int(folder.name))

@@ -70,3 +70,32 @@ def test_a_given_tokenizer_is_used_as_it_is_or_finetuned():
 def test_a_size_that_does_not_divide_is_refused(size):
     with pytest.raises(ValueError, match=f"--size {size} must be a multiple of 8 and at least 16"):
         plan_of(found(), size=size)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"classifier_epochs": "1; touch hacked"},
+        {"gpt": "GPT-S; touch hacked"},
+        {"size": True},
+        {"seconds": {"GPT": "1"}},
+        {"tokenizer": {"path": None, "name": "x; y", "downsample": 4, "codebook": 9}},
+        {"tokenizer": [1]},
+        {"images": None},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_plan_that_would_put_other_words_into_commands_is_refused(tmp_path, change):
+    """Commands are run by a shell: the first of these ran."""
+    path = tmp_path / "plan.json"
+    write_json(path, asdict(plan_of(found())) | change)
+    with pytest.raises(ValueError, match=r"plan\.json is damaged or of another version"):
+        load_plan(path)
+
+
+def test_a_plan_that_is_no_plan_is_refused(tmp_path):
+    for text in ("[]", "", "[" * 100_000):
+        (tmp_path / "plan.json").write_text(text)
+        with pytest.raises(ValueError, match=r"plan\.json is damaged or of another version"):
+            load_plan(tmp_path / "plan.json")

@@ -18,6 +18,7 @@ from utils.checkpoints.weights_file import (
     find_state_dict,
     load_checkpoint,
     load_strictly,
+    require_facts,
     save_checkpoint,
     state_sha256,
 )
@@ -152,3 +153,27 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path):
     with pytest.raises(ValueError, match="0000003 is damaged: the bytes of 00000-of-00001"):
         export_checkpoint(folder, tmp_path / "a.pt")
     assert not (tmp_path / "a.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(1 << 40),  # a terabyte by one number
+        torch.zeros(2, 2).to_sparse(),
+        torch.zeros(2, device="meta"),
+        torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8),
+    ],
+)
+def test_tensors_that_are_not_their_bytes_are_refused(tmp_path, tensor):
+    """Hashing or copying the first asked for a terabyte of memory."""
+    torch.save({"model": {"weight": tensor}}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="weight is not a plain tensor"):
+        load_checkpoint(tmp_path / "a.pt", "--gpt-ckpt")
+
+
+@pytest.mark.parametrize("name", ["../../home/x", "/etc/x", "", ".ssh", "a b", "x" * 65])
+def test_a_model_whose_name_leads_out_of_the_folder_is_refused(name):
+    """Samples are named by it."""
+    with pytest.raises(ValueError, match="gpt_model .* is not a name"):
+        require_facts({"gpt_model": name}, "a.pt")
+    require_facts({"gpt_model": "GPT-1B", "vq_model": "VQ-16"}, "a.pt")
