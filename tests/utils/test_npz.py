@@ -1,4 +1,4 @@
-"""Checksums of parts make up that of the whole."""
+"""Archives that are damaged; checksums of parts make up that of the whole."""
 
 import zlib
 
