@@ -14,7 +14,7 @@ from dataset.imagenet import ImagePaths, list_images, say_if_enlarged
 from dataset.shards import CodesPlan, start_codes
 from tokenizer.vq_model import VQModel
 from utils.checkpoints.weights_file import state_sha256
-from utils.files import require_folder
+from utils.files import prepare_folder, require_folder
 from utils.records import read_json
 
 T = TypeVar("T")
@@ -54,6 +54,7 @@ def list_and_plan(
     plan = make_plan(
         args, vq, name, classes=listing.classes, num_images=len(paths), source_sha256=sha256
     )
+    prepare_folder(args.code_path, "--code-path")
     start_codes(args.code_path, plan)
     if read_listing(args, plan) is None:
         paths.save(Path(args.code_path) / LISTING)

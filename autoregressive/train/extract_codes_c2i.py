@@ -42,7 +42,7 @@ from tokenizer.layout import place_tokenizer
 from tokenizer.load import add_tokenizer_options, load_tokenizer, resolve_image_size
 from tokenizer.vq_model import VQModel
 from utils.distributed import World, init_distributed
-from utils.files import prepare_folder, remove_ended
+from utils.files import remove_ended
 from utils.logger import create_logger, progress
 from utils.options import (
     add_retired,
@@ -318,7 +318,6 @@ def main() -> None:
     allow_tf32(args.precision == "tf32")
     vq, name = load_tokenizer(args)
     args.image_size = resolve_image_size(args.image_size, vq)
-    prepare_folder(args.code_path, "--code-path")
     logger.log(log_level(args.precision, world.device), f"--precision {reason}")
     if world.is_main:
         paths, plan = list_and_plan(args, vq, name, logger)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from utils.distributed import World
 from utils.parallel import gradient_norm, local
-from utils.records import has_type
 
 DOUBTFUL_STEPS = 3  # after this many consecutive skips no checkpoint is saved
 SETTLED_STEPS = 100  # loss spikes in the first steps are ignored
@@ -215,8 +214,10 @@ class TrainingState:
     def load_scalars(self, scalars: dict[str, Any]) -> None:
         """Restore ``scalars``; ``ValueError`` if they were not written by ``scalars``."""
         guard, scaler = scalars["guard"], scalars["scaler"]
-        numbers = [*guard, *scaler.values()] if isinstance(scaler, dict) else None
-        if len(guard) != 4 or not has_type(numbers, list[float]):
+        numbers: list[Any] = [*guard, *scaler.values()] if isinstance(scaler, dict) else [None]
+        # a mean loss may be below 0: a tokenizer's is, with its discriminator
+        finite = all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
+        if len(guard) != 4 or not finite:
             raise ValueError("not those of a training run")
         if scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(scaler)
