@@ -182,13 +182,13 @@ def try_points(
     """Return the number of operations, of those tried, and what went wrong at which."""
     folder, ledger = work / "out", work / "ledger"
     references = []
-    for _ in range(2):  # what differs between two undisturbed runs, as a date, is not compared
+    for number in range(2):  # what differs between two undisturbed runs, as a date, is not compared
+        time.sleep(number)  # times are recorded in seconds: those of both runs must differ
         shutil.rmtree(folder, ignore_errors=True)
         stage.prepare(folder)
         if status := run(stage, folder, ranks, ledger, None):
             return 0, 0, [f"undisturbed: {status}: {Path(f'{folder}.txt').read_text()[-2000:]}"]
         references.append(contents(folder))
-        time.sleep(1.0)  # times are recorded in seconds: those of both runs must differ
     one, two = references
     compared = {k: v for k, v in one.items() if two.get(k) == v}
     total = ledger.stat().st_size // 151

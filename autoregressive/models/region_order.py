@@ -172,26 +172,28 @@ class RegionOrder:
         return self.predicting[tokens] - start
 
     @cached_property
+    def _row_column(self) -> Tensor:
+        """(T, 2) row and column of each token of the region order."""
+        raster = self.permutation
+        return torch.stack([raster // self.grid[1], raster % self.grid[1]], dim=-1)  # (T, 2)
+
+    @cached_property
     def slot_positions(self) -> Tensor:
         """(S, 2) row and column of each slot's token; (-1, -1) for class and special slots."""
-        raster = self.permutation
-        row_column = torch.stack([raster // self.grid[1], raster % self.grid[1]], dim=-1)  # (T, 2)
         none = torch.full((self.num_slots, 2), -1)
         held = self.held(0, self.num_slots)
-        parts = [row_column[w] if kind == "token" else none[w] for kind, w in held]
+        parts = [self._row_column[w] if kind == "token" else none[w] for kind, w in held]
         return torch.cat(parts)  # (S, 2)
 
     @cached_property
     def positions_with_special(self) -> Tensor:
         """(S, 2) ``slot_positions``, and of special slots those of the tokens they predict."""
-        token = torch.full((self.num_slots,), -1)
-        token[self.predicting] = torch.arange(self.num_tokens)  # (S,)
-        raster = self.permutation[token]  # (S,)
-        row_column = torch.stack([raster // self.grid[1], raster % self.grid[1]], dim=-1)  # (S, 2)
         positions = self.slot_positions.clone()  # (S, 2)
+        special = torch.zeros(self.num_slots, dtype=torch.bool)  # (S,)
         for kind, start, stop, _ in self._runs:
-            if kind == "special":
-                positions[start:stop] = row_column[start:stop]
+            special[start:stop] = kind == "special"
+        predicts = special[self.predicting]  # (T,) whether a special slot predicts the token
+        positions[special] = self._row_column[predicts]
         return positions
 
     def attends(self, query: Tensor, key: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from utils.options import make_parser, positive_int, run_main
 N, SIDE = 4, 8
 TOGETHER, ALONE = "n = 4", "one at a time, same order"
 ARMS = {TOGETHER: Arm(N), ALONE: Arm(N, ("--schedule", "1x64"))}
+ORDER = RegionOrder.build(SIDE, N).permutation  # (T,)
 WIDTH, BATCH = 128, 512
 
 
@@ -73,12 +74,11 @@ def probe_losses(
     """
     batch, tokens = codes.shape
     hidden = probe.token.num_embeddings - 1
-    order = RegionOrder.build(SIDE, N).permutation  # (T,)
-    rest = order[N:]  # what is predicted after the first four
+    rest = ORDER[N:]  # what is predicted after the first four
     chosen = torch.rand(batch, len(rest), generator=generator).argsort(1)[:, :2]  # (B, 2)
     place, other = rest[chosen].unbind(1)  # (B,) each
     rows = torch.arange(batch)
-    target, seen, start = codes[rows, place], codes[rows, other], codes[:, order[:N]]
+    target, seen, start = codes[rows, place], codes[rows, other], codes[:, ORDER[:N]]
     pair, none = place * tokens + other, torch.full((batch,), tokens * tokens)  # (B,)
     no_token, no_start = torch.full((batch,), hidden), torch.full((batch, N), hidden)
     shown = ((none, no_token, no_start), (pair, seen, no_start))
