@@ -75,14 +75,18 @@ def folder_of(args: Namespace, data: Data, arm: Arm, seed: int) -> Path:
 
 
 def train_arm(args: Namespace, data: Data, arm: Arm, seed: int) -> Path:
-    """Train an arm with the quickstart's recipe, unless that is done; return its weights (.pt)."""
+    """Train an arm with the quickstart's recipe, unless that is done; return its weights (.pt).
+
+    The learning rate warms up over a sixth of the run.
+    """
     folder = folder_of(args, data, arm, seed)
     if not list(folder.glob("GPT-*/checkpoints/*.pt")):
         run(
             *("bash", "scripts/autoregressive/train_c2i.sh", "--cloud-save-path", folder),
             *("--no-local-save", "--code-path", data.codes, "--ar-token-num", arm.n),
             *("--spe-token-num", arm.n - 1, "--gpt-model", arm.gpt_model, "--epochs", args.epochs),
-            *("--lr", 2e-3, "--global-batch-size", 16, "--warmup-epochs", 1, "--dropout-p", 0),
+            *("--lr", 2e-3, "--global-batch-size", 16, "--warmup-epochs", args.epochs / 6),
+            *("--dropout-p", 0),
             *("--attn-dropout-p", 0, "--token-dropout-p", 0, "--global-seed", seed, *arm.options),
         )
     return newest(folder, "GPT-*/checkpoints/*.pt")
