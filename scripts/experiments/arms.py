@@ -20,9 +20,9 @@ import torch
 from autoregressive.models.load import load_gpt
 from dataset.codes import open_codes
 from scripts.benchmarks.common import write_results
-from scripts.experiments.common import newest, run
+from scripts.experiments.common import newest, run, save_figure
 from scripts.experiments.data import Data, add_data_options, prepare
-from scripts.experiments.plots import plot_intervals
+from scripts.experiments.plots import draw_intervals, panels
 from utils.files import atomic_path
 from utils.options import positive_int
 
@@ -148,6 +148,14 @@ def judge_samples(
     return json.loads(newest(folder, "*.metrics.json").read_text())["metrics"]
 
 
+def without_paths(results: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Return results per arm without where the losses lie, for a file that is passed on."""
+    return {
+        arm: [{k: v for k, v in run.items() if k != "losses"} for run in runs]
+        for arm, runs in results.items()
+    }
+
+
 def nats_per_image(results: Sequence[dict[str, Any]]) -> np.ndarray:
     """Return (seeds, images) nats per image."""
     return np.stack([np.load(r["losses"])["losses"].sum(1) for r in results])
@@ -193,6 +201,8 @@ def compare(args: Namespace, arms: dict[str, Arm], base: str, name: str) -> None
         print(line)
     folder = Path(args.output) / name / args.data
     args.output = folder / "results.json"
-    write_results(args, {"runs": results, "differences": differences})
+    write_results(args, {"runs": without_paths(results), "differences": differences})
+    figure, (axis,) = panels(1, 7.5, 1.2 + 0.42 * len(differences))
     label = f"held-out nats per image more than {base}\n(dot: mean, bar: 95%, tick: a seed)"
-    plot_intervals(differences, label, folder / "differences.png")
+    draw_intervals(axis, differences, label)
+    save_figure(figure, folder / "differences.png")

@@ -25,9 +25,11 @@ from scripts.experiments.arms import (
     paired_difference,
     run_arms,
     train_arm,
+    without_paths,
 )
+from scripts.experiments.common import save_figure
 from scripts.experiments.data import Data, prepare
-from scripts.experiments.plots import plot_cells, plot_lines
+from scripts.experiments.plots import draw_cells, draw_lines, panels
 from scripts.experiments.probes import SIDE, mutual_information, total_correlation
 from utils.options import make_parser, positive_int, run_main
 
@@ -68,7 +70,7 @@ def cell_losses(run: dict[str, Any]) -> np.ndarray:
 
 
 def main() -> None:
-    """Train the models and the probes, write JSON and three plots."""
+    """Train the models and the probes, write JSON and plot."""
     parser = make_parser(__doc__, "bash scripts/experiments/run.sh e3 --seeds 0 1 2")
     add_training_options(parser, samples=0)
     parser.add_argument(
@@ -90,30 +92,31 @@ def main() -> None:
     cells = {name: cell_losses(results[name][0]) for name in (ALONE, TOGETHER)}
     folder = Path(args.output) / "e3" / args.data
     args.output = folder / "results.json"
-    found = {"runs": results, "groups": groups, "information": information}
+    found = {"runs": without_paths(results), "groups": groups, "information": information}
     write_results(args, {**found, "cells": {k: v.tolist() for k, v in cells.items()}})
-    draw(folder, groups[TOGETHER], information, cells)
+    plot(folder / "dependence.png", groups[TOGETHER], information, cells)
 
 
-def draw(
-    folder: Path,
+def plot(
+    path: Path,
     groups: dict[str, Any],
     information: dict[str, list[float]],
     cells: dict[str, np.ndarray],
 ) -> None:
-    """Plot groups, information against distance, and the cells' losses."""
+    """Plot groups, information against distance, and the cells' losses beside one another."""
+    figure, axes = panels(2 + len(cells), 4.6, 4)
     mean, error = np.array(groups["mean"]), np.array(groups["error"])
-    axes = ("group of 4 tokens, in the order of decoding", "total correlation, nats per image")
-    plot_lines(np.arange(len(mean)), {"": (mean, error)}, axes, folder / "groups.png")
+    labels = (f"group of {TOGETHER}, in the order of decoding", "total correlation, nats per image")
+    draw_lines(axes[0], np.arange(len(mean)), {"": (mean, error)}, labels)
     lines = {
         name: (np.array(information[name]), np.array(information[f"{name}, error"]))
         for name in ("given the class", "given the first four too")
     }
-    axes = ("distance of two tokens, cells", "mutual information, nats")
-    plot_lines(np.array(information["distance"]), lines, axes, folder / "information.png")
-    for name, values in cells.items():
-        words = name.replace(",", "").replace(" = ", "")
-        plot_cells(values, "nats of each cell", folder / f"cells-{words.replace(' ', '-')}.png")
+    labels = ("distance of two tokens, cells", "mutual information, nats")
+    draw_lines(axes[1], np.array(information["distance"]), lines, labels)
+    for axis, (name, values) in zip(axes[2:], cells.items(), strict=True):
+        draw_cells(axis, values, f"nats of each cell, {name}")
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from matplotlib import pyplot
 
 from scripts.benchmarks.common import write_results
-from scripts.experiments.arms import Arm, add_training_options, run_arms
+from scripts.experiments.arms import Arm, add_training_options, run_arms, without_paths
 from scripts.experiments.common import save_figure
 from utils.options import make_parser, run_main
 
@@ -67,7 +67,7 @@ def main() -> None:
     results = run_arms(args, ARMS)
     folder = Path(args.output) / "e4" / args.data
     args.output = folder / "results.json"
-    write_results(args, results)
+    write_results(args, without_paths(results))
     plot(results, folder / "schedules.png")
     for label, runs in results.items():
         for r in runs:

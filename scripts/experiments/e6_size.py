@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -22,16 +23,18 @@ from scripts.experiments.arms import (
     paired_difference,
     run_arms,
     train_arm,
+    without_paths,
 )
+from scripts.experiments.common import save_figure
 from scripts.experiments.data import prepare
-from scripts.experiments.plots import plot_lines
+from scripts.experiments.plots import draw_lines, panels
 from utils.options import make_parser, run_main
 
 SIZES = ("GPT-N", "GPT-T", "GPT-S")
 
 
 def main() -> None:
-    """Train every size at n = 1 and 4, write JSON and two plots."""
+    """Train every size at n = 1 and 4, write JSON and plot."""
     parser = make_parser(__doc__, "bash scripts/experiments/run.sh e6 --data cifar10 --images DIR")
     add_training_options(parser)
     args = parser.parse_args()
@@ -57,17 +60,25 @@ def main() -> None:
         print(line)
     folder = Path(args.output) / "e6" / args.data
     args.output = folder / "results.json"
-    write_results(args, {"runs": results, "parameters": parameters, "differences": differences})
-    found = list(differences.values())
-    mean = np.array([d["mean"] for d in found])
-    error = np.array([(d["high"] - d["low"]) / 2 / 1.96 for d in found])
-    axes = ("parameters", "held-out nats per image, n = 4 more than n = 1")
-    plot_lines(np.array(parameters), {"": (mean, error)}, axes, folder / "nats.png", log_x=True)
-    if args.samples:
-        both = np.array([d["distances"] for d in found]).T  # (2, sizes)
-        lines = {f"n = {n}": (row, 0 * row) for n, row in zip((1, 4), both, strict=True)}
-        axes = ("parameters", "Frechet distance of samples")
-        plot_lines(np.array(parameters), lines, axes, folder / "distance.png", log_x=True)
+    runs = without_paths(results)
+    write_results(args, {"runs": runs, "parameters": parameters, "differences": differences})
+    plot(folder / "size.png", np.array(parameters), list(differences.values()))
+
+
+def plot(path: Path, parameters: np.ndarray, differences: list[dict[str, Any]]) -> None:
+    """Plot the gap in nats, and if there are any the distances, against parameters (sizes,)."""
+    distances = np.array([d["distances"] for d in differences if "distances" in d])  # (sizes, 2)
+    figure, axes = panels(1 + bool(len(distances)), 5.2, 3.8)
+    mean = np.array([d["mean"] for d in differences])
+    error = np.array([(d["high"] - d["low"]) / 2 / 1.96 for d in differences])
+    labels = ("parameters", "held-out nats per image, n = 4 more than n = 1")
+    draw_lines(axes[0], parameters, {"": (mean, error)}, labels)
+    if len(distances):
+        lines = {f"n = {n}": (row, 0 * row) for n, row in zip((1, 4), distances.T, strict=True)}
+        draw_lines(axes[1], parameters, lines, ("parameters", "Frechet distance of samples"))
+    for axis in axes:
+        axis.set_xscale("log")
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

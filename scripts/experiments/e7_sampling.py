@@ -16,8 +16,9 @@ import numpy as np
 
 from scripts.benchmarks.common import write_results
 from scripts.experiments.arms import Arm, add_training_options, folder_of, judge_samples, train_arm
+from scripts.experiments.common import save_figure
 from scripts.experiments.data import prepare
-from scripts.experiments.plots import plot_lines
+from scripts.experiments.plots import draw_lines, panels
 from utils.options import make_parser, run_main
 
 ARMS = {f"n = {n}": Arm(n) for n in (1, 4, 16)}
@@ -60,7 +61,9 @@ def main() -> None:
         name: (np.mean(v, 1), np.std(v, 1) / max(len(args.seeds) - 1, 1) ** 0.5)
         for name, v in found.items()
     }
-    plot_lines(scales, lines, ("CFG scale", "Frechet distance of samples"), folder / "cfg.png")
+    figure, (axis,) = panels(1, 6.4, 4.2)
+    draw_lines(axis, scales, lines, ("CFG scale", "Frechet distance of samples"))
+    save_figure(figure, folder / "guidance.png")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Plots of the experiments, in the same style."""
+"""Panels of the experiments' figures, in one style: black on white, each line named at its end."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -11,15 +10,19 @@ import numpy as np
 
 matplotlib.use("Agg")  # draws to files and needs no display
 from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from scripts.experiments.common import save_figure
+
+def panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure of ``count`` panels in a row, each ``width`` x ``height`` inches."""
+    size = (count * width, height)
+    figure, axes = pyplot.subplots(1, count, figsize=size, layout="constrained", squeeze=False)
+    return figure, list(axes[0])
 
 
-def plot_intervals(differences: Mapping[str, dict[str, Any]], xlabel: str, path: Path) -> None:
-    """Plot a row per arm: mean and 95% interval, and each seed as a small mark."""
-    figure, axis = pyplot.subplots(
-        figsize=(7.5, 1.2 + 0.42 * len(differences)), layout="constrained"
-    )
+def draw_intervals(axis: Axes, differences: Mapping[str, dict[str, Any]], xlabel: str) -> None:
+    """Draw a row per arm: mean and 95% interval, and each seed as a small mark."""
     for row, d in enumerate(reversed(list(differences.values()))):
         axis.plot([d["low"], d["high"]], [row, row], color="black", linewidth=2)
         axis.plot(d["mean"], row, "o", color="black", markersize=6)
@@ -39,45 +42,35 @@ def plot_intervals(differences: Mapping[str, dict[str, Any]], xlabel: str, path:
     axis.set_xlabel(xlabel)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="x", alpha=0.3)
-    save_figure(figure, path)
 
 
-def plot_lines(
+def draw_lines(
+    axis: Axes,
     x: np.ndarray,
     lines: Mapping[str, tuple[np.ndarray, np.ndarray]],
     labels: tuple[str, str],
-    path: Path,
-    log_x: bool = False,
 ) -> None:
-    """Plot lines of (mean, standard error) with 95% intervals, each named at its right end."""
-    figure, axis = pyplot.subplots(figsize=(6.4, 3.8), layout="constrained")
+    """Draw lines of (mean, standard error) with 95% intervals, each named at its right end."""
     for i, (name, (mean, error)) in enumerate(lines.items()):
-        style = ("-", "--", "-.", ":")[i % 4]
-        axis.errorbar(
-            x, mean, 1.96 * error, color="black", linestyle=style, marker="os^D"[i % 4], capsize=2
-        )
+        style = {"linestyle": ("-", "--", "-.", ":")[i % 4], "marker": "os^D"[i % 4]}
+        axis.errorbar(x, mean, 1.96 * error, color="black", markersize=5, capsize=2, **style)
         axis.annotate(
             f" {name}", (x[-1], mean[-1]), xytext=(4, 0), textcoords="offset points", va="center"
         )
-    axis.axhline(0, color="0.6", linewidth=1)
-    if log_x:
-        axis.set_xscale("log")
+    axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     axis.set_xlabel(labels[0])
     axis.set_ylabel(labels[1])
     axis.margins(x=0.08 + 0.25 * any(lines))
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.3)
-    save_figure(figure, path)
 
 
-def plot_cells(cells: np.ndarray, label: str, path: Path) -> None:
-    """Plot a value (h, w) for each cell, written into it."""
-    figure, axis = pyplot.subplots(figsize=(5, 4.2), layout="constrained")
-    image = axis.imshow(cells, cmap="Greys", vmin=0)
+def draw_cells(axis: Axes, cells: np.ndarray, title: str) -> None:
+    """Draw a value (h, w) for each cell, written into it."""
+    axis.imshow(cells, cmap="Greys", vmin=0)
     for (row, column), value in np.ndenumerate(cells):
         color = "white" if value > 0.6 * cells.max() else "black"
         axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=color)
+    axis.set_title(title, fontsize=10)
     axis.set_xlabel("column")
     axis.set_ylabel("row")
-    figure.colorbar(image, label=label)
-    save_figure(figure, path)
