@@ -53,8 +53,8 @@ def add_training_options(parser: ArgumentParser, epochs: int = 6, samples: int =
 def run_arms(args: Namespace, arms: dict[str, Arm]) -> dict[str, list[dict[str, Any]]]:
     """Train and judge every arm with every seed, unless that is done; return results per arm.
 
-    Each has ``losses``, the .npz of ``measure_losses``, ``nats``, their mean per image, ``steps``,
-    forward calls per image, and with ``--samples`` ``frechet_distance``.
+    Each has ``weights`` (.pt), ``losses``, the .npz of ``measure_losses``, ``nats``, their mean per
+    image, ``steps``, forward calls per image, and with ``--samples`` ``frechet_distance``.
     """
     if unknown := set(args.arms or ()) - set(arms):
         raise ValueError(f"--arms: there is no {', '.join(unknown)}; there are {', '.join(arms)}")
@@ -100,6 +100,7 @@ def run_arm(args: Namespace, data: Data, arm: Arm, seed: int) -> dict[str, Any]:
         measure_losses(weights, data.held_out, args.val_images, losses)
     with np.load(losses) as file:
         result = {
+            "weights": str(weights),
             "losses": str(losses),
             "nats": float(file["losses"].sum(1).mean()),
             "steps": int(file["step"].max()) + 1,
@@ -149,9 +150,9 @@ def judge_samples(
 
 
 def without_paths(results: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Return results per arm without where the losses lie, for a file that is passed on."""
+    """Return results per arm without the files' places, for a file that is passed on."""
     return {
-        arm: [{k: v for k, v in run.items() if k != "losses"} for run in runs]
+        arm: [{k: v for k, v in run.items() if k not in ("weights", "losses")} for run in runs]
         for arm, runs in results.items()
     }
 

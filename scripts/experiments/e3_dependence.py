@@ -17,18 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from autoregressive.models.load import load_gpt
-from dataset.codes import open_codes
+from dataset.codes import Codes, open_codes
 from scripts.benchmarks.common import write_results
 from scripts.experiments.arms import (
     Arm,
     add_training_options,
     paired_difference,
     run_arms,
-    train_arm,
     without_paths,
 )
 from scripts.experiments.common import save_figure
-from scripts.experiments.data import Data, prepare
+from scripts.experiments.data import prepare
 from scripts.experiments.plots import draw_cells, draw_lines, panels
 from scripts.experiments.probes import SIDE, mutual_information, total_correlation
 from utils.options import make_parser, positive_int, run_main
@@ -42,13 +41,14 @@ ARMS = {
 }
 
 
-def correlations(args: Namespace, data: Data, arm: Arm) -> dict[str, Any]:
+def correlations(
+    args: Namespace, runs: list[dict[str, Any]], codes: Codes, held_out: Codes
+) -> dict[str, Any]:
     """Return total correlation of each group in nats: mean and standard error, per seed, sum."""
-    codes, held_out = open_codes(data.codes), open_codes(data.held_out)
     images = np.linspace(0, len(held_out) - 1, min(args.val_images, len(held_out))).astype(np.int64)
     found = []  # one (I, G) for each seed
-    for seed in args.seeds:
-        gpt, _, _ = load_gpt(train_arm(args, data, arm, seed), grid=None)
+    for run in runs:
+        gpt, _, _ = load_gpt(run["weights"], grid=None)
         found.append(total_correlation(gpt, codes, held_out, images, args.probe_steps))
     mean = np.mean(found, axis=0)  # (I, G)
     sums = mean.sum(1)  # (I,)
@@ -82,12 +82,16 @@ def main() -> None:
     if args.quick:
         args.probe_steps, args.arms = 50, [ALONE, TOGETHER]
     results, data = run_arms(args, ARMS), prepare(args)
-    groups = {name: correlations(args, data, ARMS[name]) for name in results if name != ALONE}
+    codes, held_out = open_codes(data.codes), open_codes(data.held_out)
+    groups = {
+        name: correlations(args, runs, codes, held_out)
+        for name, runs in results.items()
+        if name != ALONE
+    }
     for name, g in groups.items():
         g["lost"] = paired_difference(results[name], results[ALONE])
         line = f"{name:16} total correlation {g['sum']:6.2f} +- {g['sum, error']:.2f} nats"
         print(f"{line}, loss {g['lost']['mean']:+.2f} over {ALONE}")
-    codes, held_out = open_codes(data.codes), open_codes(data.held_out)
     information = mutual_information(codes, held_out, args.probe_steps)
     cells = {name: cell_losses(results[name][0]) for name in (ALONE, TOGETHER)}
     folder = Path(args.output) / "e3" / args.data

@@ -22,11 +22,9 @@ from scripts.experiments.arms import (
     nats_per_image,
     paired_difference,
     run_arms,
-    train_arm,
     without_paths,
 )
 from scripts.experiments.common import save_figure
-from scripts.experiments.data import prepare
 from scripts.experiments.plots import draw_lines, panels
 from utils.options import make_parser, run_main
 
@@ -42,13 +40,11 @@ def main() -> None:
         raise ValueError("--arms: this experiment needs all of them")
     sizes = SIZES[:1] if args.quick else SIZES
     arms = {f"{size}, n = {n}": Arm(n, gpt_model=size) for size in sizes for n in (1, 4)}
-    results, data = run_arms(args, arms), prepare(args)
-    differences, parameters = {}, []
+    results, differences, parameters = run_arms(args, arms), {}, []
     for size in sizes:
         one, four = results[f"{size}, n = 1"], results[f"{size}, n = 4"]
         differences[size] = paired_difference(four, one)
-        weights = train_arm(args, data, arms[f"{size}, n = 1"], args.seeds[0])
-        gpt, _, _ = load_gpt(weights, grid=None)
+        gpt, _, _ = load_gpt(one[0]["weights"], grid=None)
         parameters.append(sum(p.numel() for p in gpt.parameters()))
         d = differences[size]
         line = f"{size} {parameters[-1]:9,} parameters: {nats_per_image(one).mean():.2f} nats, "

@@ -159,7 +159,8 @@ def mutual_information(codes: Codes, held_out: Codes, steps: int) -> dict[str, l
     for row, name in enumerate(("given the class", "given the first four too")):
         parts = [gain[row, bins == d] for d in found["distance"]]
         found[name] = [part.mean().item() for part in parts]
-        found[f"{name}, error"] = [(part.std(correction=0) / len(part) ** 0.5).item() for part in parts]
+        errors = [part.std(correction=0) / len(part) ** 0.5 for part in parts]
+        found[f"{name}, error"] = [error.item() for error in errors]
     return found
 
 
