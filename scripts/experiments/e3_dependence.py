@@ -61,11 +61,12 @@ def correlations(
     }
 
 
-def cell_losses(run: dict[str, Any]) -> np.ndarray:
-    """Return mean nats (SIDE, SIDE) of each cell."""
-    with np.load(run["losses"]) as file:
-        cells = np.zeros(SIDE * SIDE)
-        cells[file["raster"]] = file["losses"].mean(0)
+def cell_losses(runs: list[dict[str, Any]]) -> np.ndarray:
+    """Return nats (SIDE, SIDE) of each cell, the mean of images and seeds."""
+    cells = np.zeros(SIDE * SIDE)
+    for run in runs:
+        with np.load(run["losses"]) as file:
+            cells[file["raster"]] += file["losses"].mean(0) / len(runs)
     return cells.reshape(SIDE, SIDE)
 
 
@@ -93,7 +94,11 @@ def main() -> None:
         line = f"{name:16} total correlation {g['sum']:6.2f} +- {g['sum, error']:.2f} nats"
         print(f"{line}, loss {g['lost']['mean']:+.2f} over {ALONE}")
     information = mutual_information(codes, held_out, args.probe_steps)
-    cells = {name: cell_losses(results[name][0]) for name in (ALONE, TOGETHER)}
+    alone, together = (cell_losses(results[name]) for name in (ALONE, TOGETHER))
+    cells = {
+        f"nats of each cell, {ALONE}": alone,
+        f"{TOGETHER}, more than {ALONE}": together - alone,
+    }
     folder = Path(args.output) / "e3" / args.data
     args.output = folder / "results.json"
     found = {"runs": without_paths(results), "groups": groups, "information": information}
@@ -118,8 +123,8 @@ def plot(
     }
     labels = ("distance of two tokens, cells", "mutual information, nats")
     draw_lines(axes[1], np.array(information["distance"]), lines, labels)
-    for axis, (name, values) in zip(axes[2:], cells.items(), strict=True):
-        draw_cells(axis, values, f"nats of each cell, {name}")
+    for axis, (title, values) in zip(axes[2:], cells.items(), strict=True):
+        draw_cells(axis, values, title)
     save_figure(figure, path)
 
 

@@ -67,9 +67,10 @@ def draw_lines(
 
 def draw_cells(axis: Axes, cells: np.ndarray, title: str) -> None:
     """Draw a value (h, w) for each cell, written into it."""
-    axis.imshow(cells, cmap="Greys", vmin=0)
+    low, high = min(cells.min(), 0), cells.max()
+    axis.imshow(cells, cmap="Greys", vmin=low, vmax=high)
     for (row, column), value in np.ndenumerate(cells):
-        color = "white" if value > 0.6 * cells.max() else "black"
+        color = "white" if value - low > 0.6 * (high - low) else "black"
         axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=color)
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("column")
