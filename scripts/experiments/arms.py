@@ -24,7 +24,7 @@ from scripts.experiments.common import newest, run, save_figure
 from scripts.experiments.data import Data, add_data_options, prepare
 from scripts.experiments.plots import draw_intervals, panels
 from utils.files import atomic_path
-from utils.options import positive_int
+from utils.options import make_parser, positive_int
 
 BATCH = 100
 
@@ -41,11 +41,12 @@ class Arm:
 def add_training_options(parser: ArgumentParser, epochs: int = 6, samples: int = 5000) -> None:
     """Add the options of ``run_arms``, with the defaults of an experiment."""
     add_data_options(parser)
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these (default: all)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the training")
-    parser.add_argument("--epochs", type=positive_int, default=epochs, help="epochs of training")
-    parser.add_argument("--val-images", type=positive_int, default=1000, help="held-out images")
-    parser.add_argument(
+    group = parser.add_argument_group("models")
+    group.add_argument("--arms", nargs="+", metavar="ARM", help="only these (default: all)")
+    group.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the training")
+    group.add_argument("--epochs", type=positive_int, default=epochs, help="epochs of training")
+    group.add_argument("--val-images", type=positive_int, default=1000, help="held-out images")
+    group.add_argument(
         "--samples", type=int, default=samples, help="samples for the Frechet distance; 0: none"
     )
 
@@ -183,11 +184,14 @@ def paired_difference(
     }
 
 
-def compare(args: Namespace, arms: dict[str, Arm], base: str, name: str) -> None:
-    """Run ``arms``, print, write and plot each one's difference to the arm ``base``.
+def compare(description: str, name: str, arms: dict[str, Arm], base: str) -> None:
+    """Be the command of the experiment ``name`` that compares ``arms`` with the arm ``base``.
 
-    JSON and picture go to a folder ``name`` in ``--output``.
+    Prints, writes and plots each one's difference; JSON and picture go to ``--output``/``name``.
     """
+    parser = make_parser(description, f"bash scripts/experiments/run.sh {name} --seeds 0 1 2")
+    add_training_options(parser)
+    args = parser.parse_args()
     if args.arms and base not in args.arms:
         raise ValueError(f"--arms: {base!r}, which all are compared with, is missing")
     results = run_arms(args, arms)

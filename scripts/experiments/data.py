@@ -24,18 +24,19 @@ class Data:
 
 def add_data_options(parser: ArgumentParser) -> None:
     """Add the options that ``prepare`` reads."""
-    parser.add_argument(
+    group = parser.add_argument_group("data")
+    group.add_argument(
         "--data", choices=["digits", "cifar10"], default="digits", help="images to learn"
     )
-    parser.add_argument(
+    group.add_argument(
         "--images", help="for --data cifar10: its training images, a folder per class of 5,000"
     )
-    parser.add_argument(
+    group.add_argument(
         "--quick",
         action="store_true",
         help="try every step on few images and with the first arms, in about a minute",
     )
-    parser.add_argument("--output", default="results/experiments", help="folder for everything")
+    group.add_argument("--output", default="results/experiments", help="folder for everything")
 
 
 def prepare(args: Namespace) -> Data:

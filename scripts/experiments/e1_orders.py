@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.experiments.arms import Arm, add_training_options, compare
-from utils.options import make_parser, run_main
+from scripts.experiments.arms import Arm, compare
+from utils.options import run_main
 
 BASE = "raster, n = 1"
 ARMS = {
@@ -27,12 +27,5 @@ ARMS = {
 }
 
 
-def main() -> None:
-    """Run every arm, write JSON and plot."""
-    parser = make_parser(__doc__, "bash scripts/experiments/run.sh e1 --seeds 0 1 2")
-    add_training_options(parser)
-    compare(parser.parse_args(), ARMS, BASE, "e1")
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: compare(__doc__, "e1", ARMS, BASE))

@@ -74,8 +74,8 @@ def main() -> None:
     """Train the models and the probes, write JSON and plot."""
     parser = make_parser(__doc__, "bash scripts/experiments/run.sh e3 --seeds 0 1 2")
     add_training_options(parser, samples=0)
-    parser.add_argument(
-        "--probe-steps", type=positive_int, default=4000, help="training steps of each probe"
+    parser.add_argument_group("probes").add_argument(
+        "--probe-steps", type=positive_int, default=1500, help="training steps of each probe"
     )
     args = parser.parse_args()
     if args.arms:

@@ -28,10 +28,11 @@ def main() -> None:
     """Sample and judge over the grid, write JSON and a plot at temperature 1."""
     parser = make_parser(__doc__, "bash scripts/experiments/run.sh e7 --cfg-scales 1 1.5 2 3")
     add_training_options(parser)
-    parser.add_argument(
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
         "--cfg-scales", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0, 3.0], help="guidance"
     )
-    parser.add_argument(
+    group.add_argument(
         "--temperatures", type=float, nargs="+", default=[0.9, 1.0], help="of the softmax"
     )
     args = parser.parse_args()
