@@ -205,8 +205,17 @@ def test_jacobi(measure):
 @pytest.mark.slow
 def test_scale(measure):
     results, printed = measure(
-        "scale", "--images", 30, "--files", 3, "--samples", 9, "--side", 8
+        "scale", "--images", 30, "--files", 3, "--samples", 9, 20, "--side", 8
     )  # fmt: skip
     figures = results["images"]["30"]
     assert_positive({k: v["seconds"] for k, v in figures.items() if k != "shards"})
+    ways = [*figures.values(), *results["samples"].values()]
+    assert_positive({(i, k): way[k] for i, way in enumerate(ways) for k in ("processor", "MiB")})
     assert "| finishing (meta.json): s |" in printed and "| a claim, ms |" in printed
+    assert "| samples | 9 | 20 |" in printed
+
+
+def test_scale_in_parts(measure):
+    results, printed = measure("scale", "--parts", "claims", "--files", 3, 5)
+    assert results.keys() == {"claims"} and results["claims"].keys() == {"3", "5"}
+    assert "| files in the folder | 3 | 5 |" in printed and "samples" not in printed
