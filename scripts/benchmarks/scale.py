@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -186,8 +185,20 @@ def run_one_way(args: Namespace) -> None:
     figures = WAYS[args.way](work, args)
     figures["GB read"] = (bytes_read() - before) / 1e9
     figures["processor"] = time.process_time() - processor
-    figures["MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    figures["MiB"] = peak_memory() / 2**20
     write_figures(str(work), figures)
+
+
+def peak_memory() -> int:
+    """Return the bytes that this process has had in memory at most, as far as Linux tells.
+
+    Not by ``getrusage``, which counts those of the process that started this one.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
 def bytes_read() -> int:
