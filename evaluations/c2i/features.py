@@ -71,7 +71,8 @@ def extract_features(
     ``batches`` are those of this rank: every ``world.size``-th of ``count`` images in batches of
     ``batch_size``. Rank 0 gathers them as they come, so no other rank keeps any.
     """
-    found, done = None, 0
+    found: ImageFeatures | None = None
+    done = 0
     rounds = -(-count // (batch_size * world.size))
     for _, images in zip_longest(range(rounds), batches):  # the last may lack some ranks' batches
         ours = None if images is None else _features_of(network, images, world)

@@ -161,8 +161,8 @@ class RunFolder:
         return start
 
     def _damage(self, path: Path) -> str | None:
-        """Return what is wrong with the bytes of this rank's share of the files, or with what it
-        sees of all, or None.
+        """Return what this rank finds wrong with the bytes of its share of the files, or with the
+        table of all of them; None: nothing.
         """
         try:
             check_bytes(path, self.world.rank, self.world.size)
