@@ -63,30 +63,42 @@ class MeasuredSet(NamedTuple):
     spatial: Statistics | None
 
 
-@torch.inference_mode()
 def extract_features(
-    network: FeatureNetwork, batches: Iterable[Tensor], world: World
+    network: FeatureNetwork, batches: Iterable[Tensor], count: int, batch_size: int, world: World
 ) -> ImageFeatures | None:
     """Run batches (B, H, W, 3) through ``network``; results in order on rank 0, None elsewhere.
 
-    ``batches`` are those of this rank: every ``world.size``-th batch of the whole set.
+    ``batches`` are those of this rank: every ``world.size``-th of ``count`` images in batches of
+    ``batch_size``. Rank 0 gathers them as they come, so no other rank keeps any.
     """
-    parts = []
+    found: ImageFeatures | None = None
+    done = 0
+    rounds = -(-count // (batch_size * world.size))
+    for _, images in zip_longest(range(rounds), batches):  # the last may lack some ranks' batches
+        ours = None if images is None else _features_of(network, images, world)
+        for part in filter(None, world.gather_objects(ours) or ()):
+            found = found or ImageFeatures(*(None if x is None else _room(count, x) for x in part))
+            for rows, x in zip(found, part, strict=True):
+                if x is not None:
+                    rows[done : done + len(x)] = x
+            done += len(part.hashes)
+    assert done == count or not world.is_main, (done, count)
+    return found
+
+
+@torch.inference_mode()
+def _features_of(network: FeatureNetwork, images: Tensor, world: World) -> ImageFeatures:
+    """Return the features of one batch (B, H, W, 3)."""
     # cudnn's default rounds the inputs of a float32 convolution to 10 bits
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for images in batches:
-            features = [
-                None if x is None else x.cpu().numpy() for x in network(images.to(world.device))
-            ]
-            parts.append((*features, _hashes(images)))
+        features = network(images.to(world.device))
+    arrays = (None if x is None else x.cpu().numpy() for x in features)
+    return ImageFeatures(*arrays, hashes=_hashes(images))
 
-    ranks = world.gather_objects(parts)
-    if ranks is None:
-        return None
-    in_order = [part for row in zip_longest(*ranks) for part in row if part is not None]
-    return ImageFeatures(
-        *(None if x[0] is None else np.concatenate(x) for x in zip(*in_order, strict=True))
-    )
+
+def _room(count: int, batch: np.ndarray) -> np.ndarray:
+    """Return an array for ``count`` rows like those of ``batch``."""
+    return np.empty((count, *batch.shape[1:]), batch.dtype)
 
 
 def _hashes(images: Tensor) -> np.ndarray:
@@ -107,7 +119,7 @@ def measure_set(
         with progress(world, name, images.count, unit="image") as bar:
             own = images.batches(batch_size, world.rank, world.size, crcs)
             batches = _count_up(own, bar, images.count, world.size)
-            features = extract_features(network, batches, world)
+            features = extract_features(network, batches, images.count, batch_size, world)
         if crcs is not None:
             _check_parts(images, crcs, world)
     pool, spatial = images.pool, images.spatial

@@ -1,15 +1,16 @@
-"""Time what grows with the data set, up to ImageNet's size: starting, resuming and finishing an
-extraction, claims, opening codes, finishing samples.
+"""Measure what grows with the data set, up to ImageNet's size: starting, resuming and finishing an
+extraction, claims, opening codes, finishing samples. Seconds on the clock and of the processor,
+memory and bytes read, each in a process of its own.
 
 Images and published codes are hard links to a few files, and the codes of shards are made up: the
-full size takes some ten minutes and 15 GB of disk, which are freed at the end.
+full size takes some ten minutes and 15 GB of disk, which are freed at the end. A start is timed
+after another one, of a single image: without what the first one in a process imports.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -50,6 +51,7 @@ CLASSES = 1000
 LINKS = 20_000  # to one file; file systems have a limit
 SIDE = 96  # pixels, at 4 per code: the 24x24 codes of the published setting
 CPU = World(0, 1, torch.device("cpu"))
+PARTS = {"images": "images", "claims": "files", "samples": "samples"}  # and the option of sizes
 
 
 def link_many(files: list[Path], paths: list[str]) -> None:
@@ -65,7 +67,7 @@ def link_many(files: list[Path], paths: list[str]) -> None:
 def make_images(work: Path, count: int) -> None:
     """Write a tree of ``count`` images, hard links to one, and a random tokenizer."""
     sources, images = work / "sources", work / "images"
-    sources.mkdir()
+    sources.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (SIDE + 20, SIDE + 30, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(sources / "image.png")
     names = [f"n{c:08d}" for c in range(min(count, CLASSES))]
@@ -163,25 +165,40 @@ def take_claims(work: Path, files: int, taken: int = 50) -> dict[str, float]:
     return {"ms": 1000 * float(np.median(times))}
 
 
-WAYS: dict[str, Callable[[Path], dict[str, float]]] = {
-    "first": lambda work: start(work, 0, 2),
-    "other": lambda work: start(work, 1, 2),
-    "shards": write_shards,
-    "finish": finish,
-    "rerun": lambda work: start(work, 0, 1),
-    "open": lambda work: {"seconds": seconds(lambda: open_codes(work / "codes"))},
-    "published": lambda work: {"seconds": seconds(lambda: open_codes(work / "published"))},
+STARTS = {"first": (0, 2), "other": (1, 2), "rerun": (0, 1)}  # rank, size
+WAYS: dict[str, Callable[[Path, Namespace], dict[str, float]]] = {
+    **{way: lambda work, _, place=place: start(work, *place) for way, place in STARTS.items()},
+    "shards": lambda work, _: write_shards(work),
+    "finish": lambda work, _: finish(work),
+    "open": lambda work, _: {"seconds": seconds(lambda: open_codes(work / "codes"))},
+    "published": lambda work, _: {"seconds": seconds(lambda: open_codes(work / "published"))},
+    "samples": lambda work, args: finish_samples(work, args.samples[0], args.side),
 }
 
 
-def run_one_way(way: str, work: Path) -> None:
+def run_one_way(args: Namespace) -> None:
     """Leave seconds, memory and bytes read of one way, which has this process to itself."""
+    work = Path(args.work)
+    if args.way in STARTS:
+        start(work / "single", *STARTS[args.way])
     before, processor = bytes_read(), time.process_time()
-    figures = WAYS[way](work)
+    figures = WAYS[args.way](work, args)
     figures["GB read"] = (bytes_read() - before) / 1e9
     figures["processor"] = time.process_time() - processor
-    figures["MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    figures["MiB"] = peak_memory() / 2**20
     write_figures(str(work), figures)
+
+
+def peak_memory() -> int:
+    """Return the bytes that this process has had in memory at most, as far as Linux tells.
+
+    Not by ``getrusage``, which counts those of the process that started this one.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
 def bytes_read() -> int:
@@ -195,17 +212,16 @@ def bytes_read() -> int:
 def measure(work: Path, count: int) -> dict[str, dict[str, float]]:
     """Return the figures of each way with ``count`` images."""
     make_images(work, count)
+    make_images(work / "single", 1)
     make_published(work, count)
-    results = {}
-    for way in WAYS:
-        if way == "rerun":  # of the second shard, or of the first of a single one
-            shards = sorted((work / "codes" / "shards").glob("*.npz"))
-            shards[min(1, len(shards) - 1)].unlink()
-        if way == "open":
-            WAYS["shards"](work)
-            WAYS["finish"](work)
-        results[way] = figures_of(__file__, {}, str(work), way=way)
-    return results
+    run = partial(figures_of, __file__, {}, str(work))
+    results = {way: run(way=way) for way in ("first", "other", "shards", "finish")}
+    shards = sorted((work / "codes" / "shards").glob("*.npz"))
+    shards[min(1, len(shards) - 1)].unlink()  # the second, or a single one
+    results["rerun"] = run(way="rerun")
+    write_shards(work)
+    finish(work)
+    return results | {way: run(way=way) for way in ("open", "published")}
 
 
 def print_table(title: str, columns: list[int], rows: dict[str, list[float]]) -> None:
@@ -216,34 +232,62 @@ def print_table(title: str, columns: list[int], rows: dict[str, list[float]]) ->
         print(f"| {name} | {' | '.join(f'{v:.3g}' for v in values)} |")
 
 
-def table(measured: dict[str, dict], way: str, figure: str = "seconds") -> list[float]:
-    """Return one figure of all sizes."""
-    return [measured[count][way][figure] for count in measured]
+IMAGE_ROWS = {
+    "extraction to its first batch, process 0: s": ("first", "seconds"),
+    "of a processor: s": ("first", "processor"),
+    "memory: MiB": ("first", "MiB"),
+    "extraction to its first batch, another process: s": ("other", "seconds"),
+    "of a processor by another process: s": ("other", "processor"),
+    "memory of another process: MiB": ("other", "MiB"),
+    "GB of shards": ("shards", "GB"),
+    "finishing (meta.json): s": ("finish", "seconds"),
+    "of a processor by finishing: s": ("finish", "processor"),
+    "GB read by finishing": ("finish", "GB read"),
+    "memory of finishing: MiB": ("finish", "MiB"),
+    "rerun with one shard missing, to its first batch: s": ("rerun", "seconds"),
+    "of a processor by the rerun: s": ("rerun", "processor"),
+    "GB read by the rerun": ("rerun", "GB read"),
+    "memory of the rerun: MiB": ("rerun", "MiB"),
+    "opening codes: s": ("open", "seconds"),
+    "memory with open codes: MiB": ("open", "MiB"),
+    "opening the published layout: s": ("published", "seconds"),
+    "of a processor by opening it: s": ("published", "processor"),
+    "memory with it open: MiB": ("published", "MiB"),
+}
+SAMPLE_ROWS = {"s": "seconds", "s of a processor": "processor", "memory, MiB": "MiB"}
 
 
 def report(args: Namespace, results: dict[str, dict]) -> None:
-    """Print all tables."""
-    images = results["images"]
-    rows = {
-        "extraction to its first batch, process 0: s": table(images, "first"),
-        "of a processor: s": table(images, "first", "processor"),
-        "memory, MiB": table(images, "first", "MiB"),
-        "extraction to its first batch, another process: s": table(images, "other"),
-        "of a processor by another process: s": table(images, "other", "processor"),
-        "memory of another process, MiB": table(images, "other", "MiB"),
-        "finishing (meta.json): s": table(images, "finish"),
-        "GB read by finishing": table(images, "finish", "GB read"),
-        "GB of shards": table(images, "shards", "GB"),
-        "rerun with one shard missing, to its first batch: s": table(images, "rerun"),
-        "GB read by the rerun": table(images, "rerun", "GB read"),
-        "opening codes: s": table(images, "open"),
-        "opening the published layout: s": table(images, "published"),
-    }
-    print_table("images", args.images, rows)
-    claims = [results["claims"][str(n)]["ms"] for n in args.files]
-    print_table("files in the folder", args.files, {"a claim, ms": claims})
-    samples = [results["samples"][str(n)]["seconds"] for n in args.samples]
-    print_table("samples", args.samples, {f"finishing at {args.side} pixels, s": samples})
+    """Print the tables of the parts that were measured."""
+    if "images" in results:
+        images = results["images"].values()
+        rows = {title: [v[way][key] for v in images] for title, (way, key) in IMAGE_ROWS.items()}
+        print_table("images", args.images, rows)
+    if "claims" in results:
+        claims = [v["ms"] for v in results["claims"].values()]
+        print_table("files in the folder", args.files, {"a claim, ms": claims})
+    if "samples" in results:
+        samples = results["samples"].values()
+        rows = {
+            f"finishing at {args.side} pixels: {title}": [v[key] for v in samples]
+            for title, key in SAMPLE_ROWS.items()
+        }
+        print_table("samples", args.samples, rows)
+
+
+def measure_part(part: str, args: Namespace) -> dict[str, dict]:
+    """Return the figures of one of ``PARTS`` at each of its sizes."""
+    results = {}
+    for size in getattr(args, PARTS[part]):
+        with tempfile.TemporaryDirectory(prefix="par-scale-", dir=args.work) as folder:
+            if part == "images":
+                results[str(size)] = measure(Path(folder), size)
+            elif part == "claims":
+                results[str(size)] = take_claims(Path(folder), size)
+            else:
+                way = dict(way="samples", samples=size, side=args.side)
+                results[str(size)] = figures_of(__file__, {}, folder, **way)
+    return results
 
 
 def main() -> None:
@@ -268,20 +312,15 @@ def main() -> None:
         help="samples to finish",
     )
     parser.add_argument("--side", type=positive_int, default=256, help="pixels of the samples")
+    parser.add_argument(
+        "--parts", choices=list(PARTS), nargs="+", default=list(PARTS), help="tables to make"
+    )
     add_output_options(parser, "scale.json", work="folder for 15 GB of scratch files")
     args = parser.parse_args()
     if args.way:
-        run_one_way(args.way, Path(args.work))
+        run_one_way(args)
         return
-    results: dict[str, dict] = {"images": {}, "claims": {}, "samples": {}}
-    for count in args.images:
-        with tempfile.TemporaryDirectory(prefix="par-scale-", dir=args.work) as folder:
-            results["images"][str(count)] = measure(Path(folder), count)
-    with tempfile.TemporaryDirectory(prefix="par-scale-", dir=args.work) as folder:
-        for files in args.files:
-            results["claims"][str(files)] = take_claims(Path(folder), files)
-        for samples in args.samples:
-            results["samples"][str(samples)] = finish_samples(Path(folder), samples, args.side)
+    results = {part: measure_part(part, args) for part in args.parts}
     report(args, results)
     write_results(args, results)
 

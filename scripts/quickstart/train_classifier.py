@@ -64,7 +64,8 @@ def main() -> None:
     images, labels = load_images(train_set, world, "reading training images")
     train(network, images, labels, args.epochs, args.global_seed, world)
     images, labels = load_images(test_set, world, "reading test images")
-    features = extract_features(network.eval(), images.split(BATCH_SIZE), world)
+    batches = images.split(BATCH_SIZE)
+    features = extract_features(network.eval(), batches, len(images), BATCH_SIZE, world)
     accuracy = class_accuracy(features.probabilities, labels.numpy())
     save_classifier(
         args.output, network, train_set.classes, options=options, test_accuracy=accuracy

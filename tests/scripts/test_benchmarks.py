@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 
 from autoregressive.models import gpt
 from scripts.benchmarks import common
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_command
 from tokenizer.vq_model import VectorQuantizer
 
 TRAINING_FIGURES = {"over published", "seconds", "first loss", "last loss", "peak GiB"}
@@ -205,8 +206,26 @@ def test_jacobi(measure):
 @pytest.mark.slow
 def test_scale(measure):
     results, printed = measure(
-        "scale", "--images", 30, "--files", 3, "--samples", 9, "--side", 8
+        "scale", "--images", 30, "--files", 3, "--samples", 9, 20, "--side", 8
     )  # fmt: skip
     figures = results["images"]["30"]
     assert_positive({k: v["seconds"] for k, v in figures.items() if k != "shards"})
+    ways = [*figures.values(), *results["samples"].values()]
+    assert_positive({(i, k): way[k] for i, way in enumerate(ways) for k in ("processor", "MiB")})
     assert "| finishing (meta.json): s |" in printed and "| a claim, ms |" in printed
+    assert "| samples | 9 | 20 |" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
+def test_memory_is_of_the_process_itself():
+    """getrusage counts what a process' parent had: small ways seemed to need what scale.py did."""
+    held = torch.ones(1 << 28)
+    code = "from scripts.benchmarks import scale; print(scale.peak_memory())"
+    assert int(run_command("python3", "-c", code, PYTHONPATH=str(ROOT)).stdout) < held.nbytes
+
+
+def test_scale_in_parts(measure):
+    results, printed = measure("scale", "--parts", "claims", "--files", 3, 5)
+    assert results.keys() == {"claims"} and results["claims"].keys() == {"3", "5"}
+    assert "| files in the folder | 3 | 5 |" in printed and "samples" not in printed

@@ -30,11 +30,13 @@ CHECKPOINT_NAME = re.compile(r"\d{7,}")
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor of a folder: ``parts`` are its rows in order, without gaps or overlaps."""
+    """A tensor of a folder: ``parts`` are its rows in order, without gaps or overlaps, each behind
+    the number of its file.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
-    parts: list[Rows]
+    parts: list[tuple[int, Rows]]
 
 
 def is_old(folder: Path) -> bool:
@@ -162,28 +164,29 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def check_bytes(folder: Path, rank: int = 0, ranks: int = 1) -> None:
     """Raise ``ValueError`` if a file's bytes are not those that were written.
 
-    Reads every file (about a second per GB), or of several ``ranks`` each its share. Folders of
-    earlier versions have no hashes.
+    Reads every file (about a second per GB), or of several ``ranks`` each its share: those whose
+    tensors it reads in ``load_sharded``. Folders of earlier versions have no hashes.
     """
-    hashes = sorted(read_meta(folder).get("sha256", {}).items())
-    for name, sha256 in hashes[rank::ranks]:
-        if sha256_file(folder / name) != sha256:
+    meta = read_meta(folder)
+    hashes = meta.get("sha256", {})
+    for name in sorted(meta["files"])[rank::ranks]:
+        if name in hashes and sha256_file(folder / name) != hashes[name]:
             raise ValueError(f"{folder} is damaged: the bytes of {name} have changed")
 
 
 def _read_table(folder: Path) -> dict[str, _Stored]:
     """Return the tensors of all files, mapped; ``ValueError`` unless each of them is whole."""
-    found: dict[str, list[Rows]] = {}
+    found: dict[str, list[tuple[int, Rows]]] = {}
     tensors = {}
     try:
-        for name in read_meta(folder)["files"]:
+        for number, name in enumerate(sorted(read_meta(folder)["files"])):
             for key, rows in read_shard(folder / name).items():
-                found.setdefault(key, []).append(rows)
+                found.setdefault(key, []).append((number, rows))
         for key, parts in found.items():
-            parts.sort(key=lambda rows: (rows.start, rows.stop))
-            values, total = parts[0].values, parts[0].total
+            parts.sort(key=lambda part: (part[1].start, part[1].stop))
+            values, total = parts[0][1].values, parts[0][1].total
             position = 0
-            for part in parts:
+            for _, part in parts:
                 same = part.values.dtype == values.dtype and part.total == total
                 if not same or part.values.shape[1:] != values.shape[1:]:
                     raise ValueError(f"the parts of {key} are of different tensors")
@@ -210,41 +213,61 @@ def read_contents(folder: str | Path) -> dict[str, tuple[torch.Size, torch.dtype
     return {k: (v.shape, v.dtype) for k, v in _read_table(Path(folder)).items()}
 
 
-def load_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill ``tensors`` in place from ``folder``, each rank its parts, without communication.
+def load_sharded(folder: Path, tensors: dict[str, Tensor], rank: int = 0, ranks: int = 1) -> None:
+    """Fill ``tensors`` in place from ``folder``; ``ValueError`` if one is missing or does not fit.
 
-    ``ValueError`` if one is missing, does not fit or cannot be read.
+    All of several ``ranks`` call it with the same names. Of a sharded tensor each reads its part;
+    any other is read once, by the ranks that check its files, and broadcast. A folder of an earlier
+    version is read by every rank.
     """
     if is_old(folder):
         from utils.checkpoints import old_folder
 
         old_folder.load_sharded(folder, tensors)
         return
-    _load(folder, _read_table(folder), tensors)
+    _load(folder, _read_table(folder), tensors, rank, ranks)
 
 
-def _load(folder: Path, table: dict[str, _Stored], tensors: dict[str, Tensor]) -> None:
+def _load(
+    folder: Path,
+    table: dict[str, _Stored],
+    tensors: dict[str, Tensor],
+    rank: int = 0,
+    ranks: int = 1,
+) -> None:
     from torch.distributed.tensor import DTensor
 
     check_shapes(folder, {name: stored.shape for name, stored in table.items()}, tensors)
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
-            _fill(tensor.to_local(), _first_row(tensor), table[name])
+            _fill_part(tensor.to_local(), _first_row(tensor), table[name])
         else:
-            _fill(tensor, 0, table[name])
+            _fill_whole(tensor, table[name], rank, ranks)
 
 
 @torch.no_grad()
-def _fill(target: Tensor, start: int, stored: _Stored) -> None:
+def _fill_part(target: Tensor, start: int, stored: _Stored) -> None:
     """Copy to ``target``, the rows of a tensor from ``start`` on, what the parts hold of them."""
-    if target.ndim == 0:
-        target.copy_(stored.parts[0].values)
-        return
-    for part in stored.parts:
+    for _, part in stored.parts:
         first, stop = max(start, part.start), min(start + len(target), part.stop)
         if first < stop:
             values = part.values[first - part.start : stop - part.start]
             target[first - start : stop - start].copy_(values)
+
+
+@torch.no_grad()
+def _fill_whole(target: Tensor, stored: _Stored, rank: int, ranks: int) -> None:
+    """Copy all parts to ``target`` on all ranks; each is read by one of them, which sends it."""
+    for number, part in stored.parts:
+        reader = number % ranks
+        if rank == reader:
+            values = part.values.to(target)
+        else:
+            values = torch.empty(part.values.shape, dtype=target.dtype, device=target.device)
+        if ranks > 1:
+            dist.broadcast(values, reader)
+        rows = target[part.start : part.stop] if target.ndim else target
+        rows.copy_(values)
 
 
 def read_sharded(folder: Path, prefix: str, check: bool = True) -> dict[str, Tensor]:

@@ -161,9 +161,12 @@ class RunFolder:
         return start
 
     def _damage(self, path: Path) -> str | None:
-        """Return what is wrong with the bytes of this rank's share of the files, or None."""
+        """Return what this rank finds wrong with the bytes of its share of the files, or with the
+        table of all of them; None: nothing.
+        """
         try:
             check_bytes(path, self.world.rank, self.world.size)
+            read_contents(path)
         except (ValueError, OSError) as error:
             return str(error)
         return None
@@ -193,7 +196,7 @@ class RunFolder:
         if has_average and state.ema is None:
             self.notes.append(f"{path} holds a moving average, which ends here: --ema keeps it")
         stored = {k: v for k, v in tensors.items() if not (new_average and k.startswith("ema."))}
-        load_sharded(path, stored)
+        load_sharded(path, stored, self.world.rank, self.world.size)
         if new_average:
             new_average.start(state.model)
             self.notes.append(f"{path} holds no moving average: --ema starts at its weights")

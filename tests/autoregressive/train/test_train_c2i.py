@@ -213,11 +213,10 @@ def test_half_precision_learns_in_every_mode(work, monkeypatch, capfd, tmp_path)
 
 
 def test_sigterm_saves_and_the_run_goes_on(work, uninterrupted, tmp_path):
-    """torchrun hands the signal to both processes: one step, both save, both resume bit for bit."""
-    command = [
-        *TRAIN, "--code-path", work / "codes", "--cloud-save-path", tmp_path, *LONG,
-        "--data-parallel", "fsdp",
-    ]  # fmt: skip
+    """torchrun hands the signal to both processes: one step, both save, both resume bit for bit,
+    replicated: each reads its file and sends it to the other.
+    """
+    command = [*TRAIN, "--code-path", work / "codes", "--cloud-save-path", tmp_path, *LONG]
     process = start(command, nproc_per_node="2")
     log = tmp_path / NAME / "log.txt"
     wait_for(lambda: log.exists() and "step 7 " in log.read_text(), process)
@@ -231,7 +230,7 @@ def test_sigterm_saves_and_the_run_goes_on(work, uninterrupted, tmp_path):
     saved = newest(tmp_path / NAME / "checkpoints")
     assert saved == seen < STEPS and "stopped by a signal" in log.read_text()
     assert f"resumed at step {saved}" in run_command(*command, nproc=2).stdout
-    assert final_hashes(tmp_path) == uninterrupted("fsdp", 2)
+    assert final_hashes(tmp_path) == uninterrupted("ddp", 2)
 
 
 def test_sigusr1_ends_one_process_with_status_0(work, tmp_path):

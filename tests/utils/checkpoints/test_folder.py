@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.helpers import same_tensors
+from tests.helpers import ROOT, run_command, same_tensors
 from utils.checkpoints import shard
 from utils.checkpoints.folder import (
     check_bytes,
@@ -115,6 +116,60 @@ def test_any_sharding_is_read_under_any_other(tmp_path, monkeypatch, shape, plac
 
     for others in ((2,), (3,), (5,)):
         assert all(map(all, of_ranks(others, [Shard(0)], load)))
+
+
+LOAD = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from utils.checkpoints.folder import check_bytes, load_sharded
+
+dist.init_process_group("gloo")
+rank, work = dist.get_rank(), Path(sys.argv[1])
+tensors = {k: torch.zeros_like(v) for k, v in torch.load(work / "expected.pt").items()}
+mesh = init_device_mesh("cpu", (2,))
+tensors["fsdp"] = distribute_tensor(tensors["fsdp"], mesh, [Shard(0)])
+check_bytes(work / str(rank), rank, 2)
+load_sharded(work / str(rank), tensors, rank, 2)
+tensors["fsdp"] = tensors["fsdp"].full_tensor()
+torch.save(tensors, work / f"{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_read_every_byte_once(tmp_path):
+    """Every process read and copied all of a replicated model's checkpoint: here each sees zeros
+    in place of the tensors of the file that is the other's to check and to read.
+    """
+    a, fsdp = torch.randn(7, 3, 2, 2), torch.randn(8, 3)
+    files: list[dict[str, Rows]] = [
+        {"a": Rows(a[:3], 0, 7), "fsdp": Rows(fsdp[:4], 0, 8)},
+        {"a": Rows(a[3:], 3, 7), "fsdp": Rows(fsdp[4:], 4, 8)},
+    ]
+    for i, (name, tensor) in enumerate(TENSORS.items()):
+        files[i % 2][name] = Rows.whole(tensor)
+    paths = [tmp_path / "0" / f"{i:05d}-of-00002.safetensors" for i in range(2)]
+    paths[0].parent.mkdir()
+    hashes = {p.name: write_shard(p, parts) for p, parts in zip(paths, files, strict=True)}
+    sizes = {p.name: p.stat().st_size for p in paths}
+    write_json(tmp_path / "0" / "meta.json", {"files": sizes, "sha256": hashes})
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    for rank, other in enumerate((paths[1].name, paths[0].name)):
+        content = (tmp_path / str(rank) / other).read_bytes()
+        header = content[: 8 + struct.unpack("<Q", content[:8])[0]]
+        (tmp_path / str(rank) / other).write_bytes(header.ljust(len(content), b"\0"))
+
+    expected = {"a": a.to(memory_format=torch.channels_last), "fsdp": fsdp, **TENSORS}
+    torch.save(expected, tmp_path / "expected.pt")
+    (tmp_path / "load.py").write_text(LOAD)
+    launch = ("bash", "scripts/launch.sh", tmp_path / "load.py", tmp_path)
+    run_command(*launch, nproc=2, PYTHONPATH=str(ROOT))
+    for rank in range(2):
+        assert same_tensors(torch.load(tmp_path / f"{rank}.pt"), expected)
 
 
 def test_all_ranks_are_told_that_one_cannot_write(tmp_path, two_ranks, monkeypatch):
