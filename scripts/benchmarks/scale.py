@@ -44,6 +44,7 @@ from tokenizer.vq_model import VQModel, make_vq_config
 from utils.distributed import World
 from utils.logger import progress
 from utils.options import make_parser, positive_int, run_main
+from utils.performance import peak_memory
 from utils.samples import SampleFile
 
 IMAGENET = 1_281_167
@@ -185,20 +186,8 @@ def run_one_way(args: Namespace) -> None:
     figures = WAYS[args.way](work, args)
     figures["GB read"] = (bytes_read() - before) / 1e9
     figures["processor"] = time.process_time() - processor
-    figures["MiB"] = peak_memory() / 2**20
+    figures["MiB"] = peak_memory(torch.device("cpu")) / 2**20
     write_figures(str(work), figures)
-
-
-def peak_memory() -> int:
-    """Return the bytes that this process has had in memory at most, as far as Linux tells.
-
-    Not by ``getrusage``, which counts those of the process that started this one.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
 def bytes_read() -> int:

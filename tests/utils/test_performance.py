@@ -1,9 +1,24 @@
 """How much of a device a program uses."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
+from tests.helpers import ROOT, run_command
 from utils import performance
 from utils.performance import Ceiling
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
+def test_memory_is_of_the_process_itself():
+    """getrusage counts what a process' parent had: small ways seemed to need what scale.py did."""
+    held = torch.ones(1 << 28)
+    code = "import torch; from utils.performance import peak_memory as peak; "
+    code += "print(peak(torch.device('cpu')))"
+    peak = int(run_command("python3", "-c", code, PYTHONPATH=str(ROOT)).stdout)
+    assert 1 << 26 < peak < held.nbytes
 
 
 def test_a_share_above_one_has_the_ceiling_measured_again(monkeypatch):
