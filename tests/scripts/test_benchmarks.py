@@ -6,7 +6,6 @@ import json
 import re
 import runpy
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from PIL import Image
 
 from autoregressive.models import gpt
 from scripts.benchmarks import common
-from tests.helpers import ROOT, run_command
+from tests.helpers import ROOT
 from tokenizer.vq_model import VectorQuantizer
 
 TRAINING_FIGURES = {"over published", "seconds", "first loss", "last loss", "peak GiB"}
