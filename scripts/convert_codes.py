@@ -7,13 +7,45 @@ what is missing.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.options import answer_early, make_parser, positive_int, run_main
+
+
+def parse_args() -> Namespace:
+    """Parse the command line."""
+    parser = make_parser(
+        __doc__,
+        "python3 scripts/convert_codes.py --code-path imagenet-llamagen-adm-256_codes.tar "
+        "--output CODES --vq-ckpt ./pretrained_models/vq_ds16_c2i.pt",
+    )
+    parser.add_argument("--code-path", required=True, metavar="OLD_CODES", help="codes to read")
+    parser.add_argument("--output", required=True, help="folder of shards to write")
+    parser.add_argument("--vq-ckpt", help="tokenizer that made the codes, if it is at hand")
+    text = "codebook entries of a tokenizer that is not at hand, such as 1024 for MaskGIT's; its "
+    text += "codes train a GPT, but only --vq-ckpt of that kind makes images of them"
+    parser.add_argument("--codebook-size", type=positive_int, help=text)
+    text = "side of the crops, pixels (default: codes per side times the tokenizer's downsampling, "
+    text += "else times 16)"
+    parser.add_argument("--image-size", type=positive_int, help=text)
+    parser.add_argument(
+        "--crop-range",
+        type=float,
+        default=1.1,
+        help="side of the square the ten crops were taken from, as a multiple of --image-size",
+    )
+    parser.add_argument("--shard-size", type=positive_int, default=1024, help="images per shard")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_early(parse_args)
 
 import numpy as np
 
@@ -34,7 +66,6 @@ from utils.distributed import init_distributed
 from utils.files import require_file, require_folder
 from utils.lock import hold
 from utils.logger import progress
-from utils.options import make_parser, positive_int, run_main
 
 
 def main() -> None:
@@ -67,32 +98,6 @@ def main() -> None:
     )
 
 
-def parse_args() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = make_parser(
-        __doc__,
-        "python3 scripts/convert_codes.py --code-path imagenet-llamagen-adm-256_codes.tar "
-        "--output CODES --vq-ckpt ./pretrained_models/vq_ds16_c2i.pt",
-    )
-    parser.add_argument("--code-path", required=True, metavar="OLD_CODES", help="codes to read")
-    parser.add_argument("--output", required=True, help="folder of shards to write")
-    parser.add_argument("--vq-ckpt", help="tokenizer that made the codes, if it is at hand")
-    text = "codebook entries of a tokenizer that is not at hand, such as 1024 for MaskGIT's; its "
-    text += "codes train a GPT, but only --vq-ckpt of that kind makes images of them"
-    parser.add_argument("--codebook-size", type=positive_int, help=text)
-    text = "side of the crops, pixels (default: codes per side times the tokenizer's downsampling, "
-    text += "else times 16)"
-    parser.add_argument("--image-size", type=positive_int, help=text)
-    parser.add_argument(
-        "--crop-range",
-        type=float,
-        default=1.1,
-        help="side of the square the ten crops were taken from, as a multiple of --image-size",
-    )
-    parser.add_argument("--shard-size", type=positive_int, default=1024, help="images per shard")
-    return parser.parse_args()
-
-
 def open_other(path: Path) -> PublishedCodes | TarCodes | JsonlCodes:
     """Return a reader of codes in another project's layout."""
     if path.suffix in (".tar", ".jsonl"):
@@ -102,7 +107,7 @@ def open_other(path: Path) -> PublishedCodes | TarCodes | JsonlCodes:
     return PublishedCodes(path)
 
 
-def make_plan(old: PublishedCodes | TarCodes | JsonlCodes, args: argparse.Namespace) -> CodesPlan:
+def make_plan(old: PublishedCodes | TarCodes | JsonlCodes, args: Namespace) -> CodesPlan:
     """Return the plan of the shards; ``ValueError`` where codes and options do not fit."""
     side = math.isqrt(old.num_tokens)
     known = {1: ["as published"], 2: crop_names(False, True), 10: crop_names(True, True)}

@@ -14,6 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tokenizer.reconstruction_options import parse_args
+from utils.options import answer_early, run_main
+
+if __name__ == "__main__":
+    answer_early(parse_args, __doc__)
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -21,24 +27,17 @@ from torch.utils.data import DataLoader
 
 from dataset.imagenet import CenterCrop, ImageFiles, list_images, say_if_enlarged, to_model_range
 from tokenizer.layout import place_tokenizer
-from tokenizer.load import add_tokenizer_options, load_tokenizer, resolve_image_size
+from tokenizer.load import load_tokenizer, resolve_image_size
 from tokenizer.vq_loss import find_vgg, load_lpips
 from tokenizer.vq_model import VQModel
 from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import World, init_distributed
+from utils.environment import write_options
 from utils.files import atomic_path, prepare_folder
 from utils.images import image_grid, save_png, to_uint8
 from utils.lock import hold
 from utils.logger import create_logger, progress
 from utils.npz import member_names, open_member, open_npz, short_hash
-from utils.options import (
-    add_retired,
-    make_parser,
-    non_negative_int,
-    positive_int,
-    run_main,
-    write_options,
-)
 from utils.performance import worker_count
 from utils.precision import allow_tf32
 from utils.quality import codebook_usage, perplexity, psnr, ssim
@@ -52,59 +51,6 @@ SHOWN = {
     "codebook_used": "codebook used {:.1%}",
     "perplexity": "perplexity {:.4g}",
 }
-
-
-def parse_args() -> Namespace:
-    """Parse the command line; names and defaults are those of the published script."""
-    parser = make_parser(
-        __doc__,
-        "bash scripts/tokenizer/reconstruction_vq.sh --data-path IMAGENET/val --vq-ckpt "
-        "./pretrained_models/vq_ds16_c2i.pt",
-    )
-    parser.add_argument(
-        "--data-path", required=True, help="images: folder with one sub-folder per class"
-    )
-    add_tokenizer_options(parser.add_argument_group("tokenizer"), required=False)
-    parser.add_argument(
-        "--image-size",
-        type=positive_int,
-        help="side of the centre crop, pixels (default: that of the tokenizer's training, if the "
-        "file has it, else 256)",
-    )
-    parser.add_argument(
-        "--image-size-eval",
-        type=positive_int,
-        help="side of the written images, pixels (default: likewise)",
-    )
-    parser.add_argument("--sample-dir", default="reconstructions", help="folder to write to")
-    parser.add_argument(
-        "--per-proc-batch-size", type=positive_int, default=32, help="images per forward pass"
-    )
-    parser.add_argument(
-        "--num-workers",
-        type=non_negative_int,
-        default=4,
-        help="image-decoding processes, at most the share of cores of a rank",
-    )
-    parser.add_argument(
-        "--vgg-weights",
-        help="VGG16 weights vgg16-397923af.pth for LPIPS (default: torch.hub's copy; "
-        "without one, no LPIPS)",
-    )
-    parser.add_argument(
-        "--pairs",
-        type=positive_int,
-        default=20,
-        help="images in the picture, each beside its reconstruction",
-    )
-    add_retired(
-        parser,
-        {
-            "--dataset": (True, "every folder of class folders is read the same way"),
-            "--global-seed": (True, "reconstruction is deterministic"),
-        },
-    )
-    return parser.parse_args()
 
 
 class Reconstructor:
@@ -241,7 +187,7 @@ class Reconstructor:
 @torch.inference_mode()
 def main() -> None:
     """Reconstruct every missing chunk, then finish metrics, picture and files."""
-    args = parse_args()
+    args = parse_args(__doc__)
     world = init_distributed()
     logger = create_logger(world)
     allow_tf32(False)
