@@ -47,7 +47,7 @@ from dataset.shards import finished_damage, shard_path
 from tokenizer.load import load_vq, require_tokenizer
 from utils.distributed import init_distributed
 from utils.files import write_json
-from utils.images import image_grid, save_png, to_uint8
+from utils.images import enlarge_small, image_grid, save_png, to_uint8
 from utils.logger import progress
 from utils.quality import codebook_usage, perplexity
 
@@ -92,7 +92,8 @@ def draw(codes: ShardedCodes, vq_ckpt: str, rows: int, output: Path) -> None:
             grids = torch.from_numpy(tokens).view(-1, *codes.meta["grid"])  # (K, h, w)
             decoded = vq.decode_code(grids)  # (K, 3, S, S)
         pictures.append(to_uint8(decoded).numpy())
-    save_png(output, image_grid(np.concatenate(pictures), columns=codes.num_crops))
+    images = enlarge_small(np.concatenate(pictures))
+    save_png(output, image_grid(images, columns=codes.num_crops))
 
 
 def main() -> None:

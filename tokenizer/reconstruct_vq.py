@@ -34,7 +34,7 @@ from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import World, init_distributed
 from utils.environment import write_options
 from utils.files import atomic_path, prepare_folder
-from utils.images import image_grid, save_png, to_uint8
+from utils.images import labelled_rows, save_png, to_uint8
 from utils.lock import hold
 from utils.logger import create_logger, progress
 from utils.npz import member_names, open_member, open_npz, short_hash
@@ -44,6 +44,7 @@ from utils.quality import codebook_usage, perplexity, psnr, ssim
 from utils.records import read_json
 from utils.samples import SampleFile
 
+PICTURE_COLUMNS = 10
 SHOWN = {
     "psnr": "PSNR {:.2f} dB",
     "ssim": "SSIM {:.4f}",
@@ -160,15 +161,21 @@ class Reconstructor:
         return figures, labels
 
     def draw(self) -> None:
-        """Draw images from all over the set, each beside its reconstruction."""
+        """Draw rows of images from all over the set, each above its reconstruction."""
         count = len(self.samples)
         chosen = np.linspace(0, count - 1, min(self.args.pairs, count), dtype=int)
         pixels = torch.stack([self.images[int(i), 0][0] for i in chosen])  # (N, S, S, 3)
         images = to_model_range(pixels, self.world.device)  # (N, 3, S, S)
         originals, reconstructions, _ = self.pairs(images)  # (N, E, E, 3) each
-        pairs = np.stack([originals, reconstructions], axis=1)  # (N, 2, E, E, 3)
-        pairs = pairs.reshape(-1, *originals.shape[1:])  # (2N, E, E, 3)
-        save_png(self.picture, image_grid(pairs, columns=10))
+        columns = min(len(chosen), PICTURE_COLUMNS)
+        white = np.full((-len(chosen) % columns, *originals.shape[1:]), 255, np.uint8)
+        rows = [
+            np.concatenate([images, white]).reshape(-1, columns, *originals.shape[1:])
+            for images in (originals, reconstructions)
+        ]  # (R, columns, E, E, 3) each
+        both = np.stack(rows, axis=1)  # (R, 2, columns, E, E, 3)
+        labels = ["images", "reconstructions"] * len(both)
+        save_png(self.picture, labelled_rows(both.reshape(-1, *both.shape[2:]), labels))
 
     def finish(self) -> dict[str, float]:
         """Write metrics and picture, then name the files; to be called by one process only."""
@@ -227,7 +234,7 @@ def main() -> None:
         r.clean()
         figures = read_json(r.figures)
         logger.info(", ".join(form.format(figures[k]) for k, form in SHOWN.items() if k in figures))
-        logger.info(f"over {figures['images']:,} images; {r.picture} (image, reconstruction, ...)")
+        logger.info(f"over {figures['images']:,} images; a picture of some: {r.picture}")
         logger.info(f"rFID: python3 evaluations/c2i/evaluator.py {r.files[1].npz} {r.files[0].npz}")
 
 

@@ -49,7 +49,7 @@ def parse_args(description: str) -> Namespace:
         "--pairs",
         type=positive_int,
         default=20,
-        help="images in the picture, each beside its reconstruction",
+        help="images in the picture, each above its reconstruction",
     )
     add_retired(
         parser,
