@@ -61,7 +61,7 @@ def test_test_files_share_through_helpers_alone(path):
     )
     names = {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
     shared = {"helpers", "effects", "fake_cuda", "crash_points"}
-    shared |= {"fuzz", "fuzz_kinds", "fuzz_readers"}
+    shared |= {"forks", "kill_table", "fuzz", "fuzz_kinds", "fuzz_readers"}
     ours = [name.split(".") for name in names if name.startswith("tests.")]
     assert not [name for name in ours if not shared & set(name)]
 
