@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -152,10 +153,12 @@ class Trial:
             raise RuntimeError(f"{self.name} hangs: {self.said(run)}") from None
 
     def said(self, run: Fork) -> str:
-        """Return the last line that a run printed, and whether a traceback was among the others."""
+        """Return the last error that a run printed, and whether a traceback was among the rest."""
         text = self.outputs[run.pid].read_text()
-        lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
-        last = lines[-1].replace(str(self.folder), "OUT").replace("|", "/") if lines else "nothing"
+        errors = re.findall(r"(?:error|stopped by).*", text.replace("\r", "\n"))
+        causes = [line for line in errors if "another process has ended" not in line]
+        last = (causes or errors or ["nothing"])[-1]
+        last = last.replace(str(self.folder), "OUT").replace("|", "/")
         return last + (" **after a traceback**" if "Traceback" in text else "")
 
     def compare(self) -> list[str]:

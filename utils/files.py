@@ -22,9 +22,9 @@ def atomic_path(path: str | Path, tidy: bool = True) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to; on success fsync it and rename it to ``path``.
 
     If the block raises (disk full, Ctrl-C), the half-written file is removed and whatever stood
-    under ``path`` before is untouched. A process killed in between leaves a ``*.tmp-*`` file, which
-    the next writer of ``path`` removes. tidy: False leaves it there; finding it lists the folder,
-    which takes long where there are many files.
+    under ``path`` before is untouched; the error of a full disk then names ``path``. A process
+    killed in between leaves a ``*.tmp-*`` file, which the next writer of ``path`` removes. tidy:
+    False leaves it there; finding it lists the folder, which takes long where there are many files.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +36,10 @@ def atomic_path(path: str | Path, tidy: bool = True) -> Iterator[Path]:
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # of a write: disk full
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

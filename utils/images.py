@@ -67,7 +67,7 @@ def image_grid(pixels: np.ndarray, columns: int, padding: int = 2) -> np.ndarray
 
 
 def labelled_rows(pixels: np.ndarray, labels: Sequence[str], padding: int = 2) -> np.ndarray:
-    """uint8 (R, N, H, W, 3) -> one picture: labels, each over a row of N images, enlarged if small."""
+    """uint8 (R, N, H, W, 3) -> one picture, a row of N images, small ones enlarged, per label."""
     columns, height = pixels.shape[1], 16
     rows = []
     for images, label in zip(enlarge_small(pixels), labels, strict=True):

@@ -1,5 +1,7 @@
 """Files appear whole or not at all."""
 
+import errno
+
 import pytest
 
 from utils.files import atomic_path, cut_torn_line
@@ -13,6 +15,13 @@ def test_failed_write_leaves_what_was_there(tmp_path):
         raise OSError("disk full")
     assert path.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_error_of_a_full_disk_names_the_file(tmp_path):
+    """The system's error of a write has no name, unlike that of opening."""
+    with pytest.raises(OSError, match="shard"), atomic_path(tmp_path / "shard") as temporary:
+        temporary.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_torn_line_is_cut_off_but_no_link_followed(tmp_path):
