@@ -63,6 +63,12 @@ def is_first_to_say(text: str) -> bool:
     return True
 
 
+def cause_is_said() -> bool:
+    """Return whether a rank of this run and machine has said what is wrong."""
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return place is not None and any(Path(place).parents[1].glob("said-*"))
+
+
 def make_parser(description: str, example: str, arguments: str = "") -> argparse.ArgumentParser:
     """Return a parser that shows defaults and an example, and accepts no abbreviations.
 
@@ -112,7 +118,8 @@ def run_main(main: Callable[[], None]) -> None:
         lost = re.search("gloo|Connection (closed|reset)", str(error))  # gloo gives it no type
         if os.environ.get("PAR_DEBUG") or not lost:
             raise
-        tqdm.write(f"error{where}: another process has ended", file=sys.stderr)
+        if not cause_is_said():
+            tqdm.write(f"error{where}: another process has ended", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
