@@ -63,7 +63,7 @@ from dataset.shards import (
 from tokenizer.load import load_vq
 from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import init_distributed
-from utils.files import require_file, require_folder
+from utils.files import prepare_folder, require_file, require_folder
 from utils.lock import hold
 from utils.logger import progress
 
@@ -73,6 +73,7 @@ def main() -> None:
     args = parse_args()
     old = open_other(Path(args.code_path))
     plan = make_plan(old, args)
+    prepare_folder(args.output, "--output")
     start_codes(args.output, plan)
     world = init_distributed()
     hold(Path(args.output) / ".lock", world, f"--output {args.output}")

@@ -249,16 +249,20 @@ def small_disk(folder: Path, pages: int):
 
 
 def disk_full(trial: Trial) -> Result:
-    """Run where half of what a run writes fits, then with room."""
-    shutil.rmtree(trial.folder, ignore_errors=True)
-    pages = trial.empty_pages + max(1, (trial.full_pages - trial.empty_pages) // 2)
-    with small_disk(trial.disk, pages) as remount:
-        trial.prepare()
-        run = trial.start()
-        status = trial.end(run)
-        said = f"exit {status}: {trial.said(run)}"
-        remount("size=1g")
-        return Result(1, 1, trial.rerun(), said)
+    """Run where half of what a run writes fits, or less if it does without; then with room."""
+    said, room = "does not fill the disk", trial.full_pages - trial.empty_pages
+    while (room := room // 2) >= 0:
+        shutil.rmtree(trial.folder, ignore_errors=True)
+        with small_disk(trial.disk, trial.empty_pages + room) as remount:
+            trial.prepare()
+            run = trial.start()
+            if status := trial.end(run):
+                said = f"exit {status}: {trial.said(run)}"
+                remount("size=1g")
+                return Result(1, 1, trial.rerun(), said)
+        if room == 0:
+            break
+    return Result(1, 0, [], said)
 
 
 def read_only(trial: Trial) -> Result:

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import re
+import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -200,8 +201,9 @@ def export_checkpoint(
                 {"model": weights, **({"ema": averages} if averages else {}), **facts}, output
             )
     except Exception as error:  # each writer has its own for a full disk
+        free = shutil.disk_usage(output.parent).free / 2**30
         raise ValueError(
-            f"{output} could not be written: {error}; {folder} is untouched"
+            f"{output} could not be written ({free:.1f} GiB free): {error}; {folder} is untouched"
         ) from error
 
 
