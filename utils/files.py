@@ -97,6 +97,11 @@ def cut_torn_line(path: Path) -> None:
             os.truncate(path, whole)
 
 
+def readable_size(count: int) -> str:
+    """Return a number of bytes in GiB, or in KiB where that would be 0.0 GiB."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**28 else f"{count / 2**10:,.0f} KiB"
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     with atomic_path(path) as temporary:

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from utils.files import atomic_path, cut_torn_line
+from utils.files import atomic_path, cut_torn_line, readable_size
 
 
 def test_failed_write_leaves_what_was_there(tmp_path):
@@ -35,3 +35,8 @@ def test_a_torn_line_is_cut_off_but_no_link_followed(tmp_path):
     with pytest.raises(ValueError, match=r"log\.txt is a link"):
         cut_torn_line(log)
     assert (tmp_path / ".bashrc").read_text() == "not a whole line"
+
+
+def test_small_sizes_are_not_0_gib():
+    """Sampling onto a full disk said "has 0.0 GiB free, needs 0.0 GiB"."""
+    assert readable_size(20 << 10) == "20 KiB" and readable_size(3 << 29) == "1.5 GiB"
