@@ -7,67 +7,18 @@ what is missing.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-
-from dataset.augmentation import crop_names
-from dataset.claims import Claims
-from dataset.other_codes import JsonlCodes, PublishedCodes, TarCodes
-from dataset.shards import (
-    CodesPlan,
-    finish_codes,
-    missing_shards,
-    shard_damage,
-    start_codes,
-    write_shard,
-)
-from tokenizer.load import load_vq
-from utils.checkpoints.weights_file import state_sha256
-from utils.distributed import init_distributed
-from utils.files import require_file, require_folder
-from utils.lock import hold
-from utils.logger import progress
-from utils.options import make_parser, positive_int, run_main
+from utils.options import answer_early, make_parser, positive_int, run_main
 
 
-def main() -> None:
-    """Read every image's codes once, in order."""
-    args = parse_args()
-    old = open_other(Path(args.code_path))
-    plan = make_plan(old, args)
-    start_codes(args.output, plan)
-    world = init_distributed()
-    hold(Path(args.output) / ".lock", world, f"--output {args.output}")
-    with Claims(args.output) as claims:
-        claims.sweep()
-    missing = missing_shards(args.output, plan)
-    for shard in set(range(plan.num_shards)) - set(missing):
-        if shard_damage(args.output, plan, shard) is not None:
-            missing.append(shard)
-    missing.sort()
-    for shard in progress(world, "converting", len(missing), unit="shards", items=missing):
-        index = np.array(plan.shard_images(shard))
-        together = np.stack([old.image(i) for i in index])  # (images, crops, tokens)
-        if together.min() < 0 or together.max() >= plan.codebook_size:
-            raise ValueError(
-                f"--code-path {args.code_path}: images {index[0]} to {index[-1]} hold code "
-                f"{together.max()}, but {plan.tokenizer} has {plan.codebook_size}"
-            )
-        write_shard(args.output, plan, shard, together, old.labels[index], index)
-    meta = finish_codes(args.output, plan, [f"{i}.npy" for i in range(len(old))])
-    print(
-        f"{args.output}: codes of {meta['num_coded_images']:,} images in {plan.num_shards} shards"
-    )
-
-
-def parse_args() -> argparse.Namespace:
+def parse_args() -> Namespace:
     """Parse the command line."""
     parser = make_parser(
         __doc__,
@@ -93,6 +44,61 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+if __name__ == "__main__":
+    answer_early(parse_args)
+
+import numpy as np
+
+from dataset.augmentation import crop_names
+from dataset.claims import Claims
+from dataset.other_codes import JsonlCodes, PublishedCodes, TarCodes
+from dataset.shards import (
+    CodesPlan,
+    finish_codes,
+    missing_shards,
+    shard_damage,
+    start_codes,
+    write_shard,
+)
+from tokenizer.load import load_vq
+from utils.checkpoints.weights_file import state_sha256
+from utils.distributed import init_distributed
+from utils.files import prepare_folder, require_file, require_folder
+from utils.lock import hold
+from utils.logger import progress
+
+
+def main() -> None:
+    """Read every image's codes once, in order."""
+    args = parse_args()
+    old = open_other(Path(args.code_path))
+    plan = make_plan(old, args)
+    prepare_folder(args.output, "--output")
+    start_codes(args.output, plan)
+    world = init_distributed()
+    hold(Path(args.output) / ".lock", world, f"--output {args.output}")
+    with Claims(args.output) as claims:
+        claims.sweep()
+    missing = missing_shards(args.output, plan)
+    for shard in set(range(plan.num_shards)) - set(missing):
+        if shard_damage(args.output, plan, shard) is not None:
+            missing.append(shard)
+    missing.sort()
+    for shard in progress(world, "converting", len(missing), unit="shards", items=missing):
+        index = np.array(plan.shard_images(shard))
+        together = np.stack([old.image(i) for i in index])  # (images, crops, tokens)
+        if together.min() < 0 or together.max() >= plan.codebook_size:
+            raise ValueError(
+                f"--code-path {args.code_path}: images {index[0]} to {index[-1]} hold code "
+                f"{together.max()}, but {plan.tokenizer} has {plan.codebook_size}"
+            )
+        write_shard(args.output, plan, shard, together, old.labels[index], index)
+    meta = finish_codes(args.output, plan, [f"{i}.npy" for i in range(len(old))])
+    print(
+        f"{args.output}: codes of {meta['num_coded_images']:,} images in {plan.num_shards} shards"
+    )
+
+
 def open_other(path: Path) -> PublishedCodes | TarCodes | JsonlCodes:
     """Return a reader of codes in another project's layout."""
     if path.suffix in (".tar", ".jsonl"):
@@ -102,7 +108,7 @@ def open_other(path: Path) -> PublishedCodes | TarCodes | JsonlCodes:
     return PublishedCodes(path)
 
 
-def make_plan(old: PublishedCodes | TarCodes | JsonlCodes, args: argparse.Namespace) -> CodesPlan:
+def make_plan(old: PublishedCodes | TarCodes | JsonlCodes, args: Namespace) -> CodesPlan:
     """Return the plan of the shards; ``ValueError`` where codes and options do not fit."""
     side = math.isqrt(old.num_tokens)
     known = {1: ["as published"], 2: crop_names(False, True), 10: crop_names(True, True)}

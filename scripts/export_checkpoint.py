@@ -8,20 +8,16 @@ no architecture options.
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.checkpoints.folder import is_old
-from utils.checkpoints.weights_file import export_checkpoint, export_to_hub_form
-from utils.distributed import init_distributed
-from utils.files import prepare_folder, require_folder
-from utils.lock import hold
-from utils.options import make_parser, run_main
+from utils.options import answer_early, make_parser, run_main
 
 
-def main() -> None:
-    """Read the folder, write the file or the folder."""
+def parse_args() -> Namespace:
+    """Parse the command line."""
     parser = make_parser(
         __doc__,
         "python3 scripts/export_checkpoint.py --checkpoint "
@@ -46,7 +42,22 @@ def main() -> None:
         help="round the weights to bfloat16, half the bytes; not for a tokenizer, whose codes a "
         "GPT has learned from",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_early(parse_args)
+
+from utils.checkpoints.folder import is_old
+from utils.checkpoints.weights_file import export_checkpoint, export_to_hub_form
+from utils.distributed import init_distributed
+from utils.files import prepare_folder, require_folder
+from utils.lock import hold
+
+
+def main() -> None:
+    """Read the folder, write the file or the folder."""
+    args = parse_args()
     checkpoint = require_folder(args.checkpoint, "--checkpoint")
     output = Path(args.hub or args.output)
     prepare_folder(output.parent, "--hub" if args.hub else "--output")

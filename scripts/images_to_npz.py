@@ -6,23 +6,16 @@ from __future__ import annotations
 
 import sys
 import uuid
+from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-
-from dataset.augmentation import center_crop
-from dataset.imagenet import list_images, open_image
-from utils.distributed import init_distributed
-from utils.files import prepare_folder
-from utils.logger import progress
-from utils.options import make_parser, positive_int, run_main
-from utils.samples import SampleFile
+from utils.options import answer_early, make_parser, positive_int, run_main
 
 
-def main() -> None:
-    """Crop image by image, write chunk by chunk."""
+def parse_args() -> Namespace:
+    """Parse the command line."""
     parser = make_parser(
         __doc__, "python3 scripts/images_to_npz.py --data-path IMAGENET/val --output val256.npz"
     )
@@ -33,7 +26,25 @@ def main() -> None:
         "--image-size", type=positive_int, default=256, help="side of the crops, pixels"
     )
     parser.add_argument("--output", required=True, help=".npz file to write")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_early(parse_args)
+
+import numpy as np
+
+from dataset.augmentation import center_crop
+from dataset.imagenet import list_images, open_image
+from utils.distributed import init_distributed
+from utils.files import prepare_folder
+from utils.logger import progress
+from utils.samples import SampleFile
+
+
+def main() -> None:
+    """Crop image by image, write chunk by chunk."""
+    args = parse_args()
     output, world = Path(args.output), init_distributed()
     samples = list_images(args.data_path).samples
     prepare_folder(output.parent, "--output")

@@ -5,9 +5,38 @@ codes.
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.options import answer_early, make_parser, positive_int, run_main
+
+
+def parse_args() -> Namespace:
+    """Parse the command line."""
+    parser = make_parser(
+        __doc__,
+        "python3 scripts/inspect_codes.py --code-path CODES --vq-ckpt "
+        "./pretrained_models/vq_ds16_c2i.pt",
+    )
+    parser.add_argument(
+        "--code-path", required=True, help="folder of codes made by extract_codes_c2i.sh"
+    )
+    parser.add_argument(
+        "--vq-ckpt",
+        help="tokenizer that made the codes, to draw decoded codes (default: no picture)",
+    )
+    parser.add_argument(
+        "--rows", type=positive_int, default=8, help="images in the picture, one per row"
+    )
+    text = "PNG to write; the counts go to a .json beside it (default: CODE_PATH/inspect.png)"
+    parser.add_argument("--output", help=text)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_early(parse_args)
 
 import numpy as np
 import torch
@@ -18,9 +47,8 @@ from dataset.shards import finished_damage, shard_path
 from tokenizer.load import load_vq, require_tokenizer
 from utils.distributed import init_distributed
 from utils.files import write_json
-from utils.images import image_grid, save_png, to_uint8
+from utils.images import enlarge_small, image_grid, save_png, to_uint8
 from utils.logger import progress
-from utils.options import make_parser, positive_int, run_main
 from utils.quality import codebook_usage, perplexity
 
 CHUNK = 4096
@@ -64,29 +92,13 @@ def draw(codes: ShardedCodes, vq_ckpt: str, rows: int, output: Path) -> None:
             grids = torch.from_numpy(tokens).view(-1, *codes.meta["grid"])  # (K, h, w)
             decoded = vq.decode_code(grids)  # (K, 3, S, S)
         pictures.append(to_uint8(decoded).numpy())
-    save_png(output, image_grid(np.concatenate(pictures), columns=codes.num_crops))
+    images = enlarge_small(np.concatenate(pictures))
+    save_png(output, image_grid(images, columns=codes.num_crops))
 
 
 def main() -> None:
     """Verify the shards, print and write the counts, draw."""
-    parser = make_parser(
-        __doc__,
-        "python3 scripts/inspect_codes.py --code-path CODES --vq-ckpt "
-        "./pretrained_models/vq_ds16_c2i.pt",
-    )
-    parser.add_argument(
-        "--code-path", required=True, help="folder of codes made by extract_codes_c2i.sh"
-    )
-    parser.add_argument(
-        "--vq-ckpt",
-        help="tokenizer that made the codes, to draw decoded codes (default: no picture)",
-    )
-    parser.add_argument(
-        "--rows", type=positive_int, default=8, help="images in the picture, one per row"
-    )
-    text = "PNG to write; the counts go to a .json beside it (default: CODE_PATH/inspect.png)"
-    parser.add_argument("--output", help=text)
-    args = parser.parse_args()
+    args = parse_args()
 
     folder = Path(args.code_path)
     codes = open_codes(folder)

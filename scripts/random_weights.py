@@ -14,18 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
-from autoregressive.models.config import GPT_models, GPTConfig
-from autoregressive.models.gpt import GPT
-from evaluations.c2i.inception import Inception2015
-from tokenizer.vq_model import VQModel, make_vq_config
-from utils.checkpoints.weights_file import save_checkpoint
-from utils.options import make_parser, positive_int, run_main
+from autoregressive.models.config import GPT_models
+from utils.options import answer_early, make_parser, positive_int, run_main
 
 
-def main() -> None:
-    """Fill and write the three."""
+def parse_args() -> Namespace:
+    """Parse the command line."""
     parser = make_parser(
         __doc__, "python3 scripts/random_weights.py --output rehearsal/weights --gpt-model GPT-B"
     )
@@ -34,7 +28,24 @@ def main() -> None:
     parser.add_argument(
         "--ar-token-num", type=positive_int, default=4, help="tokens predicted at once, n"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_early(parse_args)
+
+import torch
+
+from autoregressive.models.config import GPTConfig
+from autoregressive.models.gpt import GPT
+from evaluations.c2i.inception import Inception2015
+from tokenizer.vq_model import VQModel, make_vq_config
+from utils.checkpoints.weights_file import save_checkpoint
+
+
+def main() -> None:
+    """Fill and write the three."""
+    args = parse_args()
     output = Path(args.output)
     torch.manual_seed(0)
     vq = VQModel(make_vq_config("VQ-16"))

@@ -229,6 +229,7 @@ def stages(work: Path, names: Sequence[str] = ()) -> dict[str, Stage]:
     return the stages.
     """
     # once, instead of in every fork
+    import torch
     import torchmetrics.functional.image  # noqa: F401
 
     from autoregressive.sample import sample_c2i_ddp
@@ -240,6 +241,7 @@ def stages(work: Path, names: Sequence[str] = ()) -> dict[str, Stage]:
     from tests.tokenizer.helpers import words as tokenizer_words
     from tokenizer import reconstruct_vq, train_vq
 
+    torch.set_num_threads(1)  # a fork waits for ever for OpenMP's threads, which it does not have
     helpers.write_images_and_tokenizer(work)
     network = SmallClassifier(ClassifierConfig(image_size=24, num_classes=3))
     save_classifier(work / "classifier.pt", network, ["ape", "bee", "cat"])

@@ -118,7 +118,7 @@ def sample_with(gpt: Path, vq: Path) -> object:
     """Load both files as the sampler does."""
     sys.argv = ["command", "--gpt-ckpt", str(gpt), "--vq-ckpt", str(vq), "--sample-dir", "/none"]
     sys.argv += ["--precision", "none", "--no-compile"]
-    pipeline = load_pipeline(sample_c2i_ddp.parse_args(), WORLD, False)
+    pipeline = load_pipeline(sample_c2i_ddp.parse_args(""), WORLD, False)
     names = class_names(pipeline)
     facts = [asdict(pipeline.gpt.config), names, pipeline.gpt_name, pipeline.image_size]
     return [pipeline.gpt.state_dict(), pipeline.vq.state_dict(), facts]

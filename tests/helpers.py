@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -125,24 +127,42 @@ def train(work: Path, cloud: Path, *options: object, **run_options) -> subproces
     return run_command(*TRAIN, *train_words(work, cloud), *options, **run_options)
 
 
-def start(command: list[object], **environment: str) -> subprocess.Popen:
+def start(command: Sequence[object], **environment: str) -> subprocess.Popen:
     """A command in a session of its own, to be killed whole."""
     env = os.environ | {
         "PYTHON": sys.executable,
         "CUDA_VISIBLE_DEVICES": "",
         "nproc_per_node": "1",
+        "PAR_TEST_RUN": uuid.uuid4().hex,
         **environment,
     }
     words = [str(w) for w in command]
     quiet = subprocess.DEVNULL
-    return subprocess.Popen(
+    process = subprocess.Popen(
         words, cwd=ROOT, env=env, start_new_session=True, stdout=quiet, stderr=quiet
     )
+    process.mark = f"PAR_TEST_RUN={env['PAR_TEST_RUN']}".encode()
+    return process
+
+
+def family(process: subprocess.Popen) -> list[int]:
+    """Return what lives of a command of ``start``: torchrun's ranks are sessions of their own."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if process.mark in place.read_bytes().split(b"\0"):
+                found.append(int(place.parent.name))
+    return found
 
 
 def kill(process: subprocess.Popen) -> None:
     """SIGKILL a process of ``start`` and all that it started."""
-    os.killpg(process.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    while left := family(process):
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     process.wait()
 
 

@@ -5,6 +5,7 @@ itself.
 import ast
 import functools
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_test_files_share_through_helpers_alone(path):
     )
     names = {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
     shared = {"helpers", "effects", "fake_cuda", "crash_points"}
-    shared |= {"fuzz", "fuzz_kinds", "fuzz_readers"}
+    shared |= {"forks", "kill_table", "fuzz", "fuzz_kinds", "fuzz_readers"}
     ours = [name.split(".") for name in names if name.startswith("tests.")]
     assert not [name for name in ours if not shared & set(name)]
 
@@ -124,3 +125,30 @@ def test_help_has_an_example(path, monkeypatch, capsys):
     assert end.value.code == 0 and "example:" in text
     assert "sys.path.insert(0, " in (ROOT / path).read_text(), "it must run from anywhere"
     assert len(text.splitlines()) > 5
+
+
+# folders and files whose options come from modules that compute
+IMPORT_TORCH_FIRST = ("scripts/benchmarks", "scripts/experiments", "scripts/quickstart")
+IMPORT_TORCH_FIRST += ("scripts/small_models", "scripts/doctor.py")
+HELP_WITHOUT_TORCH = """
+import os, runpy, sys
+heavy = ("torch", "torchvision", "timm", "scipy", "matplotlib", "PIL")
+sys.modules.update(dict.fromkeys(heavy))  # importing them is an ImportError
+root = sys.path[:]
+sys.stdout = open(os.devnull, "w")
+for path in sys.argv[1:]:
+    sys.argv, sys.path = [path, "--help"], root[:]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except (SystemExit, ImportError) as end:
+        if getattr(end, "code", end) != 0:
+            print(path, end, file=sys.stderr)
+"""
+
+
+def test_help_comes_without_importing_torch():
+    """In one process, where it cannot be imported: it takes seconds."""
+    scripts = [str(p) for p in SCRIPTS if not str(p).startswith(IMPORT_TORCH_FIRST)]
+    command = [sys.executable, "-c", HELP_WITHOUT_TORCH, *scripts]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(scripts) > 16 and not done.stderr

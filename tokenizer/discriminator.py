@@ -13,8 +13,6 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DISCRIMINATORS = ("patchgan", "stylegan")
-
 
 def leaky_relu(x: Tensor) -> Tensor:
     """Return x, and 0.2 x where x is below 0."""

@@ -1,14 +1,14 @@
-"""Files of a tokenizer's weights, released or our own -> VQModel; the options that select one."""
+"""Files of a tokenizer's weights, released or our own -> VQModel."""
 
 from __future__ import annotations
 
-from argparse import Namespace, _ArgumentGroup
+from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from tokenizer.vq_model import VQ_models, VQConfig, VQModel, make_vq_config
+from tokenizer.vq_model import VQConfig, VQModel, make_vq_config
 from utils.checkpoints.folder import read_meta, read_sharded
 from utils.checkpoints.weights_file import (
     find_state_dict,
@@ -17,7 +17,7 @@ from utils.checkpoints.weights_file import (
     require_facts,
     state_sha256,
 )
-from utils.options import positive_int, resolve
+from utils.options import resolve
 from utils.records import build, has_type
 
 LEVELS, LARGEST_BLOCKS = range(1, 9), 64  # of a config: more would be made for hours
@@ -82,28 +82,6 @@ def load_vq(
         raise ValueError(f"--vq-ckpt {path}: its image_size is {str(size)[:60]}")
     model.trained_size = size if is_size else None
     return model.eval().requires_grad_(False), name
-
-
-def add_tokenizer_options(group: _ArgumentGroup, required: bool = True) -> None:
-    """Add the options selecting a tokenizer; all but the file are optional."""
-    group.add_argument(
-        "--vq-ckpt", required=required, help="tokenizer checkpoint, released or trained here"
-    )
-    group.add_argument(
-        "--vq-model",
-        choices=list(VQ_models),
-        help="size of the tokenizer (default: the checkpoint's, else VQ-16)",
-    )
-    group.add_argument(
-        "--codebook-size",
-        type=positive_int,
-        help="codebook entries (default: the checkpoint's, else the size's)",
-    )
-    group.add_argument(
-        "--codebook-embed-dim",
-        type=positive_int,
-        help="width of a codebook entry (default: the checkpoint's, else 8)",
-    )
 
 
 def load_tokenizer(args: Namespace) -> tuple[VQModel, str]:

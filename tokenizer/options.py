@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from argparse import BooleanOptionalAction, Namespace
 
-from tokenizer.discriminator import DISCRIMINATORS
-from tokenizer.vq_loss import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, PIXEL_LOSSES
-from tokenizer.vq_model import VQ_models
+from tokenizer.config import VQ_models
 from utils.options import (
     add_retired,
     fraction,
@@ -15,8 +13,18 @@ from utils.options import (
     non_negative_int,
     positive_int,
 )
-from utils.training.options import add_optimizer_options, add_output_options, add_precision_option
-from utils.training.state import LR_SCHEDULES
+from utils.training.options import (
+    LR_SCHEDULES,
+    add_optimizer_options,
+    add_output_options,
+    add_precision_option,
+)
+
+# names of what vq_loss.py and discriminator.py hold, which need torch
+PIXEL_LOSSES = ("l1", "l2")
+DISCRIMINATORS = ("patchgan", "stylegan")
+DISCRIMINATOR_LOSSES = ("hinge", "vanilla", "non-saturating")
+GENERATOR_LOSSES = ("hinge", "non-saturating")
 
 
 def parse_args(description: str) -> Namespace:
@@ -90,7 +98,7 @@ def parse_args(description: str) -> Namespace:
     loss = parser.add_argument_group("loss")
     loss.add_argument(
         "--reconstruction-loss",
-        choices=list(PIXEL_LOSSES),
+        choices=PIXEL_LOSSES,
         default="l2",
         help="loss between pixels",
     )
@@ -149,13 +157,13 @@ def parse_args(description: str) -> Namespace:
     )
     gan.add_argument(
         "--disc-loss",
-        choices=list(DISCRIMINATOR_LOSSES),
+        choices=DISCRIMINATOR_LOSSES,
         default="hinge",
         help="GAN loss of the discriminator",
     )
     gan.add_argument(
         "--gen-loss",
-        choices=list(GENERATOR_LOSSES),
+        choices=GENERATOR_LOSSES,
         default="hinge",
         help="GAN loss of the tokenizer",
     )

@@ -14,6 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tokenizer.reconstruction_options import parse_args
+from utils.options import answer_early, run_main
+
+if __name__ == "__main__":
+    answer_early(parse_args, __doc__)
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -21,30 +27,24 @@ from torch.utils.data import DataLoader
 
 from dataset.imagenet import CenterCrop, ImageFiles, list_images, say_if_enlarged, to_model_range
 from tokenizer.layout import place_tokenizer
-from tokenizer.load import add_tokenizer_options, load_tokenizer, resolve_image_size
+from tokenizer.load import load_tokenizer, resolve_image_size
 from tokenizer.vq_loss import find_vgg, load_lpips
 from tokenizer.vq_model import VQModel
 from utils.checkpoints.weights_file import state_sha256
 from utils.distributed import World, init_distributed
+from utils.environment import write_options
 from utils.files import atomic_path, prepare_folder
-from utils.images import image_grid, save_png, to_uint8
+from utils.images import labelled_rows, save_png, to_uint8
 from utils.lock import hold
 from utils.logger import create_logger, progress
 from utils.npz import member_names, open_member, open_npz, short_hash
-from utils.options import (
-    add_retired,
-    make_parser,
-    non_negative_int,
-    positive_int,
-    run_main,
-    write_options,
-)
 from utils.performance import worker_count
 from utils.precision import allow_tf32
 from utils.quality import codebook_usage, perplexity, psnr, ssim
 from utils.records import read_json
 from utils.samples import SampleFile
 
+PICTURE_COLUMNS = 10
 SHOWN = {
     "psnr": "PSNR {:.2f} dB",
     "ssim": "SSIM {:.4f}",
@@ -52,59 +52,6 @@ SHOWN = {
     "codebook_used": "codebook used {:.1%}",
     "perplexity": "perplexity {:.4g}",
 }
-
-
-def parse_args() -> Namespace:
-    """Parse the command line; names and defaults are those of the published script."""
-    parser = make_parser(
-        __doc__,
-        "bash scripts/tokenizer/reconstruction_vq.sh --data-path IMAGENET/val --vq-ckpt "
-        "./pretrained_models/vq_ds16_c2i.pt",
-    )
-    parser.add_argument(
-        "--data-path", required=True, help="images: folder with one sub-folder per class"
-    )
-    add_tokenizer_options(parser.add_argument_group("tokenizer"), required=False)
-    parser.add_argument(
-        "--image-size",
-        type=positive_int,
-        help="side of the centre crop, pixels (default: that of the tokenizer's training, if the "
-        "file has it, else 256)",
-    )
-    parser.add_argument(
-        "--image-size-eval",
-        type=positive_int,
-        help="side of the written images, pixels (default: likewise)",
-    )
-    parser.add_argument("--sample-dir", default="reconstructions", help="folder to write to")
-    parser.add_argument(
-        "--per-proc-batch-size", type=positive_int, default=32, help="images per forward pass"
-    )
-    parser.add_argument(
-        "--num-workers",
-        type=non_negative_int,
-        default=4,
-        help="image-decoding processes, at most the share of cores of a rank",
-    )
-    parser.add_argument(
-        "--vgg-weights",
-        help="VGG16 weights vgg16-397923af.pth for LPIPS (default: torch.hub's copy; "
-        "without one, no LPIPS)",
-    )
-    parser.add_argument(
-        "--pairs",
-        type=positive_int,
-        default=20,
-        help="images in the picture, each beside its reconstruction",
-    )
-    add_retired(
-        parser,
-        {
-            "--dataset": (True, "every folder of class folders is read the same way"),
-            "--global-seed": (True, "reconstruction is deterministic"),
-        },
-    )
-    return parser.parse_args()
 
 
 class Reconstructor:
@@ -214,15 +161,21 @@ class Reconstructor:
         return figures, labels
 
     def draw(self) -> None:
-        """Draw images from all over the set, each beside its reconstruction."""
+        """Draw rows of images from all over the set, each above its reconstruction."""
         count = len(self.samples)
         chosen = np.linspace(0, count - 1, min(self.args.pairs, count), dtype=int)
         pixels = torch.stack([self.images[int(i), 0][0] for i in chosen])  # (N, S, S, 3)
         images = to_model_range(pixels, self.world.device)  # (N, 3, S, S)
         originals, reconstructions, _ = self.pairs(images)  # (N, E, E, 3) each
-        pairs = np.stack([originals, reconstructions], axis=1)  # (N, 2, E, E, 3)
-        pairs = pairs.reshape(-1, *originals.shape[1:])  # (2N, E, E, 3)
-        save_png(self.picture, image_grid(pairs, columns=10))
+        columns = min(len(chosen), PICTURE_COLUMNS)
+        white = np.full((-len(chosen) % columns, *originals.shape[1:]), 255, np.uint8)
+        rows = [
+            np.concatenate([images, white]).reshape(-1, columns, *originals.shape[1:])
+            for images in (originals, reconstructions)
+        ]  # (R, columns, E, E, 3) each
+        both = np.stack(rows, axis=1)  # (R, 2, columns, E, E, 3)
+        labels = ["images", "reconstructions"] * len(both)
+        save_png(self.picture, labelled_rows(both.reshape(-1, *both.shape[2:]), labels))
 
     def finish(self) -> dict[str, float]:
         """Write metrics and picture, then name the files; to be called by one process only."""
@@ -241,7 +194,7 @@ class Reconstructor:
 @torch.inference_mode()
 def main() -> None:
     """Reconstruct every missing chunk, then finish metrics, picture and files."""
-    args = parse_args()
+    args = parse_args(__doc__)
     world = init_distributed()
     logger = create_logger(world)
     allow_tf32(False)
@@ -281,7 +234,7 @@ def main() -> None:
         r.clean()
         figures = read_json(r.figures)
         logger.info(", ".join(form.format(figures[k]) for k, form in SHOWN.items() if k in figures))
-        logger.info(f"over {figures['images']:,} images; {r.picture} (image, reconstruction, ...)")
+        logger.info(f"over {figures['images']:,} images; a picture of some: {r.picture}")
         logger.info(f"rFID: python3 evaluations/c2i/evaluator.py {r.files[1].npz} {r.files[0].npz}")
 
 

@@ -15,6 +15,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tokenizer.options import parse_args
+from utils.options import answer_early, resolve, run_main
+
+if __name__ == "__main__":
+    answer_early(parse_args, __doc__)
+
 import torch
 from torch.utils.data import DataLoader
 
@@ -22,13 +28,11 @@ from dataset.epochs import EpochOrder
 from dataset.imagenet import ImageFiles, RandomCrop, list_images, to_model_range
 from tokenizer.layout import place_tokenizer
 from tokenizer.load import load_vq
-from tokenizer.options import parse_args
 from tokenizer.vq_loss import Adversary, ReconstructionLoss
 from tokenizer.vq_model import VQModel, make_vq_config
 from tokenizer.vq_state import VQState, place_codebook, revive_dead_codes
 from utils.checkpoints.folder import read_sharded
 from utils.distributed import init_distributed
-from utils.options import resolve, run_main
 from utils.parallel import delay_sync, replicate
 from utils.performance import worker_count
 from utils.precision import allow_tf32, autocast, log_level, resolve_precision
@@ -146,7 +150,7 @@ def log_header(
 
 def main() -> None:
     """Make or load what is trained, resume, then the loop."""
-    args = parse_args(__doc__ or "")
+    args = parse_args(__doc__)
     world = init_distributed()
     device = world.device
     precision, precision_note = world.broadcast(resolve_precision(args.mixed_precision, device))

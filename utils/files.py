@@ -22,9 +22,9 @@ def atomic_path(path: str | Path, tidy: bool = True) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to; on success fsync it and rename it to ``path``.
 
     If the block raises (disk full, Ctrl-C), the half-written file is removed and whatever stood
-    under ``path`` before is untouched. A process killed in between leaves a ``*.tmp-*`` file, which
-    the next writer of ``path`` removes. tidy: False leaves it there; finding it lists the folder,
-    which takes long where there are many files.
+    under ``path`` before is untouched; the error of a full disk then names ``path``. A process
+    killed in between leaves a ``*.tmp-*`` file, which the next writer of ``path`` removes. tidy:
+    False leaves it there; finding it lists the folder, which takes long where there are many files.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +36,10 @@ def atomic_path(path: str | Path, tidy: bool = True) -> Iterator[Path]:
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # of a write: disk full
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -91,6 +95,11 @@ def cut_torn_line(path: Path) -> None:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.truncate(path, whole)
+
+
+def readable_size(count: int) -> str:
+    """Return a number of bytes in GiB, or in KiB where that would be 0.0 GiB."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**28 else f"{count / 2**10:,.0f} KiB"
 
 
 def write_json(path: str | Path, value: Any) -> None:

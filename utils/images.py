@@ -14,6 +14,8 @@ from torch import Tensor
 
 from utils.files import atomic_path
 
+SHOWN_SIDE = 96  # pixels: smaller images are enlarged in pictures to be looked at
+
 
 def to_uint8(images: Tensor, size: int | None = None) -> Tensor:
     """[-1, 1] float (B, 3, H, W) -> uint8 (B, size, size, 3), rounded as the released sampler does.
@@ -31,6 +33,12 @@ def enlarge(cells: np.ndarray, size: int) -> np.ndarray:
     """Repeat each value of a square grid (h, h) over its pixels: (size, size, 1)."""
     side = size // len(cells)
     return cells.repeat(side, 0).repeat(side, 1)[..., None]  # (S, S, 1)
+
+
+def enlarge_small(images: np.ndarray) -> np.ndarray:
+    """Repeat pixels of images (..., H, W, 3) lower than ``SHOWN_SIDE`` until they are as high."""
+    factor = max(1, -(-SHOWN_SIDE // images.shape[-3]))
+    return images.repeat(factor, -3).repeat(factor, -2)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -59,10 +67,10 @@ def image_grid(pixels: np.ndarray, columns: int, padding: int = 2) -> np.ndarray
 
 
 def labelled_rows(pixels: np.ndarray, labels: Sequence[str], padding: int = 2) -> np.ndarray:
-    """uint8 (R, N, H, W, 3) -> one picture, a row of N images under each label."""
+    """uint8 (R, N, H, W, 3) -> one picture, a row of N images, small ones enlarged, per label."""
     columns, height = pixels.shape[1], 16
     rows = []
-    for images, label in zip(pixels, labels, strict=True):
+    for images, label in zip(enlarge_small(pixels), labels, strict=True):
         row = image_grid(images, columns, padding)  # (H', W', 3)
         caption = Image.new("RGB", (row.shape[1], height), "white")
         ImageDraw.Draw(caption).text(

@@ -11,10 +11,12 @@ import time
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from utils.distributed import World
 from utils.processes import has_ended, machine
+
+if TYPE_CHECKING:  # importing torch takes seconds
+    from utils.distributed import World
 
 PATIENCE = 60.0  # seconds that ranks may outlive their launcher, or rank 0
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a disk without them answers

@@ -1,29 +1,27 @@
-"""Command lines: one style of parser, users' mistakes as one line, resolved options beside every
-output.
+"""Command lines: one style of parser, users' mistakes as one line.
+
+Nothing here imports torch, which takes seconds: ``--help`` and a wrong option are answered before.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import math
 import os
-import platform
 import re
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import datetime, timezone
+from contextlib import redirect_stderr, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from tqdm import tqdm
 
-from utils.files import write_json
 from utils.lock import release_all
-from utils.precision import cpu_name
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -65,6 +63,12 @@ def is_first_to_say(text: str) -> bool:
     return True
 
 
+def cause_is_said() -> bool:
+    """Return whether a rank of this run and machine has said what is wrong."""
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return place is not None and any(Path(place).parents[1].glob("said-*"))
+
+
 def make_parser(description: str, example: str, arguments: str = "") -> argparse.ArgumentParser:
     """Return a parser that shows defaults and an example, and accepts no abbreviations.
 
@@ -77,6 +81,21 @@ def make_parser(description: str, example: str, arguments: str = "") -> argparse
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
+
+
+def answer_early(parse: Callable[..., object], *arguments: str) -> None:
+    """Parse the command line for ``--help`` and wrong options alone, which end the script here.
+
+    A script calls this before it imports torch. Notes and ``ValueError`` come from the same
+    ``parse`` in ``main``, so they are left to that.
+    """
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said), suppress(ValueError):
+            parse(*arguments)
+    except SystemExit:
+        sys.stderr.write(said.getvalue())
+        raise
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -99,14 +118,21 @@ def run_main(main: Callable[[], None]) -> None:
         lost = re.search("gloo|Connection (closed|reset)", str(error))  # gloo gives it no type
         if os.environ.get("PAR_DEBUG") or not lost:
             raise
-        tqdm.write(f"error{where}: another process has ended", file=sys.stderr)
+        if not cause_is_said():
+            tqdm.write(f"error{where}: another process has ended", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         release_all(delete=ended and rank == "0")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave_group()
+
+
+def leave_group() -> None:
+    """Leave the process group, if this command has imported torch and joined one."""
+    torch = sys.modules.get("torch")
+    if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def positive_int(text: str) -> int:
@@ -191,21 +217,3 @@ def git_revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.strip() + ("+" if changed.strip() else "")
-
-
-def write_options(path: str | Path, args: argparse.Namespace, **facts: object) -> None:
-    """Write the resolved options, what made them, and ``facts`` as JSON."""
-    environment = {
-        "command": " ".join(sys.argv),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "host": platform.node(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "git": git_revision(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or "cpu",
-        "PAR_CPU": cpu_name(),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-    }
-    write_json(path, {"options": vars(args), **facts, "environment": environment})

@@ -29,7 +29,6 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.distributed import World
 from utils.precision import AUTOCAST_DTYPE
 
-DATA_PARALLEL = ("ddp", "fsdp", "hsdp", "sdp")
 _COMPRESS_HOOK = {torch.bfloat16: bf16_compress_hook, torch.float16: fp16_compress_hook}
 
 

@@ -24,11 +24,6 @@ AUTOCAST_DTYPE = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-AUTO_HELP = (
-    "auto takes bf16 where the device computes in it (GPUs of compute capability 8.0 or newer; "
-    "CPUs with AMX, AVX-512 BF16 or Arm BF16, if that is faster than float32 there), else fp16 "
-    "with a loss scale on CUDA, else none, which is float32"
-)
 # flag -> name
 CPU_BFLOAT16 = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "bf16": "Arm BF16"}
 PRODUCT_WIDTH = 512  # of the matrices that are timed
@@ -159,8 +154,8 @@ def log_level(precision: str, device: torch.device) -> int:
 def resolve_precision(written: str, device: torch.device) -> tuple[str, str]:
     """Return the precision to compute in on ``device`` and the reason, for one log line.
 
-    ``written``: ``auto`` (see ``AUTO_HELP``) or a key of ``AUTOCAST_DTYPE``, which is returned as
-    it is; where ``is_emulated`` is true of it, the reason is a warning.
+    ``written``: ``auto`` (see the help of ``--mixed-precision``) or a key of ``AUTOCAST_DTYPE``,
+    which is returned as it is; where ``is_emulated`` is true of it, the reason is a warning.
     """
     if written != "auto":
         slow = f"; slow on this {_kind(device)}: it may take many times as long as none (float32)"

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from utils.files import atomic_path, process_name
+from utils.files import atomic_path, process_name, readable_size
 
 BLOCK = 1 << 24  # bytes read at a time for the checksum
 PATIENCE = 60.0  # seconds until a network disk shows what other machines have written
@@ -56,8 +56,8 @@ class SampleFile:
         free = shutil.disk_usage(self.npz.parent).free
         if free < self._size:
             raise ValueError(
-                f"{self.npz.parent} has {free / 2**30:.1f} GiB free, {self.npz.name} needs "
-                f"{self._size / 2**30:.1f} GiB"
+                f"{self.npz.parent} has {readable_size(free)} free, {self.npz.name} needs "
+                f"{readable_size(self._size)}"
             )
         self.clean()
         with open(self.partial, "wb") as f:

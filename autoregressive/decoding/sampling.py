@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autoregressive.decoding.choices import CFG_SCHEDULES, NOISES, TEMPERATURE_SCHEDULES
+
 WHOLE = 2.0**36  # a probability of 1 as a whole number, see ``cumulative``
-CFG_SCHEDULES = ("constant", "linear", "power-cosine")
-TEMPERATURE_SCHEDULES = ("constant", "linear", "cosine")
-NOISES = ("uniform", "gumbel")
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from autoregressive.models.embeddings import SPECIAL_TOKENS
-
+# what the special slots are fed: a learned vector each (the paper's), one for all, zeros, the class
+# embedding, or again what the slot before them holds
+SPECIAL_TOKENS = ("learned", "shared", "zeros", "class", "last")
 # fields of the config that vary the method, as published by default; those with a set of values
 VARIANT_CHOICES = {
     "group_attention": ("full", "causal"),

@@ -27,11 +27,6 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)  # (B, D)
 
 
-# what the special slots are fed: a learned vector each (the paper's), one for all, zeros, the class
-# embedding, or again what the slot before them holds
-SPECIAL_TOKENS = ("learned", "shared", "zeros", "class", "last")
-
-
 class SpecialTokens(nn.Module):
     """Holder of the n-1 learnable tokens that start parallel prediction (paper, section 3.3).
 

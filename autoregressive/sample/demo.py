@@ -12,40 +12,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from autoregressive.sample.command_lines import parse_demo as parse_args
+from utils.options import answer_early, run_main
+
+if __name__ == "__main__":
+    answer_early(parse_args, __doc__)
+
 from autoregressive.sample.page.orders import describe_order
 from autoregressive.sample.page.server import PageServer
 from autoregressive.sample.page.studio import Model, Studio, load_model
 from utils.distributed import init_distributed
-from utils.options import make_parser, non_negative_int, run_main
-from utils.presets import PRESETS, SMALL_PRESETS
-
-
-def parse_args() -> Namespace:
-    """Parse the command line."""
-    parser = make_parser(__doc__, "python3 autoregressive/sample/demo.py")
-    models = parser.add_argument_group("models (default: all small ones)")
-    models.add_argument(
-        "--model",
-        nargs="+",
-        choices=[*SMALL_PRESETS, *PRESETS],
-        help="models by name; a released one needs its files in pretrained_models/",
-    )
-    models.add_argument("--gpt-ckpt", help="a GPT checkpoint of yours, with --vq-ckpt")
-    models.add_argument("--vq-ckpt", help="the tokenizer of --gpt-ckpt")
-    models.add_argument(
-        "--download",
-        action="store_true",
-        help="fetch missing released files from huggingface.co",
-    )
-    address = parser.add_argument_group("address")
-    address.add_argument(
-        "--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; there is no password"
-    )
-    address.add_argument("--port", type=non_negative_int, default=7860, help="0: one that is free")
-    args = parser.parse_args()
-    if (args.gpt_ckpt is None) != (args.vq_ckpt is None):
-        raise ValueError("--gpt-ckpt and --vq-ckpt: both are needed, or neither")
-    return args
+from utils.presets import SMALL_PRESETS
 
 
 def load_models(args: Namespace) -> list[Model]:
@@ -65,7 +42,7 @@ def load_models(args: Namespace) -> list[Model]:
 
 def main() -> None:
     """Load the models and serve the page until it is interrupted."""
-    args = parse_args()
+    args = parse_args(__doc__)
     studio = Studio(load_models(args))
     looks = {"/api/models": studio.list_models, "/api/order": describe_order}
     works = {"/api/generate": studio.generate, "/api/edit": studio.edit}

@@ -10,85 +10,32 @@ likeliest.
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from autoregressive.sample.command_lines import parse_edit as parse_args
+from utils.options import answer_early, run_main
+
+if __name__ == "__main__":
+    answer_early(parse_args, __doc__)
 
 import numpy as np
 
 from autoregressive.sample.canvas import mask_of_codes, open_canvas
 from autoregressive.sample.classes import class_labels, class_names, find_classes
 from autoregressive.sample.edit import Completions, Edit, complete, encode
-from autoregressive.sample.options import (
-    add_model_options,
-    add_sampling_options,
-    parse_sampler,
-    picture_path,
-)
+from autoregressive.sample.options import picture_path
 from autoregressive.sample.pipeline import Pipeline, load_pipeline
 from autoregressive.sample.trace import Trace, write_trace
 from utils.distributed import init_distributed
+from utils.environment import write_options
 from utils.files import prepare_folder, require_file
 from utils.images import labelled_rows, save_png
 from utils.logger import progress
-from utils.options import (
-    fraction,
-    make_parser,
-    non_negative_int,
-    positive_int,
-    run_main,
-    write_options,
-)
 
 TRACE_FRAMES = 48
-
-
-def add_canvas_options(parser: ArgumentParser) -> None:
-    """Add the options that say what is kept and what is made anew."""
-    group = parser.add_argument_group("what to edit (at least one of mask, box, margins, share)")
-    text = "image to edit; its central square is resized to the model's size"
-    group.add_argument("--image", required=True, help=text)
-    text = "picture of the image's size: what is not black is made anew"
-    group.add_argument("--mask", metavar="PNG", help=text)
-    text = "box of pixels to make anew; may be repeated"
-    names = ("LEFT", "TOP", "RIGHT", "BOTTOM")
-    group.add_argument("--box", nargs=4, type=int, action="append", metavar=names, help=text)
-    text = "enlarge the canvas by so many pixels on each side and fill them (outpainting)"
-    group.add_argument("--margins", nargs=4, type=non_negative_int, metavar=names, help=text)
-    text = "make a variation: keep this share of the codes, chosen at random, 0 to 1"
-    group.add_argument("--keep-share", type=fraction, default=1.0, help=text)
-    text = "class ids, or names separated by commas: what the image becomes, a row each"
-    group.add_argument("--classes", nargs="+", required=True, help=text)
-
-
-def parse_args() -> Namespace:
-    """Parse the command line."""
-    parser = make_parser(
-        __doc__,
-        "python3 autoregressive/sample/edit_c2i.py --model PAR-3B-4x --image dog.png "
-        '--box 60 40 200 220 --classes "golden retriever, tabby" --candidates 4 --output edit.png',
-    )
-    add_canvas_options(parser)
-    add_model_options(parser)
-    add_sampling_options(parser, cfg_scale=2.0, top_k=0, compiled=False)
-    output = parser.add_argument_group("output")
-    text = "completions made per result, of which the likeliest is kept"
-    output.add_argument("--candidates", type=positive_int, default=1, help=text)
-    text = "results per class"
-    output.add_argument("--images-per-class", type=positive_int, default=1, help=text)
-    text = "random seed of the codes drawn and kept"
-    output.add_argument("--seed", type=non_negative_int, default=0, help=text)
-    text = "kept pixels: the image's own, or decoded from its codes by the tokenizer"
-    output.add_argument("--kept-pixels", choices=["own", "decoded"], default="own", help=text)
-    text = "pixels over which own and new pixels are blended"
-    output.add_argument("--feather", type=non_negative_int, default=0, help=text)
-    text = "file of the result, .png; with several results, their names end in -0, -1, ...; "
-    text += "NAME-sheet.png shows input, mask, results and candidates"
-    output.add_argument("--output", default="samples/edit.png", help=text)
-    text = "also write a .gif and a strip of the candidates as they fill in"
-    output.add_argument("--trace", action="store_true", help=text)
-    return parse_sampler(parser)
 
 
 def codes_anew(args: Namespace, masked: np.ndarray, pipeline: Pipeline) -> np.ndarray:
@@ -135,7 +82,7 @@ def write(
 
 def main() -> None:
     """Encode the image, complete it for each class, write."""
-    args = parse_args()
+    args = parse_args(__doc__)
     output = picture_path(args.output)
     require_file(args.image, "--image")
     if args.mask is not None:

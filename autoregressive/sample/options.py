@@ -8,17 +8,13 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from autoregressive.decoding.sampling import CFG_SCHEDULES, NOISES, TEMPERATURE_SCHEDULES
+from autoregressive.decoding.choices import CFG_SCHEDULES, NOISES, TEMPERATURE_SCHEDULES
 from autoregressive.models.config import GPT_models
-from tokenizer.load import add_tokenizer_options
+from tokenizer.config import add_tokenizer_options
 from utils.options import positive_int
 from utils.presets import PRESETS, SMALL_PRESETS, Preset, SmallPreset
 
 JACOBI_STEPS = 4
-RETIRED_OPTIONS = {
-    "--gpt-type": (True, "every model here is class-conditional (c2i)"),
-    "--cls-token-num": (True, "every model here has one class token"),
-}
 
 
 def add_model_options(parser: ArgumentParser) -> None:

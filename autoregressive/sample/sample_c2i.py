@@ -3,77 +3,33 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from autoregressive.sample.command_lines import parse_picture as parse_args
+from utils.options import answer_early, run_main
+
+if __name__ == "__main__":
+    answer_early(parse_args, __doc__)
 
 import numpy as np
 import torch
 
 from autoregressive.sample.classes import class_labels, class_names, find_classes
-from autoregressive.sample.options import (
-    RETIRED_OPTIONS,
-    add_model_options,
-    add_sampling_options,
-    parse_sampler,
-    picture_path,
-)
+from autoregressive.sample.options import picture_path
 from autoregressive.sample.pipeline import load_pipeline
 from autoregressive.sample.trace import Trace, write_trace
 from utils.distributed import init_distributed
+from utils.environment import write_options
 from utils.files import prepare_folder
 from utils.images import labelled_rows, save_png, to_uint8
 from utils.logger import progress
-from utils.options import (
-    add_retired,
-    make_parser,
-    non_negative_int,
-    positive_int,
-    run_main,
-    write_options,
-)
-
-PUBLISHED_CLASSES = ["207", "360", "387", "974", "88", "979", "417", "279"]
-
-
-def parse_args() -> Namespace:
-    """Parse the options; names and defaults are those of the published script."""
-    parser = make_parser(
-        __doc__,
-        "python3 autoregressive/sample/sample_c2i.py --vq-ckpt ./pretrained_models/vq_ds16_c2i.pt "
-        '--gpt-ckpt ./pretrained_models/PAR-3B-4x.pt --classes "golden retriever, 360" '
-        "--images-per-class 4 --trace",
-    )
-    add_model_options(parser)
-    add_sampling_options(parser, cfg_scale=4.0, top_k=2000, compiled=False)
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--classes",
-        nargs="+",
-        default=PUBLISHED_CLASSES,
-        help="class ids, or names separated by commas, such as 'golden retriever, 360'",
-    )
-    output.add_argument("--images-per-class", type=positive_int, default=4, help="images per class")
-    output.add_argument(
-        "--seed", type=non_negative_int, default=0, help="random seed of the tokens"
-    )
-    output.add_argument("--output", default="samples/grid.png", help="file of the picture, .png")
-    output.add_argument(
-        "--trace",
-        action="store_true",
-        help="also write a .gif and a strip of the images as they fill in",
-    )
-    output.add_argument(
-        "--trace-frames", type=positive_int, default=48, help="maximum number of frames of --trace"
-    )
-    add_retired(parser, RETIRED_OPTIONS)
-    return parse_sampler(parser)
 
 
 def main() -> None:
     """Generate class by class and write the picture."""
-    args = parse_args()
+    args = parse_args(__doc__)
     output = picture_path(args.output)
     world = init_distributed()
     if args.trace and args.compile and world.device.type == "cuda":

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from autoregressive.sample.pipeline import Pipeline
-from utils.images import enlarge, image_grid, save_gif, save_png, to_uint8
+from utils.images import enlarge, enlarge_small, image_grid, save_gif, save_png, to_uint8
 
 GREY = 96  # of codes that are not decoded yet
 
@@ -43,9 +43,13 @@ class Trace:
 
 def write_trace(output: Path, traces: list[list[np.ndarray]], columns: int) -> None:
     """Write an animation of all rows of images, and a strip of eight moments of the first image."""
-    frames = [image_grid(np.concatenate(rows), columns) for rows in zip(*traces, strict=True)]
+    frames = [
+        image_grid(enlarge_small(np.concatenate(rows)), columns)
+        for rows in zip(*traces, strict=True)
+    ]
     save_gif(output.with_suffix(".gif"), frames)
     moments = np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int)
     strip = np.stack([traces[0][i][0] for i in moments])  # (8, S, S, 3)
-    save_png(output.with_name(f"{output.stem}-strip.png"), image_grid(strip, columns=len(strip)))
+    picture = image_grid(enlarge_small(strip), columns=len(strip))
+    save_png(output.with_name(f"{output.stem}-strip.png"), picture)
     print(f"{output.with_suffix('.gif')}: {len(frames)} frames")

@@ -7,11 +7,21 @@ from dataclasses import fields
 
 from autoregressive.models.config import VARIANT_CHOICES, GPT_models
 from autoregressive.train.recipe import Recipe, make_recipe
-from utils.options import add_retired, fraction, make_parser, non_negative_float, positive_int
-from utils.parallel import DATA_PARALLEL
-from utils.precision import AUTOCAST_DTYPE
-from utils.training.options import add_optimizer_options, add_output_options, add_precision_option
-from utils.training.state import LR_SCHEDULES
+from utils.options import (
+    add_retired,
+    fraction,
+    make_parser,
+    non_negative_float,
+    positive_int,
+)
+from utils.training.options import (
+    LR_SCHEDULES,
+    add_optimizer_options,
+    add_output_options,
+    add_precision_option,
+)
+
+DATA_PARALLEL = ("ddp", "fsdp", "hsdp", "sdp")
 
 
 def add_variant_options(parser: ArgumentParser) -> None:
@@ -169,7 +179,7 @@ def parse_args(description: str) -> Namespace:
         action="store_true",
         help="keep sharded weights and the optimizer in host memory",
     )
-    add_precision_option(speed, AUTOCAST_DTYPE)
+    add_precision_option(speed, ["none", "fp32", "tf32", "bf16", "fp16"])
     speed.add_argument(
         "--grad-precision",
         choices=["fp32", "fp16", "bf16"],

@@ -16,6 +16,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from autoregressive.train.options import parse_args
+from utils.options import answer_early, resolve, run_main
+
+if __name__ == "__main__":
+    answer_early(parse_args, __doc__)
+
 import torch
 from torch import Tensor, nn
 
@@ -32,14 +38,12 @@ from autoregressive.train.data import (
     open_training_codes,
 )
 from autoregressive.train.kernels import choose_attention
-from autoregressive.train.options import parse_args
 from autoregressive.train.recipe import differences
 from autoregressive.train.watch import draw_samples, validate
 from dataset.interface import Codes
 from utils.distributed import World, init_distributed
 from utils.files import require_folder
 from utils.npz import short_hash
-from utils.options import resolve, run_main
 from utils.parallel import delay_sync, fill, replicate, shard
 from utils.performance import Ceiling
 from utils.precision import AUTOCAST_DTYPE, autocast, log_level, resolve_precision
@@ -265,7 +269,7 @@ def log_header(
 
 def main() -> None:
     """Open the data, make or load what is trained, resume, then the loop."""
-    args = parse_args(__doc__ or "")
+    args = parse_args(__doc__)
     sharded = args.data_parallel != "ddp"
     world = init_distributed(alone=sharded)
     device = world.device

@@ -15,7 +15,7 @@ from autoregressive.models.gpt import GPT
 from dataset.interface import Codes
 from tokenizer.vq_model import VQModel
 from utils.distributed import World
-from utils.images import image_grid, save_png, to_uint8
+from utils.images import enlarge_small, image_grid, save_png, to_uint8
 from utils.precision import autocast
 
 PICTURE = 16  # images
@@ -89,4 +89,5 @@ def draw_samples(
     model.train()
     if world.is_main:
         pixels = vq.decode_code(codes.view(-1, *model.order.grid))  # (b, 3, S, S)
-        save_png(path, image_grid(to_uint8(pixels, pixels.shape[-1]).cpu().numpy(), columns=4))
+        images = enlarge_small(to_uint8(pixels).cpu().numpy())  # (b, S', S', 3)
+        save_png(path, image_grid(images, columns=4))

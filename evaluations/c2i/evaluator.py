@@ -15,6 +15,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from evaluations.c2i.options import parse_args
+from utils.options import answer_early, run_main
+
+if __name__ == "__main__":
+    answer_early(parse_args, __doc__)
+
 import numpy as np
 import torch
 
@@ -41,12 +47,11 @@ from evaluations.c2i.metrics import (
     precision_recall,
     require_labels,
 )
-from evaluations.c2i.options import (
+from evaluations.c2i.outputs import (
     beside_others,
     check_outputs,
     evaluation_settings,
     output_paths,
-    parse_args,
 )
 from evaluations.c2i.report import (
     OWN_NAMES,
@@ -59,10 +64,10 @@ from evaluations.c2i.report import (
     warnings_before,
 )
 from utils.distributed import World, init_distributed
+from utils.environment import write_options
 from utils.files import atomic_path, require_file, sha256_file
 from utils.lock import hold
 from utils.logger import progress
-from utils.options import run_main, write_options
 from utils.quality import SSIM_WINDOW
 
 PRETRAINED_MODELS = Path(__file__).resolve().parents[2] / "pretrained_models"
@@ -84,7 +89,7 @@ class Inputs:
 
 def main() -> None:
     """Read options and files, extract features, print and write the metrics."""
-    args = parse_args(__doc__ or "")
+    args = parse_args(__doc__)
     world = choose_world(args.device)
     if args.download and not args.inception_weights and world.is_main:
         from evaluations.c2i.inception import download_weights  # takes a second, as below

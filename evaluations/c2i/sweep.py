@@ -16,14 +16,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from evaluations.c2i.options import parse_sweep_args as parse_args
+from utils.options import answer_early, run_main
+
+if __name__ == "__main__":
+    answer_early(parse_args, __doc__)
+
 import matplotlib
 
 matplotlib.use("Agg")  # draws to files and needs no display
 from matplotlib import pyplot
 
 from evaluations.c2i.report import OWN_NAMES, TITLES, markdown
+from utils.environment import write_options
 from utils.files import atomic_path, prepare_folder
-from utils.options import make_parser, run_main, write_options
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"cfg-scale": "cfg"}  # names of folders that are shorter than the option
@@ -31,7 +37,7 @@ FOLDERS = {"cfg-scale": "cfg"}  # names of folders that are shorter than the opt
 
 def main() -> None:
     """Sample and evaluate at each value, write metrics and plot."""
-    args = parse_args()
+    args = parse_args(__doc__)
     if not Path(args.reference).exists():
         raise ValueError(f"REF: {args.reference} does not exist")
     output = prepare_folder(args.output, "--output")
@@ -65,39 +71,6 @@ def main() -> None:
         f"best {TITLES[distance]} {metrics[best][distance]:.4f} at --{option} {values[best]}; "
         f"plot: {output / 'sweep.png'}"
     )
-
-
-def parse_args() -> Namespace:
-    """Parse the command line."""
-    parser = make_parser(
-        __doc__,
-        "python3 evaluations/c2i/sweep.py VIRTUAL_imagenet256_labeled.npz --cfg-scales 1.35 1.5 "
-        "1.65 \\\n"
-        '    --sample "--gpt-ckpt GPT.pt --vq-ckpt VQ.pt --image-size-eval 256" --output sweep',
-    )
-    parser.add_argument(
-        "reference", metavar="REF", help="reference for the evaluator: .npz or folder of images"
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--cfg-scales", type=float, nargs="+", help="guidance scales to evaluate")
-    what.add_argument(
-        "--vary",
-        nargs="+",
-        metavar=("OPTION", "VALUE"),
-        help="any other option of sample_c2i.sh, without dashes, and its values, such as: "
-        "temperature-end 0.7 0.85 1, or cfg-schedule constant linear",
-    )
-    parser.add_argument(
-        "--sample",
-        required=True,
-        metavar="OPTIONS",
-        help="options for sample_c2i.sh, as one string",
-    )
-    parser.add_argument(
-        "--evaluate", metavar="OPTIONS", help="options for evaluator.py, as one string"
-    )
-    parser.add_argument("--output", default="sweep", help="folder for samples, metrics and plot")
-    return parser.parse_args()
 
 
 def swept(args: Namespace) -> tuple[str, list[str]]:

@@ -33,8 +33,9 @@ from scripts.benchmarks.common import (
     write_figures,
     write_results,
 )
-from tokenizer.discriminator import DISCRIMINATORS, make_discriminator
+from tokenizer.discriminator import make_discriminator
 from tokenizer.layout import place_tokenizer
+from tokenizer.options import DISCRIMINATORS
 from tokenizer.vq_loss import Adversary, ReconstructionLoss, discriminator_hinge, generator_hinge
 from tokenizer.vq_model import VectorQuantizer, VQ_models, VQModel, make_vq_config
 from utils.distributed import World, init_distributed

@@ -18,15 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from scripts.own_images.choices import Options, Plan, choose, load_plan
-from scripts.own_images.commands import commands
-from scripts.own_images.explain import describe, warnings
-from scripts.own_images.images import held_out, look, split
-from utils.files import atomic_path, prepare_folder, require_file, require_folder, write_json
-from utils.options import make_parser, non_negative_int, positive_int, run_main
-
-STARTUP = time.process_time()  # seconds that the imports of a program take here
-PRETRAINED = ROOT / "pretrained_models"
+from utils.options import answer_early, make_parser, non_negative_int, positive_int, run_main
 
 
 def parse_args() -> Namespace:
@@ -60,6 +52,19 @@ def parse_args() -> Namespace:
     text = "file for the stages, a line each: title, file made, output folder, command"
     parser.add_argument("--write-commands", metavar="FILE", help=text)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_early(parse_args)
+
+from scripts.own_images.choices import Options, Plan, choose, load_plan
+from scripts.own_images.commands import commands
+from scripts.own_images.explain import describe, warnings
+from scripts.own_images.images import held_out, look, split
+from utils.files import atomic_path, prepare_folder, require_file, require_folder, write_json
+
+STARTUP = time.process_time()  # seconds that the imports of a program take here
+PRETRAINED = ROOT / "pretrained_models"
 
 
 def read_options(args: Namespace) -> Options:

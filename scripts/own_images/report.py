@@ -5,16 +5,34 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from utils.options import answer_early, make_parser, non_negative_int, run_main
+
+
+def parse_args() -> Namespace:
+    """Parse the command line."""
+    example = "python3 scripts/own_images/report.py --output results/own-images/NAME"
+    parser = make_parser(__doc__, example)
+    text = "folder that scripts/own_images.sh wrote"
+    parser.add_argument("--output", required=True, help=text)
+    text = "seconds that the run took, or its last part; for the record"
+    parser.add_argument("--seconds", type=non_negative_int, help=text)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    answer_early(parse_args)
+
 from scripts.own_images.choices import GPTS, Plan, load_plan
 from scripts.own_images.commands import Files, draw, q, train_gpt
+from utils.environment import write_options
 from utils.files import require_file
-from utils.options import make_parser, non_negative_int, run_main, write_options
 
 # name in a .metrics.json -> title, meaning
 MEANING = {
@@ -96,13 +114,7 @@ def next_steps(plan: Plan, files: Files) -> list[tuple[str, str]]:
 
 def main() -> None:
     """Print the report, and write it to report.json."""
-    example = "python3 scripts/own_images/report.py --output results/own-images/NAME"
-    parser = make_parser(__doc__, example)
-    text = "folder that scripts/own_images.sh wrote"
-    parser.add_argument("--output", required=True, help=text)
-    text = "seconds that the run took, or its last part; for the record"
-    parser.add_argument("--seconds", type=non_negative_int, help=text)
-    args = parser.parse_args()
+    args = parse_args()
     path = require_file(Path(args.output) / "plan.json", "--output", "not of own_images.sh")
     plan = load_plan(path)
     files = Files(plan)

@@ -25,3 +25,13 @@ def test_published_layout_converts_to_the_same_shards(work, tmp_path, capfd, mon
     other = ("--output", tmp_path / "other", "--image-size", 384)
     log = quietly(capfd, monkeypatch, *options, *other, main=main)
     assert "error: " in log and "holds 8x8 codes, which VQ-4 makes of 32 pixels" in log
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_with_its_option(tmp_path, capfd, monkeypatch):
+    (tmp_path / "old.jsonl").write_text('{"class_id": 0, "tokens": [1, 2, 3, 4]}\n')
+    (tmp_path / "file").write_text("")
+    options = ("--code-path", tmp_path / "old.jsonl", "--codebook-size", 8)
+    log = quietly(
+        capfd, monkeypatch, *options, "--output", tmp_path / "file", main=convert_codes.main
+    )
+    assert f"error: --output: cannot write in {tmp_path / 'file'}" in log

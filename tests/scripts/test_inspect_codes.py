@@ -19,7 +19,7 @@ def test_inspection_tells_counts_and_draws(work, tmp_path, capfd, monkeypatch):
     counts = json.loads((tmp_path / "a.json").read_text())
     assert sum(counts["codebook_counts"]) == 24 * 10 * 64
     assert counts["images_per_class"] == {"ape": 8, "bee": 8, "cat": 8}
-    assert Image.open(tmp_path / "a.png").size == (10 * 34 + 2, 3 * 34 + 2)
+    assert Image.open(tmp_path / "a.png").size == (10 * 98 + 2, 3 * 98 + 2)
 
 
 def test_the_report_never_writes_over_what_belongs_to_the_codes(tmp_path, capfd, monkeypatch):

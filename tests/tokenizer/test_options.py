@@ -5,7 +5,7 @@ import torch
 
 from tests.effects import SHARED_EFFECTS, Command, Effect, Recorded, options_of
 from tests.tokenizer.helpers import NAME, NO_GAN, SMALL, revive_all_but_one
-from tokenizer import train_vq
+from tokenizer import options, train_vq, vq_loss
 from utils.checkpoints.folder import read_sharded
 from utils.training import state as training_state
 
@@ -95,3 +95,9 @@ def test_every_option_has_an_effect(command, tmp_path, monkeypatch, capfd, optio
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(train_vq, "revive_dead_codes", revive_all_but_one)
     assert command.has_effect(option, EFFECTS[option], tmp_path, capfd, monkeypatch)
+
+
+def test_choices_are_the_losses_there_are():
+    """Their names stand in options.py again, which imports no torch."""
+    for name in ("PIXEL_LOSSES", "DISCRIMINATOR_LOSSES", "GENERATOR_LOSSES"):
+        assert getattr(options, name) == tuple(getattr(vq_loss, name))

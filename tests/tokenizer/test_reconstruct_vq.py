@@ -74,9 +74,11 @@ def test_files_figures_and_picture(work, reconstruct, vgg, tmp_path):
     assert figures["lpips"] == pytest.approx(np.mean(slow_lpips(vgg, *pair)), rel=1e-3)
     assert f"PSNR {figures['psnr']:.2f} dB, SSIM" in log and "evaluations/c2i/evaluator.py" in log
     picture = np.asarray(Image.open(tmp_path / "VQ-4-vq-size-32.png"))
-    assert picture.shape == (2 * 34 + 2, 10 * 34 + 2, 3)
-    assert np.array_equal(picture[2:34, 2:34], real["arr_0"][0])
-    assert np.array_equal(picture[2:34, 36:68], made["arr_0"][0])
+    # a row of ten of 24 images, three times as large, above another of their reconstructions
+    assert picture.shape == (2 * (16 + 98 + 2), 10 * 98 + 2, 3)
+    assert np.array_equal(picture[18:114:3, 2:98:3], real["arr_0"][0])
+    assert np.array_equal(picture[134:230:3, 2:98:3], made["arr_0"][0])
+    assert np.array_equal(picture[134:230:3, 100:196:3], made["arr_0"][23 // 9])
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".npz", ".npz", ".png"]
 
 

@@ -1,8 +1,10 @@
 """Files appear whole or not at all."""
 
+import errno
+
 import pytest
 
-from utils.files import atomic_path, cut_torn_line
+from utils.files import atomic_path, cut_torn_line, readable_size
 
 
 def test_failed_write_leaves_what_was_there(tmp_path):
@@ -13,6 +15,13 @@ def test_failed_write_leaves_what_was_there(tmp_path):
         raise OSError("disk full")
     assert path.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_error_of_a_full_disk_names_the_file(tmp_path):
+    """The system's error of a write has no name, unlike that of opening."""
+    with pytest.raises(OSError, match="shard"), atomic_path(tmp_path / "shard") as temporary:
+        temporary.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_torn_line_is_cut_off_but_no_link_followed(tmp_path):
@@ -26,3 +35,8 @@ def test_a_torn_line_is_cut_off_but_no_link_followed(tmp_path):
     with pytest.raises(ValueError, match=r"log\.txt is a link"):
         cut_torn_line(log)
     assert (tmp_path / ".bashrc").read_text() == "not a whole line"
+
+
+def test_small_sizes_are_not_0_gib():
+    """Sampling onto a full disk said "has 0.0 GiB free, needs 0.0 GiB"."""
+    assert readable_size(20 << 10) == "20 KiB" and readable_size(3 << 29) == "1.5 GiB"

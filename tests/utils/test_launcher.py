@@ -95,6 +95,19 @@ def test_ranks_say_the_same_once(rank_of_a_run, capsys, monkeypatch):
     assert is_first_to_say("other") and is_first_to_say("other")
 
 
+def test_a_lost_connection_is_said_unless_its_cause_is(rank_of_a_run, capsys):
+    """Under a full disk the last line on the screen was that of the rank that had room."""
+
+    def lose() -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+    for said in ("error on rank 1: another process has ended\n", ""):
+        with pytest.raises(SystemExit) as end:
+            run_main(lose)
+        assert end.value.code == 1 and capsys.readouterr().err == said
+        assert is_first_to_say("rank 0 has no room") is bool(said)
+
+
 def test_errors_that_are_no_lost_connection_keep_their_traceback(rank_of_a_run, capsys):
     def fail() -> None:
         torch.zeros(2) @ torch.zeros(3)

@@ -70,7 +70,7 @@ def test_samples_go_on_where_they_were_stopped(tmp_path):
 
 def test_samples_that_do_not_fit_the_disk_are_refused_at_once(tmp_path):
     file = SampleFile(tmp_path / "a.npz", "f", (10**12, 256, 256, 3), 32)
-    with pytest.raises(ValueError, match=r" GiB free, a.npz needs 183105468.8 GiB"):
+    with pytest.raises(ValueError, match=r" GiB free, a.npz needs 183,105,468.8 GiB"):
         file.create()
     assert not list(tmp_path.iterdir())
 

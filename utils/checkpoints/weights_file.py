@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import re
+import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from utils.checkpoints.folder import read_meta, read_sharded
-from utils.files import atomic_path, json_sha256, write_json
+from utils.files import atomic_path, json_sha256, readable_size, write_json
 from utils.hub import CONFIG_FILE, WEIGHTS_FILE, weights_path
 from utils.records import require_type
 
@@ -200,8 +201,9 @@ def export_checkpoint(
                 {"model": weights, **({"ema": averages} if averages else {}), **facts}, output
             )
     except Exception as error:  # each writer has its own for a full disk
+        free = readable_size(shutil.disk_usage(output.parent).free)
         raise ValueError(
-            f"{output} could not be written: {error}; {folder} is untouched"
+            f"{output} could not be written ({free} free): {error}; {folder} is untouched"
         ) from error
 
 

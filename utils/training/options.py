@@ -6,7 +6,13 @@ from argparse import ArgumentParser, _ArgumentGroup
 from collections.abc import Iterable
 
 from utils.options import fraction, non_negative_float, non_negative_int, positive_int
-from utils.precision import AUTO_HELP
+
+AUTO_HELP = (
+    "auto takes bf16 where the device computes in it (GPUs of compute capability 8.0 or newer; "
+    "CPUs with AMX, AVX-512 BF16 or Arm BF16, if that is faster than float32 there), else fp16 "
+    "with a loss scale on CUDA, else none, which is float32"
+)
+LR_SCHEDULES = ("constant", "cosine")  # of --lr-schedule
 
 
 def add_optimizer_options(parser: ArgumentParser) -> None:
@@ -64,7 +70,7 @@ def add_optimizer_options(parser: ArgumentParser) -> None:
 
 
 def add_precision_option(group: _ArgumentGroup, choices: Iterable[str]) -> None:
-    """Add ``--mixed-precision`` with ``auto`` and ``choices``, keys of ``AUTOCAST_DTYPE``."""
+    """Add ``--mixed-precision``: ``auto`` or one of ``choices``, which ``autocast`` knows."""
     group.add_argument(
         "--mixed-precision",
         choices=["auto", *choices],

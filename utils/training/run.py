@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from utils.distributed import World
+from utils.environment import write_options
 from utils.logger import create_logger, progress
-from utils.options import write_options
 from utils.parallel import local
 from utils.performance import peak_memory
 from utils.training.log import ScalarLog, Window

@@ -18,7 +18,6 @@ from utils.parallel import gradient_norm, local
 
 DOUBTFUL_STEPS = 3  # after this many consecutive skips no checkpoint is saved
 SETTLED_STEPS = 100  # loss spikes in the first steps are ignored
-LR_SCHEDULES = ("constant", "cosine")  # of --lr-schedule
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -37,7 +37,7 @@ from autoregressive.sample.page.jobs import Job
 from autoregressive.sample.pipeline import Pipeline, load_pipeline
 from autoregressive.sample.trace import Trace
 from utils.distributed import World
-from utils.images import encode_gif, encode_png, image_grid, labelled_rows, to_uint8
+from utils.images import encode_gif, encode_png, enlarge_small, image_grid, labelled_rows, to_uint8
 
 MOST_IMAGES = 16
 MOST_CANDIDATES = 8
@@ -224,7 +224,7 @@ class Studio:
             job.files["edit.png"] = "image/png", encode_png(made.results[0])
             job.files["image.png"] = "image/png", encode_png(pixels)
             job.files["mask.png"] = "image/png", encode_png(masked.astype(np.uint8) * 255)
-            frames = [image_grid(frame, candidates) for frame in trace.frames]
+            frames = [image_grid(enlarge_small(frame), candidates) for frame in trace.frames]
             job.files["edit.gif"] = "image/gif", encode_gif(frames)
             words = {"image": "image.png", "mask": "mask.png", "classes": label, "trace": None}
             words |= {"candidates": candidates} if candidates > 1 else {}
@@ -294,7 +294,7 @@ class Drawing:
         name = f"{self.model.name}.png"
         picture = labelled_rows(images[None], [self.model.labels[self.label]])
         job.files[name] = "image/png", encode_png(picture)
-        grids = [image_grid(frame, count) for frame in trace.frames]
+        grids = [image_grid(enlarge_small(frame), count) for frame in trace.frames]
         job.files[f"{self.model.name}.gif"] = "image/gif", encode_gif(grids)
         words: dict[str, Any] = {"classes": self.label, "images_per_class": count}
         words |= {"trace": None, "trace_frames": FRAMES}

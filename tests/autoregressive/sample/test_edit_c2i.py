@@ -23,7 +23,7 @@ def test_the_command_edits(work, trained, tmp_path, capfd, monkeypatch):
         assert np.array_equal(made[:, 16:], pixels[:, 16:])
         assert not np.array_equal(made[:, :16], pixels[:, :16])
     sheet = Image.open(output.with_stem("edit-sheet"))
-    assert sheet.width == 6 * 34 + 2 and sheet.height == 2 * (16 + 36)
+    assert sheet.width == 6 * 98 + 2 and sheet.height == 2 * (16 + 100)
     said = quietly(
         capfd, monkeypatch, *options[:6], "--classes", 0, "--output", output, main=edit_c2i.main
     )

@@ -14,7 +14,7 @@ def test_grid_picture(work, trained, tmp_path, capfd, monkeypatch):
     )  # fmt: skip
     options += ("--output", tmp_path / "grid.png")
     quietly(capfd, monkeypatch, *options, main=sample_c2i.main)
-    assert Image.open(tmp_path / "grid.png").size == (3 * 34 + 2, 2 * (16 + 34 + 2))
+    assert Image.open(tmp_path / "grid.png").size == (3 * 98 + 2, 2 * (16 + 98 + 2))
 
 
 def test_trace_fills_the_image_in(work, trained, tmp_path, capfd, monkeypatch):
@@ -26,21 +26,21 @@ def test_trace_fills_the_image_in(work, trained, tmp_path, capfd, monkeypatch):
     options += ("--output", tmp_path / "a.png", "--trace", "--precision", "none", "--top-k", 0)
     assert "1 bee, 2 cat" in quietly(capfd, monkeypatch, *options, main=sample_c2i.main)
     movie = Image.open(tmp_path / "a.gif")
-    assert movie.n_frames == 19 and movie.size == (2 * 34 + 2, 2 * 34 + 2)
+    assert movie.n_frames == 19 and movie.size == (2 * 98 + 2, 2 * 98 + 2)
     grey = []
     for i in range(19):
         movie.seek(i)
-        tile = np.asarray(movie.convert("RGB"))[2:34, 2:34]
-        cells = (tile == 96).all(-1).reshape(8, 4, 8, 4).all((1, 3))
+        tile = np.asarray(movie.convert("RGB"))[2:98, 2:98]
+        cells = (tile == 96).all(-1).reshape(8, 12, 8, 12).all((1, 3))
         grey.append(int(cells.sum()))
     decoded = [1, 2, 3, *range(4 + 4, 64 + 1, 4)]
     decoded.insert(3, 4)
     expected = [64 - d for d in decoded][: len(grey)]
     assert grey == expected
     strip = np.asarray(Image.open(tmp_path / "a-strip.png"))
-    assert strip.shape == (36, 8 * 34 + 2, 3)
-    last, grid = strip[2:34, -34:-2], np.asarray(Image.open(tmp_path / "a.png"))
-    assert np.array_equal(last, grid[16 + 2 : 16 + 34, 2:34])
+    assert strip.shape == (100, 8 * 98 + 2, 3)
+    last, grid = strip[2:98, -98:-2], np.asarray(Image.open(tmp_path / "a.png"))
+    assert np.array_equal(last, grid[16 + 2 : 16 + 98, 2:98])
     said = quietly(capfd, monkeypatch, *options, "--jacobi", main=sample_c2i.main)
     assert "forward calls, not 19" in said
     assert 1 < Image.open(tmp_path / "a.gif").n_frames <= 19

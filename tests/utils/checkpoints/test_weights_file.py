@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.helpers import same_tensors
+from utils.checkpoints import weights_file
 from utils.checkpoints.folder import save_sharded, write_meta
 from utils.checkpoints.weights_file import (
     HASH,
@@ -153,6 +154,19 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path):
     with pytest.raises(ValueError, match="0000003 is damaged: the bytes of 00000-of-00001"):
         export_checkpoint(folder, tmp_path / "a.pt")
     assert not (tmp_path / "a.pt").exists()
+
+
+def test_an_export_that_does_not_fit_says_how_much_room_there_is(tmp_path, monkeypatch):
+    """torch.save says "unexpected pos 3159232 vs 3159184" of a full disk."""
+    folder = tmp_path / "0000003"
+    write_meta(folder, FACTS | save_sharded(folder, {"model.w": torch.ones(99)}, None).result())
+
+    def full(*_: object) -> None:
+        raise RuntimeError("unexpected pos")
+
+    monkeypatch.setattr(weights_file, "save_checkpoint", full)
+    with pytest.raises(ValueError, match=r"a\.pt could not be written \([0-9.,]+ [GK]iB free\)"):
+        export_checkpoint(folder, tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize(
