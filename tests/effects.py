@@ -6,6 +6,7 @@ What the table names must differ between both runs.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections import defaultdict
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tests.helpers import ROOT, declared_options, quietly
+from tests.helpers import ROOT, quietly
 from utils.checkpoints.weights_file import state_sha256
 
 
@@ -139,3 +140,23 @@ class Command:
 def options_of(*paths: str) -> set[str]:
     """Return the names of the options that files of the repository declare."""
     return set().union(*(declared_options(ROOT / path) for path in paths))
+
+
+def is_declaration(node: ast.AST) -> bool:
+    """Return whether ``node`` is a call of ``add_argument``."""
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "add_argument"
+    )
+
+
+def declared_options(path: Path) -> set[str]:
+    """Return the destinations of every add_argument of a file; retired options are left out."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if is_declaration(node):
+            flags = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            long = [f for f in flags if f.startswith("--")] or flags
+            names |= {f.lstrip("-").replace("-", "_") for f in long[:1]}
+    return names

@@ -4,7 +4,6 @@ versions of formulas.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import os
@@ -206,26 +205,6 @@ def curve(cloud: Path, what: str = "loss") -> list[float]:
 
 def same_tensors(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def is_declaration(node: ast.AST) -> bool:
-    """Return whether ``node`` is a call of ``add_argument``."""
-    return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == "add_argument"
-    )
-
-
-def declared_options(path: Path) -> set[str]:
-    """Return the destinations of every add_argument of a file; retired options are left out."""
-    names = set()
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if is_declaration(node):
-            flags = [a.value for a in node.args if isinstance(a, ast.Constant)]
-            long = [f for f in flags if f.startswith("--")] or flags
-            names |= {f.lstrip("-").replace("-", "_") for f in long[:1]}
-    return names
 
 
 def small_config(**changes) -> GPTConfig:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, declared_options, is_declaration
+from tests.effects import declared_options, is_declaration
+from tests.helpers import ROOT
 
 # layer -> what it may import of ours; entry scripts may import everything below them
 ALLOWED = {
