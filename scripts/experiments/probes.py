@@ -30,49 +30,53 @@ def mlp(width: int, inner: int, out: int) -> nn.Sequential:
 
 
 class PairProbe(nn.Module):
-    """Logits of one token from its place, the class, and any of: another token, the first four."""
+    """Logits of one token from its place, the class, and any of: the first four, another token."""
 
-    def __init__(self, vocab_size: int, classes: int, tokens: int):
+    def __init__(self, vocab_size: int, classes: int):
         super().__init__()
-        self.token = nn.Embedding(vocab_size + 1, WIDTH)  # the last row: not shown
         self.start = nn.ModuleList(nn.Embedding(vocab_size + 1, WIDTH) for _ in range(N))
         self.label = nn.Embedding(classes, WIDTH)
-        self.place = nn.Embedding(tokens, WIDTH)
-        self.offset = nn.Embedding(tokens * tokens + 1, WIDTH)  # the last row: none shown
-        self.layers = mlp(WIDTH, 4 * WIDTH, vocab_size)
+        self.place = nn.Embedding(SIDE * SIDE, WIDTH)
+        self.token = nn.Embedding(vocab_size, WIDTH)
+        self.offset = nn.Embedding((2 * SIDE) ** 2, WIDTH)
+        self.alone = mlp(WIDTH, 4 * WIDTH, vocab_size)
+        self.paired = mlp(3 * WIDTH, 4 * WIDTH, vocab_size)
+        nn.init.zeros_(self.paired[-1].weight)  # at first the other token changes nothing
+        nn.init.zeros_(self.paired[-1].bias)
 
     def forward(
-        self, label: Tensor, place: Tensor, pair: Tensor, token: Tensor, start: Tensor
-    ) -> Tensor:
-        """(B,), (B,), (B,), (B,), (B, N) -> (B, V)."""
-        x = self.label(label) + self.place(place) + self.offset(pair) + self.token(token)  # (B, W)
+        self, label: Tensor, place: Tensor, start: Tensor, token: Tensor, offset: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(B,), (B,), (B, N), (B,), (B,) -> logits (B, V) without and with the other token."""
+        x = self.label(label) + self.place(place)  # (B, W)
         for i, table in enumerate(self.start):
             x = x + table(start[:, i])  # (B, W)
-        return self.layers(x)  # (B, V)
+        alone = self.alone(x)  # (B, V)
+        pair = torch.cat([x, self.token(token), self.offset(offset)], dim=-1)  # (B, 3W)
+        return alone, alone + self.paired(pair)
 
     def losses(
         self, codes: Tensor, labels: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Return losses (4, B) of a random token of each image, and the pair (B,) of places.
+        """Return losses (4, B) of a random token of each image, and its distance (B,) in cells.
 
         Rows: shown nothing, another token, the first four, both. codes: (B, T) raster.
         """
-        batch, tokens = codes.shape
-        hidden = self.token.num_embeddings - 1
+        batch, hidden = len(codes), self.token.num_embeddings
         rest = ORDER[N:]  # what is predicted after the first four
         chosen = torch.rand(batch, len(rest), generator=generator).argsort(1)[:, :2]  # (B, 2)
         place, other = rest[chosen].unbind(1)  # (B,) each
         rows = torch.arange(batch)
         target, seen, start = codes[rows, place], codes[rows, other], codes[:, ORDER[:N]]
-        pair, none = place * tokens + other, torch.full((batch,), tokens * tokens)  # (B,)
-        no_token, no_start = torch.full((batch,), hidden), torch.full((batch, N), hidden)
-        shown = ((none, no_token, no_start), (pair, seen, no_start))
-        shown += ((none, no_token, start), (pair, seen, start))
-        losses = [
-            F.cross_entropy(self(labels, place, *given), target, reduction="none")
-            for given in shown
+        down, right = other // SIDE - place // SIDE, other % SIDE - place % SIDE  # (B,) each
+        offset = (down + SIDE) * 2 * SIDE + right + SIDE  # (B,)
+        logits = [
+            each
+            for shown in (torch.full_like(start, hidden), start)
+            for each in self(labels, place, shown, seen, offset)
         ]
-        return torch.stack(losses), pair  # (4, B), (B,)
+        losses = [F.cross_entropy(each, target, reduction="none") for each in logits]
+        return torch.stack(losses), torch.hypot(down.float(), right.float())  # (4, B), (B,)
 
 
 class ChainProbe(nn.Module):
@@ -143,15 +147,13 @@ def mutual_information(codes: Codes, held_out: Codes, steps: int) -> dict[str, l
     torch.manual_seed(0)
     rng, generator = np.random.default_rng(1), torch.Generator().manual_seed(0)
     vocab, classes = codes.meta["codebook_size"], len(codes.meta["classes"])
-    probe = PairProbe(vocab, classes, SIDE * SIDE)
+    probe = PairProbe(vocab, classes)
     fit(probe, lambda x, y: probe.losses(x, y, generator)[0].mean(), codes, PAIR_BATCH, steps)
     gains, far = [], []
     with torch.no_grad():
         for _ in range(max(steps // 10, 10)):
             x, y = draw(held_out, rng.integers(len(held_out), size=PAIR_BATCH), rng)
-            losses, pair = probe.losses(x, y, generator)
-            a, b = pair // SIDE**2, pair % SIDE**2
-            distance = torch.hypot(a // SIDE - b // SIDE + 0.0, a % SIDE - b % SIDE + 0.0)
+            losses, distance = probe.losses(x, y, generator)
             gains.append(torch.stack([losses[0] - losses[1], losses[2] - losses[3]]))
             far.append(distance.round().long())
     gain, bins = torch.cat(gains, 1), torch.cat(far)  # (2, pairs), (pairs,)
