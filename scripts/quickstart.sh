@@ -1,6 +1,11 @@
 #!/usr/bin/env bash
 # The whole pipeline on real images, on any machine: 5,000 handwritten digits -> tokenizer -> codes -> GPT ->
 # 1,000 samples -> metrics and pictures. Everything lands in quickstart/; finished steps are not done again.
+case ${1:-} in
+    "") ;;
+    -h | --help) sed -n '2,3s/^# //p' "${BASH_SOURCE[0]}" && exit ;;
+    *) echo "error: $1: quickstart.sh has no options" >&2 && exit 2 ;;
+esac
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements-dev.txt
 
 step() { # step "what it does" FILE-IT-MAKES command...: run the command unless the file is there

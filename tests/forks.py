@@ -37,8 +37,10 @@ class Fork:
             except BaseException:
                 traceback.print_exc()
             finally:
-                sys.stdout.flush()
-                os._exit(status)
+                try:
+                    sys.stdout.flush()
+                finally:  # whatever fails, the fork must not go on as its parent
+                    os._exit(status)
 
     def poll(self) -> int | None:
         """Return the exit status, None while it runs."""

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -113,9 +114,10 @@ def peak_memory(device: torch.device) -> int:
     """Return peak memory in bytes: allocated on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:  # not Linux, where getrusage also counts the process that started this one
-        scale = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    with suppress(OSError):  # only Linux has it, and not in every sandbox: gVisor leaves out VmHWM
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    # on Linux this also counts the process that started this one
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

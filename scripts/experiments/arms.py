@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,19 @@ def add_training_options(parser: ArgumentParser, epochs: int = 6, samples: int =
     )
 
 
+def check_arms(args: Namespace, arms: Collection[str]) -> None:
+    """Raise ``ValueError`` if ``--arms`` names one that is not among ``arms``."""
+    if unknown := [name for name in args.arms or () if name not in arms]:
+        raise ValueError(f"--arms: there is no {', '.join(unknown)}; there are {', '.join(arms)}")
+
+
 def run_arms(args: Namespace, arms: dict[str, Arm]) -> dict[str, list[dict[str, Any]]]:
     """Train and judge every arm with every seed, unless that is done; return results per arm.
 
     Each has ``weights`` (.pt), ``losses``, the .npz of ``measure_losses``, ``nats``, their mean per
     image, ``steps``, forward calls per image, and with ``--samples`` ``frechet_distance``.
     """
-    if unknown := set(args.arms or ()) - set(arms):
-        raise ValueError(f"--arms: there is no {', '.join(unknown)}; there are {', '.join(arms)}")
+    check_arms(args, arms)
     if args.quick:
         args.samples, args.val_images, args.seeds = min(args.samples, 100), 30, args.seeds[:1]
         args.arms = args.arms or list(arms)[:2]

@@ -10,11 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from matplotlib import pyplot
-
 from scripts.benchmarks.common import write_results
 from scripts.experiments.arms import Arm, add_training_options, run_arms, without_paths
 from scripts.experiments.common import save_figure
+from scripts.experiments.plots import panels
 from utils.options import make_parser, run_main
 
 ARMS = {
@@ -34,10 +33,8 @@ def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Plot loss and distance against the number of steps, one point per run."""
     names = {"nats": "held-out nats per image", "frechet_distance": "Frechet distance of samples"}
     names = {k: title for k, title in names.items() if k in next(iter(results.values()))[0]}
-    figure, axes = pyplot.subplots(
-        1, len(names), figsize=(5 * len(names), 4.2), layout="constrained", squeeze=False
-    )
-    for axis, (name, title) in zip(axes[0], names.items(), strict=True):
+    figure, axes = panels(len(names), 5, 4.2)
+    for axis, (name, title) in zip(axes, names.items(), strict=True):
         for i, (label, runs) in enumerate(results.items()):
             steps, values = [r["steps"] for r in runs], [r[name] for r in runs]
             axis.plot(steps, values, "os^vD<>Pp"[i], color=f"C{i}")

@@ -15,7 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from scripts.benchmarks.common import write_results
-from scripts.experiments.arms import Arm, add_training_options, folder_of, judge_samples, train_arm
+from scripts.experiments.arms import (
+    Arm,
+    add_training_options,
+    check_arms,
+    folder_of,
+    judge_samples,
+    train_arm,
+)
 from scripts.experiments.common import save_figure
 from scripts.experiments.data import prepare
 from scripts.experiments.plots import draw_lines, panels
@@ -25,7 +32,7 @@ ARMS = {f"n = {n}": Arm(n) for n in (1, 4, 16)}
 
 
 def main() -> None:
-    """Sample and judge over the grid, write JSON and a plot at temperature 1."""
+    """Sample and judge over the grid, write JSON and plot."""
     parser = make_parser(__doc__, "bash scripts/experiments/run.sh e7 --cfg-scales 1 1.5 2 3")
     add_training_options(parser)
     group = parser.add_argument_group("sampling")
@@ -36,6 +43,7 @@ def main() -> None:
         "--temperatures", type=float, nargs="+", default=[0.9, 1.0], help="of the softmax"
     )
     args = parser.parse_args()
+    check_arms(args, ARMS)
     if args.quick:
         args.seeds, args.arms = args.seeds[:1], args.arms or list(ARMS)[:1]
         args.samples, args.cfg_scales, args.temperatures = 100, args.cfg_scales[:1], [1.0]

@@ -1,7 +1,8 @@
 """Probes: small networks whose gain in held-out loss from seeing more estimates information.
 
-Counting pairs of 1,024 x 1,024 values would take more images than there are. What a probe does not
-find it does not count, so every figure is from below, but for the noise of the held-out images.
+Counting pairs of 1,024 x 1,024 values would take more images than there are. A figure is no bound:
+it is too small by what a probe does not find in the tokens it is shown, and too large by what it,
+or the GPT it corrects, does not find in what both losses see, if these tokens make up for that.
 """
 
 from __future__ import annotations
@@ -82,8 +83,9 @@ class PairProbe(nn.Module):
 class ChainProbe(nn.Module):
     """Corrects a frozen GPT's prediction of a token by those of its group that come before it.
 
-    The chain rule over a group: its total correlation, given all that the GPT saw, is what seeing
-    the tokens before saves.
+    The chain rule over a group: its total correlation, given the GPT's hidden states, is what
+    seeing the tokens before saves. It is also that given all before the group only if the GPT uses
+    all of it: of a GPT that sees nothing, copies have (n - 1) log V instead of 0.
     """
 
     def __init__(self, gpt: GPT):

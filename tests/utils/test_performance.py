@@ -21,6 +21,19 @@ def test_memory_is_of_the_process_itself():
     assert 1 << 26 < peak < held.nbytes
 
 
+@pytest.mark.parametrize("status", ["Name:\tpython\nVmRSS:\t  9 kB\n", None])
+def test_memory_is_told_where_linux_does_not(monkeypatch, status):
+    """gVisor's status has no VmHWM, other systems have no status at all."""
+
+    def read(path: Path) -> str:
+        if status is None:
+            raise FileNotFoundError(path)
+        return status
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert performance.peak_memory(torch.device("cpu")) > 1 << 24
+
+
 def test_a_share_above_one_has_the_ceiling_measured_again(monkeypatch):
     """The ceiling was measured while other programs ran: 145% were printed as utilisation."""
     figures = iter([(1e9, "measured"), (4e9, "measured"), (2e9, "measured")])

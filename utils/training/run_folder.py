@@ -30,7 +30,7 @@ from utils.checkpoints.folder import (
 )
 from utils.checkpoints.weights_file import export_checkpoint
 from utils.distributed import TIMEOUT, World
-from utils.files import prepare_folder, remove_temporary
+from utils.files import prepare_folder, readable_size, remove_temporary
 from utils.lock import hold
 from utils.options import git_revision
 from utils.training.state import TrainingState
@@ -308,7 +308,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def _free(folder: Path) -> str:
     try:
-        return f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB free"
+        return f"{readable_size(shutil.disk_usage(folder).free)} free"
     except OSError as error:
         return error.strerror or str(error)
 

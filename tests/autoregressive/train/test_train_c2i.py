@@ -287,7 +287,7 @@ def test_a_full_disk_stops_the_run_and_spares_what_was_saved(work, trained, tmp_
     done = run_command("bash", "-c", script, check=False)
     assert done.returncode == 2
     assert re.search(
-        r"error: a checkpoint could not be written to .*/checkpoints \([0-9.]+ GiB free\)",
+        r"error: a checkpoint could not be written to .*/checkpoints \([0-9.,]+ [GK]iB free\)",
         done.stderr,
     )
     assert [p.name for p in (tmp_path / NAME / "checkpoints").iterdir()] == ["0000008"]

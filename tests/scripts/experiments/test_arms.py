@@ -1,5 +1,6 @@
 """What experiments conclude from: losses of held-out images, and paired differences."""
 
+import sys
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from autoregressive.models.gpt import GPT
 from dataset.codes import open_codes
 from scripts.diagnosis.models import fill_from_names
+from scripts.experiments import e7_sampling
 from scripts.experiments.arms import Arm, folder_of, measure_losses, paired_difference, run_arms
 from scripts.experiments.data import Data
 from tests.helpers import make_plan, small_config, write_all
@@ -75,3 +77,12 @@ def test_what_is_trained_alike_is_trained_once():
 def test_unknown_arms_are_named():
     with pytest.raises(ValueError, match="--arms: there is no z; there are a, b"):
         run_arms(Namespace(arms=["z"]), {"a": Arm(1), "b": Arm(4)})
+
+
+def test_an_unknown_arm_is_named_before_anything_is_made(tmp_path, monkeypatch):
+    """e7, which runs its arms itself, made data for minutes and ended in a KeyError."""
+    words = ["e7_sampling.py", "--arms", "n = 5", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(ValueError, match="--arms: there is no n = 5; there are n = 1"):
+        e7_sampling.main()
+    assert not (tmp_path / "out").exists()
