@@ -91,7 +91,7 @@ def answer_early(parse: Callable[..., object], *arguments: str) -> None:
     """
     said = io.StringIO()
     try:
-        with redirect_stderr(said), suppress(ValueError):
+        with redirect_stderr(said), suppress(ValueError, OSError):
             parse(*arguments)
     except SystemExit:
         sys.stderr.write(said.getvalue())
