@@ -38,14 +38,15 @@ class Arm:
     gpt_model: str = "GPT-T"
 
 
-def add_training_options(parser: ArgumentParser, epochs: int = 6, samples: int = 5000) -> None:
-    """Add the options of ``run_arms``, with the defaults of an experiment."""
+def add_training_options(parser: ArgumentParser, samples: int = 5000, losses: bool = True) -> None:
+    """Add the options of ``run_arms``; without ``losses`` only those that models need."""
     add_data_options(parser)
     group = parser.add_argument_group("models")
     group.add_argument("--arms", nargs="+", metavar="ARM", help="only these (default: all)")
     group.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the training")
-    group.add_argument("--epochs", type=positive_int, default=epochs, help="epochs of training")
-    group.add_argument("--val-images", type=positive_int, default=1000, help="held-out images")
+    group.add_argument("--epochs", type=positive_int, default=6, help="epochs of training")
+    if losses:
+        group.add_argument("--val-images", type=positive_int, default=1000, help="held-out images")
     group.add_argument(
         "--samples", type=int, default=samples, help="samples for the Frechet distance; 0: none"
     )

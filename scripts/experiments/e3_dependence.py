@@ -115,7 +115,7 @@ def plot(
     """Plot groups, information against distance, and the cells' losses beside one another."""
     figure, axes = panels(2 + len(cells), 4.6, 4)
     mean, error = np.array(groups["mean"]), np.array(groups["error"])
-    labels = (f"group of {TOGETHER}, in the order of decoding", "total correlation, nats per image")
+    labels = ("group of 4 tokens, in the order of decoding", "total correlation, nats per image")
     draw_lines(axes[0], np.arange(len(mean)), {"": (mean, error)}, labels)
     lines = {
         name: (np.array(information[name]), np.array(information[f"{name}, error"]))

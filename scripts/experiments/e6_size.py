@@ -67,13 +67,15 @@ def plot(path: Path, parameters: np.ndarray, differences: list[dict[str, Any]]) 
     figure, axes = panels(1 + bool(len(distances)), 5.2, 3.8)
     mean = np.array([d["mean"] for d in differences])
     error = np.array([(d["high"] - d["low"]) / 2 / 1.96 for d in differences])
-    labels = ("parameters", "held-out nats per image, n = 4 more than n = 1")
+    labels = ("parameters", "held-out nats per image,\nn = 4 more than n = 1")
     draw_lines(axes[0], parameters, {"": (mean, error)}, labels)
     if len(distances):
         lines = {f"n = {n}": (row, 0 * row) for n, row in zip((1, 4), distances.T, strict=True)}
         draw_lines(axes[1], parameters, lines, ("parameters", "Frechet distance of samples"))
     for axis in axes:
         axis.set_xscale("log")
+        axis.set_xticks(parameters, [f"{count / 1e6:.1f}M" for count in parameters])
+        axis.minorticks_off()
     save_figure(figure, path)
 
 

@@ -34,7 +34,7 @@ ARMS = {f"n = {n}": Arm(n) for n in (1, 4, 16)}
 def main() -> None:
     """Sample and judge over the grid, write JSON and plot."""
     parser = make_parser(__doc__, "bash scripts/experiments/run.sh e7 --cfg-scales 1 1.5 2 3")
-    add_training_options(parser)
+    add_training_options(parser, losses=False)
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--cfg-scales", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0, 3.0], help="guidance"
@@ -44,6 +44,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     check_arms(args, ARMS)
+    args.cfg_scales.sort()
     if args.quick:
         args.seeds, args.arms = args.seeds[:1], args.arms or list(ARMS)[:1]
         args.samples, args.cfg_scales, args.temperatures = 100, args.cfg_scales[:1], [1.0]

@@ -52,7 +52,7 @@ def draw_lines(
 ) -> None:
     """Draw lines of (mean, standard error) with 95% intervals, each named at its right end."""
     for i, (name, (mean, error)) in enumerate(lines.items()):
-        style = {"linestyle": ("-", "--", "-.", ":")[i % 4], "marker": "os^D"[i % 4]}
+        style = {"linestyle": ("-", "--", "-.", ":")[i % 4], "marker": "os^DvP"[i % 6]}
         axis.errorbar(x, mean, 1.96 * error, color="black", markersize=5, capsize=2, **style)
         axis.annotate(
             f" {name}", (x[-1], mean[-1]), xytext=(4, 0), textcoords="offset points", va="center"
@@ -60,7 +60,7 @@ def draw_lines(
     axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     axis.set_xlabel(labels[0])
     axis.set_ylabel(labels[1])
-    axis.margins(x=0.08 + 0.25 * any(lines))
+    axis.margins(x=0.08)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.3)
 

@@ -26,7 +26,7 @@ def test_the_whole_and_again(folder, tmp_path):
         assert part in done
     assert "1 unreadable files" in done
     with Image.open(tmp_path / "out" / "samples.png") as picture:
-        assert picture.size == (12 * 34 + 2, 3 * (16 + 34 + 2))
+        assert picture.size == (12 * 98 + 2, 3 * (16 + 98 + 2))  # 32 pixels, enlarged 3 times
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
     again = run_command(*base).stdout
     assert again.count("is there already") == 9 and "\n+ " not in again

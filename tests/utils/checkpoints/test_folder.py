@@ -129,7 +129,7 @@ from utils.checkpoints.folder import check_bytes, load_sharded
 
 dist.init_process_group("gloo")
 rank, work = dist.get_rank(), Path(sys.argv[1])
-tensors = {k: torch.zeros_like(v) for k, v in torch.load(work / "expected.pt").items()}
+tensors = {k: torch.zeros_like(v) for k, v in torch.load(work / "expected.pt", weights_only=True).items()}
 mesh = init_device_mesh("cpu", (2,))
 tensors["fsdp"] = distribute_tensor(tensors["fsdp"], mesh, [Shard(0)])
 check_bytes(work / str(rank), rank, 2)
@@ -169,7 +169,7 @@ def test_two_processes_read_every_byte_once(tmp_path):
     launch = ("bash", "scripts/launch.sh", tmp_path / "load.py", tmp_path)
     run_command(*launch, nproc=2, PYTHONPATH=str(ROOT))
     for rank in range(2):
-        assert same_tensors(torch.load(tmp_path / f"{rank}.pt"), expected)
+        assert same_tensors(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected)
 
 
 def test_all_ranks_are_told_that_one_cannot_write(tmp_path, two_ranks, monkeypatch):
