@@ -129,7 +129,8 @@ from utils.checkpoints.folder import check_bytes, load_sharded
 
 dist.init_process_group("gloo")
 rank, work = dist.get_rank(), Path(sys.argv[1])
-tensors = {k: torch.zeros_like(v) for k, v in torch.load(work / "expected.pt", weights_only=True).items()}
+expected = torch.load(work / "expected.pt", weights_only=True)
+tensors = {k: torch.zeros_like(v) for k, v in expected.items()}
 mesh = init_device_mesh("cpu", (2,))
 tensors["fsdp"] = distribute_tensor(tensors["fsdp"], mesh, [Shard(0)])
 check_bytes(work / str(rank), rank, 2)
