@@ -86,8 +86,8 @@ def make_parser(description: str, example: str, arguments: str = "") -> argparse
 def answer_early(parse: Callable[..., object], *arguments: str) -> None:
     """Parse the command line for ``--help`` and wrong options alone, which end the script here.
 
-    A script calls this before it imports torch. Notes and ``ValueError`` come from the same
-    ``parse`` in ``main``, so they are left to that.
+    A script calls this before it imports torch. Notes and the mistakes that ``run_main`` reports
+    come from the same ``parse`` in ``main``, so they are left to that.
     """
     said = io.StringIO()
     try:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from autoregressive.models.load import load_gpt
-from dataset.codes import open_codes
+from dataset.codes import Codes, open_codes
 from scripts.benchmarks.common import write_results
 from scripts.experiments.common import newest, run, save_figure
 from scripts.experiments.data import Data, add_data_options, prepare
@@ -118,6 +118,11 @@ def run_arm(args: Namespace, data: Data, arm: Arm, seed: int) -> dict[str, Any]:
     return result
 
 
+def spread(codes: Codes, images: int) -> np.ndarray:
+    """Return the numbers (I,) of at most ``images`` evenly spaced images, the same for all arms."""
+    return np.linspace(0, len(codes) - 1, min(images, len(codes))).astype(np.int64)  # (I,)
+
+
 @torch.no_grad()
 def measure_losses(weights: Path, held_out: Path, images: int, path: Path) -> None:
     """Write nats (I, T) of each token of the first crops of evenly spaced images, in region order.
@@ -126,7 +131,7 @@ def measure_losses(weights: Path, held_out: Path, images: int, path: Path) -> No
     """
     gpt, _, _ = load_gpt(weights, grid=None)
     codes = open_codes(held_out)
-    chosen = np.linspace(0, len(codes) - 1, min(images, len(codes))).astype(np.int64)  # (I,)
+    chosen = spread(codes, images)  # (I,)
     losses = []
     for part in np.split(chosen, range(BATCH, len(chosen), BATCH)):
         x, y = codes.batch(part, np.zeros_like(part))  # (b, T), (b,)

@@ -24,6 +24,7 @@ from scripts.experiments.arms import (
     add_training_options,
     paired_difference,
     run_arms,
+    spread,
     without_paths,
 )
 from scripts.experiments.common import save_figure
@@ -45,7 +46,7 @@ def correlations(
     args: Namespace, runs: list[dict[str, Any]], codes: Codes, held_out: Codes
 ) -> dict[str, Any]:
     """Return total correlation of each group in nats: mean and standard error, per seed, sum."""
-    images = np.linspace(0, len(held_out) - 1, min(args.val_images, len(held_out))).astype(np.int64)
+    images = spread(held_out, args.val_images)  # (I,)
     found = []  # one (I, G) for each seed
     for run in runs:
         gpt, _, _ = load_gpt(run["weights"], grid=None)
