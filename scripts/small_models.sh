@@ -2,6 +2,7 @@
 # Train the CIFAR-10 models of pretrained_models/small: bash scripts/small_models.sh CIFAR10/train [OUTPUT]
 # CIFAR10/train has a folder per class with 5,000 images each, of which the last 500 are held out. Hours on a CPU; the
 # same command goes on where it stopped, and finished steps are not done again.
+case ${1:-} in -h | --help) sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}" && exit ;; esac
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements-dev.txt
 
 [ -d "${1:-}" ] || { echo "error: first argument: a folder with CIFAR-10's training images, a folder per class" >&2 && exit 2; }

@@ -182,16 +182,22 @@ class Trial:
 
 
 def kills(trial: Trial, count: int) -> Result:
-    """Kill all processes at ``count`` random moments; every other rerun is killed too."""
-    result = Result(0, 0, [])
+    """Kill all processes at ``count`` random moments; every other rerun is killed too.
+
+    ``RuntimeError`` if most runs have ended before the kill.
+    """
+    result, late = Result(0, 0, []), 0
     trial.prepare()
     while result.tried < count:
+        if late > 4 * count:
+            raise RuntimeError(f"{late} runs ended before they could be killed")
         run = trial.start()
         trial.wait_until_it_writes(run)
         trial.sleep()
         running = run.poll() is None
         kill_all()
         result.tried += running
+        late += not running
         if not running or result.tried == count or trial.random.random() < 0.5:
             result.compared += 1
             result.wrong += trial.rerun()

@@ -8,6 +8,8 @@ PAR-3B-16x.
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -24,7 +26,7 @@ from scripts.experiments.arms import (
     train_arm,
 )
 from scripts.experiments.common import save_figure
-from scripts.experiments.data import prepare
+from scripts.experiments.data import Data, prepare
 from scripts.experiments.plots import draw_lines, panels
 from utils.options import make_parser, run_main
 
@@ -37,10 +39,14 @@ def main() -> None:
     add_training_options(parser, losses=False)
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "--cfg-scales", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0, 3.0], help="guidance"
+        "--cfg-scales",
+        type=float,
+        nargs="+",
+        default=[1.0, 1.25, 1.5, 2.0, 3.0, 4.0],
+        help="guidance",
     )
     group.add_argument(
-        "--temperatures", type=float, nargs="+", default=[0.9, 1.0], help="of the softmax"
+        "--temperatures", type=float, nargs="+", default=[0.9, 1.0, 1.1], help="of the softmax"
     )
     args = parser.parse_args()
     check_arms(args, ARMS)
@@ -50,30 +56,44 @@ def main() -> None:
         args.samples, args.cfg_scales, args.temperatures = 100, args.cfg_scales[:1], [1.0]
     if args.samples < 2:
         raise ValueError("--samples: this experiment is about samples; 5000 are usual")
-    data, found = prepare(args), {}
-    for name in args.arms or ARMS:
-        for temperature in args.temperatures:
-            for scale in args.cfg_scales:
-                seeds = []
-                for seed in args.seeds:
-                    weights = train_arm(args, data, ARMS[name], seed)
-                    folder = folder_of(args, data, ARMS[name], seed)
-                    folder /= f"samples-{args.samples}-cfg-{scale}-temperature-{temperature}"
-                    options = ("--cfg-scale", scale, "--temperature", temperature)
-                    metrics = judge_samples(args, data, weights, folder, *options)
-                    seeds.append(metrics["frechet_distance"])
-                found.setdefault(f"{name}, temperature {temperature}", []).append(seeds)
-                print(f"{name}, temperature {temperature}, CFG {scale}: {np.mean(seeds):.3f}")
+    found = judge_grid(args, prepare(args))
     folder = Path(args.output) / "e7" / args.data
-    scales, args.output = np.array(args.cfg_scales), folder / "results.json"
+    args.output = folder / "results.json"
     write_results(args, found)
-    lines = {
-        name: (np.mean(v, 1), np.std(v, 1) / max(len(args.seeds) - 1, 1) ** 0.5)
-        for name, v in found.items()
-    }
-    figure, (axis,) = panels(1, 6.4, 4.2)
-    draw_lines(axis, scales, lines, ("CFG scale", "Frechet distance of samples"))
-    save_figure(figure, folder / "guidance.png")
+    plot(folder / "guidance.png", args, found)
+
+
+def judge_grid(args: Namespace, data: Data) -> dict[str, dict[str, list[list[float]]]]:
+    """Sample and judge; return distances by temperature and arm: for each scale, of each seed."""
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for temperature, name in product(args.temperatures, args.arms or ARMS):
+        row = found.setdefault(f"temperature {temperature}", {}).setdefault(name, [])
+        for scale in args.cfg_scales:
+            row.append([])
+            for seed in args.seeds:
+                weights = train_arm(args, data, ARMS[name], seed)
+                folder = folder_of(args, data, ARMS[name], seed)
+                folder /= f"samples-{args.samples}-cfg-{scale}-temperature-{temperature}"
+                options = ("--cfg-scale", scale, "--temperature", temperature)
+                metrics = judge_samples(args, data, weights, folder, *options)
+                row[-1].append(metrics["frechet_distance"])
+            print(f"{name}, temperature {temperature}, CFG {scale}: {np.mean(row[-1]):.3f}")
+    return found
+
+
+def plot(path: Path, args: Namespace, found: dict[str, dict[str, list[list[float]]]]) -> None:
+    """Plot distance against guidance, a panel for each temperature and a line for each n."""
+    figure, axes = panels(len(found), 4.6, 4.2)
+    labels = ("CFG scale", "Frechet distance of samples")
+    for axis, (title, arms) in zip(axes, found.items(), strict=True):
+        errors = max(len(args.seeds) - 1, 1) ** 0.5
+        lines = {name: (np.mean(v, 1), np.std(v, 1) / errors) for name, v in arms.items()}
+        draw_lines(axis, np.array(args.cfg_scales), lines, labels)
+        axis.set_title(title, fontsize=10)
+    top = max(axis.get_ylim()[1] for axis in axes)
+    for axis in axes:
+        axis.set_ylim(0, top)  # one scale, so that panels can be compared
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

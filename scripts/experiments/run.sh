@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Run one experiment: bash scripts/experiments/run.sh e1 [--quick] [options; --help]
-# What is done is not done again.
+# Run one experiment: bash scripts/experiments/run.sh e1 [--quick] [options; e1 --help lists them]
+# What is done is not done again. Experiments: scripts/experiments/README.md
+case ${1:-} in -h | --help) sed -n '2,3s/^# //p' "${BASH_SOURCE[0]}" && exit ;; esac
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh" requirements-dev.txt
 
 found=(scripts/experiments/"${1:-}"_*.py)

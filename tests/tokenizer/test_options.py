@@ -101,3 +101,8 @@ def test_choices_are_the_losses_there_are():
     """Their names stand in options.py again, which imports no torch."""
     for name in ("PIXEL_LOSSES", "DISCRIMINATOR_LOSSES", "GENERATOR_LOSSES"):
         assert getattr(options, name) == tuple(getattr(vq_loss, name))
+
+
+def test_every_discriminator_is_another():
+    kinds = {type(vq_loss.make_discriminator(kind, 32)) for kind in options.DISCRIMINATORS}
+    assert len(kinds) == len(options.DISCRIMINATORS)
