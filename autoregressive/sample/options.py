@@ -85,7 +85,7 @@ def parse_sampler(parser: ArgumentParser, words: Sequence[str] | None = None) ->
     defaults; options written beside it are reported.
     """
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--model")
+    finder.add_argument("--model", nargs="?")  # without a value, which the parser reports
     model = finder.parse_known_args(words)[0].model
     presets: dict[str, Preset | SmallPreset] = {**PRESETS, **SMALL_PRESETS}
     preset = presets[model].options() if model in presets else {}
