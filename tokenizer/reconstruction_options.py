@@ -15,37 +15,39 @@ def parse_args(description: str) -> Namespace:
         "bash scripts/tokenizer/reconstruction_vq.sh --data-path IMAGENET/val --vq-ckpt "
         "./pretrained_models/vq_ds16_c2i.pt",
     )
-    parser.add_argument(
+    data = parser.add_argument_group("data")
+    data.add_argument(
         "--data-path", required=True, help="images: folder with one sub-folder per class"
     )
-    add_tokenizer_options(parser.add_argument_group("tokenizer"), required=False)
-    parser.add_argument(
+    data.add_argument(
         "--image-size",
         type=positive_int,
         help="side of the centre crop, pixels (default: that of the tokenizer's training, if the "
         "file has it, else 256)",
     )
-    parser.add_argument(
-        "--image-size-eval",
-        type=positive_int,
-        help="side of the written images, pixels (default: likewise)",
-    )
-    parser.add_argument("--sample-dir", default="reconstructions", help="folder to write to")
-    parser.add_argument(
-        "--per-proc-batch-size", type=positive_int, default=32, help="images per forward pass"
-    )
-    parser.add_argument(
+    data.add_argument(
         "--num-workers",
         type=non_negative_int,
         default=4,
         help="image-decoding processes, at most the share of cores of a rank",
     )
-    parser.add_argument(
+    data.add_argument(
+        "--per-proc-batch-size", type=positive_int, default=32, help="images per forward pass"
+    )
+    add_tokenizer_options(parser.add_argument_group("tokenizer"))
+    output = parser.add_argument_group("output")
+    output.add_argument("--sample-dir", default="reconstructions", help="folder to write to")
+    output.add_argument(
+        "--image-size-eval",
+        type=positive_int,
+        help="side of the written images, pixels (default: that of the training, else 256)",
+    )
+    output.add_argument(
         "--vgg-weights",
         help="VGG16 weights vgg16-397923af.pth for LPIPS (default: torch.hub's copy; "
         "without one, no LPIPS)",
     )
-    parser.add_argument(
+    output.add_argument(
         "--pairs",
         type=positive_int,
         default=20,

@@ -21,7 +21,7 @@ def parse_args(description: str) -> Namespace:
         "samples", metavar="SAMPLES", nargs="*", help="one or more sets of samples: .npz or folder"
     )
 
-    group = parser.add_argument_group("Feature network")
+    group = parser.add_argument_group("feature network")
     text = (
         "weights of the 2015 Inception, .pb or .pth "
         "(default: a published file in pretrained_models/)"
@@ -42,7 +42,7 @@ def parse_args(description: str) -> Namespace:
     )
     group.add_argument("--self-check", action="store_true", help=text)
 
-    group = parser.add_argument_group("Numerics")
+    group = parser.add_argument_group("numerics")
     text = "compute Precision and Recall with float32 distances instead of the published float16"
     group.add_argument("--exact-distances", action="store_true", help=text)
     text = (
@@ -51,7 +51,7 @@ def parse_args(description: str) -> Namespace:
     )
     group.add_argument("--frechet", choices=["symmetric", "sqrtm"], default="symmetric", help=text)
 
-    group = parser.add_argument_group("Additional metrics")
+    group = parser.add_argument_group("additional metrics")
     group.add_argument(
         "--kid",
         action="store_true",
@@ -72,7 +72,7 @@ def parse_args(description: str) -> Namespace:
     )
     group.add_argument("--paired", action="store_true", help=text)
 
-    group = parser.add_argument_group("Execution")
+    group = parser.add_argument_group("execution")
     group.add_argument(
         "--batch-size", type=positive_int, default=64, help="images per forward pass"
     )
@@ -85,7 +85,7 @@ def parse_args(description: str) -> Namespace:
     text = "do not cache the features of the reference in a file beside it"
     group.add_argument("--no-cache", action="store_true", help=text)
 
-    group = parser.add_argument_group("Output")
+    group = parser.add_argument_group("output")
     text = "JSON file for metrics, options and environment, with a .txt of the metrics beside it "
     text += "(default: SAMPLES.metrics.json)"
     group.add_argument("--output", metavar="JSON", help=text)
