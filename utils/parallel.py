@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,10 @@ def replicate(world: World, model: nn.Module, grad_dtype: torch.dtype = torch.fl
     if world.size == 1:
         return model
     device_ids = [world.device.index] if world.device.type == "cuda" else None
-    ddp = DistributedDataParallel(
-        model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+    names = signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    ddp = DistributedDataParallel(  # torch 2.13 renamed the option and warns of its old name
+        model, device_ids=device_ids, gradient_as_bucket_view=True, **{sync: False}
     )
     if grad_dtype in _COMPRESS_HOOK:
         ddp.register_comm_hook(None, _COMPRESS_HOOK[grad_dtype])
