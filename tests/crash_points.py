@@ -136,9 +136,12 @@ def run(stage: Stage, folder: Path, ranks: int, ledger: Path, kill_at: int | Non
 
 def _child(stage: Stage, folder: Path, rank: int, ranks: int, port: int, counter: Counter) -> None:
     """Run the command in this fork, and end it."""
+    import torch
+
     from utils.options import run_main
 
     status = 1
+    torch.set_num_threads(1)  # makes torch's pool anew; autograd's threads may clash over that
     try:
         output = os.open(f"{folder}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 TIMEOUT = 600.0
 PR_SET_CHILD_SUBREAPER = 36  # of prctl: orphans become our children
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
@@ -28,6 +30,7 @@ class Fork:
             os.setsid()
             for number in HANDLED:
                 signal.signal(number, signal.SIG_DFL)
+            torch.set_num_threads(1)  # makes the pool anew; autograd's threads may clash over that
             status = 1
             try:
                 action()
