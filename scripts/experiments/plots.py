@@ -12,6 +12,7 @@ matplotlib.use("Agg")  # draws to files and needs no display
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 def panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -58,6 +59,8 @@ def draw_lines(
             f" {name}", (x[-1], mean[-1]), xytext=(4, 0), textcoords="offset points", va="center"
         )
     axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+    if x.dtype.kind == "i":
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel(labels[0])
     axis.set_ylabel(labels[1])
     axis.margins(x=0.08)
@@ -71,7 +74,8 @@ def draw_cells(axis: Axes, cells: np.ndarray, title: str) -> None:
     axis.imshow(cells, cmap="Greys", vmin=low, vmax=high)
     for (row, column), value in np.ndenumerate(cells):
         color = "white" if value - low > 0.6 * (high - low) else "black"
-        axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=color)
+        text = f"{value:.1f}".replace("-0.0", "0.0")
+        axis.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("column")
     axis.set_ylabel("row")
