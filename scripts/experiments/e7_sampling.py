@@ -46,7 +46,7 @@ def main() -> None:
         help="guidance",
     )
     group.add_argument(
-        "--temperatures", type=float, nargs="+", default=[0.9, 1.0, 1.1], help="of the softmax"
+        "--temperatures", type=float, nargs="+", default=[0.8, 0.9, 1.0], help="of the softmax"
     )
     args = parser.parse_args()
     check_arms(args, ARMS)
