@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -24,7 +25,10 @@ FLAGS = (
 def page():
     """Address of a demo in a process of its own."""
     command = [sys.executable, "autoregressive/sample/demo.py", "--port", "0"]
-    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
+    running = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=heard
+    )
     yield running.stdout.readline().split()[0]
     running.send_signal(signal.SIGINT)
     assert running.wait(20) == 0
