@@ -7,7 +7,7 @@ const grid = document.getElementById("grid");
 const slots = document.getElementById("slots");
 const slider = document.getElementById("step");
 const colour = (name) => getComputedStyle(document.body).getPropertyValue(`--${name}`);
-let order = null, hovered = null, playing = true;
+let order = null, asked = 0, hovered = null, playing = true;
 
 // Step that predicts each cell.
 function stepOfCell() {
@@ -91,14 +91,18 @@ function show() {
 async function load() {
   const {grid: side, n, schedule} = form.elements;
   const problem = document.getElementById("order-error");
+  const mine = ++asked;  // answers may come in another order: only that to the last question counts
+  let answer = null, said = "";
   try {
     const query = new URLSearchParams({grid: side.value, n: n.value || 4, schedule: schedule.value.trim()});
-    order = await ask(`/api/order?${query}`);
-    problem.textContent = "";
+    answer = await ask(`/api/order?${query}`);
   } catch (error) {
-    problem.textContent = error.message;
-    return;
+    said = error.message;
   }
+  if (mine !== asked) return;
+  problem.textContent = said;
+  if (!answer) return;
+  order = answer;
   slider.max = order.steps.length - 1;
   slider.value = 0;
   show();
@@ -106,7 +110,9 @@ async function load() {
 
 async function offerRegions() {
   const select = form.elements.n, before = select.value || "4";
-  const {fitting} = await ask(`/api/order?grid=${form.elements.grid.value}&n=1`);
+  const side = form.elements.grid.value;
+  const {fitting} = await ask(`/api/order?grid=${side}&n=1`);
+  if (side !== form.elements.grid.value) return;
   select.replaceChildren(...fitting.map((n) => element("option", {value: n}, n)));
   select.value = fitting.includes(Number(before)) ? before : 1;
   await load();

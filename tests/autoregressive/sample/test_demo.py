@@ -15,6 +15,17 @@ from autoregressive.sample import demo, edit_c2i, sample_c2i
 from tests.helpers import ROOT, quietly
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+# JavaScript: the next answer comes a second late, 0.2 s before ``window.late``
+LATE = """
+const real = window.fetch;
+window.fetch = async (...words) => {
+  window.fetch = real;
+  const answer = await real(...words);
+  await new Promise((done) => setTimeout(done, 1000));
+  setTimeout(() => { window.late = true; }, 200);
+  return answer;
+};
+"""
 FLAGS = (
     "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-sync "
     "disable-background-networking disable-component-update window-size=1240,1000"
@@ -133,8 +144,10 @@ def test_a_visit(page, browser, tmp_path, capfd, monkeypatch):
     find(browser, "[data-tab=order]").click()
     set_value(browser, "#order [name=grid]", 12)
     wait(browser, "document.getElementById('order-text').textContent.includes('39 forward calls')")
+    browser.execute_script(LATE)
     set_value(browser, "#order [name=n]", 16)
     set_value(browser, "#order [name=schedule]", "nested")
+    wait(browser, "window.late")  # what was asked first is answered last, and does not count
     wait(browser, "document.getElementById('order-text').textContent.includes('15 forward calls')")
     set_value(browser, "#order [name=schedule]", "3x")
     assert "expected region, nested" in wait(
