@@ -1,7 +1,7 @@
 """E6: does a larger model close the gap between one token and several at once?
 
-The published FID gap closes with size. The gap in nats cannot vanish, since the total correlation
-of tokens predicted at once belongs to the data. Both are plotted against the parameters.
+The published FID gap closes with size. The gap in nats cannot fall below the total correlation of
+tokens predicted at once, which belongs to the data (e3). Both are plotted against the parameters.
 """
 
 from __future__ import annotations

@@ -43,10 +43,10 @@ def main() -> None:
         type=float,
         nargs="+",
         default=[1.0, 1.25, 1.5, 2.0, 3.0, 4.0],
-        help="guidance",
+        help="CFG scales; 1 disables guidance",
     )
     group.add_argument(
-        "--temperatures", type=float, nargs="+", default=[0.8, 0.9, 1.0], help="of the softmax"
+        "--temperatures", type=float, nargs="+", default=[0.8, 0.9, 1.0], help="of softmax"
     )
     args = parser.parse_args()
     check_arms(args, ARMS)
