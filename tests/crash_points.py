@@ -141,8 +141,8 @@ def _child(stage: Stage, folder: Path, rank: int, ranks: int, port: int, counter
     from utils.options import run_main
 
     status = 1
-    torch.set_num_threads(1)  # makes torch's pool anew; autograd's threads may clash over that
     try:
+        torch.set_num_threads(1)  # makes torch's pool anew; autograd's threads may clash over that
         output = os.open(f"{folder}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)

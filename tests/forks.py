@@ -30,9 +30,10 @@ class Fork:
             os.setsid()
             for number in HANDLED:
                 signal.signal(number, signal.SIG_DFL)
-            torch.set_num_threads(1)  # makes the pool anew; autograd's threads may clash over that
             status = 1
             try:
+                # makes the pool anew; autograd's threads may clash over that
+                torch.set_num_threads(1)
                 action()
                 status = 0
             except SystemExit as end:

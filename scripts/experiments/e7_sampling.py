@@ -86,8 +86,8 @@ def plot(path: Path, args: Namespace, found: dict[str, dict[str, list[list[float
     figure, axes = panels(len(found), 4.6, 4.2)
     labels = ("CFG scale", "Frechet distance of samples")
     for axis, (title, arms) in zip(axes, found.items(), strict=True):
-        errors = max(len(args.seeds) - 1, 1) ** 0.5
-        lines = {name: (np.mean(v, 1), np.std(v, 1) / errors) for name, v in arms.items()}
+        root = max(len(args.seeds) - 1, 1) ** 0.5
+        lines = {name: (np.mean(v, 1), np.std(v, 1) / root) for name, v in arms.items()}
         draw_lines(axis, np.array(args.cfg_scales), lines, labels)
         axis.set_title(title, fontsize=10)
     top = max(axis.get_ylim()[1] for axis in axes)
